@@ -1,0 +1,105 @@
+"""What a recipe is: one value that holds a whole run.
+
+A recipe is returned by a function (``recipes/digits.py: digits()``) and consumed by
+``megatron.mimo.training``. It never reads global state: everything it needs arrives as the parsed
+Megatron arguments (an ``argparse.Namespace``) and a ``Stage``.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron.core.models.mimo import MimoModel, MimoModelConfig
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from torch.utils.data import Dataset
+
+    from megatron.mimo.data.sample import Sample
+
+Batch = dict[str, Any]
+Collator = Callable[[Sequence["Sample"]], Batch]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Which part of the language model this rank builds.
+
+    Attributes:
+        pre_process: True where the embedding (and so the encoders) live.
+        post_process: True where the output layer and the loss live.
+        vp_stage: index of the virtual pipeline chunk, None without interleaving.
+        pg_collection: Megatron's process groups.
+    """
+
+    pre_process: bool
+    post_process: bool
+    vp_stage: int | None
+    pg_collection: ProcessGroupCollection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Datasets:
+    """Map-style datasets of ``Sample``; index i always gives the same sample, on every rank."""
+
+    train: Dataset[Sample] | None
+    valid: Dataset[Sample] | None
+    test: Dataset[Sample] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """What ``Recipe.finish`` is called with once training has ended, on every rank.
+
+    Attributes:
+        arguments: the parsed Megatron arguments.
+        model: this rank's model chunks, unwrapped (no DDP, no Float16Module).
+        generate: greedy decoding, ``generate(samples, max_new_tokens, stop_token) -> list of
+            token-id lists`` (one per sample, prompt excluded). Collective: every rank calls it
+            with the same samples and every rank gets the answer.
+        train_seconds: wall-clock seconds spent in training iterations of this process.
+        samples_per_second: training throughput over those iterations, whole job.
+        loss_curve: (iteration, training loss) pairs, oldest first, of the whole run.
+        output: the run directory (``--save``'s parent run folder), or None when nothing is kept.
+    """
+
+    arguments: Namespace
+    model: Sequence[MimoModel]
+    generate: Callable[[Sequence[Sample], int, int | None], list[list[int]]]
+    train_seconds: float
+    samples_per_second: float
+    loss_curve: Sequence[tuple[int, float]]
+    output: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run: model, data, defaults.
+
+    Attributes:
+        name: what ``--recipe`` takes.
+        summary: one line for ``--list-recipes``.
+        arguments: defaults for Megatron's own arguments, keyed by argparse destination
+            (``{"num_layers": 4}``); a flag on the command line or a ``--config`` file wins.
+        add_arguments: adds the recipe's own flags to the parser (prefix them with the name).
+        build_model: the model's configuration for one stage.
+        build_datasets: datasets for (train, valid, test) sample counts.
+        build_collator: the function that turns a list of samples into one micro-batch.
+        task_metric: per-microbatch evaluation beside the loss:
+            ``(logits_BSV, batch) -> {metric: (sum, count)}`` with 0-d tensors, summed over the
+            whole evaluation before the division; None for none.
+        finish: evaluates and reports when training ends; returns the content of metrics.json.
+    """
+
+    name: str
+    summary: str
+    arguments: Mapping[str, object]
+    build_model: Callable[[Namespace, Stage], MimoModelConfig]
+    build_datasets: Callable[[Namespace, tuple[int, int, int]], Datasets]
+    build_collator: Callable[[Namespace], Collator]
+    add_arguments: Callable[[ArgumentParser], None] | None = None
+    task_metric: Callable[[Any, Batch], dict[str, tuple[Any, Any]]] | None = None
+    finish: Callable[[FinishedRun], dict[str, Any]] | None = None
