@@ -1,0 +1,1 @@
+"""megatron-mimo's training layer: backends, recipes, data, layers, training."""

@@ -1,0 +1,66 @@
+"""Runs megatron-core 0.19 without CUDA, on CPU tensors and gloo.
+
+``apply()`` puts the patches of :data:`PATCHES` in place, in this process, once. Stock
+``megatron.training.pretrain`` then trains, evaluates, saves and resumes on the CPU without a flag.
+``torch`` keeps the truth about CUDA: only ``megatron.*`` modules see a device, the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed
+
+from megatron.mimo.backend import torch_view
+from megatron.mimo.backend.patching import Patch, Patcher
+from megatron.mimo.backend.table import ARGUMENT_DEFAULTS, PATCHES
+
+__all__ = ["ARGUMENT_DEFAULTS", "PATCHES", "Patch", "apply", "apply_defect_patches", "is_applied"]
+
+_PATCHER = Patcher()
+_applied = False
+
+
+def is_applied() -> bool:
+    """Whether this process runs megatron-core on the CPU."""
+    return _applied
+
+
+def apply() -> None:
+    """Puts every patch in place; a second call does nothing.
+
+    Call it before models are built; modules already imported are patched as well as those imported
+    later. A process forked afterwards inherits the patches.
+
+    Raises:
+        RuntimeError: this process has used CUDA, so that tensors and groups of both kinds would mix.
+    """
+    global _applied
+    if _applied:
+        return
+    _refuse_live_cuda()
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    _PATCHER.apply(PATCHES, torch_view.build_view())
+    _applied = True
+
+
+def apply_defect_patches() -> None:
+    """Puts in place only what megatron-core 0.19 from PyPI needs on every backend."""
+    _PATCHER.apply(patch for patch in PATCHES if not patch.needs_no_cuda)
+
+
+def _refuse_live_cuda() -> None:
+    remedy = "select the backend before anything touches CUDA, or start a new process"
+    if torch.cuda.is_initialized():
+        raise RuntimeError(
+            "the CPU backend cannot be applied: CUDA is initialised in this process, expected it "
+            f"untouched; {remedy}"
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        backend = torch.distributed.get_backend()
+        if backend != "gloo":
+            raise RuntimeError(
+                "the CPU backend cannot be applied: the default process group uses "
+                f"{backend!r}, expected 'gloo' or none; {remedy}"
+            )

@@ -1,0 +1,148 @@
+"""Replacements for functions of megatron-core and megatron.training."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from megatron.mimo.backend import torch_view
+
+_CUDA_TYPE = "torch.cuda."
+
+
+def undecorated(function: Any) -> Any:
+    """A decorator that returns the function as it is."""
+    return function
+
+
+def call_now(callback: Callable[[], None], **_: object) -> None:
+    """``torch.cuda._lazy_call`` without an initialisation to wait for."""
+    callback()
+
+
+def do_nothing(*_: object, **__: object) -> None:
+    """Accepts anything."""
+
+
+def accept_cpu_types(original: Any) -> Any:
+    """``original`` with every literal ``"torch.cuda.*Tensor"`` turned into ``"torch.*Tensor"``.
+
+    ``original`` is a function, static method or class method. Nothing else of it changes.
+    """
+    if isinstance(original, staticmethod | classmethod):
+        return type(original)(accept_cpu_types(original.__func__))
+    assert isinstance(original, FunctionType), original
+    code = original.__code__
+    constants = tuple(_cpu_type(constant) for constant in code.co_consts)
+    function = FunctionType(
+        code.replace(co_consts=constants),
+        original.__globals__,
+        original.__name__,
+        original.__defaults__,
+        original.__closure__,
+    )
+    function.__kwdefaults__ = original.__kwdefaults__
+    return functools.update_wrapper(function, original)
+
+
+def _cpu_type(constant: Any) -> Any:
+    if isinstance(constant, str):
+        return constant.replace(_CUDA_TYPE, "torch.")
+    if isinstance(constant, tuple):
+        return tuple(_cpu_type(item) for item in constant)
+    return constant
+
+
+def with_default_arguments(
+    defaults: Mapping[str, object],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A ``parse_args`` whose parser has ``defaults``; the script's own defaults and flags win."""
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def parse_args(
+            extra_args_provider: Callable[[ArgumentParser], ArgumentParser] | None = None,
+            ignore_unknown_args: bool = False,
+        ) -> Any:
+            def provider(parser: ArgumentParser) -> ArgumentParser:
+                parser.set_defaults(**defaults)
+                return extra_args_provider(parser) if extra_args_provider else parser
+
+            return original(provider, ignore_unknown_args)
+
+        return parse_args
+
+    return wrap
+
+
+def skip_compiling_what_imports(original: Callable[[], None]) -> Callable[[], None]:
+    """A ``_compile_dependencies`` that runs ``make`` only when the dataset helper is missing.
+
+    Collective: every rank leaves through one barrier of the whole job, as in the original.
+    """
+
+    @functools.wraps(original)
+    def compile_dependencies() -> None:
+        try:
+            importlib.import_module("megatron.core.datasets.helpers_cpp")
+        except ImportError:
+            original()
+        else:
+            torch.distributed.barrier()
+
+    return compile_dependencies
+
+
+def without_strides(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``load_tensors_metadata`` whose tensor properties torch's factories accept."""
+
+    @functools.wraps(original)
+    def load_tensors_metadata(self: Any, checkpoint_dir: Any, metadata: Any = None) -> Any:
+        if metadata is None:
+            from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
+
+            metadata = _get_filesystem_reader(checkpoint_dir).read_metadata()
+        metadata = copy.copy(metadata)
+        metadata.state_dict_metadata = {
+            key: _without_strides(entry) for key, entry in metadata.state_dict_metadata.items()
+        }
+        return original(self, checkpoint_dir, metadata)
+
+    return load_tensors_metadata
+
+
+def _without_strides(entry: Any) -> Any:
+    if not hasattr(entry, "properties"):
+        return entry
+    entry = copy.copy(entry)
+    entry.properties = copy.copy(entry.properties)
+    vars(entry.properties).pop("strides", None)
+    return entry
+
+
+def drawing_from_host(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original`` with its random draws taken from the host's generator."""
+
+    @functools.wraps(original)
+    def function(*args: Any, **keywords: Any) -> Any:
+        with torch_view.host_generator():
+            return original(*args, **keywords)
+
+    return function
+
+
+def autocast_for_cpu(original: Any) -> Any:
+    """An autograd function's ``forward`` or ``backward`` whose autocast device is the CPU.
+
+    ``original`` was decorated with ``torch.amp.custom_fwd``/``custom_bwd(device_type="cuda")``.
+    """
+    function = original.__func__
+    decorate = torch.amp.custom_bwd if function.__name__ == "backward" else torch.amp.custom_fwd
+    return staticmethod(decorate(function.__wrapped__, device_type="cpu"))

@@ -1,0 +1,245 @@
+"""Every patch that lets megatron-core 0.19 run without CUDA: what, where, why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron.mimo.backend import gloo, stock
+from megatron.mimo.backend import torch_view as view
+from megatron.mimo.backend.patching import VIEW, Patch
+
+ARGUMENT_DEFAULTS: dict[str, object] = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "no_persist_layer_norm": True,
+    "masked_softmax_fusion": False,
+    "use_cpu_initialization": True,
+    "disable_jit_fuser": True,
+}
+"""Megatron arguments (argparse destinations) that a run without CUDA needs. ``apply`` makes them
+the defaults of ``megatron.training``'s parser; what a script or the command line sets wins."""
+
+
+def _always(value: Any) -> Callable[[Any], Any]:
+    return lambda original: value
+
+
+def _answer(value: Any) -> Callable[[Any], Any]:
+    """A function of any arguments that returns ``value``."""
+    return lambda original: lambda *_, **__: value
+
+
+def _seen(name: str, reason: str, replacement: Callable[[Any], Any]) -> Patch:
+    return Patch(name=name, target=f"{VIEW}:{name}", reason=reason, replacement=replacement)
+
+
+_ALLOCATES = 'allocates with device="cuda", a literal in schedules, optimizers and training'
+_STREAMS = "overlap of communication and timers are written with streams and events"
+_STATISTICS = "logged by training; a real call initialises CUDA"
+_DEVICE_RNG = "the device generator: dropout outside and inside the tracker's forks"
+_HOST_RNG = "the host generator, apart from the device's: only one of the TP peers loads data"
+
+_FACTORIES = tuple(
+    _seen(name, _ALLOCATES, view.on_cpu)
+    for name in (
+        "arange",
+        "empty",
+        "empty_like",
+        "eye",
+        "full",
+        "full_like",
+        "linspace",
+        "ones",
+        "ones_like",
+        "rand",
+        "randint",
+        "randn",
+        "tensor",
+        "as_tensor",
+        "zeros",
+        "zeros_like",
+    )
+)
+
+_DEVICES = (
+    _seen(
+        "cuda.is_available", "initialize_megatron asserts it; timers branch on it", _answer(True)
+    ),
+    _seen(
+        "cuda.device_count",
+        "the model-parallel groups and the random seed are set up only where it is positive",
+        _always(view.device_count),
+    ),
+    _seen("cuda.current_device", "used as the device of buffers and counters", _answer(view.CPU)),
+    _seen("cuda.set_device", "called once the local rank is known", _answer(None)),
+    _seen(
+        "cuda.get_device_capability", "asked before kernels are chosen: none fit", _answer((0, 0))
+    ),
+    _seen(
+        "cuda.get_device_properties",
+        "validate_args asks for the architecture under TP or CP",
+        _always(view.device_properties),
+    ),
+    _seen("device", "names the device of meta models and of signal handling", _always(view.Device)),
+    _seen("autocast", 'the schedules enter autocast("cuda")', view.first_argument_on_cpu),
+    _seen("amp.autocast", 'autocast("cuda"), by its other name', view.first_argument_on_cpu),
+)
+
+_STREAM_PATCHES = (
+    _seen("cuda.Stream", _STREAMS, _always(view.Stream)),
+    _seen("cuda.Event", _STREAMS, _always(view.Event)),
+    _seen("cuda.stream", _STREAMS, _always(view.no_context)),
+    _seen("cuda.current_stream", _STREAMS, _answer(view.STREAM)),
+    _seen("cuda.default_stream", _STREAMS, _answer(view.STREAM)),
+    _seen("cuda.set_stream", _STREAMS, _answer(None)),
+    _seen("cuda.synchronize", "timers and checkpoint writers wait for the device", _answer(None)),
+    _seen("cuda.is_current_stream_capturing", "a real call needs the driver", _answer(False)),
+    _seen("cuda.nvtx.range_push", "profiling ranges", _answer(None)),
+    _seen("cuda.nvtx.range_pop", "profiling ranges", _answer(None)),
+)
+
+_MEMORY = (
+    _seen("cuda.empty_cache", "called around evaluation and checkpoints", _answer(None)),
+    _seen("cuda.memory_stats", _STATISTICS, _always(view.memory_statistics)),
+    *(
+        _seen(f"cuda.{name}", _STATISTICS, _answer(0))
+        for name in (
+            "memory_allocated",
+            "max_memory_allocated",
+            "memory_reserved",
+            "max_memory_reserved",
+            "device_memory_used",
+        )
+    ),
+)
+
+_RANDOM = (
+    _seen("cuda.get_rng_state", _DEVICE_RNG, _always(view.get_device_rng_state)),
+    _seen("cuda.set_rng_state", _DEVICE_RNG, _always(view.set_device_rng_state)),
+    _seen("cuda.random.get_rng_state", _DEVICE_RNG, _always(view.get_device_rng_state)),
+    _seen("cuda.manual_seed", _DEVICE_RNG, _always(view.seed_device)),
+    _seen("cuda.default_generators", _DEVICE_RNG, _always(view.EveryDevice())),
+    _seen("get_rng_state", _HOST_RNG, _always(view.get_host_rng_state)),
+    _seen("set_rng_state", _HOST_RNG, _always(view.set_host_rng_state)),
+    _seen("manual_seed", "seeds both generators", _always(view.seed_everything)),
+    _seen("Generator", "generators of the device", _always(view.Generator)),
+    Patch(
+        name="rng lazy call",
+        target="megatron.core.tensor_parallel.random:_lazy_call",
+        reason="queues the change of the generator's state until CUDA is initialised: never",
+        replacement=_always(stock.call_now),
+    ),
+    Patch(
+        name="rng lazy init",
+        target="megatron.core.tensor_parallel.random:_lazy_init",
+        reason="initialises CUDA",
+        replacement=_always(stock.do_nothing),
+    ),
+    Patch(
+        name="host draws of data iteration",
+        target="megatron.core.rerun_state_machine:RerunDataIterator.__next__",
+        reason="an epoch's end or an augmentation draws on TP rank 0 only",
+        replacement=stock.drawing_from_host,
+    ),
+    Patch(
+        name="host draws of data set-up",
+        target="megatron.training.training:build_train_valid_test_data_iterators",
+        reason="a DataLoader draws its base seed on TP rank 0 only",
+        replacement=stock.drawing_from_host,
+    ),
+)
+
+_CPU_TYPES = tuple(
+    Patch(
+        name=f"tensor types of {attribute}",
+        target=f"megatron.core.optimizer.{module}:{attribute}",
+        reason="compares Tensor.type() with literal torch.cuda types and raises",
+        replacement=stock.accept_cpu_types,
+    )
+    for module, attribute in (
+        ("distrib_optimizer", "DistributedOptimizer._build_model_and_main_param_groups"),
+        ("distrib_optimizer", "DistributedOptimizer.__init__"),
+        ("optimizer", "Float16OptimizerWithFloat16Params.__init__"),
+        ("clip_grads", "clip_grad_by_total_norm_fp32"),
+    )
+)
+
+_AUTOCAST = tuple(
+    Patch(
+        name=f"autocast of {function}.{method}",
+        target=f"megatron.core.tensor_parallel.layers:{function}.{method}",
+        reason='custom_fwd/custom_bwd(device_type="cuda") ignore autocast on CPU tensors',
+        replacement=stock.autocast_for_cpu,
+    )
+    for function in ("LinearWithFrozenWeight", "LinearWithGradAccumulationAndAsyncCommunication")
+    for method in ("forward", "backward")
+)
+
+_GLOO = (
+    Patch(
+        name="one gloo device",
+        target="torch.distributed.distributed_c10d:ProcessGroupGloo",
+        reason="each of Megatron's groups opens a device with its own thread and socket",
+        replacement=gloo.sharing_one_device,
+    ),
+    *(
+        Patch(
+            name=f"{module}.new_group",
+            target=f"{module}:new_group",
+            reason='"nccl" is a literal in bridges; a fast member can destroy a group in the making',
+            replacement=gloo.connected_on_return,
+        )
+        for module in ("torch.distributed.distributed_c10d", "torch.distributed")
+    ),
+)
+
+_DEFECTS = (
+    Patch(
+        name="dataset helper",
+        target="megatron.training.initialize:_compile_dependencies",
+        reason="runs make in a folder whose Makefile the wheel does not ship, and exits",
+        replacement=stock.skip_compiling_what_imports,
+        needs_no_cuda=False,
+    ),
+    Patch(
+        name="checkpoint strides",
+        target="megatron.core.dist_checkpointing.strategies.torch"
+        ":TorchDistLoadShardedStrategy.load_tensors_metadata",
+        reason="passes strides, a tensor property since torch 2.15, to torch.empty: TypeError",
+        replacement=stock.without_strides,
+        needs_no_cuda=False,
+    ),
+)
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        name="Tensor.cuda",
+        target="torch:Tensor.cuda",
+        reason="models, batches and checkpoints are moved with .cuda(); without CUDA it only raises",
+        replacement=_always(view.stay),
+    ),
+    Patch(
+        name="jit fuser",
+        target="megatron.core.jit:jit_fuser",
+        reason="torch.compile: minutes of C++ compilation for functions of a few operations",
+        replacement=_always(stock.undecorated),
+    ),
+    Patch(
+        name="argument defaults",
+        target="megatron.training.arguments:parse_args",
+        reason="the parser's defaults are for CUDA with Transformer Engine and apex",
+        replacement=stock.with_default_arguments(ARGUMENT_DEFAULTS),
+    ),
+    *_DEVICES,
+    *_FACTORIES,
+    *_STREAM_PATCHES,
+    *_MEMORY,
+    *_RANDOM,
+    *_CPU_TYPES,
+    *_AUTOCAST,
+    *_GLOO,
+    *_DEFECTS,
+)
+"""What :func:`megatron.mimo.backend.cpu.apply` applies, in this order."""
