@@ -1,0 +1,29 @@
+# From a clone to a trained model:  make train
+# Every target prepares .venv first, which takes minutes once and no time after that.
+
+# The user's own value wins. More threads than cores are slower by far, and the ranks share the cores.
+OMP_NUM_THREADS ?= 1
+export OMP_NUM_THREADS
+# Passed on as it is: make train ARGS="--train-iters 200", make test ARGS="-k alignment -x"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check
+
+help:
+	@echo 'make setup   prepare .venv (PYTHON=/path/to/python3.12 to choose the interpreter)'
+	@echo 'make train   train the default recipe: all GPUs, or two processes on CPU (NPROC=n, ARGS="...")'
+	@echo 'make test    run the test suite (ARGS="...")'
+	@echo 'make check   format, lint, types and structure: what CI checks besides the tests'
+
+setup:
+	@scripts/setup
+
+train: setup
+	@scripts/train $(ARGS)
+
+test: setup
+	.venv/bin/python -m pytest $(ARGS)
+
+check: setup
+	@scripts/check
