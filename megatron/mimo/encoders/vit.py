@@ -1,0 +1,183 @@
+"""A vision transformer from Megatron's parts.
+
+Shape legend: N images, C channels, P patches per image, E pixel values per patch, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def encoder_config(
+    language: TransformerConfig,
+    *,
+    num_layers: int,
+    hidden_size: int,
+    num_attention_heads: int,
+    ffn_hidden_size: int | None = None,
+) -> TransformerConfig:
+    """An encoder's configuration beside a language model's, for the layout in which they share groups.
+
+    Precision, activation, initialisation, dropout, recomputation and tensor parallelism are the
+    language model's. The encoder runs whole on each tensor-parallel group that has it: no pipeline,
+    no context or sequence parallelism.
+
+    Args:
+        language: configuration of the language model.
+        num_layers, hidden_size, num_attention_heads: size of the encoder.
+        ffn_hidden_size: width inside the MLP; four times ``hidden_size`` by default.
+
+    Raises:
+        ConfigError: the sizes do not fit each other or the tensor-parallel size.
+    """
+    for title, value in (("num_layers", num_layers), ("num_attention_heads", num_attention_heads)):
+        if value < 1:
+            raise ConfigError(f"the encoder's {title} is {value}; expected at least 1")
+    tp_size = language.tensor_model_parallel_size
+    if num_attention_heads % tp_size:
+        raise ConfigError(
+            f"the encoder's {num_attention_heads} attention heads are not divisible by the "
+            f"tensor-parallel size {tp_size}; change either"
+        )
+    if hidden_size < 1 or hidden_size % num_attention_heads:
+        raise ConfigError(
+            f"the encoder's hidden size {hidden_size} is not divisible by its "
+            f"{num_attention_heads} attention heads"
+        )
+    return replace(
+        language,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_attention_heads=num_attention_heads,
+        ffn_hidden_size=ffn_hidden_size,
+        # Derived from the sizes above when None.
+        kv_channels=None,
+        num_query_groups=None,
+        output_layer_init_method=None,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None,
+        pipeline_model_parallel_layout=None,
+        num_layers_in_first_pipeline_stage=None,
+        num_layers_in_last_pipeline_stage=None,
+        account_for_embedding_in_pipeline_split=False,
+        account_for_loss_in_pipeline_split=False,
+        context_parallel_size=1,
+        sequence_parallel=False,
+        tp_comm_overlap=False,
+        num_moe_experts=None,
+        mtp_num_layers=None,
+    )
+
+
+def patchify(pixels_NCHW: Tensor, patch_size: int) -> Tensor:
+    """Cut images into square patches, row by row.
+
+    Returns:
+        [N, P, E], where a patch lists its values channel by channel, each row by row.
+    """
+    count, channels, height, width = pixels_NCHW.shape
+    rows, columns = height // patch_size, width // patch_size
+    grid = pixels_NCHW.reshape(count, channels, rows, patch_size, columns, patch_size)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(
+        count, rows * columns, channels * patch_size * patch_size
+    )
+
+
+class VisionTransformer(MegatronModule):
+    """Images to one embedding row per patch, with bidirectional attention inside each image.
+
+    Args:
+        config: of the encoder; see :func:`encoder_config`.
+        transformer_layer_spec: of one layer whose attention has no mask.
+        image_size: height and width of every image, in pixels.
+        patch_size: side of a patch, in pixels.
+        channels: colour channels.
+        pg_collection: Megatron's process groups; the global ones by default.
+
+    Raises:
+        ConfigError: the image is not divisible into patches.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        transformer_layer_spec: ModuleSpec,
+        *,
+        image_size: tuple[int, int],
+        patch_size: int,
+        channels: int = 3,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        if patch_size < 1 or channels < 1 or min(image_size) < 1:
+            raise ConfigError(
+                f"image_size={image_size}, patch_size={patch_size}, channels={channels}; "
+                "expected positive numbers"
+            )
+        if any(side % patch_size for side in image_size):
+            raise ConfigError(
+                f"an image of {image_size[0]} x {image_size[1]} pixels is not divisible into "
+                f"patches of {patch_size} x {patch_size}; resize the images or change patch_size"
+            )
+        if config.pipeline_model_parallel_size != 1 or config.sequence_parallel:
+            raise ConfigError(
+                "a VisionTransformer runs whole on its ranks: expected a config with "
+                "pipeline_model_parallel_size 1 and without sequence_parallel, got "
+                f"{config.pipeline_model_parallel_size} and {config.sequence_parallel}; "
+                "use encoder_config()"
+            )
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        self.tp_group = pg_collection.tp
+        self.image_shape = (channels, *image_size)
+        self.patch_size = patch_size
+        self.num_patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
+        # Both are replicated over the tensor-parallel group: Megatron seeds the default generator
+        # equally there, and equal inputs give equal gradients.
+        self.patch_embedding = nn.Linear(channels * patch_size**2, config.hidden_size)
+        self.position_embedding = nn.Parameter(torch.empty(self.num_patches, config.hidden_size))
+        if config.perform_initialization:
+            nn.init.normal_(self.position_embedding, std=config.init_method_std)
+        self.transformer = TransformerBlock(
+            config=config, spec=transformer_layer_spec, pg_collection=pg_collection
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode images.
+
+        Args:
+            pixel_values: [N, C, height, width], of any floating dtype; N may be 0.
+
+        Returns:
+            [N * P, H], image by image, the patches of an image row by row.
+
+        Raises:
+            InputError: the images have another shape or dtype.
+        """
+        if tuple(pixel_values.shape[1:]) != self.image_shape or not pixel_values.is_floating_point():
+            raise InputError(
+                f"pixel_values is {pixel_values.dtype} {list(pixel_values.shape)}; expected "
+                f"floating point [N, {', '.join(map(str, self.image_shape))}]"
+            )
+        count = len(pixel_values)
+        if count == 0:
+            # Megatron's attention does not take an empty batch. A blank image, whose rows are
+            # dropped below, gives every parameter a gradient of zero instead of none, so that
+            # this rank takes part in the reductions that others enter.
+            pixel_values = pixel_values.new_zeros(1, *self.image_shape)
+        dtype = self.patch_embedding.weight.dtype
+        patches_NPE = patchify(pixel_values.to(dtype), self.patch_size)
+        hidden_NPH = self.patch_embedding(patches_NPE) + self.position_embedding
+        hidden_PNH = hidden_NPH.transpose(0, 1).contiguous()
+        hidden_PNH = self.transformer(hidden_PNH, attention_mask=None)
+        return hidden_PNH.transpose(0, 1)[:count].reshape(-1, hidden_PNH.shape[-1])
