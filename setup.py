@@ -1,9 +1,10 @@
 """Lists the packages and keeps the wheel out of the folders that megatron-core owns.
 
-In a checkout the library lies at ``megatron/core/models/mimo``. megatron-core's wheel owns that very
-folder, and two wheels with the same file overwrite each other on install and delete each other's
-on uninstall. So a wheel of this project carries the library as ``megatron/mimo/_overlay/mimo``,
-where the finder in ``megatron/__init__.py`` looks first. Metadata is in pyproject.toml.
+In a checkout the library lies at ``megatron/core/models/mimo``. megatron-core's wheel owns that
+very folder, and two wheels with the same file overwrite each other on install and delete each
+other's on uninstall. So a wheel of this project carries the library as
+``megatron/mimo/_overlay/mimo``, where the finder in ``megatron/__init__.py`` looks first. Metadata
+is in pyproject.toml.
 """
 
 from setuptools import find_packages, setup

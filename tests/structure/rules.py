@@ -1,0 +1,166 @@
+"""The rules of the code's structure, as functions from source text to a list of complaints.
+
+A complaint says where, what was found, and what to do. The functions read syntax trees and import
+nothing, so that the rules can be tested on a few lines of text.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_METHODS = 12
+
+LIBRARY = "megatron.core.models.mimo"
+TRAINING_LAYER = "megatron.mimo"
+
+# Which parts of the library each part may import. What is not listed, it may not.
+_BASICS = frozenset({"errors", "config"})
+_STEPS = frozenset({"alignment", "partition", "comm", "submodules"})
+IMPORTS_OF_PART: dict[str, frozenset[str]] = {
+    "errors": frozenset(),
+    "config": frozenset({"errors"}),
+    **dict.fromkeys(_STEPS, _BASICS),
+    "checkpoint": _BASICS,
+    "optimizer": _BASICS | {"checkpoint"},
+    "model": _BASICS | _STEPS | {"checkpoint"},
+}
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def long_file(source: str, where: str) -> list[str]:
+    lines = source.count("\n")
+    if lines <= MAX_FILE_LINES:
+        return []
+    return [f"{where}: {lines} lines, at most {MAX_FILE_LINES}; split it by job"]
+
+
+def long_functions(source: str, where: str) -> list[str]:
+    """Complains about functions longer than a screen; the docstring, a contract, is not counted."""
+    complaints = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, _Function):
+            continue
+        assert node.end_lineno is not None
+        lines = node.end_lineno - node.lineno + 1
+        docstring = _docstring(node)
+        if docstring is not None and docstring.end_lineno is not None:
+            lines -= docstring.end_lineno - docstring.lineno + 1
+        if lines > MAX_FUNCTION_LINES:
+            complaints.append(
+                f"{where}: function {node.name} has {lines} lines, at most {MAX_FUNCTION_LINES}; "
+                "take a step out of it"
+            )
+    return complaints
+
+
+def large_classes(source: str, where: str) -> list[str]:
+    """Complains about classes with too many methods; the setter of a property counts with it."""
+    complaints = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            methods = {child.name for child in node.body if isinstance(child, _Function)}
+            if len(methods) > MAX_METHODS:
+                complaints.append(
+                    f"{where}: class {node.name} has {len(methods)} methods, at most "
+                    f"{MAX_METHODS}; give a job to a class of its own or to free functions"
+                )
+    return complaints
+
+
+def device_names(source: str, where: str) -> list[str]:
+    """Complains about a device or a communication backend that is named instead of passed in."""
+    tree = ast.parse(source)
+    docstrings = {id(docstring) for node in ast.walk(tree) if (docstring := _docstring(node))}
+    complaints = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            named = re.fullmatch(r"(cuda|nccl)(:.*)?", node.value) and id(node) not in docstrings
+        else:
+            named = isinstance(node, ast.Attribute) and node.attr == "cuda"
+        if named:
+            complaints.append(
+                f"{where}:{node.lineno}: names cuda or nccl; take the device or group from the "
+                "tensor or the collection at hand"
+            )
+    return complaints
+
+
+def import_direction(source: str, where: str, module: str) -> list[str]:
+    """Complains about imports of a module of the library that go against the one direction.
+
+    Imports for type checkers only (under ``if TYPE_CHECKING``) may go across parts, but never to
+    the training layer.
+
+    Args:
+        source: the module's text.
+        where: its path, for the complaint.
+        module: its full name; for a package's ``__init__.py``, with ``.__init__``.
+    """
+    part = module.removeprefix(f"{LIBRARY}.").split(".")[0]
+    complaints = []
+    for line, target, is_for_types in _imports(ast.parse(source), module):
+        if _is_within(target, TRAINING_LAYER):
+            complaints.append(f"{where}:{line}: the library imports {target}, the training layer")
+        if not _is_within(target, LIBRARY) or is_for_types or part == "__init__":
+            continue
+        if part not in IMPORTS_OF_PART:
+            return [
+                *complaints,
+                f"{where}: {part} is a new part; list what it may import in {__name__}",
+            ]
+        imported = target.removeprefix(LIBRARY).removeprefix(".").split(".")[0]
+        if imported != part and imported not in IMPORTS_OF_PART[part]:
+            allowed = ", ".join(sorted(IMPORTS_OF_PART[part])) or "nothing"
+            complaints.append(
+                f"{where}:{line}: {part} imports {target}; of the library it may import {allowed}"
+            )
+    return complaints
+
+
+def public_names(source: str) -> list[str]:
+    """Returns what ``__all__`` of a module lists; empty when it has none."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    return []
+
+
+def _docstring(node: ast.AST) -> ast.Constant | None:
+    holds_docstring = isinstance(node, (*_Function.__args__, ast.ClassDef, ast.Module))
+    if holds_docstring and ast.get_docstring(node, clean=False) is not None:
+        first = node.body[0]
+        assert isinstance(first, ast.Expr)
+        assert isinstance(first.value, ast.Constant)
+        return first.value
+    return None
+
+
+def _imports(tree: ast.Module, module: str) -> Iterator[tuple[int, str, bool]]:
+    """Yields (line, full name of the module or of a name in it, only for type checkers)."""
+    for_types = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for statement in node.body
+        for child in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, id(node) in for_types
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".")[: -node.level]
+                base = ".".join([*package, *filter(None, [node.module])])
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}", id(node) in for_types
+
+
+def _is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
