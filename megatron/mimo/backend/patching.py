@@ -108,9 +108,9 @@ def _is_patched_module(name: str) -> bool:
 def _loaded_modules() -> Iterator[ModuleType]:
     """The ``megatron.*`` modules whose execution has finished."""
     for name, module in list(sys.modules.items()):
-        if _is_patched_module(name) and isinstance(module, ModuleType):
-            if not getattr(getattr(module, "__spec__", None), "_initializing", False):
-                yield module
+        initializing = getattr(getattr(module, "__spec__", None), "_initializing", False)
+        if _is_patched_module(name) and isinstance(module, ModuleType) and not initializing:
+            yield module
 
 
 def _rebind(original: object, replacement: object) -> None:

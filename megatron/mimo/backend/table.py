@@ -15,6 +15,7 @@ ARGUMENT_DEFAULTS: dict[str, object] = {
     "gradient_accumulation_fusion": False,
     "no_persist_layer_norm": True,
     "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
     "use_cpu_initialization": True,
     "disable_jit_fuser": True,
 }
@@ -111,6 +112,10 @@ _MEMORY = (
             "memory_reserved",
             "max_memory_reserved",
             "device_memory_used",
+            "temperature",
+            "power_draw",
+            "utilization",
+            "clock_rate",
         )
     ),
 )
