@@ -1,0 +1,33 @@
+"""Megatron's parallel state, for functions that run on the pool's ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+def model_parallel(
+    *, tp: int = 1, pp: int = 1, cp: int = 1, vpp: int | None = None, seed: int = 1234
+) -> ProcessGroupCollection:
+    """Initialises ``parallel_state`` and seeds the model-parallel generators; collective.
+
+    Every rank of the default group calls it once, with equal arguments. What is left of the world
+    size is data parallel.
+
+    Returns:
+        The process groups, as Megatron's builders take them.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        virtual_pipeline_model_parallel_size=vpp,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return ProcessGroupCollection.use_mpu_process_groups()

@@ -1,0 +1,221 @@
+"""The pool, as a test sees it: ``ranks(2)(function, argument)``."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tests.rank_pool.messages import FunctionJob, Request, ScriptJob, dumps
+from tests.rank_pool.outcome import RankExit, RankFailure, values_or_failure
+from tests.rank_pool.run import Run, ScriptRun
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_START_SECONDS = 180.0
+_MAX_RANKS = 32
+_FUNCTION_GRACE = 3.0  # for the other ranks to report what they saw of a failure
+_MASTER = "127.0.0.1"
+
+
+class RankPool:
+    """Runs functions and scripts on N fresh rank processes; the fixture ``ranks`` is one.
+
+    The server starts at the first ``start`` or request, and stops with ``close``.
+    """
+
+    def __init__(self) -> None:
+        self._server: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._ready = False
+        self._scripts: weakref.WeakSet[Run] = weakref.WeakSet()
+
+    def __call__(self, world_size: int, timeout: float = 60) -> Callable[..., list[Any]]:
+        """A caller for ``world_size`` ranks: ``ranks(2)(function, *args, **keywords)``.
+
+        ``function`` is module-level; arguments and results are pickled (tensors too). Each rank
+        has torchrun's environment, one thread, seed 0 and a gloo default process group. The
+        caller returns the results by rank.
+
+        Raises:
+            RankFailure: a rank raised, died, or was still running after ``timeout`` seconds.
+        """
+
+        _check_world_size(world_size)
+
+        def call(function: Callable[..., Any], /, *args: Any, **keywords: Any) -> list[Any]:
+            __tracebackhide__ = True
+            job = FunctionJob(
+                module=function.__module__,
+                path=getattr(sys.modules.get(function.__module__), "__file__", None),
+                call=_pickle_call(function, args, keywords),
+            )
+            run = self._start_run(world_size, job, timeout, _FUNCTION_GRACE, {}, None)
+            try:
+                return values_or_failure(run.accounts(), timeout)
+            finally:
+                run.close()
+
+        return call
+
+    def script(
+        self,
+        world_size: int,
+        argv: Sequence[str | os.PathLike[str]],
+        *,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 120,
+        grace: float = 15,
+        cwd: str | os.PathLike[str] | None = None,
+    ) -> list[RankExit]:
+        """Runs ``argv[0]`` as ``__main__`` on every rank, as torchrun would, and waits.
+
+        Megatron is imported already and the CPU backend applied. When one rank fails the others
+        get SIGTERM and, ``grace`` seconds later, SIGKILL.
+
+        Args:
+            env: set on top of the test process's environment.
+            cwd: working directory; None for the test process's.
+
+        Returns:
+            Exit code and output by rank, failures included.
+
+        Raises:
+            RankFailure: the script was still running after ``timeout`` seconds.
+        """
+        __tracebackhide__ = True
+        return self.start_script(
+            world_size, argv, env=env, timeout=timeout, grace=grace, cwd=cwd
+        ).wait()
+
+    def start_script(
+        self,
+        world_size: int,
+        argv: Sequence[str | os.PathLike[str]],
+        *,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 120,
+        grace: float = 15,
+        cwd: str | os.PathLike[str] | None = None,
+    ) -> ScriptRun:
+        """``script`` that returns at once with a handle to read, signal and wait."""
+        job = ScriptJob(argv=tuple(os.fspath(argument) for argument in argv))
+        run = self._start_run(world_size, job, timeout, grace, env or {}, cwd)
+        self._scripts.add(run)
+        return ScriptRun(run)
+
+    def start(self) -> None:
+        """Starts the server without waiting for its imports; a second call does nothing."""
+        if self._server is not None:
+            return
+        mine, theirs = socket.socketpair()
+        command = f"from tests.rank_pool.server import main; main({theirs.fileno()})"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(_REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        self._server = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", command],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for pytest, which then closes the pool
+        )
+        theirs.close()
+        self._control = mine
+
+    def close(self) -> None:
+        """Kills the runs in flight and stops the server."""
+        if self._server is None or self._control is None:
+            return
+        for run in list(self._scripts):
+            run.close()
+        self._control.close()
+        try:
+            self._server.wait(_START_SECONDS if not self._ready else 10)
+        except subprocess.TimeoutExpired:
+            self._server.kill()
+            self._server.wait()
+        self._server = None
+
+    def _start_run(
+        self,
+        world_size: int,
+        job: FunctionJob | ScriptJob,
+        timeout: float,
+        grace: float,
+        env: Mapping[str, str],
+        cwd: str | os.PathLike[str] | None,
+    ) -> Run:
+        _check_world_size(world_size)
+        store = dist.TCPStore(_MASTER, 0, is_master=True, wait_for_workers=False)
+        request = Request(
+            world_size=world_size,
+            job=job,
+            timeout=timeout,
+            grace=grace,
+            environment=_environment(world_size, store.port) | dict(env),
+            path=(str(_REPOSITORY), *(entry for entry in sys.path if entry)),
+            cwd=os.fspath(cwd or os.getcwd()),
+        )
+        return Run(self._ready_control(), request, store)
+
+    def _ready_control(self) -> socket.socket:
+        self.start()
+        assert self._control is not None
+        if not self._ready:
+            self._control.settimeout(_START_SECONDS)
+            answer = b""
+            while answer != b"ready":
+                chunk = self._control.recv(65536)
+                if not chunk:
+                    reason = answer.decode() or "it died without a word; see its stderr"
+                    raise RankFailure(f"the rank pool's server could not start\n{reason}")
+                answer += chunk
+            self._control.settimeout(None)
+            self._ready = True
+        return self._control
+
+
+def _check_world_size(world_size: int) -> None:
+    if not 1 <= world_size <= _MAX_RANKS:
+        raise ValueError(f"world size {world_size} is out of range; expected 1 to {_MAX_RANKS}")
+
+
+def _environment(world_size: int, port: int) -> dict[str, str]:
+    """The test process's environment with torchrun's variables, but for the ranks' own."""
+    interfaces = {name for _, name in socket.if_nameindex()}
+    return {
+        **os.environ,
+        **({"GLOO_SOCKET_IFNAME": "lo"} if "lo" in interfaces else {}),
+        "CUDA_VISIBLE_DEVICES": "",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "MASTER_ADDR": _MASTER,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_RUN_ID": "rank-pool",
+    }
+
+
+def _pickle_call(function: Callable[..., Any], args: object, keywords: object) -> bytes:
+    try:
+        return dumps((function, args, keywords))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(
+            f"{function!r} and its arguments cannot be sent to the ranks ({error}); use a function "
+            "at the top level of a module, and arguments that pickle"
+        ) from error
