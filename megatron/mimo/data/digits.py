@@ -12,6 +12,7 @@ the number in words instead:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -59,9 +60,41 @@ def decode(token_ids: list[int]) -> str:
     return "".join(VOCABULARY[i] if 0 <= i < len(VOCABULARY) else f"<{i}>" for i in answer)
 
 
-def sequence_length(rows_per_image: int) -> int:
-    """Tokens of the longest sample."""
-    return MAX_DIGITS * (1 + rows_per_image) + len(QUESTION) + MAX_DIGITS + 1
+def question_text(sample: Sample) -> str:
+    """The prompt without placeholders, markers and arrow: "seven three what number is this ?"."""
+    shown = set(WORDS + QUESTION) - {"->"}
+    names = (VOCABULARY[token] for token in sample.prompt().token_ids.tolist())
+    return " ".join(name for name in names if name in shown).replace(" ?", "?")
+
+
+def score(samples: Sequence[Sample], answers: Sequence[list[int]]) -> dict[str, float]:
+    """Compare generated answers with the true ones.
+
+    Returns:
+        ``digit_accuracy``: digits of image samples that stand in the answer at their place; digits
+        too many count as wrong. ``exact_match``: image samples answered right as a whole.
+        ``text_exact_match``: the same for samples in words. ``test_samples``: all of them. A share
+        of nothing is NaN.
+    """
+    digits = right_digits = 0
+    whole: dict[bool, list[bool]] = {True: [], False: []}  # by "has images"
+    for sample, answer in zip(samples, answers, strict=True):
+        truth = sample.token_ids[sample.is_label].tolist()[:-1]
+        said = answer[: answer.index(END)] if END in answer else answer
+        whole[bool(sample.media)].append(said == truth)
+        if sample.media:
+            digits += max(len(truth), len(said))
+            right_digits += sum(a == b for a, b in zip(truth, said, strict=False))
+
+    def share(part: int, of: int) -> float:
+        return part / of if of else math.nan
+
+    return {
+        "digit_accuracy": share(right_digits, digits),
+        "exact_match": share(sum(whole[True]), len(whole[True])),
+        "text_exact_match": share(sum(whole[False]), len(whole[False])),
+        "test_samples": len(samples),
+    }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

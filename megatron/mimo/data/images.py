@@ -46,8 +46,7 @@ def decode_image(
         else:
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         pixels_HWC = np.array(image.convert(_MODES[channels]), dtype=np.float32) / 255.0
-    # Pillow and its codecs raise many kinds (SyntaxError and DecompressionBombError among them).
-    except Exception as error:
+    except Exception as error:  # codecs raise nearly every kind, SyntaxError among them
         raise InputError(
             f"{name} does not decode as an image: {error}; replace the file or drop the sample"
         ) from error

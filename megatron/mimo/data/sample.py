@@ -48,6 +48,4 @@ class Sample:
         """The sample up to its first label: what generation starts from."""
         labels = torch.nonzero(self.is_label)
         length = int(labels[0]) if len(labels) else len(self.token_ids)
-        return replace(
-            self, token_ids=self.token_ids[:length], is_label=self.is_label[:length]
-        )
+        return replace(self, token_ids=self.token_ids[:length], is_label=self.is_label[:length])

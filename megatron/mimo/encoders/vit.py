@@ -26,7 +26,7 @@ def encoder_config(
     num_attention_heads: int,
     ffn_hidden_size: int | None = None,
 ) -> TransformerConfig:
-    """An encoder's configuration beside a language model's, for the layout in which they share groups.
+    """An encoder's configuration beside a language model's, where both share process groups.
 
     Precision, activation, initialisation, dropout, recomputation and tensor parallelism are the
     language model's. The encoder runs whole on each tensor-parallel group that has it: no pipeline,
@@ -34,7 +34,9 @@ def encoder_config(
 
     Args:
         language: configuration of the language model.
-        num_layers, hidden_size, num_attention_heads: size of the encoder.
+        num_layers: layers of the encoder.
+        hidden_size: width of its residual stream.
+        num_attention_heads: heads of each layer.
         ffn_hidden_size: width inside the MLP; four times ``hidden_size`` by default.
 
     Raises:
@@ -164,7 +166,10 @@ class VisionTransformer(MegatronModule):
         Raises:
             InputError: the images have another shape or dtype.
         """
-        if tuple(pixel_values.shape[1:]) != self.image_shape or not pixel_values.is_floating_point():
+        if (
+            tuple(pixel_values.shape[1:]) != self.image_shape
+            or not pixel_values.is_floating_point()
+        ):
             raise InputError(
                 f"pixel_values is {pixel_values.dtype} {list(pixel_values.shape)}; expected "
                 f"floating point [N, {', '.join(map(str, self.image_shape))}]"
