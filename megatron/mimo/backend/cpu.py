@@ -34,7 +34,7 @@ def apply() -> None:
     later. A process forked afterwards inherits the patches.
 
     Raises:
-        RuntimeError: this process has used CUDA, so that tensors and groups of both kinds would mix.
+        RuntimeError: this process has used CUDA: its tensors and groups would mix with the CPU's.
     """
     global _applied
     if _applied:
@@ -52,15 +52,15 @@ def apply_defect_patches() -> None:
 
 def _refuse_live_cuda() -> None:
     remedy = "select the backend before anything touches CUDA, or start a new process"
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise RuntimeError(
             "the CPU backend cannot be applied: CUDA is initialised in this process, expected it "
             f"untouched; {remedy}"
         )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         backend = torch.distributed.get_backend()
-        if backend != "gloo":
+        if "nccl" in backend:
             raise RuntimeError(
                 "the CPU backend cannot be applied: the default process group uses "
-                f"{backend!r}, expected 'gloo' or none; {remedy}"
+                f"{backend!r}, expected 'gloo' or no group; {remedy}"
             )

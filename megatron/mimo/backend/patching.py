@@ -107,7 +107,8 @@ def _is_patched_module(name: str) -> bool:
 
 def _loaded_modules() -> Iterator[ModuleType]:
     """The ``megatron.*`` modules whose execution has finished."""
-    for name, module in list(sys.modules.items()):
+    modules: list[tuple[str, Any]] = list(sys.modules.items())
+    for name, module in modules:
         initializing = getattr(getattr(module, "__spec__", None), "_initializing", False)
         if _is_patched_module(name) and isinstance(module, ModuleType) and not initializing:
             yield module

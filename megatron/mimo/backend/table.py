@@ -38,29 +38,19 @@ def _seen(name: str, reason: str, replacement: Callable[[Any], Any]) -> Patch:
 
 _ALLOCATES = 'allocates with device="cuda", a literal in schedules, optimizers and training'
 _STREAMS = "overlap of communication and timers are written with streams and events"
-_STATISTICS = "logged by training; a real call initialises CUDA"
+_STATISTICS = "logged by training and by the straggler detector; read from the driver"
 _DEVICE_RNG = "the device generator: dropout outside and inside the tracker's forks"
 _HOST_RNG = "the host generator, apart from the device's: only one of the TP peers loads data"
 
 _FACTORIES = tuple(
     _seen(name, _ALLOCATES, view.on_cpu)
     for name in (
-        "arange",
         "empty",
         "empty_like",
-        "eye",
-        "full",
-        "full_like",
-        "linspace",
         "ones",
-        "ones_like",
         "rand",
-        "randint",
-        "randn",
         "tensor",
-        "as_tensor",
         "zeros",
-        "zeros_like",
     )
 )
 
@@ -85,7 +75,6 @@ _DEVICES = (
     ),
     _seen("device", "names the device of meta models and of signal handling", _always(view.Device)),
     _seen("autocast", 'the schedules enter autocast("cuda")', view.first_argument_on_cpu),
-    _seen("amp.autocast", 'autocast("cuda"), by its other name', view.first_argument_on_cpu),
 )
 
 _STREAM_PATCHES = (
@@ -93,24 +82,20 @@ _STREAM_PATCHES = (
     _seen("cuda.Event", _STREAMS, _always(view.Event)),
     _seen("cuda.stream", _STREAMS, _always(view.no_context)),
     _seen("cuda.current_stream", _STREAMS, _answer(view.STREAM)),
-    _seen("cuda.default_stream", _STREAMS, _answer(view.STREAM)),
-    _seen("cuda.set_stream", _STREAMS, _answer(None)),
     _seen("cuda.synchronize", "timers and checkpoint writers wait for the device", _answer(None)),
-    _seen("cuda.is_current_stream_capturing", "a real call needs the driver", _answer(False)),
-    _seen("cuda.nvtx.range_push", "profiling ranges", _answer(None)),
-    _seen("cuda.nvtx.range_pop", "profiling ranges", _answer(None)),
+    _seen(
+        "cuda.nvtx.range_push", "profiling ranges; a torch built without CUDA raises", _answer(None)
+    ),
+    _seen(
+        "cuda.nvtx.range_pop", "profiling ranges; a torch built without CUDA raises", _answer(None)
+    ),
 )
 
 _MEMORY = (
-    _seen("cuda.empty_cache", "called around evaluation and checkpoints", _answer(None)),
     _seen("cuda.memory_stats", _STATISTICS, _always(view.memory_statistics)),
     *(
         _seen(f"cuda.{name}", _STATISTICS, _answer(0))
         for name in (
-            "memory_allocated",
-            "max_memory_allocated",
-            "memory_reserved",
-            "max_memory_reserved",
             "device_memory_used",
             "temperature",
             "power_draw",
@@ -129,7 +114,6 @@ _RANDOM = (
     _seen("get_rng_state", _HOST_RNG, _always(view.get_host_rng_state)),
     _seen("set_rng_state", _HOST_RNG, _always(view.set_host_rng_state)),
     _seen("manual_seed", "seeds both generators", _always(view.seed_everything)),
-    _seen("Generator", "generators of the device", _always(view.Generator)),
     Patch(
         name="rng lazy call",
         target="megatron.core.tensor_parallel.random:_lazy_call",
@@ -193,7 +177,7 @@ _GLOO = (
         Patch(
             name=f"{module}.new_group",
             target=f"{module}:new_group",
-            reason='"nccl" is a literal in bridges; a fast member can destroy a group in the making',
+            reason='bridges ask for "nccl"; a fast member can destroy a group in the making',
             replacement=gloo.connected_on_return,
         )
         for module in ("torch.distributed.distributed_c10d", "torch.distributed")
@@ -222,7 +206,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         name="Tensor.cuda",
         target="torch:Tensor.cuda",
-        reason="models, batches and checkpoints are moved with .cuda(); without CUDA it only raises",
+        reason="models, batches and checkpoints are moved with .cuda(), which raises",
         replacement=_always(view.stay),
     ),
     Patch(
@@ -245,6 +229,12 @@ PATCHES: tuple[Patch, ...] = (
     *_CPU_TYPES,
     *_AUTOCAST,
     *_GLOO,
+    Patch(
+        name="tensors loaded in parallel",
+        target="megatron.core.dist_checkpointing.mapping:ShardedTensor.init_data",
+        reason='a parallel load allocates by init_data("cuda") what it receives from its peers',
+        replacement=view.second_argument_on_cpu,
+    ),
     *_DEFECTS,
 )
 """What :func:`megatron.mimo.backend.cpu.apply` applies, in this order."""

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import ModuleType, SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -38,8 +38,6 @@ def build_view() -> ModuleType:
     cuda.random = ModuleType("torch.cuda.random")  # type: ignore[attr-defined]
     cuda.nvtx = ModuleType("torch.cuda.nvtx")  # type: ignore[attr-defined]
     vars(view)["cuda"] = cuda
-    vars(view)["amp"] = ModuleType("torch.amp", torch.amp.__doc__)
-    vars(view.amp).update(vars(torch.amp))
     return view
 
 
@@ -62,19 +60,24 @@ def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     return create
 
 
-def first_argument_on_cpu(constructor: Callable[..., Any]) -> Callable[..., Any]:
-    """``constructor`` with a leading (or ``device``/``device_type`` keyword) "cuda" as "cpu"."""
+def first_argument_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with a first argument that means CUDA read as "cpu"."""
 
-    @functools.wraps(constructor, updated=())
-    def create(*args: Any, **keywords: Any) -> Any:
-        if args and is_cuda(args[0]):
-            args = ("cpu", *args[1:])
-        for name in ("device", "device_type"):
-            if is_cuda(keywords.get(name)):
-                keywords[name] = "cpu"
-        return constructor(*args, **keywords)
+    @functools.wraps(function, updated=())
+    def call(device: Any, *args: Any, **keywords: Any) -> Any:
+        return function("cpu" if is_cuda(device) else device, *args, **keywords)
 
-    return create
+    return call
+
+
+def second_argument_on_cpu(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` with a first argument after ``self`` that means CUDA read as "cpu"."""
+
+    @functools.wraps(method)
+    def call(self: Any, device: Any, *args: Any, **keywords: Any) -> Any:
+        return method(self, "cpu" if is_cuda(device) else device, *args, **keywords)
+
+    return call
 
 
 class _DeviceType(type):
@@ -90,25 +93,8 @@ class Device(metaclass=_DeviceType):
     """``torch.device`` for ``isinstance`` and calls; "cuda", with any index, is the CPU."""
 
 
-class _GeneratorType(type):
-    def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, torch.Generator)
-
-    def __call__(cls, device: object = None) -> torch.Generator:
-        return torch.Generator(CPU if device is None or is_cuda(device) else device)  # type: ignore[arg-type]
-
-    def __getattr__(cls, name: str) -> Any:
-        return getattr(torch.Generator, name)
-
-
-class Generator(metaclass=_GeneratorType):
-    """``torch.Generator`` for ``isinstance``, ``hasattr`` and calls; always on the CPU."""
-
-
 class Stream:
     """A stream on which everything has already run."""
-
-    cuda_stream = 0
 
     def __init__(self, device: object = None, priority: int = 0, **_: Any) -> None:
         self.device = CPU
@@ -128,21 +114,11 @@ class Stream:
     def synchronize(self) -> None:
         """Nothing to wait for."""
 
-    def query(self) -> bool:
-        """True: all work is done."""
-        return True
-
     def record_event(self, event: Event | None = None) -> Event:
         """``event`` (a new one by default), recorded now."""
         event = event if event is not None else Event()
         event.record(self)
         return event
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 class Event:
