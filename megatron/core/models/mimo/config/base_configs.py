@@ -1,0 +1,86 @@
+"""The description of a multimodal model: validated once, here, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+if TYPE_CHECKING:
+    from megatron.core.hyper_comm_grid import HyperCommGrid
+
+KV_FORMATS = ("sbhd", "thd")
+TEXT = "text"  # the stream of ordinary tokens; no modality may take its name
+_RESERVED_NAMES = (TEXT, MIMO_LANGUAGE_MODULE_KEY)
+
+
+@dataclass
+class MimoModelConfig:
+    """What a ``MimoModel`` is built from.
+
+    The fields are positional for scripts written against megatron-core 0.19.
+
+    Args:
+        language_model_spec: spec of the language model; its ``params`` hold ``config``
+            (a ``TransformerConfig``) and, under pipeline parallelism, ``pre_process`` and
+            ``post_process``.
+        modality_submodules_spec: modality name -> spec of its ``ModalitySubmodules``.
+        special_token_ids: modality name -> placeholder token id. Any integer that is not a text
+            token; negative ids (-200) are fine because placeholders are never looked up.
+        module_to_grid_map: module name -> process grid, for layouts in which modules have
+            grids of their own; None for the uniform layout.
+        kv_format: "sbhd", or "thd" for packed sequences.
+
+    Raises:
+        ConfigError: (a ``ValueError``) names that are reserved, placeholder ids that are shared
+            or not integers, an unknown ``kv_format``, a grid map whose keys are not the modules.
+    """
+
+    language_model_spec: ModuleSpec = field(default_factory=ModuleSpec)
+    modality_submodules_spec: dict[str, ModuleSpec] = field(default_factory=dict)
+    special_token_ids: dict[str, int] = field(default_factory=dict)
+    module_to_grid_map: dict[str, HyperCommGrid] | None = None
+    kv_format: str = "sbhd"
+
+    def __post_init__(self) -> None:
+        if self.kv_format not in KV_FORMATS:
+            raise ConfigError(f"kv_format is {self.kv_format!r}; expected one of {KV_FORMATS}")
+        for name in self.modality_submodules_spec:
+            if name in _RESERVED_NAMES or not name or "." in name:
+                raise ConfigError(
+                    f"a modality cannot be called {name!r}: {', '.join(_RESERVED_NAMES)} are "
+                    "reserved and a name has no dot; rename the key in modality_submodules_spec"
+                )
+        _check_special_token_ids(self.special_token_ids)
+        if self.module_to_grid_map:
+            _check_grid_names(self.module_to_grid_map, self.modality_submodules_spec)
+
+
+def _check_special_token_ids(special_token_ids: Mapping[str, int] | None) -> None:
+    owner: dict[int, str] = {}
+    for name, token_id in (special_token_ids or {}).items():
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise ConfigError(
+                f"special_token_ids[{name!r}] is {token_id!r} ({type(token_id).__name__}); "
+                "expected an integer token id"
+            )
+        if token_id in owner:
+            raise ConfigError(
+                f"modalities {owner[token_id]!r} and {name!r} share the placeholder token id "
+                f"{token_id}; give each modality an id of its own"
+            )
+        owner[token_id] = name
+
+
+def _check_grid_names(grids: Mapping[str, object], modalities: Mapping[str, object]) -> None:
+    expected = {*modalities, MIMO_LANGUAGE_MODULE_KEY}
+    if set(grids) != expected:
+        raise ConfigError(
+            "module_to_grid_map keys must match the modality names and "
+            f"{MIMO_LANGUAGE_MODULE_KEY!r}. Missing: {sorted(expected - set(grids))}, "
+            f"Extra: {sorted(set(grids) - expected)}"
+        )

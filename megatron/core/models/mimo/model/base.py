@@ -1,0 +1,319 @@
+"""MimoModel: encoders, text embedding and language model as one Megatron module.
+
+Legend: S sequence, B micro-batch, H hidden, N rows of one stream, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from megatron.core.models.mimo.alignment import (
+    AlignmentPlan,
+    build_alignment_plan,
+    check_input_ids,
+    plan_from_indices,
+)
+from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig, RankRole
+from megatron.core.models.mimo.errors import InputError, UnsupportedError
+from megatron.core.models.mimo.model.build import (
+    accepts,
+    build_partition_adapter,
+    language_config,
+    refuse_grids,
+)
+from megatron.core.models.mimo.model.freezing import modules_of, part_names
+from megatron.core.models.mimo.model.inputs import (
+    ModalityInputs,
+    check_count,
+    check_modality_names,
+    is_empty,
+    packed_params,
+    require_token_id,
+)
+from megatron.core.models.mimo.model.streams import EmbedsStreams, Rows
+from megatron.core.models.mimo.model.wrapped_modules import WrappedModules
+from megatron.core.models.mimo.submodules.state import Offsets, own_state, sharded_state
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from megatron.core.utils import unwrap_model
+
+# What schedules, gradient finalisation and CUDA graph capture look up on the outermost module.
+_ASKED_OF_LANGUAGE_MODEL = frozenset(
+    {
+        "decoder",
+        "post_process",
+        "pre_process",
+        "share_embeddings_and_output_weights",
+        "shared_embedding_or_output_weight",
+    }
+)
+
+
+class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
+    """A language model that reads text and the rows of modality encoders.
+
+    Every occurrence of a modality's special token in ``input_ids`` takes one row of that
+    modality, batch-major and left to right. Encoders are built where the language model's
+    embedding is: on the first pipeline stage.
+
+    Args:
+        mimo_config: what to build.
+        cp_group, tp_group: process groups that cut the sequence; None for Megatron's global ones.
+
+    Attributes:
+        modality_submodules: modality -> ``ModalitySubmodules``, those of this rank.
+        language_model: this rank's part of the language model.
+        role: which modules this rank runs.
+        partition_adapter: cuts sequences; None without context or sequence parallelism.
+
+    Raises:
+        ConfigError: (a ``ValueError``) the language model's spec holds no ``config``.
+        UnsupportedError: (a ``RuntimeError``) module grids; sequence parallelism with an
+            embedding that scatters by itself.
+    """
+
+    def __init__(
+        self,
+        mimo_config: MimoModelConfig,
+        cp_group: ProcessGroup | None = None,
+        tp_group: ProcessGroup | None = None,
+    ) -> None:
+        refuse_grids(mimo_config)
+        super().__init__(language_config(mimo_config))
+        self.mimo_config = mimo_config
+        self.special_token_ids = dict(mimo_config.special_token_ids or {})
+        self.colocated_comms: dict[tuple[str, str], Any] = {}
+        self.input_tensors: Any = None
+        params = mimo_config.language_model_spec.params
+        self.role = RankRole.uniform(
+            mimo_config.modality_submodules_spec,
+            pre_process=params.get("pre_process", True),
+            post_process=params.get("post_process", True),
+        )
+        self.partition_adapter = build_partition_adapter(mimo_config, cp_group, tp_group)
+        self.modality_submodules = torch.nn.ModuleDict()
+        for name in self.role.modality_module_names:
+            spec = mimo_config.modality_submodules_spec[name]
+            self.modality_submodules[name] = spec.module.from_spec(
+                spec, is_first_stage=True, is_last_stage=True
+            )
+        self.language_model = build_module(mimo_config.language_model_spec)
+        self._takes_loss_mask = accepts(self.language_model.forward, "loss_mask")
+        self._refuse_scattering_embedding()
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the language model where Megatron asks the outermost module."""
+        if name in _ASKED_OF_LANGUAGE_MODEL:
+            return getattr(unwrap_model(super().__getattr__("language_model")), name)
+        return super().__getattr__(name)
+
+    def freeze(self, *names: str, frozen: bool = True) -> None:
+        """Exclude parts of the model from training; call it before the optimizer is built.
+
+        Args:
+            names: "language", a modality ("images"), or a part of one ("images.encoders",
+                "images.encoders.vit", "images.projections"). Every rank gives the same names;
+                parts that another pipeline stage holds are known too.
+            frozen: False makes them trainable again.
+
+        Raises:
+            ConfigError: no such part; the message lists those that exist.
+        """
+        known = part_names(self.mimo_config.modality_submodules_spec)
+        for name in names:
+            for module in modules_of(name, self.language_model, self.modality_submodules, known):
+                module.requires_grad_(not frozen)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the hidden states of the previous stage; they are used by the next forward only.
+
+        Args:
+            input_tensor: [S_local, B, H], a list of one, or ``{"language": tensor}``.
+        """
+        if isinstance(input_tensor, list):
+            input_tensor = input_tensor[0]
+        if isinstance(input_tensor, dict):
+            input_tensor = {
+                name: value[0] if isinstance(value, list) and len(value) == 1 else value
+                for name, value in input_tensor.items()
+            }
+        self.input_tensors = input_tensor
+        hidden = input_tensor
+        if isinstance(input_tensor, dict):
+            hidden = input_tensor.get(MIMO_LANGUAGE_MODULE_KEY)
+        if hasattr(self.language_model, "set_input_tensor"):
+            self.language_model.set_input_tensor(hidden)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        modality_inputs: ModalityInputs | None = None,
+        packing_kwargs: Mapping[str, Any] | None = None,
+        modality_token_indices: Mapping[str, torch.Tensor] | None = None,
+        alignment_plan: AlignmentPlan | None = None,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """Run this rank's part of the model.
+
+        Args:
+            input_ids: long [B, S]; only the first stage reads them.
+            position_ids: long [B, S], or [3, B, S] for multimodal RoPE.
+            attention_mask: as the language model takes it; None under context parallelism.
+            loss_mask: float [B, S].
+            labels: long [B, S], already shifted.
+            modality_inputs: ``{modality: {encoder: {argument: tensor}}}``. A modality that is
+                left out, or whose tensors are empty, has no rows in this micro-batch.
+            packing_kwargs: arguments of ``PackedSeqParams`` for packed sequences.
+            modality_token_indices: ``{name: flat batch-major positions}`` for "text" and every
+                modality, in place of a plan.
+            alignment_plan: from ``build_alignment_plan``, made on the host; with it nothing here
+                waits for the device. Without either, the plan is derived from ``input_ids``.
+
+        Returns:
+            ``(output, loss_mask)``. On the last stage output is the loss per token [B, S], or
+            logits [B, S, V] without labels; on others the hidden states [S_local, B, H].
+            ``loss_mask`` is this context-parallel rank's part.
+
+        Raises:
+            InputError: (a ``ValueError``) inputs that do not fit the model or each other.
+        """
+        check_modality_names(modality_inputs, self.mimo_config.modality_submodules_spec)
+        if not self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
+            return self._forward_language_module(
+                input_ids,
+                position_ids,
+                attention_mask,
+                loss_mask,
+                labels,
+                {},
+                packing_kwargs,
+            )
+        plan = self._plan(input_ids, modality_token_indices, alignment_plan)
+        rows = self._forward_encoders(input_ids, modality_inputs, None)
+        for name, count in plan.counts.items():
+            check_count(name, count, rows[name].size(0) if name in rows else 0)
+        arguments = (
+            input_ids, position_ids, attention_mask, loss_mask, labels, rows, packing_kwargs
+        )  # fmt: skip
+        if type(self)._forward_language_module is not MimoModel._forward_language_module:
+            return self._forward_language_module(*arguments)
+        return self._forward_language_module(*arguments, alignment_plan=plan)
+
+    def _plan(
+        self,
+        input_ids_BS: torch.Tensor | None,
+        indices: Mapping[str, torch.Tensor] | None,
+        plan: AlignmentPlan | None,
+    ) -> AlignmentPlan:
+        if input_ids_BS is None:
+            raise InputError("input_ids are None; the first pipeline stage reads them as [B, S]")
+        check_input_ids(input_ids_BS)
+        if plan is None and indices is not None:
+            return plan_from_indices(input_ids_BS, indices)
+        if plan is None:
+            vocab_size = getattr(unwrap_model(self.language_model), "vocab_size", None)
+            return build_alignment_plan(input_ids_BS, self.special_token_ids, vocab_size=vocab_size)
+        whole = plan.group or plan
+        held = input_ids_BS.size(1) if whole.positions_S is None else whole.sequence_length
+        if (plan.batch_size, whole.sequence_length) != (input_ids_BS.size(0), held):
+            raise InputError(
+                f"alignment_plan is for [B, S] = [{plan.batch_size}, {whole.sequence_length}] and "
+                f"input_ids are {list(input_ids_BS.shape)}; make the plan from these input_ids"
+            )
+        return plan
+
+    def _forward_encoders(
+        self,
+        input_ids: torch.Tensor | None,
+        modality_inputs: ModalityInputs | None,
+        input_tensors: Rows | None,
+    ) -> Rows:
+        """Rows [N, H] of every modality that has inputs in this micro-batch."""
+        rows = {}
+        for name, submodule in self.modality_submodules.items():
+            inputs = (modality_inputs or {}).get(name)
+            hidden = (input_tensors or {}).get(name)
+            if hidden is None and is_empty(inputs):
+                continue
+            require_token_id(name, self.special_token_ids)
+            encoded = submodule(
+                encoder_inputs=inputs if hidden is None else None, hidden_states=hidden
+            )
+            if encoded is not None:
+                rows[name] = encoded
+        return rows
+
+    def _forward_language_module(
+        self,
+        input_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        input_tensors: Rows | None,
+        packing_kwargs: Mapping[str, Any] | None = None,
+        *,
+        alignment_plan: AlignmentPlan | None = None,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """Merge the rows in ``input_tensors`` with text and run the language model."""
+        adapter = self.partition_adapter
+        if attention_mask is not None and adapter is not None and adapter.cfg.use_cp:
+            raise UnsupportedError(
+                "context parallelism requires attention_mask=None: a dense mask does not follow "
+                "the sequence's cut; use the causal mask type or packing_kwargs"
+            )
+        packed = packed_params(packing_kwargs)
+        embeddings_SBH = None
+        if self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
+            plan = alignment_plan or self._plan(input_ids, None, None)
+            embeddings_SBH = self._embed(input_ids, position_ids, input_tensors or {}, plan, packed)
+        elif self.input_tensors is None:
+            raise InputError(
+                "no hidden states have arrived from the previous pipeline stage; call "
+                "set_input_tensor before every forward"
+            )
+        if adapter is not None:
+            _, labels, loss_mask, packed = adapter.shard(None, labels, loss_mask, packed)
+        extra = {"loss_mask": loss_mask} if self._takes_loss_mask else {}
+        output = self.language_model(
+            input_ids=None,
+            position_ids=position_ids,
+            decoder_input=embeddings_SBH,
+            labels=labels,
+            attention_mask=attention_mask,
+            packed_seq_params=packed,
+            **extra,
+        )
+        self._forget_input_tensor()
+        return output, loss_mask
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: Offsets = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Sharded state of the language model and the modalities of this rank."""
+        metadata = ensure_metadata_has_dp_cp_group(dict(metadata or {}))
+        state = own_state(self, prefix, sharded_offsets, metadata)
+        for name, child in self.named_children():
+            state.update(sharded_state(child, f"{prefix}{name}.", sharded_offsets, metadata))
+        return state
+
+    def destroy(self) -> None:
+        """Release process groups that this model owns; the uniform layout owns none."""
+        self.colocated_comms.clear()
+
+    def _forget_input_tensor(self) -> None:
+        if self.input_tensors is None:
+            return
+        self.input_tensors = None
+        self.language_model.set_input_tensor([None])

@@ -1,0 +1,88 @@
+"""Checks of what a batch brings, before anything is computed from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+
+from megatron.core.models.mimo.errors import ConfigError, InputError, PlaceholderMismatchError
+from megatron.core.packed_seq_params import PackedSeqParams
+
+ModalityInputs = Mapping[str, Mapping[str, Mapping[str, Any]] | None]
+
+
+def check_modality_names(modality_inputs: ModalityInputs | None, known: Iterable[str]) -> None:
+    """Raise ``InputError`` for inputs of a modality that the model does not have."""
+    known = list(known)
+    for name in modality_inputs or {}:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(
+                f"modality_inputs name {name!r}, but the model has the modalities {known}{hint}"
+            )
+
+
+def is_empty(inputs: Mapping[str, Mapping[str, Any]] | None) -> bool:
+    """True where a modality's inputs hold no data: None, {}, or only tensors without elements."""
+    if not inputs:
+        return True
+    tensors = [
+        value
+        for arguments in inputs.values()
+        for value in arguments.values()
+        if torch.is_tensor(value)
+    ]
+    return bool(tensors) and all(tensor.numel() == 0 for tensor in tensors)
+
+
+def check_count(modality: str, placeholders: int, rows: int) -> None:
+    """Raise ``PlaceholderMismatchError`` unless every placeholder has a row and every row one."""
+    if placeholders != rows:
+        remedy = "the batch lacks inputs" if placeholders > rows else "the batch lacks placeholders"
+        raise PlaceholderMismatchError(
+            f"Number of {modality} tokens ({placeholders}) does not match number of {modality} "
+            f"embeddings ({rows}); {remedy}, or they were cut apart: each placeholder token in "
+            "input_ids takes exactly one row",
+            modality=modality,
+            placeholders=placeholders,
+            rows=rows,
+        )
+
+
+def check_rows(modality: str, rows: torch.Tensor, hidden_size: int, dtype: torch.dtype) -> None:
+    """Raise ``InputError`` unless rows are [N, hidden_size] in the text embedding's dtype."""
+    if rows.dim() != 2 or rows.size(1) != hidden_size:
+        raise InputError(
+            f"{modality} embeddings have shape {tuple(rows.shape)}; the language model's "
+            f"hidden_size is {hidden_size}, so [N, {hidden_size}] is expected: let the "
+            "projection end in that width"
+        )
+    if rows.dtype != dtype:
+        raise InputError(
+            f"{modality} embeddings are {rows.dtype} and text embeddings {dtype}; build encoder "
+            "and language model with the same params_dtype, or cast in the projection"
+        )
+
+
+def require_token_id(modality: str, special_token_ids: Mapping[str, int]) -> None:
+    """Raise ``ConfigError`` for a modality whose placeholder token is not known."""
+    if modality not in special_token_ids:
+        raise ConfigError(
+            f"No special token ID defined for modality {modality}; special_token_ids has "
+            f"{sorted(special_token_ids)}"
+        )
+
+
+def packed_params(packing_kwargs: Mapping[str, Any] | None) -> PackedSeqParams | None:
+    """THD parameters from keyword arguments (cumulative lengths as int32); None for None."""
+    if packing_kwargs is None:
+        return None
+    arguments = {
+        key: value.to(torch.int32) if "cu_seqlens" in key and value is not None else value
+        for key, value in packing_kwargs.items()
+    }
+    return PackedSeqParams(**{**arguments, "qkv_format": "thd"})

@@ -1,0 +1,69 @@
+"""What a training loop asks of a model whose modules carry their own data-parallel wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from megatron.core.distributed import DistributedDataParallel
+
+
+class WrappedModules(nn.Module):
+    """Hands data-parallel calls on to the modules that are wrapped; a mixin of ``MimoModel``.
+
+    Each call reaches only wrappers whose overlap option needs it, and is a no-op for a model
+    wrapped as a whole.
+    """
+
+    language_model: nn.Module | None
+    modality_submodules: nn.ModuleDict
+
+    def _wrapped(self, option: str | None = None) -> Iterator[Any]:
+        for module in (self.language_model, *self.modality_submodules.values()):
+            if isinstance(module, DistributedDataParallel) and (
+                option is None or getattr(module.ddp_config, option)
+            ):
+                yield module
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Hold back overlapped gradient reductions, as for all but the last micro-batch."""
+        with ExitStack() as stack:
+            for module in self._wrapped("overlap_grad_reduce"):
+                stack.enter_context(module.no_sync())
+            yield
+
+    def enable_forward_pre_hook(self) -> None:
+        """Wait for gathered parameters in the forward pass."""
+        for module in self._wrapped("overlap_param_gather"):
+            module.enable_forward_pre_hook()
+
+    def disable_forward_pre_hook(self, param_sync: bool = True) -> None:
+        """Stop waiting for gathered parameters; with ``param_sync``, gather them now."""
+        for module in self._wrapped("overlap_param_gather"):
+            module.disable_forward_pre_hook(param_sync=param_sync)
+
+    def start_param_sync(
+        self, *unused: Any, force_sync: bool = False, force_dispatch: bool = False
+    ) -> None:
+        """Begin to gather parameters; positional arguments of the hook's caller are not needed."""
+        for module in self._wrapped("overlap_param_gather"):
+            module.start_param_sync(force_sync=force_sync, force_dispatch=force_dispatch)
+
+    def start_grad_sync(self, *unused: Any) -> None:
+        """Begin to reduce gradients; positional arguments of the hook's caller are not needed."""
+        for module in self._wrapped("overlap_grad_reduce"):
+            module.start_grad_sync()
+
+    def free_overlap_buffers(self) -> None:
+        """Release the buffers of parameter gathering."""
+        for module in self._wrapped("overlap_param_gather"):
+            module.free_overlap_buffers()
+
+    def zero_grad_buffer(self) -> None:
+        """Zero every wrapped module's gradient buffer."""
+        for module in self._wrapped():
+            module.zero_grad_buffer()

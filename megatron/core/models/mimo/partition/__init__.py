@@ -1,0 +1,1 @@
+"""Cutting sequences for context and sequence parallelism."""

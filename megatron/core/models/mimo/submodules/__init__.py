@@ -1,0 +1,1 @@
+"""One modality: encoders -> combine -> project."""

@@ -1,0 +1,76 @@
+"""Sharded state of modules that may or may not know Megatron's tensor parallelism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from megatron.core import parallel_state
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+
+Offsets = tuple[tuple[int, int, int], ...]
+
+
+def sharded_state(
+    module: torch.nn.Module,
+    prefix: str = "",
+    sharded_offsets: Offsets = (),
+    metadata: dict[str, Any] | None = None,
+    *,
+    tp_group: ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """State of ``module`` as sharded tensors, whatever it is made of.
+
+    A module that has ``sharded_state_dict`` is asked. Any other keeps its own parameters and
+    buffers as replicas over ``tp_group`` (only its first rank writes them) and is descended
+    into, so that a plain container of tensor-parallel layers is sharded too.
+
+    Args:
+        module: any module; DDP and precision wrappers must be taken off before.
+        prefix: of every key.
+        sharded_offsets: dimensions that an outer module has added.
+        metadata: Megatron's; ``dp_cp_group`` is read from it.
+        tp_group: tensor-parallel group; None for Megatron's global one.
+    """
+    metadata = ensure_metadata_has_dp_cp_group(metadata)
+    if hasattr(module, "sharded_state_dict"):
+        state: dict[str, Any] = sharded_state_dict_default(
+            module, prefix, sharded_offsets, metadata
+        )
+        return state
+    state = own_state(module, prefix, sharded_offsets, metadata, tp_group=tp_group)
+    for name, child in module.named_children():
+        state.update(
+            sharded_state(child, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group)
+        )
+    return state
+
+
+def own_state(
+    module: torch.nn.Module,
+    prefix: str,
+    sharded_offsets: Offsets,
+    metadata: dict[str, Any],
+    *,
+    tp_group: ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """The module's own parameters, buffers and extra state, children left out, as replicas."""
+    if tp_group is None:
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+    plain: dict[str, Any] = {}
+    module._save_to_state_dict(plain, "", keep_vars=True)
+    state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        plain,
+        prefix,
+        {},
+        sharded_offsets,
+        tp_group=tp_group,
+        dp_cp_group=metadata["dp_cp_group"],
+    )
+    return state
