@@ -1,0 +1,170 @@
+"""Which checkpoint a run may start from, and how many of them stay on disk.
+
+Megatron writes ``iter_0000100/``: first the ``*.distcp`` files, then ``.metadata`` that indexes
+them, then ``metadata.json``, and at last the tracker file with the number 100. A run that is
+killed leaves any prefix of this; nothing but a directory that passes ``problem`` is ever loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+from megatron.core.models.mimo.errors import ConfigError
+
+__all__ = ["TRACKER", "checkpoints", "choose", "problem", "prune", "write_text"]
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_NAME = re.compile(r"iter_(\d{7,})")
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The iteration directories of ``folder``, oldest first, complete or not."""
+    if not folder.is_dir():
+        return {}
+    found = {}
+    for path in folder.iterdir():
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def problem(path: Path) -> str | None:
+    """What keeps a checkpoint directory from being loaded; None when it is complete.
+
+    Checks that all parts exist with the sizes its index gives, not the bytes in them
+    (``--verify-integrity`` does).
+    """
+    if not path.is_dir():
+        return "it does not exist"
+    if any(path.glob("mp_rank_0*")):
+        return None  # written with --ckpt-format torch, which has no index to check
+    if not (path / ".metadata").is_file():
+        return "its index (.metadata) is missing: writing it was interrupted"
+    if not (path / "metadata.json").is_file():
+        return "metadata.json is missing: writing it was interrupted"
+    from torch.distributed.checkpoint import FileSystemReader
+
+    try:
+        index = FileSystemReader(path).read_metadata().storage_data or {}
+    except Exception as error:  # a damaged pickle raises anything
+        return f"its index (.metadata) cannot be read: {type(error).__name__}: {error}"
+    needed: dict[str, int] = {}
+    for part in index.values():
+        end = part.offset + part.length
+        needed[part.relative_path] = max(needed.get(part.relative_path, 0), end)
+    for name, size in sorted(needed.items()):
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        actual = (path / name).stat().st_size
+        if actual < size:
+            return f"{name} has {actual} bytes, expected {size}: it is cut off"
+    return None
+
+
+def choose(args: Namespace, *, repair: bool) -> tuple[int | None, str | None]:
+    """Find the checkpoint to start from, in ``args.load``.
+
+    Args:
+        args: parsed arguments; ``explicit_load`` says that the user named the directory.
+        repair: rewrite the tracker file when it does not name the chosen checkpoint (one rank
+            only; the others come to the same answer before and after).
+
+    Returns:
+        The iteration (None: start from scratch), and a warning to show or None.
+
+    Raises:
+        ConfigError: a directory was named that has no checkpoint, the iteration that was asked
+            for is not there or damaged, or all checkpoints are damaged.
+    """
+    if args.load is None:
+        return None, None
+    folder = Path(args.load)
+    available = checkpoints(folder)
+    tracked = _read_tracker(folder)
+    if args.ckpt_step:
+        _require(folder, args.ckpt_step, available)
+        return args.ckpt_step, None
+    if tracked == "release":
+        return 0, None
+    if tracked is None and not available:
+        if args.explicit_load and args.pretrained_checkpoint is None:
+            raise ConfigError(
+                f"--load {folder}: there is no checkpoint; "
+                "leave --load away to start from scratch, or correct the path"
+            )
+        return None, None
+    wanted = int(tracked) if tracked and tracked.isdigit() else None
+    if wanted is not None:
+        trouble = problem(folder / f"iter_{wanted:07d}")
+        if trouble is None:
+            return wanted, None
+        what = f"checkpoint {folder}/iter_{wanted:07d} is damaged: {trouble}"
+    elif tracked is None:
+        what = f"{folder}/{TRACKER} is missing"
+    else:
+        what = f"{folder}/{TRACKER} is damaged: it says {tracked!r}, expected an iteration"
+    complete = [
+        number for number, path in available.items() if number != wanted and problem(path) is None
+    ]
+    if wanted is None and tracked is None and not complete:
+        return None, f"{folder} holds only unfinished checkpoints; starting from scratch"
+    if not complete:
+        raise ConfigError(
+            f"{what}; no complete checkpoint is left there; "
+            f"restore it, or remove {folder} to start from scratch"
+        )
+    newest = complete[-1]
+    if repair:
+        write_text(folder / TRACKER, str(newest))
+    return newest, f"{what}; using the newest complete one, iteration {newest}"
+
+
+def prune(folder: Path, *, keep: int, retain_interval: int | None) -> None:
+    """Remove the oldest checkpoints but ``keep``, never the one that the tracker names.
+
+    Args:
+        folder: the ``--save`` directory.
+        keep: how many of the newest stay; 0 keeps all.
+        retain_interval: ``--save-retain-interval``: multiples of it stay as well.
+    """
+    tracked = _read_tracker(folder)
+    if keep == 0 or tracked is None or not tracked.isdigit():
+        return
+    done = {number: path for number, path in checkpoints(folder).items() if number <= int(tracked)}
+    for number in list(done)[:-keep]:
+        retained = retain_interval is not None and number % retain_interval == 0
+        if not retained and not done[number].is_symlink():
+            shutil.rmtree(done[number], ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content as a whole: readers see the old text or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    with fresh.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def _read_tracker(folder: Path) -> str | None:
+    try:
+        return (folder / TRACKER).read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+
+
+def _require(folder: Path, step: int, available: dict[int, Path]) -> None:
+    path = folder / f"iter_{step:07d}"
+    trouble = problem(path)
+    if trouble is not None:
+        raise ConfigError(
+            f"--ckpt-step {step}: checkpoint {path} cannot be used: {trouble}; "
+            f"available: {', '.join(map(str, available)) or 'none'}"
+        )

@@ -1,0 +1,216 @@
+"""Endless streams of micro-batches from map-style datasets, positioned by sample count.
+
+The order is a function of the sample number alone: global batch i holds samples
+``[i * global, (i + 1) * global)`` in every layout, and a micro-batch of data-parallel rank r is
+the r-th slice of the next ``micro * dp`` of them. Resuming is starting at another number.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.mimo.recipes.recipe import Batch, Collator, Recipe
+from megatron.mimo.training.broadcast import broadcast_batch
+
+__all__ = ["BatchStream", "MicroBatches", "SampleRange", "dataset_provider"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRange:
+    """Which samples a data-parallel rank reads, micro-batch by micro-batch.
+
+    Attributes:
+        start: number of the first sample of the stream, over all ranks.
+        period: the stream starts over from sample 0 after this many samples (None: never).
+        micro_batch: samples of one micro-batch on one rank.
+        dp_rank, dp_size: this rank among the data-parallel ones.
+    """
+
+    start: int
+    period: int | None
+    micro_batch: int
+    dp_rank: int
+    dp_size: int
+
+    def __iter__(self) -> Iterator[int]:
+        """The first sample number of each of this rank's micro-batches."""
+        at = self.start
+        while True:
+            yield (at if self.period is None else at % self.period) + (
+                self.dp_rank * self.micro_batch
+            )
+            at += self.micro_batch * self.dp_size
+
+
+class MicroBatches(Dataset[Batch]):
+    """Collated micro-batches by the number of their first sample.
+
+    A dataset that is shorter than the run is read again from its start; shuffling is its own
+    business.
+    """
+
+    def __init__(
+        self, split: str, dataset: Dataset[Any], collate: Collator, micro_batch: int
+    ) -> None:
+        self._split = split
+        self._dataset = dataset
+        self._collate = collate
+        self._micro_batch = micro_batch
+        self._length: int = len(dataset)  # type: ignore[arg-type]
+        if self._length == 0:
+            raise ConfigError(f"the {split} dataset is empty; expected at least one sample")
+
+    def __getitem__(self, first: int) -> Batch:
+        samples = []
+        for number in range(first, first + self._micro_batch):
+            index = number % self._length
+            try:
+                samples.append(self._dataset[index])
+            except Exception as error:
+                raise InputError(
+                    f"sample {index} of the {self._split} dataset cannot be read: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+        return self._collate(samples)
+
+
+class BatchStream:
+    """This rank's micro-batches, on its device; ranks of one TP group get the same ones.
+
+    ``next`` is collective over the tensor-parallel group: its first rank reads, the others
+    receive. An error in reading is raised on all of them.
+    """
+
+    def __init__(
+        self,
+        batches: Callable[[], Iterator[Batch]],
+        *,
+        group: torch.distributed.ProcessGroup,
+        device: torch.device,
+        keep: Callable[[Batch], Batch],
+    ) -> None:
+        self._open = batches
+        self._batches: Iterator[Batch] | None = None
+        self._group = group
+        self._device = device
+        self._keep = keep
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> Batch:
+        batch: Batch = broadcast_batch(self._load, self._group, self._device)
+        return batch
+
+    def _load(self) -> Batch:
+        if self._batches is None:
+            self._batches = self._open()
+        return self._keep(next(self._batches))
+
+
+def stage_part(
+    batch: Batch, *, pre_process: bool, post_process: bool, dtype: torch.dtype
+) -> Batch:
+    """Leave out what a pipeline stage has no use for, before it is moved anywhere.
+
+    Floating-point encoder inputs become ``dtype``, the dtype of the model's parameters.
+    """
+    drop = set() if pre_process else {"modality_inputs", "alignment_plan"}
+    drop |= set() if post_process else {"labels", "loss_mask"}
+    part = {name: value for name, value in batch.items() if name not in drop}
+    if part.get("modality_inputs"):
+        part["modality_inputs"] = _cast(part["modality_inputs"], dtype)
+    return part
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _cast(part, dtype) for name, part in value.items()}
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    return value
+
+
+def training_device() -> torch.device:
+    """Where this rank's batches go."""
+    if torch.distributed.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def dataset_provider(recipe: Recipe, args: Namespace) -> Callable[..., tuple[Any, Any, Any]]:
+    """What Megatron's ``pretrain`` calls on every rank to get its three data iterators.
+
+    Ranks of the middle pipeline stages get None: they take hidden states only.
+    """
+    from megatron.core import mpu
+
+    def provide(
+        counts: tuple[int, int | None, int | None], vp_stage: int | None = None
+    ) -> tuple[BatchStream | None, BatchStream | None, BatchStream | None]:
+        first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+        last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+        if not first and not last:
+            return None, None, None
+        train_count, valid_count, test_count = counts
+        datasets = recipe.build_datasets(args, (train_count, valid_count or 0, test_count or 0))
+        collate = recipe.build_collator(args)
+        dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+        device = training_device()
+        keep = partial(
+            stage_part, pre_process=first, post_process=last, dtype=args.params_dtype
+        )
+        # every evaluation reads the same samples, so that its figures can be compared
+        eval_period = max(args.eval_iters, 1) * args.eval_global_batch_size
+
+        def stream(split: str, dataset: Dataset[Any] | None) -> BatchStream | None:
+            if dataset is None:
+                return None
+            training = split == "training"
+            micro_batch = args.micro_batch_size if training else args.eval_micro_batch_size
+            numbers = SampleRange(
+                start=args.consumed_train_samples if training else 0,
+                period=None if training else eval_period,
+                micro_batch=micro_batch,
+                dp_rank=dp_rank,
+                dp_size=dp_size,
+            )
+            batches = MicroBatches(split, dataset, collate, micro_batch)
+            return BatchStream(
+                lambda: iter(_loader(batches, numbers, args.num_workers if training else 0)),
+                group=mpu.get_tensor_model_parallel_group(),
+                device=device,
+                keep=keep,
+            )
+
+        return (
+            stream("training", datasets.train),
+            stream("validation", datasets.valid),
+            stream("test", datasets.test),
+        )
+
+    provide.is_distributed = True  # type: ignore[attr-defined]
+    return provide
+
+
+def _loader(batches: MicroBatches, numbers: SampleRange, workers: int) -> DataLoader[Batch]:
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=numbers,  # type: ignore[arg-type]
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=_one_thread if workers > 0 else None,
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,65 @@
+"""Builds this rank's part of a recipe's model, the way Megatron's ``pretrain`` asks for it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.recipes.recipe import Recipe, Stage
+
+if TYPE_CHECKING:
+    from megatron.core.models.mimo import MimoModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+__all__ = ["ModelBuilder"]
+
+
+class ModelBuilder:
+    """The ``model_provider`` of a run; ``chunks`` holds what it has built, unwrapped."""
+
+    def __init__(self, recipe: Recipe, args: Namespace) -> None:
+        self._recipe = recipe
+        self._args = args
+        self.chunks: list[MimoModel] = []
+
+    def __call__(
+        self,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        config: Any = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> MimoModel:
+        """Build one chunk.
+
+        Raises:
+            ConfigError: the recipe's model breaks the gradient contract, or ``--freeze`` names a
+                module that it does not have.
+        """
+        from megatron.core.models.mimo import MimoModel
+
+        if config is not None:
+            raise ConfigError("a ready transformer config is not supported: the recipe builds it")
+        assert pg_collection is not None, "pretrain passes its process groups"
+        stage = Stage(
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection,
+        )
+        model = MimoModel(
+            self._recipe.build_model(self._args, stage),
+            cp_group=pg_collection.cp,
+            tp_group=pg_collection.tp,
+        )
+        if not model.config.calculate_per_token_loss:
+            raise ConfigError(
+                f"recipe {self._recipe.name!r} builds a model with calculate_per_token_loss=False; "
+                "take it from the arguments (core_transformer_config_from_args does)"
+            )
+        model.pg_collection = pg_collection
+        if self._args.freeze:
+            model.freeze(*self._args.freeze)
+        self.chunks.append(model)
+        return model

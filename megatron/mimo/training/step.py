@@ -1,0 +1,171 @@
+"""The forward step and the loss: one gradient contract for every layout.
+
+The loss of a micro-batch is the plain sum of its per-token losses. Megatron divides the summed
+gradients once, by the number of label positions of the whole global batch, so that neither
+micro-batching nor the parallel layout changes the result.
+
+Shape legend: B micro-batch, S sequence (S_local after context parallelism), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.mimo.recipes.recipe import Batch, Recipe
+
+__all__ = ["build_forward_step", "model_inputs", "sum_loss", "token_losses", "whole_vocabulary"]
+
+LOSS = "lm loss"
+
+LossReport = dict[str, Tensor]
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, LossReport]]
+
+
+def sum_loss(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, LossReport]:
+    """Sum the losses of the label positions.
+
+    Args:
+        loss_mask_BS: float [B, S_local], 1 at label positions.
+        losses_BS: per-token losses, [B, S_local].
+
+    Returns:
+        The sum (0-d, with gradient), the number of label positions (0-d int32), and
+        ``{"lm loss": float32 [sum, number]}`` for the log; no value is read on the host.
+    """
+    mask_N = loss_mask_BS.reshape(-1).float()
+    total = torch.sum(losses_BS.reshape(-1).float() * mask_N)
+    count = mask_N.sum().detach().to(torch.int32)
+    return total, count, {LOSS: torch.stack([total.detach(), count.float()])}
+
+
+def token_losses(logits_BSV: Tensor, labels_BS: Tensor, tp_group: Any) -> Tensor:
+    """Cross-entropy of each token, [B, S], from this rank's shard of the vocabulary.
+
+    Collective over ``tp_group``.
+    """
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    logits_SBV = logits_BSV.transpose(0, 1).float().contiguous()
+    labels_SB = labels_BS.transpose(0, 1).contiguous()
+    losses_SB = vocab_parallel_cross_entropy(logits_SBV, labels_SB, tp_group=tp_group)
+    return losses_SB.transpose(0, 1).contiguous()
+
+
+def whole_vocabulary(logits_BSV: Tensor, vocab_size: int, tp_group: Any) -> Tensor:
+    """Gather vocabulary shards, if they are any; collective over ``tp_group`` then.
+
+    Args:
+        logits_BSV: this rank's shard, or already [B, S, vocab_size].
+        vocab_size: padded size of the whole vocabulary.
+    """
+    if logits_BSV.size(-1) == vocab_size:
+        return logits_BSV
+    shards = [torch.empty_like(logits_BSV) for _ in range(tp_group.size())]
+    torch.distributed.all_gather(shards, logits_BSV.contiguous(), group=tp_group)
+    return torch.cat(shards, dim=-1)
+
+
+def build_forward_step(recipe: Recipe, args: Namespace) -> Callable[..., tuple[Tensor, Any]]:
+    """The function that Megatron's schedules call for each micro-batch.
+
+    It returns the model's output and the function that turns this output, on the last pipeline
+    stage, into the loss. In evaluation the recipe's task metric is reported beside the loss.
+    """
+    from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_timers
+
+    def forward_step(
+        data_iterator: Iterator[Batch] | None, model: torch.nn.Module
+    ) -> tuple[Tensor, LossFunction]:
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        batch = dict(next(data_iterator)) if data_iterator is not None else {}
+        timers("batch-generator").stop()
+        labels_BS = batch.get("labels")
+        # under context parallelism a rank has a part of each sequence only: no metric there
+        whole = recipe.task_metric is not None and args.context_parallel_size == 1
+        evaluate = whole and not torch.is_grad_enabled()
+        if evaluate and labels_BS is not None:
+            logits_BSV, loss_mask_BS = model(**model_inputs(batch, labels=None))
+            tp_group = get_attr_wrapped_model(model, "pg_collection").tp
+            return logits_BSV, partial(
+                _evaluation_report, recipe, args, batch, labels_BS, loss_mask_BS, tp_group
+            )
+        output, loss_mask_BS = model(**model_inputs(batch, labels=labels_BS))
+        return output, partial(_checked_loss, args, loss_mask_BS)
+
+    return forward_step
+
+
+def model_inputs(batch: Batch, labels: Tensor | None) -> dict[str, Any]:
+    return {
+        "input_ids": batch.get("input_ids"),
+        "position_ids": batch.get("position_ids"),
+        "attention_mask": None,
+        "labels": labels,
+        "loss_mask": batch.get("loss_mask"),
+        "modality_inputs": batch.get("modality_inputs"),
+        "alignment_plan": batch.get("alignment_plan"),
+    }
+
+
+def _checked_loss(
+    args: Namespace, loss_mask_BS: Tensor, losses_BS: Tensor
+) -> tuple[Tensor, Tensor, LossReport]:
+    """``sum_loss`` under Megatron's result checks, which read the value where they are on."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    total, count, report = sum_loss(loss_mask_BS, losses_BS)
+    if torch.is_grad_enabled():
+        machine = get_rerun_state_machine()
+        if args.check_for_nan_in_loss_and_grad:
+            machine.validate_result(
+                result=total.detach(),
+                rejection_func=lambda value: not torch.isfinite(value),
+                message="the loss of a micro-batch is NaN or infinite",
+                tolerance=0.0,
+                fatal=True,
+            )
+        if args.check_for_spiky_loss:
+            machine.validate_result(
+                result=total.detach(),
+                rejection_func=partial(
+                    machine.is_unexpectedly_large, threshold=10, context="loss"
+                ),
+                message="the loss of a micro-batch jumped",
+                tolerance=0.0,
+                fatal=False,
+            )
+    return total, count, report
+
+
+def _evaluation_report(
+    recipe: Recipe,
+    args: Namespace,
+    batch: Batch,
+    labels_BS: Tensor,
+    loss_mask_BS: Tensor,
+    tp_group: Any,
+    logits_BSV: Tensor,
+) -> tuple[Tensor, Tensor, LossReport]:
+    assert recipe.task_metric is not None
+    whole_BSV = whole_vocabulary(logits_BSV, args.padded_vocab_size, tp_group)
+    if whole_BSV is logits_BSV:
+        losses_BS = F.cross_entropy(
+            logits_BSV.float().flatten(0, 1), labels_BS.flatten(), reduction="none"
+        ).view_as(labels_BS)
+    else:
+        losses_BS = token_losses(logits_BSV, labels_BS, tp_group)
+    total, count, report = sum_loss(loss_mask_BS, losses_BS)
+    for name, (value, number) in recipe.task_metric(whole_BSV, batch).items():
+        report[name] = torch.stack(
+            [torch.as_tensor(part, device=total.device).float() for part in (value, number)]
+        )
+    return total, count, report

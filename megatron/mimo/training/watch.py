@@ -1,0 +1,266 @@
+"""Looks over the shoulder of Megatron's training loop.
+
+``pretrain`` has no callbacks, so the functions that it calls once per iteration, evaluation and
+checkpoint are replaced for the time of a run by ones that call them and report. What they compute
+is left as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.core.models.mimo.errors import ConfigError, MimoError
+from megatron.mimo.training.checkpoints import TRACKER, prune
+from megatron.mimo.training.curve import LossCurve
+from megatron.mimo.training.data import training_device
+from megatron.mimo.training.failure import is_disk_full
+from megatron.mimo.training.progress import Console, Pace, format_progress
+from megatron.mimo.training.step import LOSS
+
+__all__ = ["LoopWatch"]
+
+
+class SaveError(MimoError, RuntimeError):
+    """A checkpoint could not be written."""
+
+
+class LoopWatch:
+    """State of the loop as seen from outside: ``iteration``, ``saved`` and the speed."""
+
+    def __init__(self, args: Namespace, console: Console, curve: LossCurve) -> None:
+        self.iteration = 0
+        self.saved: int | None = None
+        self.pace = Pace()
+        self._args = args
+        self._console = console
+        self._curve = curve
+        self._prefix = ""
+        self._evaluating = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Watch every ``pretrain`` within this context."""
+        from megatron.training import training
+
+        replacements: dict[str, Callable[[Any], Any]] = {
+            "train": self._around_train,
+            "training_log": self._around_log,
+            "evaluate_and_print_results": self._around_evaluation,
+            "evaluate": self._around_evaluate,
+            "save_checkpoint": self._around_save,
+            "load_checkpoint": self._around_load,
+        }
+        originals = {name: getattr(training, name) for name in replacements}
+        for name, around in replacements.items():
+            setattr(training, name, around(originals[name]))
+        try:
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(training, name, original)
+
+    def _around_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.pace.start()
+            return train(*args, **kwargs)
+
+        return watched
+
+    def _around_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(
+            loss_dict: dict[str, torch.Tensor],
+            total_loss_dict: dict[str, torch.Tensor],
+            learning_rate: float | None,
+            iteration: int,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            result = training_log(
+                loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs
+            )
+            loss = self._loss_everywhere(loss_dict.get(LOSS))
+            self.iteration = iteration
+            self.pace.step(self._args.consumed_train_samples - self._consumed)
+            self._consumed = self._args.consumed_train_samples
+            self._curve.append(iteration, loss)
+            self._show(loss, learning_rate)
+            return result
+
+        self._consumed = 0
+        return watched
+
+    def _around_evaluation(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(prefix: str, *args: Any, **kwargs: Any) -> Any:
+            self._prefix = prefix
+            self.pace.pause()
+            result = function(prefix, *args, **kwargs)
+            self.pace.resume()
+            return result
+
+        return watched
+
+    def _around_evaluate(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = evaluate(*args, **kwargs)
+            found = result[0] or {}
+            figures = _from_last_stage({name: float(value) for name, value in found.items()})
+            if figures:
+                split = "test" if "test set" in self._prefix else "validation"
+                text = "  ".join(
+                    f"{'loss' if name == LOSS else name} {value:.4f}"
+                    for name, value in figures.items()
+                )
+                self._console.say(f"iteration {self.iteration}  {split}: {text}")
+            return result
+
+        return watched
+
+    def _around_save(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(iteration: int, *args: Any, **kwargs: Any) -> Any:
+            folder = Path(self._args.save)
+            if iteration == self.saved and not kwargs.get("non_persistent_ckpt"):
+                return None  # it is there already, and writing over it would put it at risk
+            self.pace.pause()
+            self._curve.sync()
+            try:
+                with _atomic_tracker(folder, enabled=not self._args.async_save):
+                    result = save(iteration, *args, **kwargs)
+            except BaseException as error:
+                raise self._save_error(iteration, error) from error
+            if not kwargs.get("non_persistent_ckpt"):
+                self.saved = iteration
+                if dist.get_rank() == 0:
+                    prune(
+                        folder,
+                        keep=self._args.keep_checkpoints,
+                        retain_interval=self._args.save_retain_interval,
+                    )
+            self.pace.resume()
+            return result
+
+        return watched
+
+    def _around_load(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            try:
+                iteration, flops = load(*args, **kwargs)
+            except (MimoError, SystemExit):
+                raise
+            except BaseException as error:
+                raise ConfigError(
+                    f"the checkpoint in {self._args.load} cannot be loaded: "
+                    f"{type(error).__name__}: {error}; it is damaged or of another model: choose "
+                    "another one with --ckpt-step, or another --output"
+                ) from error
+            self.iteration = iteration
+            self._consumed = self._args.consumed_train_samples
+            if iteration and self._args.load == self._args.save:
+                self.saved = iteration
+            self._curve.begin(iteration)
+            return iteration, flops
+
+        return watched
+
+    def _loss_everywhere(self, loss: torch.Tensor | None) -> float:
+        """The loss of the last pipeline stage on every stage; collective over the pipeline."""
+        from megatron.core import mpu
+
+        group = mpu.get_pipeline_model_parallel_group()
+        value = torch.full((1,), math.nan, device=training_device())
+        if loss is not None:
+            value[0] = loss.detach().float().reshape(())
+        if group.size() > 1:
+            dist.broadcast(value, group_src=group.size() - 1, group=group)
+        return value.item()
+
+    def _show(self, loss: float, learning_rate: float | None) -> None:
+        args, pace = self._args, self.pace
+        total = args.train_iters
+        extra = {} if learning_rate is None else {"lr": f"{learning_rate:.1e}"}
+        self._console.progress(
+            format_progress(
+                iteration=self.iteration,
+                total=total,
+                loss=None if math.isnan(loss) else loss,
+                samples_per_second=pace.samples_per_second,
+                tokens_per_second=pace.samples_per_second * args.seq_length,
+                seconds_left=pace.seconds_per_iteration * (total - self.iteration),
+                extra=extra,
+            ),
+            milestone=self.iteration % args.log_interval == 0 or self.iteration == total,
+        )
+        if self.iteration == total:
+            self._console.end_progress()
+
+    def _save_error(self, iteration: int, error: BaseException) -> SaveError:
+        folder = self._args.save
+        reason = f"{type(error).__name__}: {error}"
+        if is_disk_full(error):
+            free = shutil.disk_usage(Path(folder)).free
+            reason = f"the disk is full ({free / 2**20:.0f} MiB free)"
+        kept = "there is no earlier one" if self.saved is None else (
+            f"the checkpoint of iteration {self.saved} is intact, and the same command "
+            "continues from it"
+        )
+        return SaveError(
+            f"the checkpoint of iteration {iteration} could not be written to {folder}: "
+            f"{reason}; {kept}"
+        )
+
+
+def _from_last_stage(figures: dict[str, float]) -> dict[str, float]:
+    """The last pipeline stage's figures on every stage; collective over the pipeline."""
+    from megatron.core import mpu
+
+    group = mpu.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return figures
+    box = [figures]
+    dist.broadcast_object_list(box, group_src=group.size() - 1, group=group)
+    return box[0]
+
+
+@contextmanager
+def _atomic_tracker(folder: Path, *, enabled: bool) -> Iterator[None]:
+    """Let Megatron write the tracker file beside its place, and move it there when it is whole."""
+    from megatron.training import checkpointing
+
+    if not enabled:
+        yield
+        return
+    final, fresh = folder / TRACKER, folder / f"{TRACKER}.new"
+    writer = dist.get_rank() == 0
+    if writer and final.is_file():
+        shutil.copy(final, fresh)
+    original = checkpointing.get_checkpoint_tracker_filename
+    checkpointing.get_checkpoint_tracker_filename = lambda path: (
+        str(fresh) if Path(path) == folder else original(path)
+    )
+    try:
+        yield
+    finally:
+        checkpointing.get_checkpoint_tracker_filename = original
+    if writer:
+        _sync(fresh)
+        fresh.replace(final)
+        _sync(folder)
+    dist.barrier()  # no rank goes on while the checkpoint is not the official one
+
+
+def _sync(path: Path) -> None:
+    import os
+
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
