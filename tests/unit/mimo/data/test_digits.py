@@ -99,16 +99,17 @@ TEST = dataset("test")
 
 
 def test_augmentation_keeps_the_range_and_leaves_a_likeness() -> None:
-    images = data.load_images(held_out=False).pixels[::72, 0]  # two of each digit
+    side = data.load_images(held_out=False)
+    images, values = side.pixels[::20, 0], side.values[::20]
     variants = data.augment(images, variants=8, seed=3)
-    assert variants.shape == (20, 8, 1, 8, 8)
+    assert variants.shape == (len(images), 8, 1, 8, 8)
     assert variants.min() >= 0
     assert variants.max() <= 1
     assert torch.equal(variants, data.augment(images, variants=8, seed=3))
     assert not torch.equal(variants, data.augment(images, variants=8, seed=4))
-    distance = torch.cdist(variants.flatten(0, 1).flatten(1), images.flatten(1))
-    own = torch.arange(20).repeat_interleave(8)
-    assert (distance.argmin(dim=1) == own).float().mean() > 0.9
+    nearest = torch.cdist(variants.flatten(0, 1).flatten(1), images.flatten(1)).argmin(dim=1)
+    same_digit = values[nearest].view(-1, 8) == values[:, None]
+    assert same_digit.float().mean() > 0.8
 
 
 def test_decode_shows_everything_before_the_end() -> None:
