@@ -1,0 +1,34 @@
+"""Run in a fresh process: imports megatron.core, then MIMO, and prints where all came from."""
+
+import importlib.util
+import json
+import sys
+from time import perf_counter
+
+start = perf_counter()
+import megatron  # noqa: E402  # timed
+
+import_megatron_ms = (perf_counter() - start) * 1000
+import megatron.core  # noqa: E402  # what is loaded after it, and no more, is looked at
+
+loaded_by_core = [
+    name for name in sys.modules if name.startswith(("megatron.core.models.mimo", "megatron.mimo"))
+]
+training = importlib.util.find_spec("megatron.training")
+from megatron.core.models import mimo  # noqa: E402
+from megatron.core.models.mimo import MimoModel  # noqa: E402
+
+facts = {
+    "import_megatron_ms": import_megatron_ms,
+    "loaded_by_core": loaded_by_core,
+    "megatron": megatron.__file__,
+    "path": list(megatron.__path__),
+    "core": megatron.core.__file__,
+    "training": training and training.origin,
+    "mimo": mimo.__file__,
+    "mimo_name": mimo.__name__,
+    "public_names": sorted(getattr(mimo, "__all__", [])),
+    "model": sys.modules[MimoModel.__module__].__file__,
+    "model_module": MimoModel.__module__,
+}
+sys.stdout.write(json.dumps(facts))
