@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 
 import pytest
 
@@ -42,9 +41,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks(pytestconfig: pytest.Config) -> Iterator[RankPool]:
+def ranks(pytestconfig: pytest.Config) -> RankPool:
     """``ranks(world_size, timeout=60)(function, *args) -> results by rank``; see ``RankPool``."""
-    yield pytestconfig.stash[_POOL]
+    return pytestconfig.stash[_POOL]
 
 
 def _has_gpu() -> bool:

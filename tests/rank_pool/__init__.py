@@ -11,9 +11,9 @@ Every rank writes its stdout, stderr, result and stack dump to files without a n
 left in the temporary folder, whoever dies.
 """
 
-from tests.rank_pool.outcome import RankExit, RankFailure
+from tests.rank_pool.outcome import RankExit, RanksFailedError
 from tests.rank_pool.parallel import model_parallel
 from tests.rank_pool.pool import RankPool
 from tests.rank_pool.run import ScriptRun
 
-__all__ = ["RankExit", "RankFailure", "RankPool", "ScriptRun", "model_parallel"]
+__all__ = ["RankExit", "RankPool", "RanksFailedError", "ScriptRun", "model_parallel"]

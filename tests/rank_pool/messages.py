@@ -116,10 +116,10 @@ class RankValue:
 
 
 class _TensorPickler(pickle.Pickler):
-    """Pickles tensors as torch alone does.
+    """Pickles tensors so that they load where megatron.core is not imported.
 
-    megatron.core, once imported, makes every pickled storage ask for megatron.core when it is
-    loaded; the test process has not imported it, and need not wait for that.
+    megatron.core replaces torch's loader of storages by its own, and every pickle made since then
+    imports megatron.core when it is loaded: seconds, in a test process that has no other need.
     """
 
     def reducer_override(self, value: object) -> Any:
@@ -127,7 +127,13 @@ class _TensorPickler(pickle.Pickler):
             return NotImplemented
         buffer = io.BytesIO()
         torch.save(value, buffer, _use_new_zipfile_serialization=False)
-        return torch.storage._load_from_bytes, (buffer.getvalue(),)
+        return load_storage, (buffer.getvalue(),)
+
+
+def load_storage(data: bytes) -> torch.storage.TypedStorage:
+    """The other half of a pickled tensor."""
+    storage: torch.storage.TypedStorage = torch.load(io.BytesIO(data), weights_only=False)
+    return storage
 
 
 def dumps(value: object) -> bytes:

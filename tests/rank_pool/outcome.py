@@ -19,7 +19,7 @@ _OUTPUT_LINES = 30
 _DEATH_HEAD_START = 0.5
 
 
-class RankFailure(AssertionError):
+class RanksFailedError(AssertionError):
     """A run in which not every rank succeeded; the message tells each rank's part, first first."""
 
 
@@ -53,13 +53,13 @@ class Account:
 
 
 def values_or_failure(accounts: Sequence[Account], timeout: float) -> list[object]:
-    """The functions' results by rank. Raises RankFailure unless every rank has one."""
+    """The functions' results by rank. Raises RanksFailedError unless every rank has one."""
     values = [a.outcome.value for a in accounts if isinstance(a.outcome, RankValue)]
     if len(values) == len(accounts):
         return values
     told = [_tell(account, timeout) for account in sorted(accounts, key=_order)]
     ranks = [a.rank for a in accounts if not isinstance(a.outcome, RankValue)]
-    raise RankFailure(
+    raise RanksFailedError(
         f"{len(ranks)} of {len(accounts)} ranks failed: {ranks}\n\n" + "\n\n".join(told)
     )
 
@@ -118,7 +118,7 @@ def _headline(account: Account, timeout: float) -> tuple[str, str]:
 
 
 def exits_or_failure(exits: Sequence[RankExit], timeout: float) -> list[RankExit]:
-    """The ranks' exits. Raises RankFailure when the pool had to kill the script at its time-out."""
+    """The ranks' exits. Raises RanksFailedError when the script was killed at its time-out."""
     if not any(rank.stopped == "timeout" for rank in exits):
         return list(exits)
     told = []
@@ -130,4 +130,4 @@ def exits_or_failure(exits: Sequence[RankExit], timeout: float) -> list[RankExit
         )
         tail = "\n".join(rank.stderr.rstrip().splitlines()[-_OUTPUT_LINES:])
         told.append(f"---- rank {number}: {where}\n-- stderr\n{tail}")
-    raise RankFailure(f"the script did not end within {timeout:g} s\n\n" + "\n\n".join(told))
+    raise RanksFailedError(f"the script did not end within {timeout:g} s\n\n" + "\n\n".join(told))

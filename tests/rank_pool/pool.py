@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tests.rank_pool.messages import FunctionJob, Request, ScriptJob, dumps
-from tests.rank_pool.outcome import RankExit, RankFailure, values_or_failure
+from tests.rank_pool.outcome import RankExit, RanksFailedError, values_or_failure
 from tests.rank_pool.run import Run, ScriptRun
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ class RankPool:
         caller returns the results by rank.
 
         Raises:
-            RankFailure: a rank raised, died, or was still running after ``timeout`` seconds.
+            RanksFailedError: a rank raised, died, or was still running after ``timeout`` seconds.
         """
 
         _check_world_size(world_size)
@@ -88,7 +88,7 @@ class RankPool:
             Exit code and output by rank, failures included.
 
         Raises:
-            RankFailure: the script was still running after ``timeout`` seconds.
+            RanksFailedError: the script was still running after ``timeout`` seconds.
         """
         __tracebackhide__ = True
         return self.start_script(
@@ -177,7 +177,7 @@ class RankPool:
                 chunk = self._control.recv(65536)
                 if not chunk:
                     reason = answer.decode() or "it died without a word; see its stderr"
-                    raise RankFailure(f"the rank pool's server could not start\n{reason}")
+                    raise RanksFailedError(f"the rank pool's server could not start\n{reason}")
                 answer += chunk
             self._control.settimeout(None)
             self._ready = True

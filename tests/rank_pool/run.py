@@ -25,7 +25,7 @@ from tests.rank_pool.messages import (
     receive,
     send,
 )
-from tests.rank_pool.outcome import Account, RankExit, RankFailure, exits_or_failure
+from tests.rank_pool.outcome import Account, RankExit, RanksFailedError, exits_or_failure
 
 # The supervisor ends a run within its time-out; this is for the case that it has died itself.
 _SUPERVISOR_GRACE = 60.0
@@ -40,7 +40,8 @@ class Run:
         self._report: list[RankStatus] | None = None
         self._kept: list[bytes] = []  # what the files held when the run was let go
         self._files: list[IO[bytes]] = [
-            tempfile.TemporaryFile() for _ in range(request.world_size * FILES_PER_RANK)
+            tempfile.TemporaryFile()  # noqa: SIM115 -- closed by close()
+            for _ in range(request.world_size * FILES_PER_RANK)
         ]
         mine, theirs = socket.socketpair()
         descriptors = [theirs.fileno(), *(file.fileno() for file in self._files)]
@@ -54,20 +55,22 @@ class Run:
         """Blocks until every rank has ended.
 
         Raises:
-            RankFailure: the run could not start, or its supervisor died.
+            RanksFailedError: the run could not start, or its supervisor died.
         """
         __tracebackhide__ = True
         if self._report is None:
             try:
                 if not self._connection.poll(self.request.timeout + _SUPERVISOR_GRACE):
-                    raise RankFailure("the run's supervisor does not answer")
+                    raise RanksFailedError("the run's supervisor does not answer")
                 message: Report | Refusal = receive(self._connection)
             except EOFError:
-                raise RankFailure("the run's supervisor died; see the server's stderr") from None
+                raise RanksFailedError(
+                    "the run's supervisor died; see the server's stderr"
+                ) from None
             finally:
                 self.close()
             if isinstance(message, Refusal):
-                raise RankFailure(f"the ranks could not be started\n{message.reason}")
+                raise RanksFailedError(f"the ranks could not be started\n{message.reason}")
             self._report = message.ranks
         return self._report
 
@@ -148,7 +151,7 @@ class ScriptRun:
         """Blocks until ``text`` is in ``rank``'s stdout or stderr.
 
         Raises:
-            RankFailure: it did not come within ``timeout`` seconds, or the run ended without it.
+            RanksFailedError: it did not come within ``timeout`` seconds, or the run ended first.
         """
         __tracebackhide__ = True
         deadline = time.monotonic() + timeout
@@ -159,7 +162,9 @@ class ScriptRun:
                 return
             if ended or time.monotonic() > deadline:
                 why = "the script ended" if ended else f"{timeout:g} s went by"
-                raise RankFailure(f"{why} before rank {rank} printed {text!r}; it wrote\n{printed}")
+                raise RanksFailedError(
+                    f"{why} before rank {rank} printed {text!r}; it wrote\n{printed}"
+                )
             time.sleep(0.005)
 
     def signal(self, number: int, *, rank: int | None = None) -> None:
@@ -170,7 +175,7 @@ class ScriptRun:
         """Blocks until all ranks have ended; exits by rank.
 
         Raises:
-            RankFailure: the pool killed the ranks at the run's time-out.
+            RanksFailedError: the pool killed the ranks at the run's time-out.
         """
         __tracebackhide__ = True
         exits = []

@@ -87,9 +87,7 @@ class _Run:
             self._listen()
             self._collect()
             now = time.monotonic()
-            if self.client_gone:
-                self._kill(None)
-            elif not self.is_script and all(status.reported for status in self.status):
+            if self.client_gone or self._all_reported():
                 self._kill(None)
             elif now >= deadline:
                 self._kill("timeout")
@@ -104,6 +102,9 @@ class _Run:
 
     def _running(self) -> list[int]:
         return [r for r, status in enumerate(self.status) if status.exit_code is None]
+
+    def _all_reported(self) -> bool:
+        return not self.is_script and all(status.reported for status in self.status)
 
     def _failed(self) -> bool:
         return any(status.exit_code not in (None, 0) for status in self.status)
@@ -172,7 +173,8 @@ def _import_test_module(job: FunctionJob) -> None:
             if job.path is None or not job.module.startswith(error.name or "\0"):
                 raise
             spec = importlib.util.spec_from_file_location(job.module, job.path)
-            assert spec is not None and spec.loader is not None
+            assert spec is not None
+            assert spec.loader is not None
             sys.modules[job.module] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
     threads = count_threads()
