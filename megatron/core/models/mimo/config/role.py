@@ -87,7 +87,7 @@ class RankRole:
             post_process: this rank's language chunk holds the output layer.
         """
         whole = ModuleStageInfo(is_first_stage=True, is_last_stage=True)
-        modules = {name: whole for name in modality_module_names} if pre_process else {}
+        modules = dict.fromkeys(modality_module_names, whole) if pre_process else {}
         modules[MIMO_LANGUAGE_MODULE_KEY] = ModuleStageInfo(
             is_first_stage=pre_process, is_last_stage=post_process
         )

@@ -54,7 +54,7 @@ _ASKED_OF_LANGUAGE_MODEL = frozenset(
 )
 
 
-class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
+class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[misc]
     """A language model that reads text and the rows of modality encoders.
 
     Every occurrence of a modality's special token in ``input_ids`` takes one row of that
@@ -232,7 +232,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
 
     def _forward_encoders(
         self,
-        input_ids: torch.Tensor | None,
+        input_ids: torch.Tensor | None,  # noqa: ARG002 - the signature that scripts override
         modality_inputs: ModalityInputs | None,
         input_tensors: Rows | None,
     ) -> Rows:

@@ -30,6 +30,7 @@ def language_config(mimo_config: MimoModelConfig) -> TransformerConfig:
 
 
 def accepts(function: Any, name: str) -> bool:
+    """True where ``function`` takes a keyword argument of that name."""
     parameters = inspect.signature(function).parameters
     return name in parameters or any(
         parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
@@ -37,6 +38,7 @@ def accepts(function: Any, name: str) -> bool:
 
 
 def refuse_grids(mimo_config: MimoModelConfig) -> None:
+    """Raise ``UnsupportedError`` for layouts in which modules have process grids of their own."""
     grids = mimo_config.module_to_grid_map
     if grids is not None:
         raise UnsupportedError(
@@ -49,6 +51,7 @@ def refuse_grids(mimo_config: MimoModelConfig) -> None:
 def build_partition_adapter(
     mimo_config: MimoModelConfig, cp_group: ProcessGroup | None, tp_group: ProcessGroup | None
 ) -> PartitionAdapter | None:
+    """What cuts the sequence for this rank; None where nothing does."""
     config = language_config(mimo_config)
     params = mimo_config.language_model_spec.params
     if config.context_parallel_size <= 1 and not config.sequence_parallel:

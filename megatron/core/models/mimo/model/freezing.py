@@ -30,7 +30,7 @@ def part_names(modality_specs: Mapping[str, ModuleSpec]) -> list[str]:
 def modules_of(
     name: str,
     language_model: nn.Module | None,
-    modality_submodules: Mapping[str, nn.Module],
+    modality_submodules: nn.ModuleDict,
     known: Iterable[str],
 ) -> Iterator[nn.Module]:
     """The modules behind a name on this rank; none where another stage holds them.

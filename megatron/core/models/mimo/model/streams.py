@@ -31,7 +31,7 @@ Rows = dict[str, torch.Tensor]
 class EmbedsStreams(nn.Module):
     """Merges text and modality rows; a mixin of ``MimoModel``."""
 
-    language_model: nn.Module
+    language_model: Any  # any Megatron language model; a wrapper of one once a script wraps it
     modality_submodules: nn.ModuleDict
     partition_adapter: PartitionAdapter | None
     special_token_ids: dict[str, int]
@@ -45,6 +45,7 @@ class EmbedsStreams(nn.Module):
         packed: Any,
     ) -> torch.Tensor:
         """Merged embeddings [S_local, B, H], ready for the decoder."""
+        assert input_ids is not None, "the plan was made from input_ids"
         adapter = self.partition_adapter
         embedding = unwrap_model(self.language_model).embedding
         self._refuse_scattering_embedding()
@@ -54,7 +55,9 @@ class EmbedsStreams(nn.Module):
                 {**rows, TEXT: text_NH}, input_ids, self.special_token_ids
             )
             if adapter is not None:
-                merged_SBH, *_ = adapter.shard(merged_SBH, None, None, packed)
+                held_SBH, *_ = adapter.shard(merged_SBH, None, None, packed)
+                assert held_SBH is not None
+                merged_SBH = held_SBH
         else:
             if adapter is not None and plan.positions_S is None:
                 plan = cut_for_rank(plan, adapter, packed)
@@ -91,7 +94,8 @@ class EmbedsStreams(nn.Module):
             positions_N = positions_BS.t().reshape(-1).index_select(0, rows_N).unsqueeze(0)
         embedding = unwrap_model(self.language_model).embedding
         text_NBH = embedding(input_ids=plan.text_ids_N.unsqueeze(0), position_ids=positions_N)
-        return text_NBH.squeeze(1)
+        text_NH: torch.Tensor = text_NBH.squeeze(1)
+        return text_NH
 
     def align_embeddings_by_token_positions(
         self,

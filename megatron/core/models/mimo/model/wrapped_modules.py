@@ -18,7 +18,7 @@ class WrappedModules(nn.Module):
     wrapped as a whole.
     """
 
-    language_model: nn.Module | None
+    language_model: Any  # any Megatron language model; a wrapper of one once a script wraps it
     modality_submodules: nn.ModuleDict
 
     def _wrapped(self, option: str | None = None) -> Iterator[Any]:
@@ -47,13 +47,13 @@ class WrappedModules(nn.Module):
             module.disable_forward_pre_hook(param_sync=param_sync)
 
     def start_param_sync(
-        self, *unused: Any, force_sync: bool = False, force_dispatch: bool = False
+        self, *_: Any, force_sync: bool = False, force_dispatch: bool = False
     ) -> None:
         """Begin to gather parameters; positional arguments of the hook's caller are not needed."""
         for module in self._wrapped("overlap_param_gather"):
             module.start_param_sync(force_sync=force_sync, force_dispatch=force_dispatch)
 
-    def start_grad_sync(self, *unused: Any) -> None:
+    def start_grad_sync(self, *_: Any) -> None:
         """Begin to reduce gradients; positional arguments of the hook's caller are not needed."""
         for module in self._wrapped("overlap_grad_reduce"):
             module.start_grad_sync()

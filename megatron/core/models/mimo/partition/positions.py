@@ -34,6 +34,8 @@ def packed_context_parallel_positions(
         cu_seqlens: int [documents + 1], padded cumulative lengths, each length divisible by
             2 * cp_size; the last entry is ``total_tokens``.
         total_tokens: T.
+        cp_rank: this rank in the context-parallel group.
+        cp_size: size of that group.
     """
     position_T = torch.arange(total_tokens, device=cu_seqlens.device)
     document_T = torch.searchsorted(cu_seqlens[1:].long(), position_T, right=True)

@@ -93,8 +93,9 @@ class PartitionAdapter:
 
         Args:
             embeddings: [S, B, H], or None off the first pipeline stage.
-            labels, loss_mask: [B, S]. They follow context parallelism only: the loss is taken
-                after the tensor-parallel gather.
+            labels: [B, S]. They follow context parallelism only: the loss is taken after the
+                tensor-parallel gather.
+            loss_mask: [B, S], cut as the labels are.
             packed_seq_params: passed through; its padded lengths steer the cut of packed rows.
 
         Returns:

@@ -241,4 +241,5 @@ def _as_rows(name: str, encoder: nn.Module, output: Any) -> torch.Tensor:
         )
     if layout == "sbh":
         output = output.transpose(0, 1)
-    return output.reshape(-1, output.size(-1))
+    rows_NH: torch.Tensor = output.reshape(-1, output.size(-1))
+    return rows_NH
