@@ -61,10 +61,9 @@ def decode(token_ids: list[int]) -> str:
 
 
 def question_text(sample: Sample) -> str:
-    """The prompt without placeholders, markers and arrow: "seven three what number is this ?"."""
-    shown = set(WORDS + QUESTION) - {"->"}
-    names = (VOCABULARY[token] for token in sample.prompt().token_ids.tolist())
-    return " ".join(name for name in names if name in shown).replace(" ?", "?")
+    """What is asked, for people: "what number is this?", with the words in front, if any."""
+    words = [VOCABULARY[i] for i in sample.token_ids.tolist() if VOCABULARY[i] in WORDS]
+    return f"“{' '.join(words)}” what number is this?" if words else "what number is this?"
 
 
 def score(samples: Sequence[Sample], answers: Sequence[list[int]]) -> dict[str, float]:

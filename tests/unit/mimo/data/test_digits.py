@@ -122,7 +122,7 @@ def test_decode_shows_everything_before_the_end() -> None:
 def test_question_text() -> None:
     words = next(sample for sample in map(TEST.__getitem__, range(400)) if not sample.media)
     spelt = [data.VOCABULARY[token] for token in words.token_ids if token >= data.TOKEN_ID["zero"]]
-    assert data.question_text(words) == " ".join(spelt) + " what number is this?"
+    assert data.question_text(words) == f"“{' '.join(spelt)}” what number is this?"
     assert data.question_text(TEST[0]) == "what number is this?"
 
 

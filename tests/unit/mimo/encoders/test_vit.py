@@ -37,7 +37,7 @@ def language_config(**changes: Any) -> Any:
 
 def build_vit(groups: Any = None, *, tp: int = 1, **changes: Any) -> Any:
     from megatron.mimo.encoders import VisionTransformer, encoder_config
-    from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec as spec_
+    from megatron.mimo.layers import encoder_layer_spec
 
     config = encoder_config(
         language_config(tensor_model_parallel_size=tp),
@@ -46,7 +46,7 @@ def build_vit(groups: Any = None, *, tp: int = 1, **changes: Any) -> Any:
         num_attention_heads=HEADS,
     )
     sizes = {"image_size": IMAGE, "patch_size": PATCH, "channels": CHANNELS} | changes
-    return VisionTransformer(config, spec_(), pg_collection=groups, **sizes)
+    return VisionTransformer(config, encoder_layer_spec(config), pg_collection=groups, **sizes)
 
 
 def random_pixels(count: int) -> Tensor:
@@ -55,7 +55,7 @@ def random_pixels(count: int) -> Tensor:
 
 
 def row_weights(count: int) -> Tensor:
-    """What the rows are multiplied with for a scalar loss, so that every row has its own gradient."""
+    """What the rows are multiplied with for a scalar loss, so that rows differ in gradient."""
     return torch.randn(count * PATCHES, HIDDEN, generator=torch.Generator().manual_seed(6))
 
 
