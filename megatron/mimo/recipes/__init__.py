@@ -15,7 +15,7 @@ from megatron.core.models.mimo.errors import ConfigError
 if TYPE_CHECKING:
     from megatron.mimo.recipes.recipe import Recipe
 
-__all__ = ["DEFAULT_RECIPE", "load_recipe", "recipe_names"]
+__all__ = ["DEFAULT_RECIPE", "load_recipe", "locate_recipe", "recipe_names"]
 
 DEFAULT_RECIPE = "digits"
 
@@ -27,25 +27,37 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(_LOCATIONS))
 
 
-def load_recipe(name: str) -> Recipe:
-    """Load a recipe by its name, or from ``package.module:function``.
+def locate_recipe(name: str) -> str:
+    """Where a recipe is, as ``package.module:function``; imports nothing.
 
     Args:
-        name: one of ``recipe_names()``, or the import path of a function without arguments that
-            returns a ``Recipe`` (how recipes outside this project are used).
+        name: one of ``recipe_names()``, or the import path itself, which is returned as it is.
 
     Raises:
-        ConfigError: the name is unknown, the module cannot be imported or has no such function.
+        ConfigError: the name is unknown.
     """
-    location = _LOCATIONS.get(name)
-    if location is None and ":" not in name:
+    if ":" in name:
+        return name
+    if name not in _LOCATIONS:
         near = difflib.get_close_matches(name, _LOCATIONS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
             f"unknown recipe {name!r}; {hint}known recipes: {', '.join(recipe_names())}; "
             "a recipe of your own is given as package.module:function"
         )
-    module_name, _, function_name = (location or name).partition(":")
+    return _LOCATIONS[name]
+
+
+def load_recipe(name: str) -> Recipe:
+    """Load a recipe by its name, or from ``package.module:function``.
+
+    Args:
+        name: what ``locate_recipe`` takes; the function has no arguments and returns a ``Recipe``.
+
+    Raises:
+        ConfigError: the name is unknown, the module cannot be imported or has no such function.
+    """
+    module_name, _, function_name = locate_recipe(name).partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import importlib
 import json
-import logging
 import os
-import signal
 import socket
 import sys
-import time
-import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from megatron.core.models.mimo.errors import MimoError
-from megatron.mimo.recipes import load_recipe
+from megatron.mimo.recipes import load_recipe, locate_recipe
 from megatron.mimo.recipes.recipe import FinishedRun, Recipe
 from megatron.mimo.training import failure
 from megatron.mimo.training.arguments import (
@@ -30,11 +25,12 @@ from megatron.mimo.training.arguments import (
 )
 from megatron.mimo.training.checkpoints import choose, write_text
 from megatron.mimo.training.progress import Console, format_count, format_duration
+from megatron.mimo.training.quiet import quiet_imports, stdout, warnings_shown
+from megatron.mimo.training.signals import leave_on_signal, save_on_signal
 
 __all__ = ["main"]
 
 METRICS = "metrics.json"
-_SECOND_INTERRUPT = 2.0  # seconds; a launcher repeats the terminal's Ctrl-C at once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         early = parse_early(argv)
-        if early.list_recipes:
-            if rank == 0:
-                print(list_recipes())
-            return 0
-        recipe = load_recipe(early.recipe)
-        with _quiet_imports():
-            args = _arguments(recipe, early, argv, rank)
+        locate_recipe(early.recipe)
+        with quiet_imports():
+            if early.list_recipes:
+                if rank == 0:
+                    print(list_recipes())
+                return 0
+            recipe, args = _arguments(early, argv, rank)
         start, warning = choose(args, repair=rank == 0)
     except MimoError as error:
         return failure.refuse(error, rank)
@@ -74,14 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(
-    recipe: Recipe, early: EarlyArguments, argv: Sequence[str] | None, rank: int
-) -> Namespace:
-    """Select the backend and parse; Megatron is imported here."""
+    early: EarlyArguments, argv: Sequence[str] | None, rank: int
+) -> tuple[Recipe, Namespace]:
+    """Select the backend, load the recipe and parse; Megatron is imported here."""
     from megatron.mimo.backend import cpu, select_backend
-    from megatron.mimo.layers import adam
 
     backend = select_backend()
-    adam.install()
+    recipe = load_recipe(early.recipe)
     if backend == "cpu":
         defaults: dict[str, object] = {**cpu.ARGUMENT_DEFAULTS, "num_workers": 0}
     else:
@@ -89,10 +84,12 @@ def _arguments(
     shown = "--verbose" in (sys.argv[1:] if argv is None else argv)
     wants_help = {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)
     _single_process_environment()
-    with _stdout(shown=(shown or bool(wants_help)) and rank == 0):
-        return parse_arguments(
+    importlib.import_module("megatron.training.training")  # the rest, while warnings are off
+    with stdout(shown=(shown or bool(wants_help)) and rank == 0):
+        args = parse_arguments(
             recipe, backend=backend, backend_defaults=defaults, config=early.config, argv=argv
         )
+    return recipe, args
 
 
 def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
@@ -112,9 +109,9 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     watch = LoopWatch(args, console, curve)
     builder = ModelBuilder(recipe, args)
     console.say(_opening(recipe, args))
-    with _stdout(shown=args.verbose and args.rank == 0), _warnings(shown=args.verbose):
+    with stdout(shown=args.verbose and args.rank == 0), warnings_shown(shown=args.verbose):
         set_global_variables(args)
-        stopped_by = _handle_interrupts(args, console)
+        stopped_by = save_on_signal(args, console)
         if args.load is None:
             curve.begin(0)
         try:
@@ -150,7 +147,7 @@ def _finish(
 
     from megatron.mimo.training.generate import GreedyGenerator
 
-    _leave_on_signal(args, console)
+    leave_on_signal(args, console)
     metrics: dict[str, Any] = {
         "recipe": recipe.name,
         "iteration": watch.iteration,
@@ -243,47 +240,6 @@ def _stopped(
     return 0
 
 
-def _handle_interrupts(args: Namespace, console: Console) -> list[str]:
-    """Let Ctrl-C do what SIGTERM does: save and exit after the current iteration.
-
-    Returns:
-        A list that gets the name of the signal which stopped the run.
-    """
-    received: list[str] = []
-    if not args.exit_signal_handler:
-        return received
-    megatron_handler = signal.getsignal(args.exit_signal)
-    first = [0.0]
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        now = time.monotonic()
-        if not received:
-            received.append(name)
-            first[0] = now
-            console.say(f"{name}: saving a checkpoint and leaving ...")
-        elif number == signal.SIGINT and now - first[0] > _SECOND_INTERRUPT:
-            os._exit(130)
-        if callable(megatron_handler):
-            megatron_handler(number, frame)
-
-    signal.signal(args.exit_signal, handle)
-    signal.signal(signal.SIGINT, handle)
-    return received
-
-
-def _leave_on_signal(args: Namespace, console: Console) -> None:
-    def handle(number: int, _: FrameType | None) -> None:
-        console.say(
-            f"{signal.Signals(number).name}: training is complete and saved; the same command "
-            "evaluates it"
-        )
-        os._exit(0)
-
-    signal.signal(args.exit_signal, handle)
-    signal.signal(signal.SIGINT, handle)
-
-
 def _single_process_environment() -> None:
     """Without a launcher this process is a job of its own."""
     if "RANK" in os.environ:
@@ -308,43 +264,3 @@ def _flush_writers() -> None:
     if writer is not None:
         with contextlib.suppress(Exception):
             writer.flush()
-
-
-@contextlib.contextmanager
-def _stdout(*, shown: bool) -> Iterator[None]:
-    """What Megatron prints, on the screen or nowhere; ``Console`` keeps the real stream."""
-    if shown:
-        yield
-        return
-    with contextlib.redirect_stdout(_Nowhere()):
-        yield
-
-
-class _Nowhere(io.TextIOBase):
-    def write(self, text: str) -> int:
-        return len(text)
-
-
-@contextlib.contextmanager
-def _quiet_imports() -> Iterator[None]:
-    """Importing Megatron without Transformer Engine warns in a dozen places."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextlib.contextmanager
-def _warnings(*, shown: bool) -> Iterator[None]:
-    if shown:
-        yield
-        return
-    logger = logging.getLogger("megatron")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"megatron\.(core|training)\b")
-        warnings.filterwarnings("ignore", module=r"torch\b")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

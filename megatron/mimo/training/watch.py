@@ -43,8 +43,8 @@ class LoopWatch:
         self._args = args
         self._console = console
         self._curve = curve
-        self._prefix = ""
-        self._evaluating = False
+        self._consumed = 0
+        self._evaluated: tuple[int, str] = (-1, "")
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -95,12 +95,13 @@ class LoopWatch:
             self._show(loss, learning_rate)
             return result
 
-        self._consumed = 0
         return watched
 
     def _around_evaluation(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def watched(prefix: str, *args: Any, **kwargs: Any) -> Any:
-            self._prefix = prefix
+            if (self.iteration, self._split(prefix)) == self._evaluated:
+                return None  # same weights, same samples: pretrain evaluates once more at its end
+            self._evaluated = (self.iteration, self._split(prefix))
             self.pace.pause()
             result = function(prefix, *args, **kwargs)
             self.pace.resume()
@@ -114,7 +115,7 @@ class LoopWatch:
             found = result[0] or {}
             figures = _from_last_stage({name: float(value) for name, value in found.items()})
             if figures:
-                split = "test" if "test set" in self._prefix else "validation"
+                split = self._evaluated[1]
                 text = "  ".join(
                     f"{'loss' if name == LOSS else name} {value:.4f}"
                     for name, value in figures.items()
@@ -169,6 +170,10 @@ class LoopWatch:
             return iteration, flops
 
         return watched
+
+    @staticmethod
+    def _split(prefix: str) -> str:
+        return "test" if "test set" in prefix else "validation"
 
     def _loss_everywhere(self, loss: torch.Tensor | None) -> float:
         """The loss of the last pipeline stage on every stage; collective over the pipeline."""

@@ -1,0 +1,152 @@
+"""A recipe that trains in milliseconds, for tests of the training layer."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.mimo.data import MediaFormat, MediaItem, Sample, SampleCollator
+from megatron.mimo.recipes.recipe import Batch, Datasets, FinishedRun, Recipe, Stage
+from megatron.training.argument_utils import core_transformer_config_from_args
+
+IMAGE, STOP, PAD, PIXELS = 20, 21, 22, 6
+
+ARGUMENTS: dict[str, object] = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "position_embedding_type": "rope",
+    "untie_embeddings_and_output_weights": True,
+    "seq_length": 12,
+    "max_position_embeddings": 12,
+    "vocab_size": 24,
+    "make_vocab_size_divisible_by": 8,
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+    "train_iters": 6,
+    "lr": 1e-2,
+    "lr_decay_style": "constant",
+    "log_interval": 2,
+    "save_interval": 3,
+}
+
+
+def tiny() -> Recipe:
+    return Recipe(
+        name="tiny",
+        summary="a test",
+        arguments=ARGUMENTS,
+        build_model=_build_model,
+        build_datasets=lambda args, counts: Datasets(
+            train=_Colours(counts[0], args), valid=_Colours(counts[1] or 1, args), test=None
+        ),
+        build_collator=_build_collator,
+        add_arguments=_add_arguments,
+        task_metric=_task_metric,
+        finish=_finish,
+    )
+
+
+class _Linear(nn.Linear):
+    """Rows of pixels -> rows of the language model."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        rows: Tensor = super().forward(pixels)
+        return rows
+
+
+class _Colours(torch.utils.data.Dataset[Sample]):
+    """0 to 3 images, then what they show: the index of the brightest pixel."""
+
+    def __init__(self, count: int, args: Namespace) -> None:
+        self._count = count
+        self._bad = args.tiny_bad_sample
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == self._bad:
+            raise OSError("cannot decode image")
+        generator = torch.Generator().manual_seed(index)
+        images = torch.randn(index % 4, PIXELS, generator=generator)
+        answer = images.argmax(dim=1).tolist()
+        ids = [7] + [IMAGE] * len(images) + [8, *answer, STOP]
+        labels = [False] * (2 + len(images)) + [True] * (len(answer) + 1)
+        return Sample(
+            name=f"tiny/{index}",
+            token_ids=torch.tensor(ids),
+            is_label=torch.tensor(labels),
+            media=tuple(
+                MediaItem(modality="images", encoder="linear", inputs={"pixels": row}, rows=1)
+                for row in images
+            ),
+        )
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--tiny-bad-sample", type=int, default=-1)
+    parser.add_argument("--tiny-die-at-finish", action="store_true")
+
+
+def _build_model(args: Namespace, stage: Stage) -> MimoModelConfig:
+    config = core_transformer_config_from_args(args)
+    encoder = ModuleSpec(
+        module=_Linear, params={"in_features": PIXELS, "out_features": config.hidden_size}
+    )
+    return MimoModelConfig(
+        language_model_spec=ModuleSpec(
+            module=GPTModel,
+            params={
+                "config": config,
+                "transformer_layer_spec": get_gpt_layer_local_spec(),
+                "vocab_size": args.padded_vocab_size,
+                "max_sequence_length": args.max_position_embeddings,
+                "pre_process": stage.pre_process,
+                "post_process": stage.post_process,
+                "pg_collection": stage.pg_collection,
+                "position_embedding_type": args.position_embedding_type,
+                "scatter_embedding_sequence_parallel": False,
+            },
+        ),
+        modality_submodules_spec={
+            "images": ModuleSpec(
+                module=VisionModalitySubmodules, submodules={"encoders": {"linear": encoder}}
+            )
+        },
+        special_token_ids={"images": IMAGE},
+    )
+
+
+def _build_collator(args: Namespace) -> SampleCollator:
+    return SampleCollator(
+        seq_length=args.seq_length,
+        vocab_size=24,
+        pad_id=PAD,
+        special_token_ids={"images": IMAGE},
+        media_formats={
+            "images": MediaFormat(encoder="linear", inputs={"pixels": (torch.float32, (PIXELS,))})
+        },
+    )
+
+
+def _task_metric(logits_BSV: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+    counted_BS = batch["loss_mask"] > 0
+    right_BS = (logits_BSV.argmax(dim=-1) == batch["labels"]) & counted_BS
+    return {"accuracy": (right_BS.sum(), counted_BS.sum())}
+
+
+def _finish(run: FinishedRun) -> dict[str, Any]:
+    if run.arguments.tiny_die_at_finish:
+        os._exit(9)
+    dataset = _Colours(9, run.arguments)
+    answers = run.generate([dataset[i] for i in range(9)], 4, STOP)
+    return {"answers": answers, "points": len(run.loss_curve)}
