@@ -38,7 +38,7 @@ def _seen(name: str, reason: str, replacement: Callable[[Any], Any]) -> Patch:
 
 _ALLOCATES = 'allocates with device="cuda", a literal in schedules, optimizers and training'
 _STREAMS = "overlap of communication and timers are written with streams and events"
-_STATISTICS = "logged by training and by the straggler detector; read from the driver"
+_STATISTICS = "logged by training; read from the driver"
 _DEVICE_RNG = "the device generator: dropout outside and inside the tracker's forks"
 _HOST_RNG = "the host generator, apart from the device's: only one of the TP peers loads data"
 
@@ -91,18 +91,9 @@ _STREAM_PATCHES = (
     ),
 )
 
-_MEMORY = (
+_STATISTIC_PATCHES = (
     _seen("cuda.memory_stats", _STATISTICS, _always(view.memory_statistics)),
-    *(
-        _seen(f"cuda.{name}", _STATISTICS, _answer(0))
-        for name in (
-            "device_memory_used",
-            "temperature",
-            "power_draw",
-            "utilization",
-            "clock_rate",
-        )
-    ),
+    _seen("cuda.device_memory_used", _STATISTICS, _answer(0)),
 )
 
 _RANDOM = (
@@ -224,7 +215,7 @@ PATCHES: tuple[Patch, ...] = (
     *_DEVICES,
     *_FACTORIES,
     *_STREAM_PATCHES,
-    *_MEMORY,
+    *_STATISTIC_PATCHES,
     *_RANDOM,
     *_CPU_TYPES,
     *_AUTOCAST,

@@ -53,7 +53,7 @@ def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(factory)
     def create(*args: Any, **keywords: Any) -> Any:
-        if is_cuda(keywords.get("device")):
+        if "device" in keywords and is_cuda(keywords["device"]):
             keywords["device"] = CPU
         return factory(*args, **keywords)
 
