@@ -1,0 +1,15 @@
+"""What transformers are built of, with Transformer Engine and apex and without."""
+
+from megatron.mimo.layers.norm import Norm
+from megatron.mimo.layers.specs import (
+    encoder_layer_spec,
+    language_layer_spec,
+    uses_transformer_engine,
+)
+
+__all__ = [
+    "Norm",
+    "encoder_layer_spec",
+    "language_layer_spec",
+    "uses_transformer_engine",
+]

@@ -1,0 +1,100 @@
+"""LayerNorm and RMSNorm on torch alone, for layers that are built without Transformer Engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+__all__ = ["Norm"]
+
+
+class Norm(nn.Module):
+    """The norm that ``config.normalization`` names; takes the place of a norm in a layer spec.
+
+    "LayerNorm" is ``(x - mean) / sqrt(variance + eps) * weight + bias``, "RMSNorm" is
+    ``x / sqrt(mean(x^2) + eps) * weight``, both over the last dimension.
+
+    Unlike ``torch.nn``'s it works under sequence parallelism: each tensor-parallel rank normalises
+    its own part of the sequence, so that the replicated weight gets a part of its gradient on each,
+    and the attribute ``sequence_parallel`` makes ``finalize_model_grads`` sum the parts.
+
+    ``config.persist_layer_norm`` names a kernel of apex for the same result: torch picks its own.
+
+    Args:
+        config: of the layer.
+        hidden_size: size of the last dimension.
+        eps: added under the root; ``config.layernorm_epsilon`` by default.
+
+    Attributes:
+        weight: [hidden_size], in ``config.params_dtype``. With
+            ``config.layernorm_zero_centered_gamma`` it is what is added to 1.
+        bias: [hidden_size], or None for RMSNorm.
+
+    Raises:
+        ConfigError: another normalisation, or ``memory_efficient_layer_norm``.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float | None = None
+    ) -> None:
+        super().__init__()
+        if config.normalization not in ("LayerNorm", "RMSNorm"):
+            raise ConfigError(
+                f"normalization is {config.normalization!r}; expected 'LayerNorm' or 'RMSNorm'"
+            )
+        if config.memory_efficient_layer_norm:
+            raise ConfigError(
+                "memory_efficient_layer_norm=True needs apex's or Transformer Engine's norms, "
+                "which are not in use; leave it out"
+            )
+        self.normalization = config.normalization
+        self.shape = (hidden_size,)
+        self.eps = config.layernorm_epsilon if eps is None else eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.weight = nn.Parameter(torch.empty(self.shape, dtype=config.params_dtype))
+        self.bias = (
+            nn.Parameter(torch.empty(self.shape, dtype=config.params_dtype))
+            if self.normalization == "LayerNorm"
+            else None
+        )
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Makes the norm scale by one and shift by nothing."""
+        nn.init.constant_(self.weight, 0.0 if self.zero_centered else 1.0)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalises over the last dimension.
+
+        Args:
+            hidden: [..., hidden_size]; may be wider than the weight (an fp32 residual stream).
+
+        Returns:
+            The same shape, in the weight's dtype. Sums are taken in fp32.
+        """
+        dtype = torch.promote_types(hidden.dtype, self.weight.dtype)
+        if self.zero_centered:
+            # In bf16, 1 + weight would lose the weight's low bits.
+            dtype = torch.promote_types(dtype, torch.float32)
+            weight = self.weight.to(dtype) + 1
+        else:
+            weight = self.weight.to(dtype)
+        if self.bias is None:
+            normed = F.rms_norm(hidden.to(dtype), self.shape, weight, self.eps)
+        else:
+            normed = F.layer_norm(
+                hidden.to(dtype), self.shape, weight, self.bias.to(dtype), self.eps
+            )
+        return normed.to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"{self.normalization}, {self.shape[0]}, eps={self.eps}"

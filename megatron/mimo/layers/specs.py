@@ -1,0 +1,129 @@
+"""Which modules a transformer is built of: the one place that decides.
+
+Transformer Engine's where it is installed and ``config.transformer_impl`` (``--transformer-impl``)
+is "transformer_engine", Megatron's default; else megatron-core's own, with this project's norms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.core.models.vision.vit_layer_specs import (
+    get_vit_layer_with_local_spec,
+    get_vit_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.mimo.layers.norm import Norm
+
+__all__ = ["encoder_layer_spec", "language_layer_spec", "uses_transformer_engine"]
+
+
+def uses_transformer_engine(config: TransformerConfig) -> bool:
+    """Whether the layers of ``config`` are Transformer Engine's.
+
+    Raises:
+        ConfigError: ``config.transformer_impl`` is one that is not for training.
+    """
+    if config.transformer_impl not in ("local", "transformer_engine"):
+        raise ConfigError(
+            f"transformer_impl is {config.transformer_impl!r}; expected 'local' or "
+            "'transformer_engine'"
+        )
+    return bool(HAVE_TE) and config.transformer_impl == "transformer_engine"
+
+
+def language_layer_spec(
+    config: TransformerConfig, *, vp_stage: int | None = None, pp_rank: int | None = None
+) -> ModuleSpec:
+    """Layers with causal attention, and the norm after the last: GPTModel's transformer_layer_spec.
+
+    Dense and mixture-of-experts layers, latent attention and norms of queries and keys follow
+    ``config``.
+
+    Args:
+        config: of the language model.
+        vp_stage: virtual pipeline chunk, with interleaving.
+        pp_rank: pipeline stage; this rank's in ``parallel_state`` by default.
+
+    Raises:
+        ConfigError: see :func:`uses_transformer_engine`.
+    """
+    with_te = uses_transformer_engine(config)
+    block = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=with_te,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+        vp_stage=vp_stage,
+        pp_rank=pp_rank,
+    )
+    return _block_spec(block, config, with_te=with_te)
+
+
+def encoder_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Layers with bidirectional attention (no mask) of an encoder that runs whole on its ranks.
+
+    Args:
+        config: of the encoder.
+
+    Returns:
+        The spec of its ``TransformerBlock``, with a norm after the last layer.
+
+    Raises:
+        ConfigError: a pipelined encoder; see also :func:`uses_transformer_engine`.
+    """
+    if config.pipeline_model_parallel_size != 1:
+        raise ConfigError(
+            f"the encoder's pipeline_model_parallel_size is {config.pipeline_model_parallel_size}; "
+            "expected 1: an encoder is not split over pipeline stages"
+        )
+    with_te = uses_transformer_engine(config)
+    if with_te:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer, final_norm = get_vit_layer_with_transformer_engine_spec(), TENorm
+    else:
+        layer, final_norm = get_vit_layer_with_local_spec(), WrappedTorchNorm
+    block = TransformerBlockSubmodules(
+        layer_specs=[layer] * config.num_layers, layer_norm=final_norm
+    )
+    return _block_spec(block, config, with_te=with_te)
+
+
+def _block_spec(
+    block: TransformerBlockSubmodules, config: TransformerConfig, *, with_te: bool
+) -> ModuleSpec:
+    if not with_te:
+        _replace_norms(block, _stock_norms(config))
+    return ModuleSpec(module=TransformerBlock, submodules=block)
+
+
+def _stock_norms(config: TransformerConfig) -> tuple[Any, ...]:
+    """The norms of megatron-core to replace: apex's LayerNorm stays, but it is no RMSNorm."""
+    if config.normalization == "LayerNorm":
+        return (WrappedTorchNorm,)
+    return (WrappedTorchNorm, FusedLayerNorm)
+
+
+def _replace_norms(part: Any, stock: tuple[Any, ...]) -> None:
+    """Puts :class:`Norm` in place of each stock norm in a tree of specs and submodules."""
+    if isinstance(part, list):
+        for member in part:
+            _replace_norms(member, stock)
+    elif isinstance(part, ModuleSpec):
+        _replace_norms(part.submodules, stock)
+    elif dataclasses.is_dataclass(part):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if value in stock:
+                setattr(part, field.name, Norm)
+            else:
+                _replace_norms(value, stock)
