@@ -189,9 +189,7 @@ def parse_arguments(
     return args
 
 
-def config_values(
-    parser: argparse.ArgumentParser, config: Mapping[str, Any]
-) -> dict[str, Any]:
+def config_values(parser: argparse.ArgumentParser, config: Mapping[str, Any]) -> dict[str, Any]:
     """Convert configuration entries into argument values, by the rules of the parser.
 
     A key is a flag's name (``no_rope_fusion: true``) or the argument's name

@@ -85,9 +85,7 @@ def move(batch: Any, device: torch.device) -> Any:
     return unpack(header, body.pin_memory().to(device, non_blocking=True))
 
 
-def broadcast_batch(
-    load: Callable[[], Any], group: dist.ProcessGroup, device: torch.device
-) -> Any:
+def broadcast_batch(load: Callable[[], Any], group: dist.ProcessGroup, device: torch.device) -> Any:
     """Load a batch on the group's first rank and hand it to every rank of the group, on ``device``.
 
     Collective over ``group``: every rank calls it, ``load`` runs on the first one only.
@@ -114,7 +112,10 @@ def _send(load: Callable[[], Any], group: dist.ProcessGroup, device: torch.devic
         header, body = pack(load())
     except Exception as error:  # whatever it is, the other ranks are waiting
         failure = error
-        header, body = f"{type(error).__name__}: {error}".encode(), torch.empty(0, dtype=torch.uint8)
+        header, body = (
+            f"{type(error).__name__}: {error}".encode(),
+            torch.empty(0, dtype=torch.uint8),
+        )
     sizes = torch.tensor([len(header), _FAILED if failure else len(body)], device=device)
     dist.broadcast(sizes, group_src=0, group=group)
     head = torch.frombuffer(bytearray(header), dtype=torch.uint8)

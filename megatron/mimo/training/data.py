@@ -116,9 +116,7 @@ class BatchStream:
         return self._keep(next(self._batches))
 
 
-def stage_part(
-    batch: Batch, *, pre_process: bool, post_process: bool, dtype: torch.dtype
-) -> Batch:
+def stage_part(batch: Batch, *, pre_process: bool, post_process: bool, dtype: torch.dtype) -> Batch:
     """Leave out what a pipeline stage has no use for, before it is moved anywhere.
 
     Floating-point encoder inputs become ``dtype``, the dtype of the model's parameters.
@@ -165,9 +163,7 @@ def dataset_provider(recipe: Recipe, args: Namespace) -> Callable[..., tuple[Any
         collate = recipe.build_collator(args)
         dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         device = training_device()
-        keep = partial(
-            stage_part, pre_process=first, post_process=last, dtype=args.params_dtype
-        )
+        keep = partial(stage_part, pre_process=first, post_process=last, dtype=args.params_dtype)
         # every evaluation reads the same samples, so that its figures can be compared
         eval_period = max(args.eval_iters, 1) * args.eval_global_batch_size
 

@@ -136,9 +136,7 @@ def _checked_loss(
         if args.check_for_spiky_loss:
             machine.validate_result(
                 result=total.detach(),
-                rejection_func=partial(
-                    machine.is_unexpectedly_large, threshold=10, context="loss"
-                ),
+                rejection_func=partial(machine.is_unexpectedly_large, threshold=10, context="loss"),
                 message="the loss of a micro-batch jumped",
                 tolerance=0.0,
                 fatal=False,

@@ -8,7 +8,6 @@ is left as it is.
 from __future__ import annotations
 
 import math
-import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,18 +18,14 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import ConfigError, MimoError
-from megatron.mimo.training.checkpoints import TRACKER, prune
+from megatron.mimo.training.checkpoints import prune
 from megatron.mimo.training.curve import LossCurve
 from megatron.mimo.training.data import training_device
-from megatron.mimo.training.failure import is_disk_full
 from megatron.mimo.training.progress import Console, Pace, format_progress
+from megatron.mimo.training.saving import atomic_tracker, save_error, use_results_in_process
 from megatron.mimo.training.step import LOSS
 
 __all__ = ["LoopWatch"]
-
-
-class SaveError(MimoError, RuntimeError):
-    """A checkpoint could not be written."""
 
 
 class LoopWatch:
@@ -133,10 +128,14 @@ class LoopWatch:
             self.pace.pause()
             self._curve.sync()
             try:
-                with _atomic_tracker(folder, enabled=not self._args.async_save):
+                if self._args.async_save:
                     result = save(iteration, *args, **kwargs)
+                else:
+                    use_results_in_process()
+                    with atomic_tracker(folder):
+                        result = save(iteration, *args, **kwargs)
             except BaseException as error:
-                raise self._save_error(iteration, error) from error
+                raise save_error(folder, iteration, self.saved, error) from error
             if not kwargs.get("non_persistent_ckpt"):
                 self.saved = iteration
                 if dist.get_rank() == 0:
@@ -206,21 +205,6 @@ class LoopWatch:
         if self.iteration == total:
             self._console.end_progress()
 
-    def _save_error(self, iteration: int, error: BaseException) -> SaveError:
-        folder = self._args.save
-        reason = f"{type(error).__name__}: {error}"
-        if is_disk_full(error):
-            free = shutil.disk_usage(Path(folder)).free
-            reason = f"the disk is full ({free / 2**20:.0f} MiB free)"
-        kept = "there is no earlier one" if self.saved is None else (
-            f"the checkpoint of iteration {self.saved} is intact, and the same command "
-            "continues from it"
-        )
-        return SaveError(
-            f"the checkpoint of iteration {iteration} could not be written to {folder}: "
-            f"{reason}; {kept}"
-        )
-
 
 def _from_last_stage(figures: dict[str, float]) -> dict[str, float]:
     """The last pipeline stage's figures on every stage; collective over the pipeline."""
@@ -232,40 +216,3 @@ def _from_last_stage(figures: dict[str, float]) -> dict[str, float]:
     box = [figures]
     dist.broadcast_object_list(box, group_src=group.size() - 1, group=group)
     return box[0]
-
-
-@contextmanager
-def _atomic_tracker(folder: Path, *, enabled: bool) -> Iterator[None]:
-    """Let Megatron write the tracker file beside its place, and move it there when it is whole."""
-    from megatron.training import checkpointing
-
-    if not enabled:
-        yield
-        return
-    final, fresh = folder / TRACKER, folder / f"{TRACKER}.new"
-    writer = dist.get_rank() == 0
-    if writer and final.is_file():
-        shutil.copy(final, fresh)
-    original = checkpointing.get_checkpoint_tracker_filename
-    checkpointing.get_checkpoint_tracker_filename = lambda path: (
-        str(fresh) if Path(path) == folder else original(path)
-    )
-    try:
-        yield
-    finally:
-        checkpointing.get_checkpoint_tracker_filename = original
-    if writer:
-        _sync(fresh)
-        fresh.replace(final)
-        _sync(folder)
-    dist.barrier()  # no rank goes on while the checkpoint is not the official one
-
-
-def _sync(path: Path) -> None:
-    import os
-
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,0 +1,90 @@
+"""What Megatron's synchronous checkpoint writing lacks: an atomic end, and an error that helps."""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron.core.models.mimo.errors import MimoError
+from megatron.mimo.training.checkpoints import TRACKER
+from megatron.mimo.training.failure import is_disk_full
+
+__all__ = ["SaveError", "atomic_tracker", "save_error", "use_results_in_process"]
+
+
+class SaveError(MimoError, RuntimeError):
+    """A checkpoint could not be written."""
+
+
+def save_error(
+    folder: Path, iteration: int, earlier: int | None, error: BaseException
+) -> SaveError:
+    """Say why a checkpoint was not written, and which one is still there.
+
+    Args:
+        folder: the ``--save`` directory.
+        iteration: the checkpoint that failed.
+        earlier: the iteration of the last one that was written or loaded.
+        error: what writing raised.
+    """
+    reason = f"{type(error).__name__}: {error}"
+    if is_disk_full(error):
+        free = shutil.disk_usage(folder).free
+        reason = f"the disk is full ({free / 2**20:.0f} MiB free); make room"
+    kept = "there is no earlier one"
+    if earlier is not None:
+        kept = f"that of iteration {earlier} is intact, and the same command continues from it"
+    return SaveError(
+        f"the checkpoint of iteration {iteration} could not be written to {folder}: {reason}; "
+        f"{kept}"
+    )
+
+
+def use_results_in_process() -> None:
+    """Let the writer threads of a synchronous save report through a queue of this process.
+
+    Megatron starts a server process for that queue, which is for asynchronous saves: on each rank
+    it costs an import of torch, and a rank waits for ever if it dies.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if not isinstance(filesystem_async._results_queue, queue.Queue):
+        filesystem_async._results_queue = queue.Queue()
+
+
+@contextmanager
+def atomic_tracker(folder: Path) -> Iterator[None]:
+    """Let Megatron write the tracker file beside its place, and move it there when it is whole."""
+    from megatron.training import checkpointing
+
+    final, fresh = folder / TRACKER, folder / f"{TRACKER}.new"
+    writer = dist.get_rank() == 0
+    if writer and final.is_file():
+        shutil.copy(final, fresh)
+    original = checkpointing.get_checkpoint_tracker_filename
+    checkpointing.get_checkpoint_tracker_filename = lambda path: (
+        str(fresh) if Path(path) == folder else original(path)
+    )
+    try:
+        yield
+    finally:
+        checkpointing.get_checkpoint_tracker_filename = original
+    if writer:
+        _sync(fresh)
+        fresh.replace(final)
+        _sync(folder)
+    dist.barrier()  # no rank goes on while the checkpoint is not the official one
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
