@@ -71,8 +71,8 @@ class AlignmentPlan:
             encoders have to give (host integers; a cut leaves them as they are).
         positions_S: long [S_local], positions of the uncut sequence that this plan fills; None
             before a cut.
-        group: for a sequence-parallel piece, the plan of the sequence that the tensor-parallel
-            group holds together; None otherwise.
+        pieces: under sequence parallelism, the plans of all tensor-parallel ranks by rank, this
+            one's among them; () otherwise.
     """
 
     sequence_length: int
@@ -81,7 +81,7 @@ class AlignmentPlan:
     streams: Mapping[str, Stream]
     counts: Mapping[str, int] = field(default_factory=dict)
     positions_S: torch.Tensor | None = None
-    group: AlignmentPlan | None = None
+    pieces: tuple[AlignmentPlan, ...] = ()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> AlignmentPlan:
         """The same plan with its index tensors on ``device``."""
@@ -93,7 +93,7 @@ class AlignmentPlan:
                 for name, stream in self.streams.items()
             },
             positions_S=_moved(self.positions_S, device, non_blocking),
-            group=self.group and self.group.to(device, non_blocking=non_blocking),
+            pieces=tuple(piece.to(device, non_blocking=non_blocking) for piece in self.pieces),
         )
 
 
@@ -171,29 +171,27 @@ def plan_from_indices(
     )
 
 
-def cut_plan(
-    plan: AlignmentPlan, positions_S: torch.Tensor, *, sequence_parallel: bool = False
-) -> AlignmentPlan:
+def cut_plan(plan: AlignmentPlan, positions_S: torch.Tensor) -> AlignmentPlan:
     """The part of a plan that a rank places when it holds only some positions.
 
     Args:
         plan: the plan of the sequence that is cut.
         positions_S: long [S_local], positions held, in the order in which they are held.
-        sequence_parallel: the cut is over the tensor-parallel group, whose ranks look up all
-            text rows of the sequence together; the plan cut is then kept as ``group``.
-            Otherwise (context parallelism) only this rank's text ids are looked up.
+
+    Text rows of the part are those of its own ``text_ids_N``; modality rows are all there are,
+    and ``sources_N`` says which of them go somewhere here.
     """
     local_S = positions_S.new_full((plan.sequence_length,), -1)
     local_S[positions_S] = torch.arange(positions_S.numel(), device=positions_S.device)
     text_ids_N = plan.text_ids_N
-    streams = {}
+    streams: dict[str, Stream] = {}
     for name, stream in plan.streams.items():
         position_N = torch.div(stream.rows_N, plan.batch_size, rounding_mode="floor")
         sample_N = stream.rows_N % plan.batch_size
         local_N = local_S[position_N]
         kept_N = (local_N >= 0).nonzero().squeeze(1)
         rows_N = local_N[kept_N] * plan.batch_size + sample_N[kept_N]
-        if name == TEXT and not sequence_parallel:
+        if name == TEXT:
             text_ids_N = text_ids_N[kept_N]
             streams[name] = Stream(rows_N=rows_N)
             continue
@@ -207,7 +205,6 @@ def cut_plan(
         text_ids_N=text_ids_N,
         streams=streams,
         positions_S=positions_S if plan.positions_S is None else plan.positions_S[positions_S],
-        group=plan if sequence_parallel else None,
     )
 
 

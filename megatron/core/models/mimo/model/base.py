@@ -221,11 +221,11 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
         if plan is None:
             vocab_size = getattr(unwrap_model(self.language_model), "vocab_size", None)
             return build_alignment_plan(input_ids_BS, self.special_token_ids, vocab_size=vocab_size)
-        whole = plan.group or plan
-        held = input_ids_BS.size(1) if whole.positions_S is None else whole.sequence_length
-        if (plan.batch_size, whole.sequence_length) != (input_ids_BS.size(0), held):
+        is_whole = plan.positions_S is None
+        length = plan.sequence_length if is_whole else input_ids_BS.size(1)
+        if (plan.batch_size, length) != tuple(input_ids_BS.shape):
             raise InputError(
-                f"alignment_plan is for [B, S] = [{plan.batch_size}, {whole.sequence_length}] and "
+                f"alignment_plan is for [B, S] = [{plan.batch_size}, {length}] and "
                 f"input_ids are {list(input_ids_BS.shape)}; make the plan from these input_ids"
             )
         return plan

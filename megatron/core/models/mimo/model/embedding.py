@@ -1,26 +1,33 @@
-"""Looking text up and merging it with modality rows, with the adjoints that sharding needs.
+"""Merging text and modality rows, with the adjoints that sharding needs.
 
-Legend: S sequence, B micro-batch, H hidden, N rows of one stream, V vocabulary.
+Legend: S sequence, B micro-batch, H hidden, N rows of one stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.mimo.alignment import AlignmentPlan, cut_plan, place_rows, take_rows
+from megatron.core.models.mimo.alignment import (
+    AlignmentPlan,
+    Stream,
+    cut_plan,
+    place_rows,
+    take_rows,
+)
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import InputError
-from megatron.core.models.mimo.model.host_memory import empty_like_rows, host_zeros
+from megatron.core.models.mimo.model.host_memory import empty_like_rows
 from megatron.core.models.mimo.model.inputs import check_rows
+from megatron.core.models.mimo.model.lookup import look_up_text
 from megatron.core.models.mimo.partition.positions import sequence_parallel_positions
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
-from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import get_pg_rank, get_pg_size
 
@@ -47,7 +54,7 @@ def embed_streams(
         InputError: rows of another width or dtype; no position ids for learned positions.
     """
     config = embedding.config
-    text_NH = look_up_text(embedding.word_embeddings, plan.text_ids_N)
+    text_NH = look_up_text(embedding.word_embeddings, plan)
     for name, rows_NH in rows.items():
         check_rows(name, rows_NH, text_NH.size(1), text_NH.dtype)
     scale = getattr(config, "mup_embedding_mult", 1.0) if getattr(config, "use_mup", 0) else 1.0
@@ -96,14 +103,17 @@ def cut_for_rank(plan: AlignmentPlan, adapter: PartitionAdapter, packed: Any) ->
     if config.use_cp:
         positions_S = adapter.positions(plan.sequence_length, packed)
         plan = cut_plan(plan, positions_S.to(device))
-    if config.seq_parallel:
+    if not config.seq_parallel:
+        return plan
+    tp_size = get_pg_size(config.tp_group)
+    pieces = []
+    for tp_rank in range(tp_size):
         positions_S = sequence_parallel_positions(
-            plan.sequence_length,
-            tp_rank=get_pg_rank(config.tp_group),
-            tp_size=get_pg_size(config.tp_group),
+            plan.sequence_length, tp_rank=tp_rank, tp_size=tp_size
         )
-        plan = cut_plan(plan, positions_S.to(device), sequence_parallel=True)
-    return plan
+        pieces.append(cut_plan(plan, positions_S.to(device)))
+    own: AlignmentPlan = pieces[get_pg_rank(config.tp_group)]
+    return replace(own, pieces=tuple(pieces))
 
 
 def merge_streams(
@@ -114,14 +124,12 @@ def merge_streams(
 ) -> torch.Tensor:
     """Merged embeddings [S_local, B, H] of streams given as ``{name: [N, H]}``.
 
-    Rows are copied once. With a sequence-parallel plan (``plan.group``) every rank of
-    ``tp_group`` takes part in one all-gather of the gradient [S_local, B, H] in backward, and
-    each then holds the gradient of every row, consumed here or not; the rows have to be the same
-    on all of them. Under context parallelism a row's gradient holds this rank's share, which the
-    data-parallel reduction over dp x cp sums.
+    Each row that has a place here is copied once. Modality rows are the same on every rank of
+    ``tp_group``; with a sequence-parallel plan (``plan.pieces``) a rank places some of them, and
+    in backward each rank broadcasts the gradient of those it placed, so that all ranks hold the
+    gradient of all rows. Under context parallelism a row's gradient is this rank's share, which
+    the data-parallel reduction over dp x cp sums.
     """
-    if plan.group is None:
-        tp_group = None
     merged_SBH: torch.Tensor = _MergeStreams.apply(plan, tp_group, tuple(rows), *rows.values())
     return merged_SBH
 
@@ -146,71 +154,40 @@ class _MergeStreams(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
-        grad_SBH = grad_outputs[0]
-        plan = ctx.plan
-        if ctx.tp_group is not None:
-            grad_SBH = _gather_sequence(grad_SBH, ctx.tp_group)
-            plan = plan.group
-        grads = [
-            take_rows(grad_SBH, plan.streams[name], num_rows) if needed else None
-            for name, num_rows, needed in zip(
-                ctx.names, ctx.num_rows, ctx.needs_input_grad[3:], strict=True
-            )
-        ]
+        grads: list[torch.Tensor | None] = []
+        for name, num_rows, needed in zip(
+            ctx.names, ctx.num_rows, ctx.needs_input_grad[3:], strict=True
+        ):
+            if not needed:
+                grads.append(None)
+            elif name != TEXT and ctx.plan.pieces:
+                streams = [piece.streams[name] for piece in ctx.plan.pieces]
+                grads.append(_exchange_rows(grad_outputs[0], streams, num_rows, ctx.tp_group))
+            else:
+                grads.append(take_rows(grad_outputs[0], ctx.plan.streams[name], num_rows))
         return None, None, None, *grads
 
 
-def _gather_sequence(local_SBH: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Concatenate dimension 0 over the group: every rank gives [S_local, B, H]."""
-    size = get_pg_size(group)
-    if size == 1:
-        return local_SBH
-    whole_SBH = local_SBH.new_empty(local_SBH.size(0) * size, *local_SBH.shape[1:])
-    dist.all_gather_into_tensor(whole_SBH, local_SBH.contiguous(), group=group)
-    return whole_SBH
-
-
-def look_up_text(word_embeddings: torch.nn.Module, ids_N: torch.Tensor) -> torch.Tensor:
-    """Word embeddings [N, H] of token ids [N], placeholders already left out.
-
-    Under tensor parallelism the ranks of the module's group take part in one all-reduce of
-    [N, H]: only text rows travel. On CPU a plain table is read directly, because its gradient
-    can then be made without touching the rows of tokens that do not occur.
-    """
-    if ids_N.device.type == "cpu" and _is_plain_table(word_embeddings):
-        text_NH: torch.Tensor = _CpuLookup.apply(word_embeddings.weight, ids_N)
-    else:
-        text_NH = word_embeddings(ids_N.unsqueeze(0)).squeeze(0)
-    return text_NH
-
-
-def _is_plain_table(module: torch.nn.Module) -> bool:
-    # Hooks wait for gathered parameters or observe outputs: only a call of the module runs them.
-    hooked = module._forward_pre_hooks or module._forward_hooks or module._backward_hooks
-    return (
-        type(module) is VocabParallelEmbedding
-        and get_pg_size(module.tp_group) == 1
-        and getattr(module, "gtp_remat_size", 1) == 1
-        and not hooked
-    )
-
-
-class _CpuLookup(torch.autograd.Function):
-    """Table lookup whose [V, H] gradient touches only the rows of tokens that occur."""
-
-    @staticmethod
-    def forward(ctx: Any, weight_VH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(ids_N)
-        ctx.shape, ctx.dtype = weight_VH.shape, weight_VH.dtype
-        return weight_VH.index_select(0, ids_N)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        (ids_N,) = ctx.saved_tensors
-        grad_VH = host_zeros(ctx.shape, ctx.dtype)
-        return grad_VH.index_add_(0, ids_N, grad_outputs[0]), None
+def _exchange_rows(
+    grad_SBH: torch.Tensor,
+    streams: list[Stream],
+    num_rows: int,
+    group: dist.ProcessGroup,
+) -> torch.Tensor:
+    """Gradient [num_rows, H] of rows that the ranks of ``group`` placed, each its own part."""
+    rank, hidden = get_pg_rank(group), grad_SBH.size(-1)
+    grad_NH = grad_SBH.new_zeros(num_rows, hidden)
+    for source, stream in enumerate(streams):
+        if not stream.rows_N.numel():
+            continue
+        assert stream.sources_N is not None, "a cut names the source of every modality row"
+        if source == rank:
+            part_NH = grad_SBH.reshape(-1, hidden).index_select(0, stream.rows_N)
+        else:
+            part_NH = grad_SBH.new_empty(stream.rows_N.numel(), hidden)
+        dist.broadcast(part_NH, group_src=source, group=group)
+        grad_NH.index_copy_(0, stream.sources_N, part_NH)
+    return grad_NH
 
 
 def take_part(merged_SBH: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
