@@ -1,6 +1,6 @@
 """What transformers are built of, with Transformer Engine and apex and without."""
 
-from megatron.mimo.layers.adam import Adam, install
+from megatron.mimo.layers.adam import Adam, install_adam
 from megatron.mimo.layers.norm import Norm
 from megatron.mimo.layers.specs import (
     encoder_layer_spec,
@@ -12,7 +12,7 @@ __all__ = [
     "Adam",
     "Norm",
     "encoder_layer_spec",
-    "install",
+    "install_adam",
     "language_layer_spec",
     "uses_transformer_engine",
 ]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-__all__ = ["Adam", "install"]
+__all__ = ["Adam", "install_adam"]
 
 
-def install() -> bool:
+def install_adam() -> bool:
     """Makes ``megatron.core.optimizer`` use :class:`Adam` where neither TE nor apex is installed.
 
     Also mends the loading of fp32 weights in the format "dp_reshardable", which copies into leaves

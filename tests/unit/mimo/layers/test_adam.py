@@ -14,7 +14,7 @@ from megatron.mimo.layers import Adam
 SETTINGS = {"betas": (0.8, 0.95), "eps": 1e-6}
 
 
-def make_groups() -> list[dict[str, Any]]:
+def make_groups(device: str = "cpu") -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(3)
     weights = [
         nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (5,), ())
@@ -30,7 +30,9 @@ def take_steps(optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
         for group in optimizer.param_groups:
             for index, parameter in enumerate(group["params"]):
                 generator = torch.Generator().manual_seed(100 * step + index)
-                parameter.grad = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(
+                    parameter.device
+                )
         optimizer.step()
 
 
@@ -47,10 +49,12 @@ def assert_same(one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> Non
             )
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("decoupled", [True, False])
-def test_equals_torch_bit_for_bit(decoupled: bool) -> None:
-    ours = Adam(make_groups(), adam_w_mode=decoupled, **SETTINGS)
-    torchs = (torch.optim.AdamW if decoupled else torch.optim.Adam)(make_groups(), **SETTINGS)
+def test_equals_torch_bit_for_bit(decoupled: bool, device: str) -> None:
+    ours = Adam(make_groups(device), adam_w_mode=decoupled, **SETTINGS)
+    reference = torch.optim.AdamW if decoupled else torch.optim.Adam
+    torchs = reference(make_groups(device), **SETTINGS)
     take_steps(ours, 0, 20)
     take_steps(torchs, 0, 20)
     assert_same(ours, torchs)
