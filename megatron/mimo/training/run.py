@@ -76,9 +76,9 @@ def _arguments(
     from megatron.mimo.backend import cpu, select_backend
 
     backend = select_backend()
-    from megatron.mimo.layers import adam
+    from megatron.mimo.layers import install_adam
 
-    adam.install()
+    install_adam()
     recipe = load_recipe(early.recipe)
     if backend == "cpu":
         defaults: dict[str, object] = {**cpu.ARGUMENT_DEFAULTS, "num_workers": 0}
@@ -97,7 +97,6 @@ def _arguments(
 
 def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     from megatron.core.enums import ModelType
-    from megatron.mimo.layers import install_adam
     from megatron.mimo.training.curve import LossCurve
     from megatron.mimo.training.data import dataset_provider
     from megatron.mimo.training.model import ModelBuilder
@@ -107,7 +106,6 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     from megatron.training.global_vars import set_global_variables
     from megatron.training.training import pretrain
 
-    install_adam()
     output = None if args.output is None else Path(args.output)
     curve = LossCurve(output / "loss.csv" if output else None, writes=args.rank == 0)
     watch = LoopWatch(args, console, curve)
