@@ -21,6 +21,7 @@ from megatron.core.models.mimo.model.inputs import check_rows
 from megatron.core.models.mimo.partition.positions import sequence_parallel_positions
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import get_pg_rank, get_pg_size
 
@@ -55,9 +56,7 @@ def embed_streams(
         text_NH = text_NH * scale
     merged_SBH = merge_streams(plan, {TEXT: text_NH, **rows}, tp_group=embedding.tp_group)
     if embedding.add_position_embedding:
-        positions_BS = _local_positions(plan, position_ids)
-        positions_SB = positions_BS.t()
-        merged_SBH = merged_SBH + embedding.position_embeddings(positions_SB)
+        merged_SBH = merged_SBH + _position_rows(embedding, plan, position_ids)
     if config.fp32_residual_connection:
         merged_SBH = merged_SBH.float()
     generator = get_cuda_rng_tracker().fork() if config.sequence_parallel else nullcontext()
@@ -66,16 +65,28 @@ def embed_streams(
     return embedded_SBH
 
 
-def _local_positions(plan: AlignmentPlan, position_ids: torch.Tensor | None) -> torch.Tensor:
+def _position_rows(
+    embedding: LanguageModelEmbedding, plan: AlignmentPlan, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Learned position embeddings [S_local, B, H].
+
+    Under sequence parallelism every rank of the tensor-parallel group looks up all positions of
+    the group's sequence, drops those of the others, and takes part in an all-gather of the
+    gradient [S_local, B, H] in backward: the table is replicated, and no one sums its gradient.
+    """
     if position_ids is None:
         raise InputError(
             "position_ids are None, and the language model has learned position embeddings; "
             "pass long [B, S]"
         )
     positions_BS = position_ids[0] if position_ids.dim() == 3 else position_ids
-    if plan.positions_S is None:
-        return positions_BS
-    return positions_BS.index_select(1, plan.positions_S)
+    held = plan.group or plan
+    if held.positions_S is not None:
+        positions_BS = positions_BS.index_select(1, held.positions_S)
+    rows_SBH: torch.Tensor = embedding.position_embeddings(positions_BS.t())
+    if plan.group is not None:
+        rows_SBH = scatter_to_sequence_parallel_region(rows_SBH, group=embedding.tp_group)
+    return rows_SBH
 
 
 def cut_for_rank(plan: AlignmentPlan, adapter: PartitionAdapter, packed: Any) -> AlignmentPlan:
@@ -211,35 +222,3 @@ class _CpuLookup(torch.autograd.Function):
         (ids_N,) = ctx.saved_tensors
         grad_VH = host_zeros(ctx.shape, ctx.dtype)
         return grad_VH.index_add_(0, ids_N, grad_outputs[0]), None
-
-
-def take_part(merged_SBH: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-    """Give parameters that this micro-batch does not use a zero gradient.
-
-    Data-parallel reductions wait for the gradient of every parameter; a modality that is absent
-    on this rank may be present on another. The value passes through unchanged.
-    """
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    if not parameters or not torch.is_grad_enabled():
-        return merged_SBH
-    passed_SBH: torch.Tensor = _TakePart.apply(merged_SBH, *parameters)
-    return passed_SBH
-
-
-class _TakePart(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, merged_SBH: torch.Tensor, *parameters: torch.nn.Parameter
-    ) -> torch.Tensor:
-        ctx.like = [
-            (parameter.shape, parameter.dtype, parameter.device) for parameter in parameters
-        ]
-        return merged_SBH
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        zeros = [
-            torch.zeros((), dtype=dtype, device=device).expand(shape)
-            for shape, dtype, device in ctx.like
-        ]
-        return grad_outputs[0] if ctx.needs_input_grad[0] else None, *zeros
