@@ -23,6 +23,11 @@ _START_SECONDS = 180.0
 _MAX_RANKS = 32
 _FUNCTION_GRACE = 3.0  # for the other ranks to report what they saw of a failure
 _MASTER = "127.0.0.1"
+# For the server and its ranks: no GPU, and no thread of a numerical library.
+_ALONE = {
+    "CUDA_VISIBLE_DEVICES": "",
+    **{f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")},
+}
 
 
 class RankPool:
@@ -117,7 +122,7 @@ class RankPool:
             return
         mine, theirs = socket.socketpair()
         command = f"from tests.rank_pool.server import main; main({theirs.fileno()})"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | _ALONE
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(_REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
@@ -195,9 +200,8 @@ def _environment(world_size: int, port: int) -> dict[str, str]:
     return {
         **os.environ,
         **({"GLOO_SOCKET_IFNAME": "lo"} if "lo" in interfaces else {}),
-        "CUDA_VISIBLE_DEVICES": "",
+        **_ALONE,
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "GROUP_RANK": "0",

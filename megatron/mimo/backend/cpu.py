@@ -52,7 +52,7 @@ def apply_defect_patches() -> None:
 
 def _refuse_live_cuda() -> None:
     remedy = "select the backend before anything touches CUDA, or start a new process"
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         raise RuntimeError(
             "the CPU backend cannot be applied: CUDA is initialised in this process, expected it "
             f"untouched; {remedy}"

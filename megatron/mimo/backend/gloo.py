@@ -32,7 +32,7 @@ def sharing_one_device(original: Any) -> Any:
     issued in the same order on every rank, so running them one after another cannot block.
     """
 
-    class SharedDeviceGloo(original):  # type: ignore[misc]
+    class SharedDeviceGloo(original):
         """``ProcessGroupGloo`` on the process's shared device."""
 
         def __init__(

@@ -62,14 +62,15 @@ class Patcher:
         self.patches: list[Patch] = []
         self.originals: dict[str, Any] = {}
         self.view: ModuleType | None = None
+        self._finder = _PatchingFinder(self)
 
     def apply(self, patches: Iterable[Patch], view: ModuleType | None = None) -> None:
         """Adds ``patches``, and ``view`` as the ``torch`` of every ``megatron.*`` module."""
         new = [patch for patch in patches if patch not in self.patches]
         self.patches += new
         self.view = view or self.view
-        if not any(isinstance(finder, _PatchingFinder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _PatchingFinder(self))
+        if self._finder not in sys.meta_path:
+            sys.meta_path.insert(0, self._finder)
         for patch in new:
             if patch.module != VIEW and not _is_patched_module(patch.module):
                 self._install(patch, importlib.import_module(patch.module))
@@ -155,8 +156,7 @@ class _PatchingFinder:
         if not _is_patched_module(name):
             return None
         for finder in sys.meta_path:
-            find = None if isinstance(finder, _PatchingFinder) else finder.find_spec
-            spec = find(name, path, target) if find is not None else None
+            spec = None if finder is self else finder.find_spec(name, path, target)
             if spec is not None:
                 self._wrap(spec)
                 return spec

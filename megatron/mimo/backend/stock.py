@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import queue
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
 from types import FunctionType
@@ -125,6 +126,26 @@ def _without_strides(entry: Any) -> Any:
     entry.properties = copy.copy(entry.properties)
     vars(entry.properties).pop("strides", None)
     return entry
+
+
+def collecting_in_process(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A synchronous ``save`` whose writers, threads, report through a queue of this process.
+
+    The original's queue, made for asynchronous saves, lives in a process of its own.
+    """
+
+    @functools.wraps(original)
+    def save(*args: Any, **keywords: Any) -> Any:
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        shared = filesystem_async._results_queue
+        filesystem_async._results_queue = queue.Queue()
+        try:
+            return original(*args, **keywords)
+        finally:
+            filesystem_async._results_queue = shared
+
+    return save
 
 
 def drawing_from_host(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -177,6 +177,13 @@ _GLOO = (
 
 _DEFECTS = (
     Patch(
+        name="checkpoint results",
+        target="megatron.core.dist_checkpointing.strategies.torch:TorchDistSaveShardedStrategy.save",
+        reason="each rank's first save spawns a process that imports torch: seconds and memory",
+        replacement=stock.collecting_in_process,
+        needs_no_cuda=False,
+    ),
+    Patch(
         name="dataset helper",
         target="megatron.training.initialize:_compile_dependencies",
         reason="runs make in a folder whose Makefile the wheel does not ship, and exits",

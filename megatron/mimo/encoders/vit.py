@@ -154,6 +154,10 @@ class VisionTransformer(MegatronModule):
             config=config, spec=transformer_layer_spec, pg_collection=pg_collection
         )
 
+    def blank_inputs(self) -> dict[str, Tensor]:
+        """Arguments of the smallest call: one blank image."""
+        return {"pixel_values": self.position_embedding.new_zeros(1, *self.image_shape)}
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode images.
 

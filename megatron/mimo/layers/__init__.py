@@ -1,5 +1,6 @@
 """What transformers are built of, with Transformer Engine and apex and without."""
 
+from megatron.mimo.layers.adam import Adam, install_adam
 from megatron.mimo.layers.norm import Norm
 from megatron.mimo.layers.specs import (
     encoder_layer_spec,
@@ -8,8 +9,10 @@ from megatron.mimo.layers.specs import (
 )
 
 __all__ = [
+    "Adam",
     "Norm",
     "encoder_layer_spec",
+    "install_adam",
     "language_layer_spec",
     "uses_transformer_engine",
 ]

@@ -76,6 +76,9 @@ def _arguments(
     from megatron.mimo.backend import cpu, select_backend
 
     backend = select_backend()
+    from megatron.mimo.layers import install_adam
+
+    install_adam()
     recipe = load_recipe(early.recipe)
     if backend == "cpu":
         defaults: dict[str, object] = {**cpu.ARGUMENT_DEFAULTS, "num_workers": 0}
@@ -94,15 +97,14 @@ def _arguments(
 
 def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     from megatron.core.enums import ModelType
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.global_vars import set_global_variables
-    from megatron.training.training import pretrain
-
     from megatron.mimo.training.curve import LossCurve
     from megatron.mimo.training.data import dataset_provider
     from megatron.mimo.training.model import ModelBuilder
     from megatron.mimo.training.step import build_forward_step
     from megatron.mimo.training.watch import LoopWatch
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.global_vars import set_global_variables
+    from megatron.training.training import pretrain
 
     output = None if args.output is None else Path(args.output)
     curve = LossCurve(output / "loss.csv" if output else None, writes=args.rank == 0)

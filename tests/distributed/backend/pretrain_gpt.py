@@ -1,17 +1,17 @@
 """A plain GPT trained by stock ``megatron.training.pretrain``: the script that the tests run.
 
-Nothing here knows about CPUs but the first line of ``main``. Writes ``LOSS <loss> <tokens>`` on
-every rank that computes one, and the number of threads at the end.
+Nothing here knows about CPUs but ``select_backend`` in ``main``. Writes ``LOSS <loss> <tokens>`` on
+every rank that computes one, and the numbers of threads and child processes at the end.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from torch.utils.data import Dataset
 
@@ -52,14 +52,15 @@ def model(
     pg_collection: Any = None,
 ) -> torch.nn.Module:
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.mimo.layers import language_layer_spec
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
     args = get_args()
+    config = config or core_transformer_config_from_args(args)
     return GPTModel(
-        config or core_transformer_config_from_args(args),
-        get_gpt_layer_local_spec(),
+        config,
+        language_layer_spec(config, vp_stage=vp_stage),
         args.padded_vocab_size,
         args.max_position_embeddings,
         pre_process=pre_process,
@@ -92,6 +93,9 @@ def main() -> None:
     from megatron.mimo.backend import select_backend
 
     select_backend("cpu")
+    from megatron.mimo.layers import install_adam
+
+    install_adam()
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -101,7 +105,8 @@ def main() -> None:
     container = pretrain_cfg_container_from_args(args)
     pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step, model)
     torch.distributed.barrier()
-    sys.stdout.write(f"THREADS {len(os.listdir('/proc/self/task'))}\n")
+    sys.stdout.write(f"THREADS {psutil.Process().num_threads()}\n")
+    sys.stdout.write(f"CHILDREN {len(psutil.Process().children())}\n")
     torch.distributed.destroy_process_group()
 
 

@@ -20,9 +20,13 @@ LAYOUTS = {
         1,
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     ),
-    "TP2": (2, "--tensor-model-parallel-size 2"),
+    "TP2 with SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "PP2": (2, "--pipeline-model-parallel-size 2"),
     "DP2": (2, "--overlap-grad-reduce --ckpt-fully-parallel-load"),
+    "DP2, distributed optimizer": (
+        2,
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
 }
 _MAX_THREADS = 60
 
@@ -57,8 +61,9 @@ def test_resumed_run_repeats_the_uninterrupted_one(
             assert len(after) < len(before) or not before
     assert any(_lines(resumed, "LOSS"))
     assert any(_lines(resumed, "EVALUATION"))
-    for (line,) in _lines(whole, "THREADS"):
-        assert int(line.split()[1]) < _MAX_THREADS
+    for threads, processes in zip(_lines(whole, "THREADS"), _lines(whole, "CHILDREN"), strict=True):
+        assert int(threads[0].split()[1]) < _MAX_THREADS
+        assert processes == ["CHILDREN 0"]  # a save leaves no process of helpers behind
 
 
 def test_tensor_parallel_peers_compute_one_loss(ranks: RankPool) -> None:

@@ -119,9 +119,9 @@ def build_alignment_plan(
     is_text_BS = torch.ones_like(input_ids_BS, dtype=torch.bool)
     for name, token_id in special_token_ids.items():
         is_modality_BS = input_ids_BS == token_id
-        indices[name] = is_modality_BS.view(-1).nonzero().squeeze(1)
+        indices[name] = is_modality_BS.reshape(-1).nonzero().squeeze(1)
         is_text_BS &= ~is_modality_BS
-    indices[TEXT] = is_text_BS.view(-1).nonzero().squeeze(1)
+    indices[TEXT] = is_text_BS.reshape(-1).nonzero().squeeze(1)
     plan = plan_from_indices(input_ids_BS, indices)
     _check_vocabulary(plan.text_ids_N, indices[TEXT], sequence_length, vocab_size)
     if input_ids_BS.device.type != "cpu":

@@ -178,6 +178,18 @@ def test_specs_follow_the_pipeline_stage() -> None:
     assert [len(spec.layer_specs) for spec in specs] == [4, 2]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])
+def test_cuda_equals_cpu(normalization: str) -> None:
+    module, (hidden, gradient) = build(normalization, params_dtype=torch.bfloat16), sample()
+    expected = module(hidden)
+    on_gpu = hidden.detach().cuda().requires_grad_()
+    output = module.cuda()(on_gpu)
+    output.backward(gradient.cuda().bfloat16())
+    torch.testing.assert_close(output.cpu(), expected, rtol=2**-7, atol=2**-8)
+    assert on_gpu.grad is not None
+
+
 @pytest.mark.te
 def test_transformer_engine_is_the_default_where_installed() -> None:
     from megatron.core.extensions.transformer_engine import TENorm

@@ -26,6 +26,7 @@ from megatron.core.models.mimo.model.build import (
     refuse_grids,
 )
 from megatron.core.models.mimo.model.freezing import modules_of, part_names
+from megatron.core.models.mimo.model.idle import idle_rows
 from megatron.core.models.mimo.model.inputs import (
     ModalityInputs,
     check_count,
@@ -146,8 +147,9 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
         hidden = input_tensor
         if isinstance(input_tensor, dict):
             hidden = input_tensor.get(MIMO_LANGUAGE_MODULE_KEY)
-        if hasattr(self.language_model, "set_input_tensor"):
-            self.language_model.set_input_tensor(hidden)
+        language_model = unwrap_model(self.language_model)
+        if hasattr(language_model, "set_input_tensor"):
+            language_model.set_input_tensor(hidden)
 
     def forward(
         self,
@@ -198,8 +200,8 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
             )
         plan = self._plan(input_ids, modality_token_indices, alignment_plan)
         rows = self._forward_encoders(input_ids, modality_inputs, None)
-        for name, count in plan.counts.items():
-            check_count(name, count, rows[name].size(0) if name in rows else 0)
+        for name in {**plan.counts, **rows}:
+            check_count(name, plan.counts.get(name, 0), rows[name].size(0) if name in rows else 0)
         arguments = (
             input_ids, position_ids, attention_mask, loss_mask, labels, rows, packing_kwargs
         )  # fmt: skip
@@ -236,12 +238,15 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
         modality_inputs: ModalityInputs | None,
         input_tensors: Rows | None,
     ) -> Rows:
-        """Rows [N, H] of every modality that has inputs in this micro-batch."""
+        """Rows [N, H] of every modality; [0, H] for one that has no inputs in this micro-batch."""
         rows = {}
         for name, submodule in self.modality_submodules.items():
             inputs = (modality_inputs or {}).get(name)
             hidden = (input_tensors or {}).get(name)
             if hidden is None and is_empty(inputs):
+                idle = idle_rows(submodule, self.config.hidden_size)
+                if idle is not None:
+                    rows[name] = idle
                 continue
             require_token_id(name, self.special_token_ids)
             encoded = submodule(
@@ -316,4 +321,4 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
         if self.input_tensors is None:
             return
         self.input_tensors = None
-        self.language_model.set_input_tensor([None])
+        unwrap_model(self.language_model).set_input_tensor([None])

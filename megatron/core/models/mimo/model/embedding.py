@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.mimo.alignment import (
@@ -25,9 +26,10 @@ from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import InputError
 from megatron.core.models.mimo.model.host_memory import empty_like_rows
 from megatron.core.models.mimo.model.inputs import check_rows
-from megatron.core.models.mimo.model.lookup import look_up_text
+from megatron.core.models.mimo.model.lookup import look_up_text, run_forward_pre_hooks
 from megatron.core.models.mimo.partition.positions import sequence_parallel_positions
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import get_pg_rank, get_pg_size
 
@@ -62,9 +64,7 @@ def embed_streams(
         text_NH = text_NH * scale
     merged_SBH = merge_streams(plan, {TEXT: text_NH, **rows}, tp_group=embedding.tp_group)
     if embedding.add_position_embedding:
-        positions_BS = _local_positions(plan, position_ids)
-        positions_SB = positions_BS.t()
-        merged_SBH = merged_SBH + embedding.position_embeddings(positions_SB)
+        merged_SBH = merged_SBH + _position_rows(embedding, plan, position_ids)
     if config.fp32_residual_connection:
         merged_SBH = merged_SBH.float()
     generator = get_cuda_rng_tracker().fork() if config.sequence_parallel else nullcontext()
@@ -73,16 +73,29 @@ def embed_streams(
     return embedded_SBH
 
 
-def _local_positions(plan: AlignmentPlan, position_ids: torch.Tensor | None) -> torch.Tensor:
+def _position_rows(
+    embedding: LanguageModelEmbedding, plan: AlignmentPlan, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Learned position embeddings [S_local, B, H].
+
+    The table is replicated. Under sequence parallelism each rank looks up its own positions, and
+    the ranks of the tensor-parallel group take part in one all-reduce of the table's gradient.
+    """
     if position_ids is None:
         raise InputError(
             "position_ids are None, and the language model has learned position embeddings; "
             "pass long [B, S]"
         )
     positions_BS = position_ids[0] if position_ids.dim() == 3 else position_ids
-    if plan.positions_S is None:
-        return positions_BS
-    return positions_BS.index_select(1, plan.positions_S)
+    if plan.positions_S is not None:
+        positions_BS = positions_BS.index_select(1, plan.positions_S)
+    positions_SB, table = positions_BS.t(), embedding.position_embeddings
+    if not plan.pieces:
+        rows_SBH: torch.Tensor = table(positions_SB)
+        return rows_SBH
+    run_forward_pre_hooks(table, positions_SB)
+    weight_PH = copy_to_tensor_model_parallel_region(table.weight, group=embedding.tp_group)
+    return F.embedding(positions_SB, weight_PH)
 
 
 def cut_for_rank(plan: AlignmentPlan, adapter: PartitionAdapter, packed: Any) -> AlignmentPlan:
@@ -188,35 +201,3 @@ def _exchange_rows(
         dist.broadcast(part_NH, group_src=source, group=group)
         grad_NH.index_copy_(0, stream.sources_N, part_NH)
     return grad_NH
-
-
-def take_part(merged_SBH: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-    """Give parameters that this micro-batch does not use a zero gradient.
-
-    Data-parallel reductions wait for the gradient of every parameter; a modality that is absent
-    on this rank may be present on another. The value passes through unchanged.
-    """
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    if not parameters or not torch.is_grad_enabled():
-        return merged_SBH
-    passed_SBH: torch.Tensor = _TakePart.apply(merged_SBH, *parameters)
-    return passed_SBH
-
-
-class _TakePart(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, merged_SBH: torch.Tensor, *parameters: torch.nn.Parameter
-    ) -> torch.Tensor:
-        ctx.like = [
-            (parameter.shape, parameter.dtype, parameter.device) for parameter in parameters
-        ]
-        return merged_SBH
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        zeros = [
-            torch.zeros((), dtype=dtype, device=device).expand(shape)
-            for shape, dtype, device in ctx.like
-        ]
-        return grad_outputs[0] if ctx.needs_input_grad[0] else None, *zeros

@@ -33,8 +33,7 @@ def look_up_text(word_embeddings: torch.nn.Module, plan: AlignmentPlan) -> torch
                 "sequence parallelism needs Megatron's VocabParallelEmbedding for the word "
                 f"embeddings, got {type(word_embeddings).__name__}; turn sequence parallelism off"
             )
-        for hook in word_embeddings._forward_pre_hooks.values():  # wait for gathered parameters
-            hook(word_embeddings, (plan.text_ids_N,))
+        run_forward_pre_hooks(word_embeddings, plan.text_ids_N)
         ids = tuple(piece.text_ids_N for piece in plan.pieces)
         text_NH: torch.Tensor = _ShardedLookup.apply(
             word_embeddings.weight, ids, word_embeddings.vocab_start_index, word_embeddings.tp_group
@@ -44,6 +43,12 @@ def look_up_text(word_embeddings: torch.nn.Module, plan: AlignmentPlan) -> torch
     else:
         text_NH = word_embeddings(plan.text_ids_N.unsqueeze(0)).squeeze(0)
     return text_NH
+
+
+def run_forward_pre_hooks(module: torch.nn.Module, *inputs: torch.Tensor) -> None:
+    """What a call of ``module`` does first: data parallelism waits for its parameters there."""
+    for hook in list(module._forward_pre_hooks.values()):
+        hook(module, inputs)
 
 
 def _is_plain(module: torch.nn.Module) -> bool:

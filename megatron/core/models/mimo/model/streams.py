@@ -19,8 +19,8 @@ from megatron.core.models.mimo.model.embedding import (
     cut_for_rank,
     embed_streams,
     merge_streams,
-    take_part,
 )
+from megatron.core.models.mimo.model.idle import take_part
 from megatron.core.models.mimo.model.inputs import check_count, check_rows, require_token_id
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
 from megatron.core.utils import unwrap_model
@@ -49,6 +49,9 @@ class EmbedsStreams(nn.Module):
         adapter = self.partition_adapter
         embedding = unwrap_model(self.language_model).embedding
         self._refuse_scattering_embedding()
+        # Rows [0, H] place nothing; they carry a gradient to the parameters they come from.
+        idle = [rows_NH for rows_NH in rows.values() if rows_NH.size(0) == 0]
+        rows = {name: rows_NH for name, rows_NH in rows.items() if rows_NH.size(0)}
         if self._embeds_by_override() or not isinstance(embedding, LanguageModelEmbedding):
             text_NH = self.get_text_embeddings(input_ids, position_ids, self.special_token_ids)
             merged_SBH = self.align_embeddings_by_token_positions(
@@ -62,13 +65,7 @@ class EmbedsStreams(nn.Module):
             if adapter is not None and plan.positions_S is None:
                 plan = cut_for_rank(plan, adapter, packed)
             merged_SBH = embed_streams(embedding, plan, rows, position_ids)
-        absent = [
-            parameter
-            for name, submodule in self.modality_submodules.items()
-            if name not in rows
-            for parameter in submodule.parameters()
-        ]
-        merged_SBH = take_part(merged_SBH, absent)
+        merged_SBH = take_part(merged_SBH, idle)
         if torch.is_grad_enabled() and not merged_SBH.requires_grad:
             # A first stage that is frozen as a whole still has to answer the schedule's backward.
             merged_SBH.requires_grad_(not any(p.requires_grad for p in self.parameters()))

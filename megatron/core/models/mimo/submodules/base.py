@@ -25,7 +25,10 @@ class ModalitySubmodules(nn.Module):
     ``encoder_inputs`` and returns rows [N, H], or [B, S, H], or a tuple that starts with one of
     these. One that returns [S, B, H] says so with an attribute ``output_layout = "sbh"``
     (a ``TransformerBlock`` is known to): the shape alone cannot tell, and a wrong guess would mix
-    samples.
+    samples. One that has a method ``blank_inputs()`` gives the arguments of the smallest call
+    that it takes: a micro-batch without this modality then runs it all the same, so that
+    overlapped data-parallel collectives come in the same order on every rank, however the
+    encoder is built.
 
     Args:
         encoders, decoders: name -> module.

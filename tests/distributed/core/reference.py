@@ -1,0 +1,258 @@
+"""A small vision-language-sound model, its batches, and its loss by plain loops on one process.
+
+Legend: S sequence, B micro-batch, H hidden, N rows of one modality, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+SEQUENCE = 16
+VOCABULARY = 32
+HIDDEN = 16
+IMAGE, SOUND = 30, 31  # placeholder tokens
+PLACEHOLDERS = {"images": IMAGE, "sounds": SOUND}
+PATCHES = 4  # rows per image
+SOUND_WIDTH = 5
+PIXELS = (2, 4, 4)  # channels, height, width
+
+# Images and sounds of the samples of each global batch, four micro-batches of two samples. Data
+# parallelism deals micro-batches out in turn: with two ranks the second one sees no image in its
+# first micro-batch of batch 0, none at all in batch 1, and none in its last one of batch 2.
+MEDIA: tuple[tuple[tuple[int, int], ...], ...] = (
+    ((2, 1), (0, 0), (0, 0), (0, 2), (1, 0), (3, 0), (0, 0), (2, 1)),
+    ((1, 0), (3, 1), (0, 0), (0, 0), (2, 0), (0, 0), (0, 0), (0, 0)),
+    ((0, 0), (0, 1), (2, 0), (1, 1), (1, 0), (0, 0), (0, 1), (0, 0)),
+)
+MICRO_BATCH = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sample: ids, labels and mask [S], images [n, C, h, w], sounds [m, F]."""
+
+    ids_S: torch.Tensor
+    labels_S: torch.Tensor
+    mask_S: torch.Tensor
+    images: torch.Tensor
+    sounds: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """What is varied in the model; the layout is not part of it.
+
+    Attributes:
+        frozen: names for ``MimoModel.freeze``.
+        frozen_start: freeze all that a first pipeline stage of two holds.
+    """
+
+    tied: bool = False
+    learned_positions: bool = False
+    frozen: tuple[str, ...] = ()
+    frozen_start: bool = False
+
+
+def make_batches() -> list[list[Sample]]:
+    """The global batches: lists of samples, always the same."""
+    generator = torch.Generator().manual_seed(7)
+    return [[_make_sample(*counts, generator) for counts in batch] for batch in MEDIA]
+
+
+def _make_sample(images: int, sounds: int, generator: torch.Generator) -> Sample:
+    ids_S = torch.randint(0, IMAGE, (SEQUENCE,), generator=generator)
+    spots = torch.randperm(SEQUENCE, generator=generator)  # placeholders need not be neighbours
+    ids_S[spots[: images * PATCHES]] = IMAGE
+    ids_S[spots[images * PATCHES : images * PATCHES + sounds]] = SOUND
+    labels_S = ids_S.roll(-1)
+    keep_S = torch.rand(SEQUENCE, generator=generator) < 0.8
+    mask_S = ((labels_S < IMAGE) & keep_S).float()
+    return Sample(
+        ids_S=ids_S,
+        labels_S=labels_S.where(labels_S < IMAGE, 0),
+        mask_S=mask_S,
+        images=torch.randn(images, *PIXELS, generator=generator),
+        sounds=torch.randn(sounds, SOUND_WIDTH, generator=generator),
+    )
+
+
+def transformer_config(**changes: Any) -> Any:
+    """The language model's configuration; ``changes`` are the layout's."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    settings: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 32,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": 0.2,
+        "use_cpu_initialization": True,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "calculate_per_token_loss": True,
+        "pipeline_dtype": torch.float32,
+    }
+    return TransformerConfig(**(settings | changes))
+
+
+def build_model(config: Any, design: Design, groups: Any, *, first: bool, last: bool) -> Any:
+    """This rank's part of the model, frozen as the design says."""
+    from megatron.core.enums import ModelType
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.mimo import (
+        AudioModalitySubmodules,
+        MimoModel,
+        MimoModelConfig,
+        VisionModalitySubmodules,
+    )
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.mimo.layers import language_layer_spec
+
+    language = ModuleSpec(
+        module=GPTModel,
+        params={
+            "config": config,
+            "transformer_layer_spec": language_layer_spec(config),
+            "vocab_size": VOCABULARY,
+            "max_sequence_length": SEQUENCE,
+            "pre_process": first,
+            "post_process": last,
+            "pg_collection": groups,
+            "position_embedding_type": "learned_absolute" if design.learned_positions else "rope",
+            "share_embeddings_and_output_weights": design.tied,
+            "scatter_embedding_sequence_parallel": False,
+        },
+    )
+    sounds = ModuleSpec(
+        module=AudioModalitySubmodules,
+        submodules={
+            "encoders": {
+                # Knows nothing of Megatron: replicated over the tensor-parallel group.
+                "linear": ModuleSpec(
+                    module=SoundEncoder, params={"width": SOUND_WIDTH, "hidden": HIDDEN}
+                )
+            }
+        },
+    )
+    images = ModuleSpec(module=VisionModalitySubmodules, submodules=_image_parts(config, groups))
+    model = MimoModel(
+        MimoModelConfig(
+            language_model_spec=language,
+            modality_submodules_spec={"images": images, "sounds": sounds},
+            special_token_ids=PLACEHOLDERS,
+        ),
+        cp_group=groups.cp,
+        tp_group=groups.tp,
+    )
+    model.pg_collection = groups
+    model.model_type = ModelType.encoder_or_decoder
+    model.freeze(*design.frozen)
+    if design.frozen_start:
+        model.freeze("images", "sounds")
+        decoder = model.language_model.decoder
+        start = [layer for layer in decoder.layers if layer.layer_number == 1]
+        for module in [*start, *([model.language_model.embedding] if first else [])]:
+            module.requires_grad_(False)
+    return model
+
+
+class SoundEncoder(torch.nn.Module):
+    """A plain PyTorch encoder: [N, F] to [N, H]."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.widen = torch.nn.Linear(width, 2 * hidden)
+        self.narrow = torch.nn.Linear(2 * hidden, hidden)
+
+    def forward(self, waves: torch.Tensor) -> torch.Tensor:
+        return self.narrow(torch.tanh(self.widen(waves)))
+
+
+def _image_parts(config: Any, groups: Any) -> dict[str, Any]:
+    from dataclasses import replace
+
+    from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.mimo.encoders import VisionTransformer, encoder_config
+    from megatron.mimo.layers import encoder_layer_spec
+
+    vision = encoder_config(config, num_layers=2, hidden_size=8, num_attention_heads=2)
+    encoder = ModuleSpec(
+        module=VisionTransformer,
+        params={
+            "config": vision,
+            "transformer_layer_spec": encoder_layer_spec(vision),
+            "image_size": PIXELS[1:],
+            "patch_size": 2,
+            "channels": PIXELS[0],
+            "pg_collection": groups,
+        },
+    )
+    projection = ModuleSpec(
+        module=MultimodalProjector,
+        params={
+            "config": replace(config, sequence_parallel=False),
+            "submodules": MLPSubmodules(
+                linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+            ),
+            "projector_type": "mlp",
+            "input_size": vision.hidden_size,
+            "pg_collection": groups,
+        },
+    )
+    return {"encoders": {"vit": encoder}, "input_projections": [projection]}
+
+
+def sample_losses(model: Any, sample: Sample) -> torch.Tensor:
+    """Losses [S] of one sample, its embedding put together by a loop over its tokens.
+
+    ``model`` runs on one process. Uses its weights and layers, not its alignment.
+    """
+    language = model.language_model
+    vision = model.modality_submodules["images"]
+    rows: dict[int, list[torch.Tensor]] = {IMAGE: [], SOUND: []}
+    for image in sample.images:
+        rows_NH, bias_H = vision.input_projections[0].encoder(vision.encoders["vit"](image[None]))
+        rows[IMAGE] += [*(rows_NH if bias_H is None else rows_NH + bias_H)]
+    for wave in sample.sounds:
+        rows[SOUND].append(model.modality_submodules["sounds"].encoders["linear"](wave))
+    embedded = []
+    for position, token in enumerate(sample.ids_S.tolist()):
+        row_H = rows[token].pop(0) if token in rows else None
+        if row_H is None:
+            row_H = language.embedding.word_embeddings.weight[token]
+        if language.embedding.add_position_embedding:
+            row_H = row_H + language.embedding.position_embeddings.weight[position]
+        embedded.append(row_H)
+    assert not any(rows.values())
+    logits_SV = language(
+        input_ids=None,
+        position_ids=None,
+        attention_mask=None,
+        decoder_input=torch.stack(embedded)[:, None],
+    )[0]
+    return F.cross_entropy(logits_SV, sample.labels_S, reduction="none")
+
+
+def reference_step(model: Any, batch: Sequence[Sample]) -> torch.Tensor:
+    """The contract: sum of token losses over the number of label positions; backward included.
+
+    Returns:
+        The loss, 0-d. Gradients are in ``parameter.grad``.
+    """
+    total = torch.zeros(())
+    for sample in batch:
+        total = total + (sample_losses(model, sample) * sample.mask_S).sum()
+    loss = total / sum(sample.mask_S.sum() for sample in batch)
+    loss.backward()
+    return loss.detach()
