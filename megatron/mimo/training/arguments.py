@@ -20,7 +20,7 @@ from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.recipes import DEFAULT_RECIPE, load_recipe, recipe_names
 from megatron.mimo.recipes.recipe import Recipe
 
-__all__ = ["EarlyArguments", "parse_early", "parse_arguments"]
+__all__ = ["EarlyArguments", "list_recipes", "parse_arguments", "parse_early"]
 
 # What every run of this project wants from Megatron, below the recipe's own defaults.
 _PROJECT_DEFAULTS: Mapping[str, object] = {
@@ -161,16 +161,15 @@ def parse_arguments(
         ConfigError: an unknown flag or key, a value that does not fit, or a combination that
             Megatron refuses.
     """
-    from megatron.training.arguments import parse_args, validate_args
-
     from megatron.mimo.training.layout import check_layout
+    from megatron.training.arguments import parse_args, validate_args
 
     def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser.error = lambda message: _refuse(message, parser)  # type: ignore[method-assign]
         add_mimo_arguments(parser)
         if recipe.add_arguments is not None:
             recipe.add_arguments(parser)
-        weak = _PROJECT_DEFAULTS | dict(backend_defaults)
+        weak = {**_PROJECT_DEFAULTS, **backend_defaults}
         _set_defaults(parser, weak, source="project defaults")
         _set_defaults(parser, recipe.arguments, source=f"recipe {recipe.name!r}")
         parser.set_defaults(**config_values(parser, config))

@@ -110,7 +110,7 @@ def _send(load: Callable[[], Any], group: dist.ProcessGroup, device: torch.devic
     failure: Exception | None = None
     try:
         header, body = pack(load())
-    except Exception as error:  # whatever it is, the other ranks are waiting
+    except Exception as error:  # noqa: BLE001 - the other ranks are waiting
         failure = error
         header, body = (
             f"{type(error).__name__}: {error}".encode(),

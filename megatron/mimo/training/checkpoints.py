@@ -51,7 +51,7 @@ def problem(path: Path) -> str | None:
 
     try:
         index = FileSystemReader(path).read_metadata().storage_data or {}
-    except Exception as error:  # a damaged pickle raises anything
+    except Exception as error:  # noqa: BLE001 - a damaged pickle raises anything
         return f"its index (.metadata) cannot be read: {type(error).__name__}: {error}"
     needed: dict[str, int] = {}
     for part in index.values():

@@ -26,8 +26,10 @@ class LossCurve:
         self._file: TextIO | None = None
 
     def begin(self, iteration: int) -> None:
-        """Start after ``iteration``: what the file says of later ones is dropped, as a run that
-        was killed has gone further than its last checkpoint."""
+        """Start after ``iteration``; what the file says of later ones is dropped.
+
+        A run that was killed had gone further than its last checkpoint.
+        """
         self.close()
         self.points = [point for point in self._read() if point[0] <= iteration]
         if self._path is not None and self._writes:

@@ -201,7 +201,7 @@ def _loader(batches: MicroBatches, numbers: SampleRange, workers: int) -> DataLo
     return DataLoader(
         batches,
         batch_size=None,
-        sampler=numbers,  # type: ignore[arg-type]
+        sampler=numbers,
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=_one_thread if workers > 0 else None,

@@ -56,7 +56,7 @@ def end_run(error: BaseException, rank: int) -> NoReturn:
     else:
         if rank != 0 and isinstance(error, MimoError):
             time.sleep(1.0)  # rank 0 most likely has the same to say
-        if not isinstance(error, MimoError):
+        if not isinstance(error, MimoError) and not is_disk_full(error):
             traceback.print_exception(error)
         text = f"[rank {rank}] error: {describe(error)}"
     sys.stdout.flush()
@@ -66,7 +66,12 @@ def end_run(error: BaseException, rank: int) -> NoReturn:
 
 def describe(error: BaseException) -> str:
     """The error's kind and message; one line for what users can cause."""
-    return str(error) if isinstance(error, MimoError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, MimoError):
+        return str(error)
+    text = f"{type(error).__name__}: {error}"
+    if is_disk_full(error):
+        return f"the disk is full ({text}); make room, and the same command continues"
+    return text
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,6 @@ from megatron.mimo.training.step import model_inputs, whole_vocabulary
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
-
     from megatron.mimo.data.sample import Sample
 
 __all__ = ["GreedyGenerator"]
@@ -141,7 +141,7 @@ class GreedyGenerator:
         def forward_step(data: Iterator[tuple[Batch, Tensor]], model: Any) -> tuple[Tensor, Any]:
             batch, length_B = next(data)
             output, _ = model(**model_inputs(self._inputs(batch), labels=None))
-            return output, lambda logits, non_loss_data: self._choose(logits, length_B)
+            return output, partial(self._choose, length_B)
 
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -178,7 +178,8 @@ class GreedyGenerator:
         moved: Batch = move(part, training_device())
         return moved
 
-    def _choose(self, logits_BSV: Tensor, length_B: Tensor) -> Tensor:
+    def _choose(self, length_B: Tensor, logits_BSV: Tensor, *, non_loss_data: bool) -> Tensor:
+        assert non_loss_data, "the schedule is asked for tokens, not for a loss"
         tp_group = self._chunks[0].pg_collection.tp
         rows = torch.arange(len(length_B), device=logits_BSV.device)
         at = (length_B - 1).to(logits_BSV.device)

@@ -40,6 +40,7 @@ def quiet_imports() -> Iterator[None]:
 
 @contextmanager
 def warnings_shown(*, shown: bool) -> Iterator[None]:
+    """Megatron's and torch's warnings while a run goes on, on the screen or nowhere."""
     if shown:
         yield
         return

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _train(recipe, args, console)
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - reported, then the end
         console.end_progress()
         _flush_writers()
         failure.end_run(error, rank)

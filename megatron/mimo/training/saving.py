@@ -18,6 +18,9 @@ from megatron.mimo.training.failure import is_disk_full
 __all__ = ["SaveError", "atomic_tracker", "save_error", "use_results_in_process"]
 
 
+_FULL = 32 * 2**20  # bytes; less than this free is full
+
+
 class SaveError(MimoError, RuntimeError):
     """A checkpoint could not be written."""
 
@@ -25,7 +28,7 @@ class SaveError(MimoError, RuntimeError):
 def save_error(
     folder: Path, iteration: int, earlier: int | None, error: BaseException
 ) -> SaveError:
-    """Say why a checkpoint was not written, and which one is still there.
+    """Say why a checkpoint was not written, and which one is still there; removes what was.
 
     Args:
         folder: the ``--save`` directory.
@@ -33,10 +36,13 @@ def save_error(
         earlier: the iteration of the last one that was written or loaded.
         error: what writing raised.
     """
-    reason = f"{type(error).__name__}: {error}"
-    if is_disk_full(error):
-        free = shutil.disk_usage(folder).free
-        reason = f"the disk is full ({free / 2**20:.0f} MiB free); make room"
+    # the writers pass on an error's text, and torch's own says "file write failed" for any reason
+    free = shutil.disk_usage(folder).free
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = f"writing a file failed ({free / 2**20:.0f} MiB are free; {lines[-1].strip()})"
+    if is_disk_full(error) or free < _FULL:
+        reason = f"the disk is full ({free / 2**20:.0f} MiB are free); make room"
+    shutil.rmtree(folder / f"iter_{iteration:07d}", ignore_errors=True)  # it only takes room
     kept = "there is no earlier one"
     if earlier is not None:
         kept = f"that of iteration {earlier} is intact, and the same command continues from it"
@@ -73,6 +79,9 @@ def atomic_tracker(folder: Path) -> Iterator[None]:
     )
     try:
         yield
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
     finally:
         checkpointing.get_checkpoint_tracker_filename = original
     if writer:

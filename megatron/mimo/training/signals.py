@@ -45,6 +45,8 @@ def save_on_signal(args: Namespace, console: Console) -> list[str]:
 
 
 def leave_on_signal(args: Namespace, console: Console) -> None:
+    """From here on a signal ends the process at once: all that took long is on disk."""
+
     def handle(number: int, _: FrameType | None) -> None:
         console.say(
             f"{signal.Signals(number).name}: training is complete and saved; the same command "

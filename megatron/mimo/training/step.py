@@ -64,6 +64,7 @@ def whole_vocabulary(logits_BSV: Tensor, vocab_size: int, tp_group: Any) -> Tens
     Args:
         logits_BSV: this rank's shard, or already [B, S, vocab_size].
         vocab_size: padded size of the whole vocabulary.
+        tp_group: the tensor-parallel group.
     """
     if logits_BSV.size(-1) == vocab_size:
         return logits_BSV
@@ -105,6 +106,7 @@ def build_forward_step(recipe: Recipe, args: Namespace) -> Callable[..., tuple[T
 
 
 def model_inputs(batch: Batch, labels: Tensor | None) -> dict[str, Any]:
+    """``MimoModel.forward``'s arguments; what this stage has not received is None."""
     return {
         "input_ids": batch.get("input_ids"),
         "position_ids": batch.get("position_ids"),

@@ -4,47 +4,21 @@ from __future__ import annotations
 
 import json
 import signal
-import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from tests.rank_pool import RankExit, RankPool
-
-SCRIPT = Path(__file__).parents[3] / "examples/mimo/pretrain_mimo.py"
-RECIPE = ("--recipe", "tests.distributed.training.tiny:tiny")
-# dropout draws differ between layouts
-COMPARABLE = (
-    *("--hidden-dropout", "0", "--attention-dropout", "0"),
-    *("--make-vocab-size-divisible-by", "4"),  # 24 rows with and without TP2
+from tests.distributed.training.launch import (
+    COMPARABLE,
+    EVALUATE,
+    LAYOUTS,
+    losses,
+    start,
+    succeed,
+    train,
+    wait_for,
 )
-EVALUATE = ("--eval-iters", "2", "--eval-interval", "3")
-LAYOUTS: Mapping[str, tuple[int, tuple[str, ...]]] = {
-    "one": (1, ()),
-    "tp2": (2, ("--tensor-model-parallel-size", "2")),
-    "pp2": (2, ("--pipeline-model-parallel-size", "2")),
-    "dp2": (2, ()),
-    "dp2-zero": (2, ("--use-distributed-optimizer",)),
-}
-
-
-def train(ranks: RankPool, output: Path, layout: str, *flags: str) -> list[RankExit]:
-    world_size, layout_flags = LAYOUTS[layout]
-    argv = [SCRIPT, *RECIPE, "--output", output, *layout_flags, *flags]
-    return ranks.script(world_size, argv, timeout=60)
-
-
-def succeed(ranks: RankPool, output: Path, layout: str, *flags: str) -> str:
-    exits = train(ranks, output, layout, *flags)
-    assert [exit_.exit_code for exit_ in exits] == [0] * len(exits), exits
-    return exits[0].stdout
-
-
-def losses(output: Path) -> dict[int, str]:
-    lines = (output / "loss.csv").read_text().splitlines()
-    assert lines[0] == "iteration,loss"
-    return {int(number): loss for number, loss in (line.split(",") for line in lines[1:])}
+from tests.rank_pool import RankPool
 
 
 @pytest.fixture(scope="module")
@@ -93,22 +67,45 @@ def test_killed_and_restarted_is_bit_identical(
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     succeed(ranks, whole, layout)
-    world_size, layout_flags = LAYOUTS[layout]
-    argv = [SCRIPT, *RECIPE, "--output", broken, *layout_flags]
-    run = ranks.start_script(world_size, argv, timeout=60)
-    _wait_for(lambda: (broken / "loss.csv").is_file() and len(losses(broken)) >= 4)
+    run = start(ranks, broken, layout)
+    wait_for(run, lambda: (broken / "loss.csv").is_file() and len(losses(broken)) >= 4)
     run.signal(signal.SIGKILL)
     run.wait()
     succeed(ranks, broken, layout)
     assert losses(broken) == losses(whole)
 
 
-def _wait_for(condition: object, seconds: float = 30) -> None:
-    assert callable(condition)
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the run does not get there"
-        time.sleep(0.01)
+def test_killed_while_a_checkpoint_is_written(ranks: RankPool, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    succeed(ranks, whole, "dp2")
+    run = start(ranks, broken, "dp2")
+    wait_for(run, (broken / "checkpoints/iter_0000003").is_dir)
+    run.signal(signal.SIGKILL)
+    run.wait()
+    succeed(ranks, broken, "dp2")
+    assert losses(broken) == losses(whole)
+
+
+def test_a_finished_run_says_so_and_continues_when_asked(
+    ranks: RankPool, one_process: Path
+) -> None:
+    before = losses(one_process)
+    printed = succeed(ranks, one_process, "one", *COMPARABLE, *EVALUATE, "--train-iters", "9")
+    assert "already trained 9 iterations; pass --train-iters larger than 9" in printed
+    printed = succeed(ranks, one_process, "one", *COMPARABLE, *EVALUATE, "--train-iters", "10")
+    assert "iteration 10/10" in printed
+    assert {k: v for k, v in losses(one_process).items() if k < 10} == before
+    kept = sorted(path.name for path in (one_process / "checkpoints").glob("iter_*"))
+    assert kept == ["iter_0000009", "iter_0000010"]  # the last two
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(ranks: RankPool, tmp_path: Path) -> None:
+    exits = train(ranks, tmp_path, "one", "--tiny-die-at-finish")
+    assert exits[0].exit_code == 9
+    assert not (tmp_path / "metrics.json").exists()
+    printed = succeed(ranks, tmp_path, "one")
+    assert "evaluating" in printed
+    assert json.loads((tmp_path / "metrics.json").read_text())["iteration"] == 6
 
 
 def _tensorboard_tags(folder: Path) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
@@ -69,6 +70,7 @@ class _Colours(torch.utils.data.Dataset[Sample]):
     def __init__(self, count: int, args: Namespace) -> None:
         self._count = count
         self._bad = args.tiny_bad_sample
+        self._disk_full_from = args.tiny_disk_full_from
 
     def __len__(self) -> int:
         return self._count
@@ -76,6 +78,8 @@ class _Colours(torch.utils.data.Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if index == self._bad:
             raise OSError("cannot decode image")
+        if index == self._disk_full_from:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
         generator = torch.Generator().manual_seed(index)
         images = torch.randn(index % 4, PIXELS, generator=generator)
         answer = images.argmax(dim=1).tolist()
@@ -94,6 +98,7 @@ class _Colours(torch.utils.data.Dataset[Sample]):
 
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--tiny-bad-sample", type=int, default=-1)
+    parser.add_argument("--tiny-disk-full-from", type=int, default=-1)
     parser.add_argument("--tiny-die-at-finish", action="store_true")
 
 

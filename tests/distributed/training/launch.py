@@ -1,0 +1,61 @@
+"""Starts runs of the example script on the rank pool."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tests.rank_pool import RankExit, RankPool, ScriptRun
+
+SCRIPT = Path(__file__).parents[3] / "examples/mimo/pretrain_mimo.py"
+RECIPE = ("--recipe", "tests.distributed.training.tiny:tiny")
+# dropout draws differ between layouts
+COMPARABLE = (
+    *("--hidden-dropout", "0", "--attention-dropout", "0"),
+    *("--make-vocab-size-divisible-by", "4"),  # 24 rows with and without TP2
+)
+EVALUATE = ("--eval-iters", "2", "--eval-interval", "3")
+LAYOUTS: Mapping[str, tuple[int, tuple[str, ...]]] = {
+    "one": (1, ()),
+    "tp2": (2, ("--tensor-model-parallel-size", "2")),
+    "pp2": (2, ("--pipeline-model-parallel-size", "2")),
+    "dp2": (2, ()),
+    "dp2-zero": (2, ("--use-distributed-optimizer",)),
+}
+
+
+def start(ranks: RankPool, output: Path, layout: str, *flags: str) -> ScriptRun:
+    """Start the example script in ``layout``."""
+    world_size, layout_flags = LAYOUTS[layout]
+    argv = [SCRIPT, *RECIPE, "--output", output, *layout_flags, *flags]
+    return ranks.start_script(world_size, argv, timeout=60)
+
+
+def train(ranks: RankPool, output: Path, layout: str, *flags: str) -> list[RankExit]:
+    """Run the example script in ``layout`` and wait."""
+    return start(ranks, output, layout, *flags).wait()
+
+
+def succeed(ranks: RankPool, output: Path, layout: str, *flags: str) -> str:
+    """``train`` that has to succeed; returns what rank 0 printed."""
+    exits = train(ranks, output, layout, *flags)
+    assert [exit_.exit_code for exit_ in exits] == [0] * len(exits), "\n".join(
+        exit_.stdout + exit_.stderr for exit_ in exits
+    )
+    return exits[0].stdout
+
+
+def losses(output: Path) -> dict[int, str]:
+    """Iteration -> training loss, as written."""
+    lines = (output / "loss.csv").read_text().splitlines()
+    assert lines[0] == "iteration,loss"
+    return {int(number): loss for number, loss in (line.split(",") for line in lines[1:])}
+
+
+def wait_for(run: ScriptRun, condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Poll until ``condition`` holds, while the run goes on."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert run.running() and time.monotonic() < end, run.stdout() + run.stderr()
+        time.sleep(0.005)
