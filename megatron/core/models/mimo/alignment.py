@@ -122,7 +122,7 @@ def build_alignment_plan(
         indices[name] = is_modality_BS.reshape(-1).nonzero().squeeze(1)
         is_text_BS &= ~is_modality_BS
     indices[TEXT] = is_text_BS.reshape(-1).nonzero().squeeze(1)
-    plan = plan_from_indices(input_ids_BS, indices)
+    plan = _make_plan(input_ids_BS, indices)
     _check_vocabulary(plan.text_ids_N, indices[TEXT], sequence_length, vocab_size)
     if input_ids_BS.device.type != "cpu":
         return plan
@@ -139,35 +139,43 @@ def plan_from_indices(
         modality_token_indices: modality, and "text", -> long [N], positions ``b * S + s``.
 
     Raises:
-        InputError: "text" is missing, or the positions do not add up to B * S.
+        InputError: "text" is missing, or the positions are not B * S; on the host also where they
+            are not each position once.
     """
     check_input_ids(input_ids_BS)
     batch_size, sequence_length = input_ids_BS.shape
     given = sum(index_N.numel() for index_N in modality_token_indices.values())
-    if TEXT not in modality_token_indices or given != batch_size * sequence_length:
+    complete = TEXT in modality_token_indices and given == batch_size * sequence_length
+    if complete and all(
+        index_N.device.type == "cpu" for index_N in modality_token_indices.values()
+    ):
+        ordered = torch.cat([*modality_token_indices.values()]).sort().values
+        complete = torch.equal(ordered, torch.arange(given))
+    if not complete:
         raise InputError(
             f"modality_token_indices name {given} positions under "
             f"{sorted(modality_token_indices)}; expected the {batch_size} * {sequence_length} "
             f"positions of input_ids, each once, those of ordinary tokens under {TEXT!r}"
         )
+    return _make_plan(input_ids_BS, modality_token_indices)
+
+
+def _make_plan(input_ids_BS: torch.Tensor, indices: Mapping[str, torch.Tensor]) -> AlignmentPlan:
+    batch_size, sequence_length = input_ids_BS.shape
     flat_ids = input_ids_BS.reshape(-1)
     streams = {
         name: Stream(
             rows_N=index_N % sequence_length * batch_size
             + torch.div(index_N, sequence_length, rounding_mode="floor")
         )
-        for name, index_N in modality_token_indices.items()
+        for name, index_N in indices.items()
     }
     return AlignmentPlan(
         sequence_length=sequence_length,
         batch_size=batch_size,
-        text_ids_N=flat_ids.index_select(0, modality_token_indices[TEXT]),
+        text_ids_N=flat_ids.index_select(0, indices[TEXT]),
         streams=streams,
-        counts={
-            name: index_N.numel()
-            for name, index_N in modality_token_indices.items()
-            if name != TEXT
-        },
+        counts={name: index_N.numel() for name, index_N in indices.items() if name != TEXT},
     )
 
 
