@@ -31,7 +31,8 @@ class ModuleOptimizerInfo:
             rank trains the module.
         grid: must be None: modules share Megatron's groups.
         pg_collection: the groups the optimizer was built with; None for Megatron's global ones.
-        is_active: this rank holds parameters of the module that are trained.
+        is_active: this rank holds parameters of the module that are trained. Without, an optimizer
+            that has parameters is left alone.
     """
 
     optimizer: MegatronOptimizer | None
@@ -116,7 +117,12 @@ class MimoOptimizer(ChainedOptimizer):
                 "that share Megatron's groups. Build the optimizer with get_mimo_optimizer"
             )
         self.module_infos = dict(module_infos)
-        parts = [part for info in module_infos.values() for part in _parts(info.optimizer)]
+        parts = [
+            part
+            for info in module_infos.values()
+            if info.is_active or not _has_parameters(info.optimizer)
+            for part in _parts(info.optimizer)
+        ]
         super().__init__(parts)
         self.config = config
         self._device = device if device is not None else _device_of(self)
@@ -126,6 +132,7 @@ class MimoOptimizer(ChainedOptimizer):
         if dist.is_initialized():
             holders = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(holders, held)
+        self.is_stub_optimizer = not held
         # A module's first holder writes what its holders have in common.
         before = holders[: dist.get_rank()] if dist.is_initialized() else []
         self._replica = {name: sum(name in names for names in before) for name in held}
@@ -188,6 +195,7 @@ class MimoOptimizer(ChainedOptimizer):
             state[name] = self._primed(name).state_dict()
         return state
 
+    @torch.no_grad()  # Megatron copies into fp32 parameters, leaves of the graph
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` gave, or what was loaded into ``sharded_state_dict``.
 
@@ -262,6 +270,10 @@ def _parts(optimizer: Any) -> list[Any]:
     if type(optimizer) is ChainedOptimizer:
         return list(optimizer.chained_optimizers)
     return [optimizer]
+
+
+def _has_parameters(optimizer: Any) -> bool:
+    return any(group["params"] for part in _parts(optimizer) for group in part.param_groups)
 
 
 def _holds_state(info: ModuleOptimizerInfo) -> bool:

@@ -10,8 +10,8 @@ import torch
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
-from megatron.core.models.mimo.errors import ConfigError
-from megatron.core.optimizer import FP32Optimizer
+from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
+from megatron.core.optimizer import DistributedOptimizer, FP32Optimizer
 
 _OBJECTS = "_mimo_objects"
 _GROUPS, _STEP, _SCALER, _SHARDING = (
@@ -23,18 +23,29 @@ _GROUPS, _STEP, _SCALER, _SHARDING = (
 
 
 def prime(optimizer: Any) -> None:
-    """Give a torch Adam that has not stepped yet the state of zero steps.
+    """Give an Adam that has not stepped yet the state of zero steps.
 
-    megatron-core reads the step count where nothing has set it, and so can neither save nor load
-    before the first step without Transformer Engine or apex.
+    megatron-core leaves such state out of a checkpoint, or fails to write it, and asks for it
+    when loading.
 
     Args:
         optimizer: one of Megatron's optimizers.
+
+    Raises:
+        UnsupportedError: (a ``RuntimeError``) a distributed optimizer over torch's Adam.
     """
     inner = optimizer.optimizer
-    if not isinstance(inner, torch.optim.Adam) or any(inner.state.values()):
+    if isinstance(inner, torch.optim.Adam) and isinstance(optimizer, DistributedOptimizer):
+        raise UnsupportedError(
+            f"megatron-core's distributed optimizer cannot load the state of "
+            f"torch.optim.{type(inner).__name__}; install Transformer Engine or apex, or call "
+            "megatron.mimo.layers.install_adam() before the optimizer is built"
+        )
+    if optimizer.init_state_fn is None or any(inner.state.values()):
         return
     optimizer.init_state_fn(inner, optimizer.config)
+    if not isinstance(inner, torch.optim.Adam):
+        return
     for group in inner.param_groups:
         on_device = group["capturable"] or group["fused"]
         for parameter in group["params"]:
