@@ -170,6 +170,9 @@ def parse_arguments(
         if recipe.add_arguments is not None:
             recipe.add_arguments(parser)
         weak = {**_PROJECT_DEFAULTS, **backend_defaults}
+        for action in parser._actions:
+            if action.dest == "yaml_cfg":
+                action.type = _no_yaml_cfg
         _set_defaults(parser, weak, source="project defaults")
         _set_defaults(parser, recipe.arguments, source=f"recipe {recipe.name!r}")
         parser.set_defaults(**config_values(parser, config))
@@ -177,8 +180,6 @@ def parse_arguments(
 
     with _command_line(argv):
         args = parse_args(extend)
-    if args.yaml_cfg is not None:
-        raise ConfigError("--yaml-cfg is not supported; use --config, which takes every flag")
     _derive(args, backend)
     check_layout(args)
     try:
@@ -240,6 +241,10 @@ def _set_defaults(
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{source}: Megatron has no argument {name!r}{hint}")
     parser.set_defaults(**values)
+
+
+def _no_yaml_cfg(_: str) -> NoReturn:
+    raise argparse.ArgumentTypeError("not supported; use --config, which takes every flag")
 
 
 def _derive(args: argparse.Namespace, backend: str) -> None:

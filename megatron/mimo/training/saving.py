@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from megatron.core.models.mimo.errors import MimoError
 from megatron.mimo.training.checkpoints import TRACKER
 from megatron.mimo.training.failure import is_disk_full
 
-__all__ = ["SaveError", "atomic_tracker", "save_error", "use_results_in_process"]
+__all__ = ["SaveError", "atomic_tracker", "save_error"]
 
 
 _FULL = 32 * 2**20  # bytes; less than this free is full
@@ -50,18 +49,6 @@ def save_error(
         f"the checkpoint of iteration {iteration} could not be written to {folder}: {reason}; "
         f"{kept}"
     )
-
-
-def use_results_in_process() -> None:
-    """Let the writer threads of a synchronous save report through a queue of this process.
-
-    Megatron starts a server process for that queue, which is for asynchronous saves: on each rank
-    it costs an import of torch, and a rank waits for ever if it dies.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    if not isinstance(filesystem_async._results_queue, queue.Queue):
-        filesystem_async._results_queue = queue.Queue()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from megatron.mimo.training.checkpoints import prune
 from megatron.mimo.training.curve import LossCurve
 from megatron.mimo.training.data import training_device
 from megatron.mimo.training.progress import Console, Pace, format_progress
-from megatron.mimo.training.saving import atomic_tracker, save_error, use_results_in_process
+from megatron.mimo.training.saving import atomic_tracker, save_error
 from megatron.mimo.training.step import LOSS
 
 __all__ = ["LoopWatch"]
@@ -131,7 +131,6 @@ class LoopWatch:
                 if self._args.async_save:
                     result = save(iteration, *args, **kwargs)
                 else:
-                    use_results_in_process()
                     with atomic_tracker(folder):
                         result = save(iteration, *args, **kwargs)
             except BaseException as error:

@@ -57,5 +57,6 @@ def wait_for(run: ScriptRun, condition: Callable[[], bool], seconds: float = 30)
     """Poll until ``condition`` holds, while the run goes on."""
     end = time.monotonic() + seconds
     while not condition():
-        assert run.running() and time.monotonic() < end, run.stdout() + run.stderr()
+        assert run.running(), run.stdout() + run.stderr()
+        assert time.monotonic() < end, run.stdout() + run.stderr()
         time.sleep(0.005)

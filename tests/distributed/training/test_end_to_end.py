@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ from tests.distributed.training.launch import (
     COMPARABLE,
     EVALUATE,
     LAYOUTS,
+    RECIPE,
+    SCRIPT,
     losses,
     start,
     succeed,
@@ -114,3 +119,24 @@ def _tensorboard_tags(folder: Path) -> set[str]:
     events = EventAccumulator(str(folder))
     events.Reload()
     return set(events.Tags()["scalars"])
+
+
+def test_torchrun_itself(tmp_path: Path) -> None:
+    """Real processes from a real launcher, with nothing imported before."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *(str(SCRIPT), *RECIPE, "--output", str(tmp_path), "--train-iters", "2"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        command,
+        cwd=SCRIPT.parents[2],
+        env=environment | {"PYTHONPATH": str(SCRIPT.parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.startswith("recipe tiny: 2 processes (CPU, gloo), tp 1 pp 1 dp 2")
+    assert run.stderr == ""
+    assert list(losses(tmp_path)) == [1, 2]

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import torch
+
+from megatron.mimo.training.step import LOSS, sum_loss
+
+
+def test_the_loss_is_the_sum_over_label_positions() -> None:
+    losses_BS = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]], requires_grad=True)
+    loss_mask_BS = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    total, count, report = sum_loss(loss_mask_BS, losses_BS)
+    assert total.item() == 14.0
+    assert count.item() == 3
+    assert count.dtype == torch.int32
+    assert report[LOSS].tolist() == [14.0, 3.0]
+    assert not report[LOSS].requires_grad
+    total.backward()
+    assert losses_BS.grad is not None
+    assert torch.equal(losses_BS.grad, loss_mask_BS)
+
+
+def test_a_micro_batch_without_labels_gives_zero() -> None:
+    losses_BS = torch.ones(1, 2, requires_grad=True)
+    total, count, _ = sum_loss(torch.zeros(1, 2), losses_BS)
+    total.backward()
+    assert (total.item(), count.item()) == (0.0, 0)
+    assert losses_BS.grad is not None
+    assert not losses_BS.grad.any()
