@@ -49,12 +49,13 @@ def is_cuda(device: object) -> bool:
 
 
 def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """``factory`` with ``device="cuda"`` read as the CPU."""
+    """``factory`` with ``device="cuda"`` read as the CPU and ``pin_memory`` left out."""
 
     @functools.wraps(factory)
     def create(*args: Any, **keywords: Any) -> Any:
         if "device" in keywords and is_cuda(keywords["device"]):
             keywords["device"] = CPU
+        keywords.pop("pin_memory", None)  # locks memory for copies to a GPU: asks the driver
         return factory(*args, **keywords)
 
     return create

@@ -1,7 +1,8 @@
 """Which modules a transformer is built of: the one place that decides.
 
 Transformer Engine's where it is installed and ``config.transformer_impl`` (``--transformer-impl``)
-is "transformer_engine", Megatron's default; else megatron-core's own, with this project's norms.
+is "transformer_engine", Megatron's default; else megatron-core's own, with this project's attention
+and norms.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from megatron.core.models.vision.vit_layer_specs import (
     get_vit_layer_with_local_spec,
     get_vit_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.mimo.layers.attention import CoreAttention
 from megatron.mimo.layers.norm import Norm
 
 __all__ = ["encoder_layer_spec", "language_layer_spec", "uses_transformer_engine"]
@@ -102,28 +105,31 @@ def _block_spec(
     block: TransformerBlockSubmodules, config: TransformerConfig, *, with_te: bool
 ) -> ModuleSpec:
     if not with_te:
-        _replace_norms(block, _stock_norms(config))
+        _replace(block, _replacements(config))
     return ModuleSpec(module=TransformerBlock, submodules=block)
 
 
-def _stock_norms(config: TransformerConfig) -> tuple[Any, ...]:
-    """The norms of megatron-core to replace: apex's LayerNorm stays, but it is no RMSNorm."""
-    if config.normalization == "LayerNorm":
-        return (WrappedTorchNorm,)
-    return (WrappedTorchNorm, FusedLayerNorm)
+def _replacements(config: TransformerConfig) -> dict[type, type]:
+    """What takes the place of megatron-core's: apex's LayerNorm stays, but it is no RMSNorm."""
+    replacements: dict[type, type] = {WrappedTorchNorm: Norm}
+    if config.normalization != "LayerNorm":
+        replacements[FusedLayerNorm] = Norm
+    if config.softmax_type == "vanilla":  # megatron-core's knows the others, on one CP rank
+        replacements[DotProductAttention] = CoreAttention
+    return replacements
 
 
-def _replace_norms(part: Any, stock: tuple[Any, ...]) -> None:
-    """Puts :class:`Norm` in place of each stock norm in a tree of specs and submodules."""
+def _replace(part: Any, replacements: dict[type, type]) -> None:
+    """Replaces classes in a tree of specs and submodules."""
     if isinstance(part, list):
         for member in part:
-            _replace_norms(member, stock)
+            _replace(member, replacements)
     elif isinstance(part, ModuleSpec):
-        _replace_norms(part.submodules, stock)
+        _replace(part.submodules, replacements)
     elif dataclasses.is_dataclass(part):
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
-            if value in stock:
-                setattr(part, field.name, Norm)
+            if isinstance(value, type) and value in replacements:
+                setattr(part, field.name, replacements[value])
             else:
-                _replace_norms(value, stock)
+                _replace(value, replacements)
