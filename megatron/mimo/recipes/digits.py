@@ -107,7 +107,7 @@ def build_model(arguments: Namespace, stage: Stage) -> MimoModelConfig:
             "submodules": MLPSubmodules(
                 linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
             ),
-            "projector_type": "affine",
+            "projector_type": "mlp",
             "input_size": vision.hidden_size,
             "pg_collection": stage.pg_collection,
         },
