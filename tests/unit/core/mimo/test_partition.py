@@ -163,9 +163,9 @@ def refuse_lengths() -> None:
         seq_parallel=True, use_cp=False, tp_comm_overlap=True, max_seq_len=8, tp_group=groups.tp
     )
     adapter = PartitionAdapter(config)
-    with pytest.raises(AssertionError, match="length 7 should be divisible by 2 .* pad it to 8"):
+    with pytest.raises(AssertionError, match=r"length 7 should be divisible by 2 .* pad it to 8"):
         adapter.shard(torch.zeros(7, 1, 1), None, None)
-    with pytest.raises(AssertionError, match="TP Comm overlap .* exactly max_seq_len = 8, got 6"):
+    with pytest.raises(AssertionError, match=r"TP Comm overlap .* exactly max_seq_len = 8, got 6"):
         adapter.shard(torch.zeros(6, 1, 1), None, None)
     embeddings_SBH, *_ = adapter.shard(torch.arange(8.0).view(8, 1, 1), None, None)
     assert embeddings_SBH is not None

@@ -126,7 +126,7 @@ def test_first_of_a_tuple_is_taken() -> None:
 
 @pytest.mark.parametrize("value", [torch.zeros(3), torch.zeros(1, 2, 3, 4), "text", None, ()])
 def test_output_that_is_no_rows_is_refused(value: Any) -> None:
-    with pytest.raises(InputError, match="Encoder 'e' output .* is not supported"):
+    with pytest.raises(InputError, match=r"Encoder 'e' output .* is not supported"):
         one_encoder().encode({"e": {"value": value}})
 
 
