@@ -6,6 +6,7 @@ Legend: S sequence, B micro-batch, H hidden, N rows of one stream.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,8 +82,6 @@ def place(plan: AlignmentPlan, rows: Mapping[str, torch.Tensor]) -> torch.Tensor
 
 
 def without_runs(plan: AlignmentPlan) -> AlignmentPlan:
-    from dataclasses import replace
-
     streams = {name: replace(stream, runs=None) for name, stream in plan.streams.items()}
     return replace(plan, streams=streams)
 
@@ -156,17 +155,15 @@ def test_cut_plan_places_this_ranks_part(name: str, cp: int, tp: int) -> None:
                 size = len(held) // tp
                 mine = held[tp_rank * size : (tp_rank + 1) * size]
                 positions_S = sequence_parallel_positions(len(held), tp_rank=tp_rank, tp_size=tp)
-                piece = cut_plan(local, positions_S, sequence_parallel=True)
-                assert piece.group is local
-            # Under context parallelism only the text of this rank is looked up.
-            text_NH = text_rows_held(input_ids_BS, rows["text"], held)
-            got_SBH = place(piece, {**rows, "text": text_NH})
+                piece = cut_plan(local, positions_S)
+            local_rows = {**rows, "text": text_rows_held(input_ids_BS, rows["text"], mine)}
+            got_SBH = place(piece, local_rows)
             assert torch.equal(got_SBH, whole_SBH[mine])
-            assert torch.equal(got_SBH, place(without_runs(piece), {**rows, "text": text_NH}))
+            assert torch.equal(got_SBH, place(without_runs(piece), local_rows))
             assert piece.counts == plan.counts
-            if piece.positions_S is not None:
-                assert piece.positions_S.tolist() == mine
-            assert len(piece.text_ids_N) == len(text_NH)
+            assert piece.positions_S is not None
+            assert piece.positions_S.tolist() == mine
+            assert len(piece.text_ids_N) == len(local_rows["text"])
 
 
 def text_rows_held(
@@ -188,11 +185,13 @@ def test_taking_is_the_adjoint_of_placing(name: str, cut: bool) -> None:
     plan = build_alignment_plan(CASES[name], IDS)
     if cut:
         positions_S = torch.arange(plan.sequence_length)[1::2]
-        plan = cut_plan(plan, positions_S, sequence_parallel=True)
+        plan = cut_plan(plan, positions_S)
     generator = torch.Generator().manual_seed(2)
     shape = (plan.sequence_length, plan.batch_size, HIDDEN)
     grad_SBH = torch.randn(shape, generator=generator, dtype=torch.float64)
-    for stream_name, rows_NH in draw_rows(CASES[name]).items():
+    rows = draw_rows(CASES[name])
+    rows["text"] = rows["text"][: len(plan.text_ids_N)]
+    for stream_name, rows_NH in rows.items():
         stream = plan.streams[stream_name]
         placed_SBH = torch.zeros(shape, dtype=torch.float64)
         place_rows(placed_SBH, stream, rows_NH)
@@ -202,21 +201,18 @@ def test_taking_is_the_adjoint_of_placing(name: str, cut: bool) -> None:
 
 
 def test_moving_a_plan_keeps_it_whole() -> None:
-    plan = cut_plan(
-        build_alignment_plan(SCATTERED_BS, IDS), torch.arange(4), sequence_parallel=True
-    )
+    piece = cut_plan(build_alignment_plan(SCATTERED_BS, IDS), torch.arange(4))
+    plan = replace(piece, pieces=(piece,))
     moved = plan.to("meta")
-    assert moved.group is not None
-    for part in (moved, moved.group):
+    assert len(moved.pieces) == 1
+    for part in (moved, *moved.pieces):
         assert part.text_ids_N.is_meta
+        assert part.positions_S is not None
+        assert part.positions_S.is_meta
         assert all(stream.rows_N.is_meta for stream in part.streams.values())
-    assert all(
-        stream.sources_N is not None and stream.sources_N.is_meta
-        for stream in moved.streams.values()
-    )
-    assert moved.positions_S is not None
-    assert moved.positions_S.is_meta
-    assert moved.counts == plan.counts
+        sources = [part.streams[name].sources_N for name in IDS]
+        assert all(sources_N is not None and sources_N.is_meta for sources_N in sources)
+        assert part.counts == plan.counts
     assert plan.to("cpu").streams["text"].rows_N.equal(plan.streams["text"].rows_N)
 
 
