@@ -69,6 +69,8 @@ def describe(error: BaseException) -> str:
     if isinstance(error, MimoError):
         return str(error)
     text = f"{type(error).__name__}: {error}"
+    if not str(error) and error.__traceback__ is not None:  # a bare assert: show what it says
+        text = f"{type(error).__name__}: {traceback.extract_tb(error.__traceback__)[-1].line}"
     if is_disk_full(error):
         return f"the disk is full ({text}); make room, and the same command continues"
     return text

@@ -113,6 +113,12 @@ def _check_batch(args: Namespace) -> None:
     ):
         if size is not None and size < 1:
             raise ConfigError(f"{flag} {size}: must be at least 1")
+    decay = args.lr_decay_iters or args.train_iters
+    if args.train_iters and args.lr_warmup_fraction is None and args.lr_warmup_iters >= decay:
+        raise ConfigError(
+            f"a learning-rate warm-up of {args.lr_warmup_iters} iterations does not fit into "
+            f"{decay}; use --lr-warmup-iters {decay // 10}"
+        )
     if args.train_iters is None and args.train_samples is None:
         raise ConfigError("how long to train is not set; give --train-iters or --train-samples")
     dp = args.world_size // (

@@ -89,6 +89,7 @@ def test_a_backend_default_gives_way_to_a_recipe() -> None:
         (("--micro-batch-size", "0"), "--micro-batch-size 0: must be at least 1"),
         (("--dataloader-type", "cyclic"), "recipes bring their own data"),
         (("--fp32", "--bf16"), "--fp32 excludes"),
+        (("--lr-warmup-iters", "10"), "warm-up of 10 iterations does not fit into 10"),
         (("--yaml-cfg", "x.yaml"), "use --config"),
     ],
 )
