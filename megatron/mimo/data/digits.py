@@ -34,7 +34,7 @@ IMAGE_SIZE = 8
 MAX_DIGITS = 4
 HELD_OUT = 0.2
 TEXT_ONLY = 0.1
-VARIANTS = 32  # augmented versions of each training image; they take 12 MB and 0.3 s
+VARIANTS = 32  # augmented versions of each training image; they take 12 MB and 0.1 s
 
 MARKERS = ("#1", "#2", "#3", "#4")
 QUESTION = ("what", "number", "is", "this", "?", "->")

@@ -20,6 +20,7 @@ from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.data import MediaFormat, Sample, SampleCollator
 from megatron.mimo.data import digits as data
 from megatron.mimo.encoders import VisionTransformer, encoder_config
@@ -82,6 +83,34 @@ def digits() -> Recipe:
 def build_model(arguments: Namespace, stage: Stage) -> MimoModelConfig:
     """A GPT whose placeholder positions take the rows of a ViT over 4 x 4 pixel patches."""
     language = core_transformer_config_from_args(arguments)
+    tied = not arguments.untie_embeddings_and_output_weights
+    language_spec = ModuleSpec(
+        module=GPTModel,
+        params={
+            "config": language,
+            "transformer_layer_spec": language_layer_spec(language),
+            "vocab_size": arguments.padded_vocab_size,
+            "max_sequence_length": arguments.max_position_embeddings,
+            "pre_process": stage.pre_process,
+            "post_process": stage.post_process,
+            "vp_stage": stage.vp_stage,
+            "pg_collection": stage.pg_collection,
+            "position_embedding_type": arguments.position_embedding_type,
+            "rotary_percent": arguments.rotary_percent,
+            "rotary_base": arguments.rotary_base,
+            "share_embeddings_and_output_weights": tied,
+            "scatter_embedding_sequence_parallel": False,
+        },
+    )
+    return MimoModelConfig(
+        language_model_spec=language_spec,
+        modality_submodules_spec={"images": _images_spec(language, stage)},
+        special_token_ids={"images": data.IMAGE},
+    )
+
+
+def _images_spec(language: TransformerConfig, stage: Stage) -> ModuleSpec:
+    """The ViT, and an MLP from its width to the language model's."""
     vision = encoder_config(
         language,
         num_layers=ENCODER_LAYERS,
@@ -112,38 +141,12 @@ def build_model(arguments: Namespace, stage: Stage) -> MimoModelConfig:
             "pg_collection": stage.pg_collection,
         },
     )
-    language_spec = ModuleSpec(
-        module=GPTModel,
-        params={
-            "config": language,
-            "transformer_layer_spec": language_layer_spec(language),
-            "vocab_size": arguments.padded_vocab_size,
-            "max_sequence_length": arguments.max_position_embeddings,
-            "pre_process": stage.pre_process,
-            "post_process": stage.post_process,
-            "vp_stage": stage.vp_stage,
-            "pg_collection": stage.pg_collection,
-            "position_embedding_type": arguments.position_embedding_type,
-            "rotary_percent": arguments.rotary_percent,
-            "rotary_base": arguments.rotary_base,
-            "share_embeddings_and_output_weights": (
-                not arguments.untie_embeddings_and_output_weights
-            ),
-            "scatter_embedding_sequence_parallel": False,
+    return ModuleSpec(
+        module=VisionModalitySubmodules,
+        submodules={
+            "encoders": {"vit": encoder_spec},
+            "input_projections": [projection_spec],
         },
-    )
-    return MimoModelConfig(
-        language_model_spec=language_spec,
-        modality_submodules_spec={
-            "images": ModuleSpec(
-                module=VisionModalitySubmodules,
-                submodules={
-                    "encoders": {"vit": encoder_spec},
-                    "input_projections": [projection_spec],
-                },
-            )
-        },
-        special_token_ids={"images": data.IMAGE},
     )
 
 
