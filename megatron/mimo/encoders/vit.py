@@ -5,7 +5,8 @@ Shape legend: N images, C channels, P patches per image, E pixel values per patc
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,8 @@ def encoder_config(
     """An encoder's configuration beside a language model's, where both share process groups.
 
     Precision, activation, initialisation, dropout, recomputation and tensor parallelism are the
-    language model's. The encoder runs whole on each tensor-parallel group that has it: no pipeline,
-    no context or sequence parallelism.
+    language model's. The encoder is dense, and runs whole on each tensor-parallel group that has it:
+    no pipeline, no context or sequence parallelism.
 
     Args:
         language: configuration of the language model.
@@ -76,9 +77,22 @@ def encoder_config(
         context_parallel_size=1,
         sequence_parallel=False,
         tp_comm_overlap=False,
+        expert_model_parallel_size=1,
+        expert_tensor_parallel_size=None,
         num_moe_experts=None,
         mtp_num_layers=None,
+        **_settings_of_experts(language),
     )
+
+
+def _settings_of_experts(config: TransformerConfig) -> dict[str, Any]:
+    """Defaults of what only mixtures of experts have; Megatron refuses them in a dense model."""
+    defaults = {}
+    for field in fields(config):
+        if field.name.startswith("moe_"):
+            made = field.default_factory is not MISSING
+            defaults[field.name] = field.default_factory() if made else field.default
+    return defaults
 
 
 def patchify(pixels_NCHW: Tensor, patch_size: int) -> Tensor:
@@ -157,6 +171,10 @@ class VisionTransformer(MegatronModule):
     def blank_inputs(self) -> dict[str, Tensor]:
         """Arguments of the smallest call: one blank image."""
         return {"pixel_values": self.position_embedding.new_zeros(1, *self.image_shape)}
+
+    def rows_per_item(self, pixel_values: Tensor) -> list[int]:
+        """Rows of each image: ranks with the same images may encode some each."""
+        return [self.num_patches] * len(pixel_values)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode images.

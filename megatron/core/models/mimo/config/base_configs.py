@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from megatron.core.hyper_comm_grid import HyperCommGrid
 
 KV_FORMATS = ("sbhd", "thd")
+ENCODER_SPLITS = ("auto", "never", "cp", "tp", "tp-cp")
 TEXT = "text"  # the stream of ordinary tokens; no modality may take its name
 _RESERVED_NAMES = (TEXT, MIMO_LANGUAGE_MODULE_KEY)
 
@@ -34,10 +35,16 @@ class MimoModelConfig:
         module_to_grid_map: module name -> process grid, for layouts in which modules have
             grids of their own; None for the uniform layout.
         kv_format: "sbhd", or "thd" for packed sequences.
+        encoder_split: over which ranks that hold the same encoder inputs the encoders' work is
+            divided: "cp", "tp", "tp-cp", "never", or "auto", which is all that each encoder
+            allows (see ``ModalitySubmodules``). One value for all modalities, or modality ->
+            value, "auto" for those left out. What cannot be divided as asked is refused when the
+            model is built.
 
     Raises:
         ConfigError: (a ``ValueError``) names that are reserved, placeholder ids that are shared
-            or not integers, an unknown ``kv_format``, a grid map whose keys are not the modules.
+            or not integers, an unknown ``kv_format`` or ``encoder_split``, a grid map whose keys
+            are not the modules.
     """
 
     language_model_spec: ModuleSpec = field(default_factory=ModuleSpec)
@@ -45,6 +52,7 @@ class MimoModelConfig:
     special_token_ids: dict[str, int] = field(default_factory=dict)
     module_to_grid_map: dict[str, HyperCommGrid] | None = None
     kv_format: str = "sbhd"
+    encoder_split: str | Mapping[str, str] = "auto"
 
     def __post_init__(self) -> None:
         if self.kv_format not in KV_FORMATS:
@@ -58,6 +66,13 @@ class MimoModelConfig:
         _check_special_token_ids(self.special_token_ids)
         if self.module_to_grid_map:
             _check_grid_names(self.module_to_grid_map, self.modality_submodules_spec)
+        _check_encoder_split(self.encoder_split, self.modality_submodules_spec)
+
+    def encoder_split_of(self, modality: str) -> str:
+        """The value of ``encoder_split`` for one modality."""
+        if isinstance(self.encoder_split, str):
+            return self.encoder_split
+        return self.encoder_split.get(modality, "auto")
 
 
 def _check_special_token_ids(special_token_ids: Mapping[str, int] | None) -> None:
@@ -84,3 +99,17 @@ def _check_grid_names(grids: Mapping[str, object], modalities: Mapping[str, obje
             f"{MIMO_LANGUAGE_MODULE_KEY!r}. Missing: {sorted(expected - set(grids))}, "
             f"Extra: {sorted(set(grids) - expected)}"
         )
+
+
+def _check_encoder_split(
+    encoder_split: str | Mapping[str, str], modalities: Mapping[str, object]
+) -> None:
+    values = {"all": encoder_split} if isinstance(encoder_split, str) else encoder_split
+    unknown = [] if isinstance(encoder_split, str) else sorted(set(values) - set(modalities))
+    if unknown:
+        raise ConfigError(
+            f"encoder_split names {unknown}, and the modalities are {sorted(modalities)}"
+        )
+    for value in values.values():
+        if value not in ENCODER_SPLITS:
+            raise ConfigError(f"encoder_split is {value!r}; expected one of {ENCODER_SPLITS}")

@@ -25,6 +25,10 @@ from megatron.core.models.mimo.model.build import (
     language_config,
     refuse_grids,
 )
+from megatron.core.models.mimo.model.encoder_splits import (
+    keep_reducible_splits,
+    split_encoders,
+)
 from megatron.core.models.mimo.model.freezing import modules_of, part_names
 from megatron.core.models.mimo.model.idle import idle_rows
 from megatron.core.models.mimo.model.inputs import (
@@ -73,7 +77,8 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
         partition_adapter: cuts sequences; None without context or sequence parallelism.
 
     Raises:
-        ConfigError: (a ``ValueError``) the language model's spec holds no ``config``.
+        ConfigError: (a ``ValueError``) the language model's spec holds no ``config``; encoders
+            that cannot be split as asked.
         UnsupportedError: (a ``RuntimeError``) module grids; sequence parallelism with an
             embedding that scatters by itself.
     """
@@ -103,6 +108,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
             self.modality_submodules[name] = spec.module.from_spec(
                 spec, is_first_stage=True, is_last_stage=True
             )
+        split_encoders(self.modality_submodules, mimo_config, cp_group, tp_group)
         self.language_model = build_module(mimo_config.language_model_spec)
         self._takes_loss_mask = accepts(self.language_model.forward, "loss_mask")
         self._refuse_scattering_embedding()
@@ -245,6 +251,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
         """Rows [N, H] of every modality; [0, H] for one that has no inputs in this micro-batch."""
         rows = {}
         for name, submodule in self.modality_submodules.items():
+            keep_reducible_splits(name, submodule, self.mimo_config)
             inputs = (modality_inputs or {}).get(name)
             hidden = (input_tensors or {}).get(name)
             if hidden is None and is_empty(inputs):

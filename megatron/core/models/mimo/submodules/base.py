@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 _PARTS = ("encoders", "decoders", "input_projections", "output_projections")
 _LAYOUTS = ("bsh", "sbh")
 
+# (name, encoder, what gives its rows [n, H] for arguments, arguments) -> rows [N, H]
+EncoderCall = Callable[
+    [str, nn.Module, Callable[[Mapping[str, Any]], torch.Tensor], Mapping[str, Any]], torch.Tensor
+]
+
 
 class ModalitySubmodules(nn.Module):
     """The encoders of one modality and the projection into the language model's width.
@@ -28,13 +34,19 @@ class ModalitySubmodules(nn.Module):
     samples. One that has a method ``blank_inputs()`` gives the arguments of the smallest call
     that it takes: a micro-batch without this modality then runs it all the same, so that
     overlapped data-parallel collectives come in the same order on every rank, however the
-    encoder is built.
+    encoder is built. One that has a method ``rows_per_item(**inputs)`` gives, for the arguments
+    of a call and as host integers, the rows of each item (image, clip): it says that every tensor
+    or list among them holds items along dimension 0, and that an item's rows do not depend on
+    other items. Ranks that have the same items may then encode some each and exchange the rows.
 
     Args:
         encoders, decoders: name -> module.
         input_projections, output_projections: at most one module each.
         is_first_stage, is_last_stage: this rank's pipeline stage within the modality.
         pg_collection: the modality's process groups; None for Megatron's global ones.
+
+    Attributes:
+        encoder_calls: encoder name -> what runs it in place of a plain call.
 
     Raises:
         ConfigError: (a ``ValueError``) several projections, arguments that are not known.
@@ -71,6 +83,7 @@ class ModalitySubmodules(nn.Module):
         self.pg_collection = pg_collection
         self._is_first_stage = is_first_stage
         self._is_last_stage = is_last_stage
+        self.encoder_calls: dict[str, EncoderCall] = {}
 
     @classmethod
     def from_spec(
@@ -133,7 +146,9 @@ class ModalitySubmodules(nn.Module):
                     f"No inputs found for encoder '{name}'; got inputs for "
                     f"{sorted(encoders_data_batch)}"
                 )
-            rows.append(_as_rows(name, encoder, encoder(**encoders_data_batch[name])))
+            encode = partial(_encode, name, encoder)
+            inputs, call = encoders_data_batch[name], self.encoder_calls.get(name)
+            rows.append(encode(inputs) if call is None else call(name, encoder, encode, inputs))
         return rows
 
     def combine_embeddings(self, embeddings: list[torch.Tensor]) -> torch.Tensor:
@@ -223,6 +238,10 @@ def _build_part(specs: Any) -> Any:
     if isinstance(specs, Mapping):
         return {name: build_module(spec) for name, spec in specs.items()}
     return [build_module(spec) for spec in specs or []]
+
+
+def _encode(name: str, encoder: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    return _as_rows(name, encoder, encoder(**inputs))
 
 
 def _as_rows(name: str, encoder: nn.Module, output: Any) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Work and rows that move between ranks."""
