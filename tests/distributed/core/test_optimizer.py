@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.distributed.core.layouts import (
     CLIP,
@@ -29,10 +30,16 @@ LAYOUTS = {
     "PP2, distributed optimizer": Layout(pp=2, distributed_optimizer=True),
 }
 CHECKPOINTS = {
-    "DP2": (Layout(dp=2), None),
-    "PP2": (Layout(pp=2), None),
-    "DP2, dp_reshardable": (Layout(dp=2, distributed_optimizer=True), "dp_reshardable"),
-    "PP2, fully_reshardable": (Layout(pp=2, distributed_optimizer=True), "fully_reshardable"),
+    "DP2": (Layout(dp=2), None, 1),
+    "PP2": (Layout(pp=2), None, 1),
+    "DP2, dp_reshardable": (Layout(dp=2, distributed_optimizer=True), "dp_reshardable", 1),
+    "PP2, fully_reshardable": (Layout(pp=2, distributed_optimizer=True), "fully_reshardable", 1),
+    "before the first step": (Layout(), None, 0),
+    "before the first step, distributed optimizer": (
+        Layout(pp=2, distributed_optimizer=True),
+        "fully_reshardable",
+        0,
+    ),
 }
 
 
@@ -49,7 +56,8 @@ def test_steps_as_one_optimizer_of_the_whole_model(
     for norms, zeros, error in ranks(layout.world_size)(run_training, layout, reference):
         assert norms == pytest.approx(reference.norms, rel=1e-5)
         assert min(norms) > CLIP  # every step was clipped
-        assert zeros == zero_gradients
+        # Key biases have no gradient but for rounding, which may give exact zeros too.
+        assert zeros == pytest.approx(zero_gradients, abs=4)
         assert error < 1e-6
 
 
@@ -62,8 +70,7 @@ def run_training(layout: Layout, reference: Outcome) -> tuple[list[float], int, 
     return [norm for norm, _ in steps], steps[0][1], max(errors)
 
 
-@pytest.mark.parametrize(("layout", "kind"), CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
-@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize(("layout", "kind", "steps"), CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
 def test_continues_bit_for_bit(
     ranks: RankPool, reference: Outcome, tmp_path: Path, layout: Layout, kind: str, steps: int
 ) -> None:
@@ -155,18 +162,20 @@ def list_keys(reference: Outcome) -> tuple[list[tuple[str, str]], str]:
     return keys, str(refusal.value)
 
 
+@pytest.mark.parametrize(("layout", "rank"), [(Layout(pp=2), 0), (Layout(dp=2), 1)])
 def test_inf_in_one_module_on_one_rank_skips_the_step_everywhere(
-    ranks: RankPool, reference: Outcome
+    ranks: RankPool, reference: Outcome, layout: Layout, rank: int
 ) -> None:
-    for skipped, scales, moved in ranks(2)(run_into_inf, reference):
+    for skipped, scales, moved in ranks(2)(run_into_inf, reference, layout, rank):
         assert skipped == (False, None, None)
         assert scales == [{1024.0}, {512.0}, {512.0}]
         assert moved == [False, True]
 
 
-def run_into_inf(reference: Outcome) -> tuple[Any, list[set[float]], list[bool]]:
-    """A step with inf in an encoder of the first stage, then a good one."""
-    layout = Layout(pp=2)
+def run_into_inf(
+    reference: Outcome, layout: Layout, rank: int
+) -> tuple[Any, list[set[float]], list[bool]]:
+    """A step with inf in an encoder's reduced gradients on one rank, then a good one."""
     model, held = build(layout, reference.weights)
     optimizer = build_optimizer(
         model, layout, fp16=True, initial_loss_scale=1024.0, min_loss_scale=1.0, hysteresis=1
@@ -174,7 +183,7 @@ def run_into_inf(reference: Outcome) -> tuple[Any, list[set[float]], list[bool]]
     scales = [{part.get_loss_scale().item() for part in optimizer.chained_optimizers}]
     batch = make_batches()[0]
     gradients(model, layout, batch)
-    if "images" in model.modality_submodules:
+    if dist.get_rank() == rank:
         next(model.modality_submodules["images"].parameters()).main_grad.view(-1)[0] = torch.inf
     moved, skipped = [], optimizer.step()
     for _ in range(2):
