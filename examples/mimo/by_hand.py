@@ -11,9 +11,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.backend import select_backend
 
-device = (
-    select_backend()
-)  # "cuda", or "cpu" made ready for Megatron: the one line that is not stock
+# "cuda", or "cpu" made ready for Megatron: the one line that stock MIMO does not know.
+device = select_backend()
 backend, store = {"cuda": "nccl", "cpu": "gloo"}[device], torch.distributed.HashStore()
 torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 parallel_state.initialize_model_parallel()

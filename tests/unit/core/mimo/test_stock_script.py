@@ -36,3 +36,8 @@ def test_script_gives_what_stock_gives(ranks: RankPool) -> None:
     (theirs,) = ranks(1)(output_of_script, True)
     assert ours == theirs
     assert ours.startswith("loss ")
+
+
+def test_readme_shows_the_script() -> None:
+    body = SCRIPT.read_text().split('"""\n', 1)[1].strip()
+    assert body in (ROOT / "README.md").read_text()
