@@ -30,8 +30,8 @@ def encoder_config(
     """An encoder's configuration beside a language model's, where both share process groups.
 
     Precision, activation, initialisation, dropout, recomputation and tensor parallelism are the
-    language model's. The encoder is dense, and runs whole on each tensor-parallel group that has it:
-    no pipeline, no context or sequence parallelism.
+    language model's. The encoder has no experts, and runs whole on each tensor-parallel group that
+    has it: no pipeline, no context or sequence parallelism.
 
     Args:
         language: configuration of the language model.

@@ -260,3 +260,19 @@ def test_encoder_config_drops_what_splits_the_sequence_and_the_layers() -> None:
     assert language.num_layers == 6
     weight = config.output_layer_init_method(torch.empty(300, 300))
     assert weight.std() == pytest.approx(0.07 / (2 * 3) ** 0.5, rel=0.05)
+
+
+def test_encoder_beside_a_mixture_of_experts_is_dense() -> None:
+    from megatron.mimo.encoders import encoder_config
+
+    language = language_config(
+        num_moe_experts=4,
+        expert_model_parallel_size=2,
+        moe_ffn_hidden_size=24,
+        moe_router_topk=3,
+        add_bias_linear=False,
+    )
+    config = encoder_config(language, num_layers=3, hidden_size=64, num_attention_heads=4)
+    assert (config.num_moe_experts, config.expert_model_parallel_size) == (None, 1)
+    assert (config.moe_ffn_hidden_size, config.ffn_hidden_size) == (None, 256)
+    assert (language.num_moe_experts, language.moe_ffn_hidden_size) == (4, 24)
