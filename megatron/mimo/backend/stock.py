@@ -148,6 +148,23 @@ def collecting_in_process(original: Callable[..., Any]) -> Callable[..., Any]:
     return save
 
 
+def as_numpy_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``maybe_move_tensor_to_cpu`` that honours ``as_numpy`` for a tensor that is there already.
+
+    gloo takes split sizes as integers; a tensor's elements are none.
+    """
+
+    @functools.wraps(original)
+    def maybe_move_tensor_to_cpu(
+        tensor: Any, as_numpy: bool = False, record_stream: bool = False
+    ) -> Any:
+        if as_numpy and torch.is_tensor(tensor) and tensor.device.type == "cpu":
+            return tensor.numpy()
+        return original(tensor, as_numpy, record_stream)
+
+    return maybe_move_tensor_to_cpu
+
+
 def drawing_from_host(original: Callable[..., Any]) -> Callable[..., Any]:
     """``original`` with its random draws taken from the host's generator."""
 

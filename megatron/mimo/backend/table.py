@@ -226,6 +226,12 @@ PATCHES: tuple[Patch, ...] = (
     *_RANDOM,
     *_CPU_TYPES,
     *_AUTOCAST,
+    Patch(
+        name="splits of the expert dispatcher",
+        target="megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+        reason="leaves a tensor that is on the CPU a tensor; all_to_all wants integers",
+        replacement=stock.as_numpy_on_cpu,
+    ),
     *_GLOO,
     Patch(
         name="tensors loaded in parallel",

@@ -228,6 +228,18 @@ def test_autocast_reaches_the_backward_of_linear_layers(
             output.sum().backward()
 
 
+def test_splits_of_the_expert_dispatcher_are_integers() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    splits = torch.tensor([3, 0, 5])
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+    assert [int(size) for size in move(splits, as_numpy=True)] == [3, 0, 5]
+    assert not torch.is_tensor(move(splits, as_numpy=True))
+    assert move(splits) is splits
+    assert move(None, as_numpy=True) is None
+    assert _original("splits of the expert dispatcher")(splits, as_numpy=True) is splits
+
+
 def test_dataset_helper_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.datasets import utils
     from megatron.training import initialize
