@@ -192,3 +192,39 @@ def test_forward_contract() -> None:
 def test_decoding_is_for_subclasses() -> None:
     with pytest.raises(NotImplementedError, match="VisionModalitySubmodules has no decode"):
         VisionModalitySubmodules().decode(rows(1), {})
+
+
+@pytest.mark.parametrize("rows_need_gradient", [True, False])
+def test_recomputed_projections_keep_no_activations(rows_need_gradient: bool) -> None:
+    """Rows of a frozen encoder need no gradient; their projection gets its own all the same."""
+
+    def run(recompute: bool) -> tuple[list[torch.Tensor], set[int]]:
+        torch.manual_seed(3)
+        projection = nn.Sequential(nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 4))
+        submodules = ModalitySubmodules(
+            encoders={"e": Returns()},
+            input_projections=[projection],
+            recompute_projections=recompute,
+        )
+        kept: set[int] = set()
+        value = rows(2).requires_grad_(rows_need_gradient)
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept.add(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out_NH = submodules({"e": {"value": value}})
+        assert out_NH is not None
+        kept_in_forward = set(kept)
+        out_NH.square().sum().backward()
+        parameters = [parameter.grad for parameter in projection.parameters()]
+        gradients = [*parameters, value.grad if rows_need_gradient else torch.zeros(0)]
+        return [gradient for gradient in gradients if gradient is not None], kept_in_forward
+
+    expected, kept = run(False)
+    gradients, kept_recomputing = run(True)
+    assert len(gradients) == 5
+    assert all(map(torch.equal, gradients, expected))
+    assert 2 * 50 in kept
+    assert 2 * 50 not in kept_recomputing

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.core.models.mimo.submodules.state import Offsets, own_state, sharded_state
@@ -61,6 +62,7 @@ class ModalitySubmodules(nn.Module):
         is_first_stage: bool = True,
         is_last_stage: bool = True,
         pg_collection: Any = None,
+        recompute_projections: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -81,6 +83,7 @@ class ModalitySubmodules(nn.Module):
                     "them in a torch.nn.Sequential"
                 )
         self.pg_collection = pg_collection
+        self.recompute_projections = recompute_projections
         self._is_first_stage = is_first_stage
         self._is_last_stage = is_last_stage
         self.encoder_calls: dict[str, EncoderCall] = {}
@@ -210,7 +213,14 @@ class ModalitySubmodules(nn.Module):
             combined_NH = self.combine_embeddings(self.encode(encoder_inputs))
         else:
             return None
-        return self.project_embeddings([combined_NH]) if self.is_last_stage else combined_NH
+        if not self.is_last_stage:
+            return combined_NH
+        if self.recompute_projections and torch.is_grad_enabled():
+            rows_NH: torch.Tensor = checkpoint(
+                self.project_embeddings, [combined_NH], use_reentrant=False
+            )
+            return rows_NH
+        return self.project_embeddings([combined_NH])
 
     def sharded_state_dict(
         self,
