@@ -9,12 +9,18 @@ if TYPE_CHECKING:
 
 
 def model_parallel(
-    *, tp: int = 1, pp: int = 1, cp: int = 1, vpp: int | None = None, seed: int = 1234
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    vpp: int | None = None,
+    seed: int = 1234,
 ) -> ProcessGroupCollection:
     """Initialises ``parallel_state`` and seeds the model-parallel generators; collective.
 
-    Every rank of the default group calls it once, with equal arguments. What is left of the world
-    size is data parallel.
+    Every rank of the default group calls it once (again after ``destroy_model_parallel``), with
+    equal arguments. What is left of the world size is data parallel.
 
     Returns:
         The process groups, as Megatron's builders take them.
@@ -27,6 +33,7 @@ def model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         context_parallel_size=cp,
+        expert_model_parallel_size=ep,
         virtual_pipeline_model_parallel_size=vpp,
     )
     model_parallel_cuda_manual_seed(seed)

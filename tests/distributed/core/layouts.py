@@ -1,12 +1,7 @@
-"""The same model under a parallel layout, run by Megatron's own schedules, DDP and optimizer.
-
-Whole parameters are keyed by their checkpoint key and layer; a rank finds its part of each with
-the sharding that its model reports for checkpoints.
-"""
+"""The same model under a parallel layout, run by Megatron's own schedules, DDP and optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,29 +19,60 @@ from tests.distributed.core.reference import (
     reference_step,
     transformer_config,
 )
+from tests.distributed.core.whole import Part, Tensors, parts, whole
 from tests.rank_pool import model_parallel
+
+__all__ = [  # with what other tests know from here
+    "CLIP",
+    "EPSILON",
+    "LEARNING_RATE",
+    "Deviation",
+    "Layout",
+    "Outcome",
+    "Part",
+    "Tensors",
+    "build_chunks",
+    "copy_weights",
+    "parts",
+    "run_gradients",
+    "run_reference",
+    "run_step",
+    "run_training",
+    "wrap_chunks",
+]
 
 LEARNING_RATE, EPSILON, CLIP = 1e-2, 1e-3, 0.05
 SMALL_BUCKET = 600  # parameters: some ten buckets, so that the order of reductions matters
 
-Tensors = dict[str, torch.Tensor]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Parallel sizes, and how data parallelism reduces and optimizes."""
+    """Parallel sizes, and how the work is cut, repeated, reduced and optimized.
+
+    Attributes:
+        vpp: chunks of each pipeline stage, under the interleaved schedule.
+        stages: which layers each chunk holds, as ``pipeline_model_parallel_layout``; "" for even.
+        recompute: "", "selective" (core attention), "uniform", "block" or "projections".
+        micro_batch: samples of a micro-batch.
+    """
 
     tp: int = 1
     pp: int = 1
+    cp: int = 1
+    ep: int = 1
     dp: int = 1
+    vpp: int | None = None
+    stages: str = ""
     sequence_parallel: bool = False
+    recompute: str = ""
+    micro_batch: int = MICRO_BATCH
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     distributed_optimizer: bool = False
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,45 +97,6 @@ class Deviation:
     covered: dict[str, set[tuple[Any, ...]]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """What a rank holds of a whole parameter."""
-
-    name: str
-    parameter: torch.nn.Parameter
-    key: str
-    shape: tuple[int, ...]
-    where: tuple[slice, ...]
-
-    def of(self, whole: Tensors) -> torch.Tensor:
-        return whole[self.key][self.where]
-
-    def error(self, value: torch.Tensor, whole: Tensors) -> float:
-        """Norm of the difference, relative to the norm of the whole parameter's tensor."""
-        scale = whole[self.key].norm().clamp(min=1e-20)
-        return ((value - self.of(whole)).norm() / scale).item()
-
-    def span(self) -> tuple[int, ...]:
-        """First index in each dimension, and the number of elements."""
-        return (*(index.start for index in self.where), self.parameter.numel())
-
-
-def parts(model: Any) -> Iterator[Part]:
-    sharded = model.sharded_state_dict()
-    for name, parameter in model.named_parameters():
-        entry = sharded[name]
-        assert entry.data is not None
-        assert entry.data.shape == parameter.shape
-        layers = entry.prepend_axis_num  # a checkpoint stacks a parameter's layers
-        yield Part(
-            name=name,
-            parameter=parameter,
-            key=f"{entry.key}{[*entry.global_offset[:layers]]}",
-            shape=entry.global_shape[layers:],
-            where=entry.global_slice()[layers:],
-        )
-
-
 def run_reference(design: Design) -> Outcome:
     """One process, plain loops, plain AdamW; runs on a pool of one rank."""
     groups = model_parallel()
@@ -118,8 +105,8 @@ def run_reference(design: Design) -> Outcome:
     for batch in make_batches():
         model.zero_grad()
         losses.append(reference_step(model, batch).item())
-        gradients.append(_whole(model, lambda parameter: parameter.grad))
-    weights = _whole(model, lambda parameter: parameter.data)
+        gradients.append(whole(model, lambda parameter: parameter.grad))
+    weights = whole(model, lambda parameter: parameter.data)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable, lr=LEARNING_RATE, eps=EPSILON, betas=(0.9, 0.99), weight_decay=0.0
@@ -136,7 +123,7 @@ def run_reference(design: Design) -> Outcome:
         gradients=gradients,
         norms=norms,
         trained_losses=trained_losses,
-        trained=_whole(model, lambda parameter: parameter.data),
+        trained=whole(model, lambda parameter: parameter.data),
     )
 
 
@@ -148,7 +135,7 @@ def run_gradients(layout: Layout, design: Design, reference: Outcome) -> Deviati
     covered: dict[str, set[tuple[Any, ...]]] = {}
     for batch, gradients in zip(make_batches(), reference.gradients, strict=True):
         wrapped.zero_grad_buffer()
-        losses.append(_run_step(layout, wrapped, batch))
+        losses.append(run_step(layout, [wrapped], batch))
         for part in parts(model):
             assert part.parameter.requires_grad == (part.key in gradients), part.name
             if part.parameter.requires_grad:
@@ -181,7 +168,7 @@ def run_training(layout: Layout, design: Design, reference: Outcome) -> Deviatio
     for batch in make_batches():
         wrapped.zero_grad_buffer()
         optimizer.zero_grad()
-        losses.append(_run_step(layout, wrapped, batch))
+        losses.append(run_step(layout, [wrapped], batch))
         success, norm, _ = optimizer.step()
         assert success
         norms.append(float(norm))
@@ -194,84 +181,155 @@ def run_training(layout: Layout, design: Design, reference: Outcome) -> Deviatio
     return Deviation(losses=losses, errors=errors, norms=norms, covered=covered)
 
 
-def _build(layout: Layout, design: Design, weights: Tensors) -> tuple[Any, Any]:
-    from megatron.core import parallel_state
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
-
-    groups = model_parallel(tp=layout.tp, pp=layout.pp)
-    config = transformer_config(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        sequence_parallel=layout.sequence_parallel,
-        finalize_model_grads_func=finalize_model_grads,
+def config_changes(layout: Layout) -> dict[str, Any]:
+    """What a layout changes in the transformer's configuration."""
+    recompute: dict[str, Any] = {
+        "": {},
+        "projections": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "uniform": {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+        "block": {
+            "recompute_granularity": "full",
+            "recompute_method": "block",
+            "recompute_num_layers": 1,
+        },
+    }[layout.recompute]
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "pipeline_model_parallel_layout": layout.stages or None,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "sequence_parallel": layout.sequence_parallel,
+        # Megatron's defaults: between the two ranks of pp 2 an interleaved schedule needs them.
+        "overlap_p2p_comm": layout.vpp is not None,
+        "batch_p2p_comm": layout.vpp is None,
         # What Megatron's training loop sets with the distributed optimizer: outputs of a
         # stage are freed once they are sent.
-        deallocate_pipeline_outputs=True,
+        "deallocate_pipeline_outputs": True,
+        **recompute,
+    }
+
+
+def build_chunks(layout: Layout, design: Design, groups: Any) -> list[Any]:
+    """This rank's parts of the model, one for each virtual stage, unwrapped."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
+
+    config = transformer_config(
+        design, finalize_model_grads_func=finalize_model_grads, **config_changes(layout)
     )
-    model = build_model(
-        config,
-        design,
-        groups,
-        first=parallel_state.is_pipeline_first_stage(),
-        last=parallel_state.is_pipeline_last_stage(),
-    )
-    with torch.no_grad():
-        for part in parts(model):
-            part.parameter.copy_(part.of(weights))
-    wrapped = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            overlap_grad_reduce=layout.overlap_grad_reduce,
-            overlap_param_gather=layout.overlap_param_gather,
-            use_distributed_optimizer=layout.distributed_optimizer,
-            bucket_size=SMALL_BUCKET,
-        ),
-        model,
-    )
+    first = parallel_state.is_pipeline_first_stage()
+    last = parallel_state.is_pipeline_last_stage()
+    count = layout.vpp or 1
+    return [
+        build_model(
+            config,
+            design,
+            groups,
+            first=first and number == 0,
+            last=last and number == count - 1,
+            vp_stage=None if layout.vpp is None else number,
+            recompute_projections=layout.recompute == "projections",
+        )
+        for number in range(count)
+    ]
+
+
+def wrap_chunks(layout: Layout, design: Design, chunks: list[Any]) -> list[Any]:
+    """Each chunk in Megatron's wrappers, as its training loop wraps them."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module
+
+    config = chunks[0].config
+    wrapped = [
+        DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                overlap_grad_reduce=layout.overlap_grad_reduce,
+                overlap_param_gather=layout.overlap_param_gather,
+                use_distributed_optimizer=layout.distributed_optimizer,
+                grad_reduce_in_fp32=True,
+                bucket_size=SMALL_BUCKET,
+            ),
+            Float16Module(config, chunk) if design.bf16 else chunk,
+            disable_bucketing=number > 0,
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+
+    def of_each(name: str) -> Any:
+        functions = [getattr(chunk, name) for chunk in wrapped]
+        return functions if len(functions) > 1 else functions[0]
+
     if layout.overlap_grad_reduce:
-        config.no_sync_func = wrapped.no_sync
-    return model, wrapped
+        config.no_sync_func = of_each("no_sync")
+    if layout.overlap_grad_reduce and len(wrapped) > 1:
+        config.grad_sync_func = of_each("start_grad_sync")
+    if layout.overlap_param_gather and len(wrapped) > 1:
+        config.param_sync_func = of_each("start_param_sync")
+    return wrapped
 
 
-def _run_step(layout: Layout, wrapped: Any, batch: list[Sample]) -> float:
+def _build(layout: Layout, design: Design, weights: Tensors) -> tuple[Any, Any]:
+    groups = model_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, ep=layout.ep, vpp=layout.vpp)
+    chunks = build_chunks(layout, design, groups)
+    copy_weights(chunks, weights)
+    assert len(chunks) == 1
+    return chunks[0], wrap_chunks(layout, design, chunks)[0]
+
+
+def copy_weights(chunks: list[Any], weights: Tensors) -> None:
+    with torch.no_grad():
+        for chunk in chunks:
+            for part in parts(chunk):
+                part.parameter.copy_(part.of(weights))
+
+
+def run_step(layout: Layout, wrapped: list[Any], batch: list[Sample]) -> float:
     """Forward and backward of a global batch by Megatron's schedule; the loss on every rank."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     dp_rank = parallel_state.get_data_parallel_rank()
-    chunks = [batch[i : i + MICRO_BATCH] for i in range(0, len(batch), MICRO_BATCH)]
-    mine = chunks[dp_rank :: layout.dp]
-    wrapped.train()
+    size = layout.micro_batch
+    mine = [batch[i : i + size] for i in range(0, len(batch), size)][dp_rank :: layout.dp]
+    for chunk in wrapped:
+        chunk.train()
+    iterators = [iter(enumerate(mine)) for _ in wrapped]
     reports = get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=iter(enumerate(mine)),
-        model=[wrapped],
+        data_iterator=iterators if layout.vpp else iterators[0],
+        model=wrapped,
         num_microbatches=len(mine),
         seq_length=SEQUENCE,
-        micro_batch_size=MICRO_BATCH,
+        micro_batch_size=size,
         forward_only=False,
     )
     total = torch.zeros(2)
     if parallel_state.is_pipeline_last_stage():
         total = torch.stack([report["sum and count"] for report in reports]).sum(dim=0)
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     return (total[0] / total[1]).item()
 
 
 def _forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
     from megatron.core.models.mimo.alignment import build_alignment_plan
+    from megatron.core.utils import get_model_config
 
     number, samples = next(data_iterator)
+    dtype = get_model_config(model).params_dtype
     ids_BS = torch.stack([sample.ids_S for sample in samples])
     mask_BS = torch.stack([sample.mask_S for sample in samples])
     media = {
         "images": {"vit": {"pixel_values": torch.cat([sample.images for sample in samples])}},
-        "sounds": {"linear": {"waves": torch.cat([sample.sounds for sample in samples])}},
+        "sounds": {"linear": {"waves": torch.cat([sample.sounds for sample in samples]).to(dtype)}},
     }
     losses, mask_BS = model(
         input_ids=ids_BS,
@@ -293,13 +351,3 @@ def _forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
         return total, count.to(torch.int32), report
 
     return losses, sum_losses
-
-
-def _whole(model: Any, of: Callable[[torch.nn.Parameter], torch.Tensor | None]) -> Tensors:
-    tensors = {}
-    for part in parts(model):
-        value = of(part.parameter)
-        if value is not None:
-            assert value.shape == part.shape, "the reference runs on one process"
-            tensors[part.key] = value.clone()
-    return tensors

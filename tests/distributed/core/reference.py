@@ -45,23 +45,34 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """What is varied in the model; the layout is not part of it.
+    """What is varied in the model and its data; the layout is not part of it.
 
     Attributes:
+        layers: of the language model.
+        experts: of each of its layers; 0 for a dense model.
+        bf16: weights and activations in bf16, main weights and gradients in fp32.
         frozen: names for ``MimoModel.freeze``.
-        frozen_start: freeze all that a first pipeline stage of two holds.
+        frozen_start: freeze the embedding side: encoders, embedding, first half of the layers.
+        media: False leaves out all images and sounds.
     """
 
+    layers: int = 2
+    experts: int = 0
+    bf16: bool = False
     tied: bool = False
     learned_positions: bool = False
     frozen: tuple[str, ...] = ()
     frozen_start: bool = False
+    media: bool = True
 
 
-def make_batches() -> list[list[Sample]]:
-    """The global batches: lists of samples, always the same."""
+def make_batches(*, media: bool = True) -> list[list[Sample]]:
+    """The global batches: lists of samples, always the same; without media, text only."""
     generator = torch.Generator().manual_seed(7)
-    return [[_make_sample(*counts, generator) for counts in batch] for batch in MEDIA]
+    return [
+        [_make_sample(*(counts if media else (0, 0)), generator) for counts in batch]
+        for batch in MEDIA
+    ]
 
 
 def _make_sample(images: int, sounds: int, generator: torch.Generator) -> Sample:
@@ -81,12 +92,14 @@ def _make_sample(images: int, sounds: int, generator: torch.Generator) -> Sample
     )
 
 
-def transformer_config(**changes: Any) -> Any:
+def transformer_config(design: Design | None = None, **changes: Any) -> Any:
     """The language model's configuration; ``changes`` are the layout's."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    design = design or Design()
+    dtype = torch.bfloat16 if design.bf16 else torch.float32
     settings: dict[str, Any] = {
-        "num_layers": 2,
+        "num_layers": design.layers,
         "hidden_size": HIDDEN,
         "num_attention_heads": 4,
         "ffn_hidden_size": 32,
@@ -98,12 +111,32 @@ def transformer_config(**changes: Any) -> Any:
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "calculate_per_token_loss": True,
-        "pipeline_dtype": torch.float32,
+        "bf16": design.bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
     }
+    if design.experts:
+        settings |= {
+            "num_moe_experts": design.experts,
+            "moe_router_topk": 2,
+            "moe_ffn_hidden_size": 16,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "alltoall",
+            "add_bias_linear": False,
+        }
     return TransformerConfig(**(settings | changes))
 
 
-def build_model(config: Any, design: Design, groups: Any, *, first: bool, last: bool) -> Any:
+def build_model(
+    config: Any,
+    design: Design,
+    groups: Any,
+    *,
+    first: bool,
+    last: bool,
+    vp_stage: int | None = None,
+    recompute_projections: bool = False,
+) -> Any:
     """This rank's part of the model, frozen as the design says."""
     from megatron.core.enums import ModelType
     from megatron.core.models.gpt import GPTModel
@@ -120,7 +153,8 @@ def build_model(config: Any, design: Design, groups: Any, *, first: bool, last: 
         module=GPTModel,
         params={
             "config": config,
-            "transformer_layer_spec": language_layer_spec(config),
+            "transformer_layer_spec": language_layer_spec(config, vp_stage=vp_stage),
+            "vp_stage": vp_stage,
             "vocab_size": VOCABULARY,
             "max_sequence_length": SEQUENCE,
             "pre_process": first,
@@ -142,7 +176,11 @@ def build_model(config: Any, design: Design, groups: Any, *, first: bool, last: 
             }
         },
     )
-    images = ModuleSpec(module=VisionModalitySubmodules, submodules=_image_parts(config, groups))
+    images = ModuleSpec(
+        module=VisionModalitySubmodules,
+        params={"recompute_projections": recompute_projections},
+        submodules=_image_parts(config, groups),
+    )
     model = MimoModel(
         MimoModelConfig(
             language_model_spec=language,
@@ -153,12 +191,13 @@ def build_model(config: Any, design: Design, groups: Any, *, first: bool, last: 
         tp_group=groups.tp,
     )
     model.pg_collection = groups
+    model.vp_stage = vp_stage
     model.model_type = ModelType.encoder_or_decoder
     model.freeze(*design.frozen)
     if design.frozen_start:
         model.freeze("images", "sounds")
         decoder = model.language_model.decoder
-        start = [layer for layer in decoder.layers if layer.layer_number == 1]
+        start = [layer for layer in decoder.layers if 2 * layer.layer_number <= design.layers]
         for module in [*start, *([model.language_model.embedding] if first else [])]:
             module.requires_grad_(False)
     return model
@@ -186,7 +225,7 @@ def _image_parts(config: Any, groups: Any) -> dict[str, Any]:
     from megatron.mimo.encoders import VisionTransformer, encoder_config
     from megatron.mimo.layers import encoder_layer_spec
 
-    vision = encoder_config(config, num_layers=2, hidden_size=8, num_attention_heads=2)
+    vision = encoder_config(config, num_layers=2, hidden_size=8, num_attention_heads=4)
     encoder = ModuleSpec(
         module=VisionTransformer,
         params={
@@ -224,8 +263,9 @@ def sample_losses(model: Any, sample: Sample) -> torch.Tensor:
     for image in sample.images:
         rows_NH, bias_H = vision.input_projections[0].encoder(vision.encoders["vit"](image[None]))
         rows[IMAGE] += [*(rows_NH if bias_H is None else rows_NH + bias_H)]
+    hearing = model.modality_submodules["sounds"].encoders["linear"]
     for wave in sample.sounds:
-        rows[SOUND].append(model.modality_submodules["sounds"].encoders["linear"](wave))
+        rows[SOUND].append(hearing(wave.to(hearing.narrow.weight.dtype)))
     embedded = []
     for position, token in enumerate(sample.ids_S.tolist()):
         row_H = rows[token].pop(0) if token in rows else None
@@ -241,7 +281,7 @@ def sample_losses(model: Any, sample: Sample) -> torch.Tensor:
         attention_mask=None,
         decoder_input=torch.stack(embedded)[:, None],
     )[0]
-    return F.cross_entropy(logits_SV, sample.labels_S, reduction="none")
+    return F.cross_entropy(logits_SV.float(), sample.labels_S, reduction="none")
 
 
 def reference_step(model: Any, batch: Sequence[Sample]) -> torch.Tensor:
