@@ -190,6 +190,45 @@ def test_dropout_under_context_parallelism(ranks: RankPool) -> None:
         assert slope == pytest.approx(difference, rel=1e-6)
 
 
+def drop_on_tensor_parallel_rank(sequence_parallel: bool) -> tuple[Tensor, bool]:
+    """Which weights a rank drops, and whether the default generator stays where it was."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.mimo.layers import CoreAttention
+
+    groups = model_parallel(tp=2)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=4 * D,
+        num_attention_heads=4,
+        attention_dropout=0.5,
+        tensor_model_parallel_size=2,
+        sequence_parallel=sequence_parallel,
+        transformer_impl="local",
+    )
+    module = CoreAttention(config, 1, AttnMaskType.no_mask, "self", pg_collection=groups)
+    q, k, _, _ = make_inputs(D, 1, (2, 2), D)
+    show_weights = torch.eye(D)[:, None, None].expand(D, 1, 2, D)
+    before = torch.get_rng_state()
+    if sequence_parallel:
+        with get_cuda_rng_tracker().fork():  # as TransformerBlock does
+            dropped = module(q, k, show_weights, None) == 0
+    else:
+        dropped = module(q, k, show_weights, None) == 0
+    module.eval()
+    assert (module(q, k, show_weights, None) > 0).all()
+    return dropped, torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensor_parallel_ranks_drop_differently(ranks: RankPool, sequence_parallel: bool) -> None:
+    (one, kept), (other, _) = ranks(2)(drop_on_tensor_parallel_rank, sequence_parallel)
+    assert kept
+    assert 0.4 < one.float().mean() < 0.6
+    assert 0.4 < (one != other).float().mean() < 0.6
+
+
 def loss_and_gradients(
     size: int, documents: list[int] | None, recompute: dict[str, Any]
 ) -> tuple[float, dict[str, Tensor]]:

@@ -63,6 +63,10 @@ class CoreAttention(MegatronModule):
         ConfigError: a setting that is not honoured here, by name.
     """
 
+    # What MimoModel asks of a core attention (model/attention_support.py).
+    takes_span_ids = True
+    reads_lengths_on_host = True
+
     def __init__(
         self,
         config: TransformerConfig,

@@ -235,10 +235,9 @@ def _plain_backward(
     dq_SNRD = torch.empty_like(q_SNRD, dtype=wide)
     dk_NKD, dv_NKD = torch.zeros_like(k_NKD), torch.zeros_like(v_NKD)
     S, N, R, D = q_SNRD.shape
-    generator = generator_of(q_SNRD.device)
-    drawn = generator.get_state() if replay is not None else None
     if replay is not None:
-        generator.set_state(replay[0])
+        drawn = generator_of(q_SNRD.device).get_state()
+        generator_of(q_SNRD.device).set_state(replay[0])
     for start in range(0, S, _ROWS):
         rows = slice(start, min(start + _ROWS, S))
         keys = rows.stop if causal else k_NKD.size(1)
@@ -259,8 +258,8 @@ def _plain_backward(
         dscores = dscores.view(N, -1, keys)
         dq_SNRD[rows] = (dscores @ k_NKD[:, :keys]).view(N, R, -1, D).permute(2, 0, 1, 3)
         dk_NKD[:, :keys] += dscores.transpose(1, 2) @ q.reshape(N, -1, D)
-    if drawn is not None:
-        generator.set_state(drawn)
+    if replay is not None:
+        generator_of(q_SNRD.device).set_state(drawn)
     return dq_SNRD, dk_NKD.transpose(0, 1), dv_NKD.transpose(0, 1)
 
 

@@ -340,3 +340,15 @@ def test_refuses_boundaries_that_do_not_fit(sums: Any, padded: Any, message: str
     )
     with pytest.raises(InputError, match=message):
         build("causal", (4, 2))(q[:, 0], k[:, 0], v[:, 0], None, packed_seq_params=params)
+
+
+@pytest.mark.parametrize("case", ["dense", "window", "packed"])
+def test_never_waits_for_the_device(case: str) -> None:
+    from megatron.mimo.backend.host_sync import HostSyncCounter
+
+    inputs = make_inputs(90, 1, (4, 2), D)
+    module = build("causal", (4, 2), window_size=(7, 0) if case == "window" else None)
+    params = packed_params([30, 60]) if case == "packed" else None
+    with HostSyncCounter() as counter:
+        run(module, inputs, None, packed_seq_params=params)
+    assert counter.total == 0, counter.counts
