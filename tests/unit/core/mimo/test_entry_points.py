@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.rank_pool import RankPool
+from tests.rank_pool import RankPool, model_parallel
 from tests.unit.core.mimo.tiny import (
     IDS_BS,
     LENGTH,
     StoppedError,
     arguments_of_a_call_that_stops,
     build,
+    config,
     inputs,
     merge_by_loop,
     seen_by_language_model,
@@ -137,10 +138,14 @@ def check_methods_replaced_on_the_instance_are_used() -> None:
 
 
 def check_packing_arguments_become_packed_params() -> None:
-    model, batch = build(), inputs()
+    from megatron.mimo.layers import language_layer_spec
+
+    model_parallel()
+    model = build(transformer_layer_spec=language_layer_spec(config()))
+    batch = inputs({"images": 2, "audio": 1}, ids_BS=IDS_BS[:1])
     cu_seqlens = torch.tensor([0, 4, 8])
     packing = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_kv": cu_seqlens, "max_seqlen_q": 4}
-    seen = arguments_of_a_call_that_stops(model)  # torch's attention takes no packed sequences
+    seen = arguments_of_a_call_that_stops(model)
     with pytest.raises(StoppedError):
         model(**batch, packing_kwargs=packing)
     packed = seen["packed_seq_params"]
