@@ -2,6 +2,18 @@
 
 from megatron.mimo.data.collate import MediaFormat, SampleCollator
 from megatron.mimo.data.images import decode_image
+from megatron.mimo.data.packing import PackedDataset, PackingCollator, first_fit
+from megatron.mimo.data.positions import grid_positions
 from megatron.mimo.data.sample import MediaItem, Sample
 
-__all__ = ["MediaFormat", "MediaItem", "Sample", "SampleCollator", "decode_image"]
+__all__ = [
+    "MediaFormat",
+    "MediaItem",
+    "PackedDataset",
+    "PackingCollator",
+    "Sample",
+    "SampleCollator",
+    "decode_image",
+    "first_fit",
+    "grid_positions",
+]

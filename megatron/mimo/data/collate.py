@@ -12,23 +12,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.core.models.mimo.alignment import build_alignment_plan
+from megatron.core.models.mimo.alignment import RowOrder, build_alignment_plan, media_span_ids
 from megatron.core.models.mimo.errors import ConfigError, InputError, PlaceholderMismatchError
 from megatron.mimo.data.sample import MediaItem, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
 class MediaFormat:
-    """What the media of one modality look like.
+    """What the media of one encoder look like.
 
     Attributes:
-        encoder: the encoder that takes them; the rows of a modality come from one encoder, as
-            two would interleave their rows in another order than the placeholders.
+        encoder: the encoder that takes them.
         inputs: dtype and shape, without batch dimension, of each of the encoder's arguments.
     """
 
     encoder: str
     inputs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A sample in a row.
+
+    Attributes:
+        sample: its tokens are the first of the place.
+        start: position of the first of them.
+        length: tokens and padding.
+    """
+
+    sample: Sample
+    start: int
+    length: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +54,11 @@ class SampleCollator:
         vocab_size: token ids are below it (placeholder ids may be any).
         pad_id: fills ``input_ids`` behind a sample and ``labels`` wherever there is no label.
         special_token_ids: placeholder token id of each modality.
-        media_formats: what each modality's media look like.
+        media_formats: what each modality's media look like; where it has several encoders, one
+            format for each, in the order of the model's ``encoders``.
+        span_modalities: modalities whose items are spans: the tokens of an item see each other in
+            both directions. The batch has ``span_ids`` if there are any.
+        mrope: position ids are [3, B, S], for multimodal RoPE.
 
     Raises:
         ConfigError: at construction, when the attributes do not fit each other.
@@ -50,7 +68,9 @@ class SampleCollator:
     vocab_size: int
     pad_id: int
     special_token_ids: Mapping[str, int]
-    media_formats: Mapping[str, MediaFormat]
+    media_formats: Mapping[str, MediaFormat | Sequence[MediaFormat]]
+    span_modalities: Sequence[str] = ()
+    mrope: bool = False
 
     def __post_init__(self) -> None:
         if self.seq_length < 1:
@@ -67,15 +87,21 @@ class SampleCollator:
                 f"special_token_ids names {sorted(self.special_token_ids)} and media_formats "
                 f"{sorted(self.media_formats)}; expected the same modalities"
             )
+        unknown = sorted(set(self.span_modalities) - set(self.media_formats))
+        if unknown:
+            raise ConfigError(
+                f"span_modalities names {unknown}; expected some of {sorted(self.media_formats)}"
+            )
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Collate ``samples`` (B of them, in order).
 
         Returns:
-            ``input_ids``, ``position_ids``, ``labels`` int64 [B, S]; ``loss_mask`` float32 [B, S];
-            ``modality_inputs`` {modality: {encoder: {argument: [items, ...]}}}, items of the whole
-            micro-batch in batch-major order, without the modalities that have none;
-            ``alignment_plan``. All on the host.
+            ``input_ids``, ``labels`` int64 [B, S]; ``position_ids`` int64 [B, S] or [3, B, S];
+            ``loss_mask`` float32 [B, S]; ``modality_inputs`` {modality: {encoder: {argument:
+            [items, ...]}}}, items of the whole micro-batch in batch-major order, without the
+            modalities that have none; ``alignment_plan``; ``span_ids`` int32 [B, S] where there
+            are span modalities. All on the host.
 
         Raises:
             InputError: a sample is malformed or too long; the message names it.
@@ -83,26 +109,69 @@ class SampleCollator:
         """
         if not samples:
             raise InputError("a micro-batch of 0 samples; expected at least one")
-        shape_BS = (len(samples), self.seq_length)
+        rows = [[Place(sample=sample, start=0, length=self.seq_length)] for sample in samples]
+        return self._fill(rows)
+
+    def _fill(self, rows: Sequence[Sequence[Place]]) -> dict[str, Any]:
+        """The micro-batch of rows that hold samples at places, side by side."""
+        shape_BS = (len(rows), self.seq_length)
         input_ids_BS = torch.full(shape_BS, self.pad_id, dtype=torch.int64)
         labels_BS = torch.full(shape_BS, self.pad_id, dtype=torch.int64)
         loss_mask_BS = torch.zeros(shape_BS, dtype=torch.float32)
-        for row, sample in enumerate(samples):
-            self._check_tokens(sample)
-            self._check_media(sample)
-            ids_L, length = sample.token_ids, len(sample.token_ids)
-            input_ids_BS[row, :length] = ids_L
-            is_label_L = sample.is_label[1:]
-            labels_BS[row, : length - 1] = ids_L[1:].where(is_label_L, self.pad_id)
-            loss_mask_BS[row, : length - 1] = is_label_L
-        return {
+        position_ids_ABS = torch.zeros((3 if self.mrope else 1, *shape_BS), dtype=torch.int64)
+        for row, places in enumerate(rows):
+            for place in places:
+                sample, start, length = place.sample, place.start, len(place.sample.token_ids)
+                self._check_tokens(sample)
+                self._check_media(sample)
+                input_ids_BS[row, start : start + length] = sample.token_ids
+                # The last token of a sample has no label: what follows it is another's.
+                is_label_L = sample.is_label[1:]
+                labels_L = sample.token_ids[1:].where(is_label_L, self.pad_id)
+                labels_BS[row, start : start + length - 1] = labels_L
+                loss_mask_BS[row, start : start + length - 1] = is_label_L
+                taken = slice(start, start + place.length)
+                position_ids_ABS[:, row, taken] = torch.arange(place.length)
+                if sample.position_ids is not None:
+                    taken = slice(start, start + length)
+                    position_ids_ABS[:, row, taken] = self._positions_of(sample)
+        samples = [place.sample for places in rows for place in places]
+        plan = build_alignment_plan(
+            input_ids_BS, dict(self.special_token_ids), row_order=self._row_order(samples)
+        )
+        batch = {
             "input_ids": input_ids_BS,
-            "position_ids": torch.arange(self.seq_length).repeat(len(samples), 1),
+            "position_ids": position_ids_ABS if self.mrope else position_ids_ABS[0],
             "labels": labels_BS,
             "loss_mask": loss_mask_BS,
             "modality_inputs": self._stack_media(samples),
-            "alignment_plan": build_alignment_plan(input_ids_BS, dict(self.special_token_ids)),
+            "alignment_plan": plan,
         }
+        if self.span_modalities:
+            item_rows = {
+                modality: [item.rows for one in samples for _, item in _items(one, modality)]
+                for modality in self.span_modalities
+            }
+            batch["span_ids"] = media_span_ids(plan, item_rows)
+        return batch
+
+    def _formats(self, modality: str) -> tuple[MediaFormat, ...]:
+        formats = self.media_formats[modality]
+        return (formats,) if isinstance(formats, MediaFormat) else tuple(formats)
+
+    def _positions_of(self, sample: Sample) -> Tensor:
+        """Position ids [1 or 3, length] that the sample brings."""
+        positions, length = sample.position_ids, len(sample.token_ids)
+        assert positions is not None
+        fitting = [[length], [3, length]] if self.mrope else [[length]]
+        if positions.dtype != torch.int64 or list(positions.shape) not in fitting:
+            raise InputError(
+                f"sample {sample.name}: position_ids are {positions.dtype} "
+                f"{list(positions.shape)}; expected torch.int64 "
+                f"{' or '.join(map(str, fitting))}"
+                + ("" if self.mrope else " (mrope=True takes three axes)")
+            )
+        return positions
 
     def _check_tokens(self, sample: Sample) -> None:
         """Refuse token ids and flags that no model of this vocabulary and length can take."""
@@ -173,17 +242,18 @@ class SampleCollator:
             )
 
     def _check_item(self, where: str, item: MediaItem) -> None:
-        expected = self.media_formats.get(item.modality)
-        if expected is None:
+        if item.modality not in self.media_formats:
             raise InputError(
                 f"{where}: unknown modality '{item.modality}'; "
                 f"expected one of {sorted(self.media_formats)}"
             )
-        if item.encoder != expected.encoder:
+        formats = {one.encoder: one for one in self._formats(item.modality)}
+        if item.encoder not in formats:
             raise InputError(
-                f"{where}: encoder '{item.encoder}'; expected '{expected.encoder}', the encoder "
-                f"of modality '{item.modality}'"
+                f"{where}: encoder '{item.encoder}'; expected "
+                f"{' or '.join(map(repr, formats))}, the encoder of modality '{item.modality}'"
             )
+        expected = formats[item.encoder]
         if item.rows < 1:
             raise InputError(f"{where}: yields {item.rows} rows; expected at least one")
         if item.inputs.keys() != expected.inputs.keys():
@@ -200,15 +270,49 @@ class SampleCollator:
 
     def _stack_media(self, samples: Sequence[Sample]) -> dict[str, dict[str, dict[str, Tensor]]]:
         stacked: dict[str, dict[str, dict[str, Tensor]]] = {}
-        for modality, expected in self.media_formats.items():
+        for modality in self.media_formats:
             items = [item for sample in samples for _, item in _items(sample, modality)]
-            if items:
-                arguments = {
-                    name: torch.stack([item.inputs[name] for item in items])
-                    for name in expected.inputs
-                }
-                stacked[modality] = {expected.encoder: arguments}
+            if not items:
+                continue
+            # An encoder without items, beside others with some, gets empty tensors.
+            stacked[modality] = {
+                expected.encoder: _stack(
+                    expected, [item for item in items if item.encoder == expected.encoder]
+                )
+                for expected in self._formats(modality)
+            }
         return stacked
+
+    def _row_order(self, samples: Sequence[Sample]) -> dict[str, RowOrder]:
+        """For modalities of several encoders, whose rows are concatenated encoder by encoder."""
+        orders = {}
+        for modality in self.media_formats:
+            encoders = tuple(expected.encoder for expected in self._formats(modality))
+            if len(encoders) < 2:
+                continue
+            items = [item for sample in samples for _, item in _items(sample, modality)]
+            following = 0
+            starts: dict[str, list[Tensor]] = {}
+            for encoder in encoders:
+                starts[encoder] = []
+                for item in items:
+                    if item.encoder == encoder:
+                        starts[encoder].append(torch.arange(following, following + item.rows))
+                        following += item.rows
+            in_turn = {encoder: iter(rows) for encoder, rows in starts.items()}
+            sources = [next(in_turn[item.encoder]) for item in items]
+            sources_N = torch.cat(sources) if sources else torch.zeros(0, dtype=torch.int64)
+            orders[modality] = RowOrder(sources_N=sources_N, encoders=encoders)
+        return orders
+
+
+def _stack(expected: MediaFormat, items: Sequence[MediaItem]) -> dict[str, Tensor]:
+    return {
+        name: torch.stack([item.inputs[name] for item in items])
+        if items
+        else torch.empty((0, *shape), dtype=dtype)
+        for name, (dtype, shape) in expected.inputs.items()
+    }
 
 
 def _items(sample: Sample, modality: str) -> Iterator[tuple[int, MediaItem]]:

@@ -37,15 +37,24 @@ class Sample:
         is_label: bool [length]; True where the model has to predict this token. The flag of the
             first token has no effect, as nothing precedes it.
         media: the items in the order of their placeholders.
+        position_ids: int64 [length], or [3, length] for multimodal RoPE (see
+            ``positions.grid_positions``); None for 0, 1, 2 and so on.
     """
 
     name: str
     token_ids: Tensor
     is_label: Tensor
     media: tuple[MediaItem, ...] = ()
+    position_ids: Tensor | None = None
 
     def prompt(self) -> Sample:
         """The sample up to its first label: what generation starts from."""
         labels = torch.nonzero(self.is_label)
         length = int(labels[0]) if len(labels) else len(self.token_ids)
-        return replace(self, token_ids=self.token_ids[:length], is_label=self.is_label[:length])
+        positions = self.position_ids
+        return replace(
+            self,
+            token_ids=self.token_ids[:length],
+            is_label=self.is_label[:length],
+            position_ids=None if positions is None else positions[..., :length],
+        )

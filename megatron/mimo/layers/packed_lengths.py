@@ -51,7 +51,7 @@ def packed_documents(
 def boundaries_with_padding(
     packed: PackedSeqParams, *, query_tokens: int, key_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Boundaries on the device in which padding makes documents of its own, up to T.
+    """Boundaries, where they lie, in which padding makes documents of its own, up to T.
 
     int32 [2 * documents + 2] for queries and for keys, or [documents + 2] where no padding is
     between documents; nothing waits for the device, and nothing is checked.

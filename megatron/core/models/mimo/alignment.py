@@ -12,7 +12,7 @@ buffer, no mask of the merged size, no transposed copy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -59,6 +59,20 @@ class Stream:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class RowOrder:
+    """Which row of a modality each of its placeholders takes.
+
+    Attributes:
+        sources_N: long [N], each of 0..N-1 once.
+        encoders: names of the modality's encoders, in the order in which it concatenates their
+            rows.
+    """
+
+    sources_N: torch.Tensor
+    encoders: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class AlignmentPlan:
     """Index tensors that merge a micro-batch.
 
@@ -73,6 +87,8 @@ class AlignmentPlan:
             before a cut.
         pieces: under sequence parallelism, the plans of all tensor-parallel ranks by rank, this
             one's among them; () otherwise.
+        encoders: modality -> its encoders in the order of their rows, where the plan depends on
+            it: where ``row_order`` was given.
     """
 
     sequence_length: int
@@ -82,6 +98,7 @@ class AlignmentPlan:
     counts: Mapping[str, int] = field(default_factory=dict)
     positions_S: torch.Tensor | None = None
     pieces: tuple[AlignmentPlan, ...] = ()
+    encoders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> AlignmentPlan:
         """The same plan with its index tensors on ``device``."""
@@ -102,6 +119,7 @@ def build_alignment_plan(
     special_token_ids: Mapping[str, int],
     *,
     vocab_size: int | None = None,
+    row_order: Mapping[str, RowOrder] | None = None,
 ) -> AlignmentPlan:
     """Make the plan of a micro-batch; call it where ``input_ids`` are still on the host.
 
@@ -109,9 +127,12 @@ def build_alignment_plan(
         input_ids_BS: integer [B, S].
         special_token_ids: modality -> placeholder token id.
         vocab_size: V; when given, text ids are checked against it.
+        row_order: for modalities whose rows do not come in the order of their placeholders, as
+            those of several encoders.
 
     Raises:
-        InputError: ids that are not an integer [B, S], negative, or outside the vocabulary.
+        InputError: ids that are not an integer [B, S], negative, or outside the vocabulary; an
+            order that is not each row of its modality once.
     """
     check_input_ids(input_ids_BS)
     batch_size, sequence_length = input_ids_BS.shape
@@ -124,9 +145,48 @@ def build_alignment_plan(
     indices[TEXT] = is_text_BS.reshape(-1).nonzero().squeeze(1)
     plan = _make_plan(input_ids_BS, indices)
     _check_vocabulary(plan.text_ids_N, indices[TEXT], sequence_length, vocab_size)
+    plan = _with_order(plan, row_order or {})
     if input_ids_BS.device.type != "cpu":
         return plan
     return replace(plan, streams=_with_runs(plan.streams, batch_size))
+
+
+def media_span_ids(
+    plan: AlignmentPlan, item_rows: Mapping[str, Sequence[int]] | None = None
+) -> torch.Tensor:
+    """Number the spans of media: int32 [B, S], 0 at text, one number for each item's tokens.
+
+    Args:
+        plan: of a whole micro-batch, on the host.
+        item_rows: modality -> rows of each of its items, in the order of their placeholders; the
+            modalities whose items are spans. None: all modalities, and an item is a run of
+            placeholders without a gap.
+
+    Raises:
+        InputError: rows that do not add up to the modality's placeholders.
+    """
+    span_ids_BS = torch.zeros(plan.batch_size, plan.sequence_length, dtype=torch.int32)
+    used = 0
+    for name in plan.counts if item_rows is None else item_rows:
+        rows_N = plan.streams[name].rows_N
+        if not rows_N.numel():
+            continue
+        if item_rows is None:
+            breaks_N = (rows_N.diff() != plan.batch_size).int()
+            numbers_N = torch.cat([breaks_N.new_zeros(1), breaks_N.cumsum(0)])
+        else:
+            lengths = torch.tensor(item_rows[name])
+            if int(lengths.sum()) != rows_N.numel():
+                raise InputError(
+                    f"items of {name} have {int(lengths.sum())} rows together, and input_ids "
+                    f"{rows_N.numel()} placeholders; give the rows of every item"
+                )
+            numbers_N = torch.arange(len(lengths)).repeat_interleave(lengths)
+        samples_N = rows_N % plan.batch_size
+        positions_N = torch.div(rows_N, plan.batch_size, rounding_mode="floor")
+        span_ids_BS[samples_N, positions_N] = (numbers_N + used + 1).int()
+        used += int(numbers_N[-1]) + 1
+    return span_ids_BS
 
 
 def plan_from_indices(
@@ -254,6 +314,21 @@ def _moved(
     index: torch.Tensor | None, device: torch.device | str, non_blocking: bool
 ) -> torch.Tensor | None:
     return None if index is None else index.to(device, non_blocking=non_blocking)
+
+
+def _with_order(plan: AlignmentPlan, row_order: Mapping[str, RowOrder]) -> AlignmentPlan:
+    streams = dict(plan.streams)
+    for name, order in row_order.items():
+        count = plan.counts.get(name)
+        whole = torch.arange(order.sources_N.numel())
+        if order.sources_N.numel() != count or not torch.equal(order.sources_N.sort()[0], whole):
+            raise InputError(
+                f"row_order of {name!r} has {order.sources_N.numel()} rows for "
+                f"{count} placeholders; expected each row number once"
+            )
+        streams[name] = replace(streams[name], sources_N=order.sources_N)
+    encoders = {name: order.encoders for name, order in row_order.items()}
+    return replace(plan, streams=streams, encoders=encoders)
 
 
 def _check_vocabulary(

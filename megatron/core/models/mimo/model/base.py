@@ -19,12 +19,19 @@ from megatron.core.models.mimo.alignment import (
 )
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig, RankRole
 from megatron.core.models.mimo.errors import InputError, UnsupportedError
+from megatron.core.models.mimo.model.attention_support import (
+    check_packing,
+    check_span_ids,
+    lengths_device,
+    refuse_attention,
+)
 from megatron.core.models.mimo.model.build import (
     accepts,
     build_partition_adapter,
     language_config,
     refuse_grids,
 )
+from megatron.core.models.mimo.model.embedding import own_piece
 from megatron.core.models.mimo.model.encoder_splits import (
     keep_reducible_splits,
     split_encoders,
@@ -34,14 +41,18 @@ from megatron.core.models.mimo.model.idle import idle_rows
 from megatron.core.models.mimo.model.inputs import (
     ModalityInputs,
     check_count,
+    check_encoder_order,
     check_modality_names,
     is_empty,
-    packed_params,
+    refuse_row_order,
     require_token_id,
 )
+from megatron.core.models.mimo.model.rotary import own_the_cut, refuse_mrope, rotary_positions
 from megatron.core.models.mimo.model.streams import EmbedsStreams, Rows
 from megatron.core.models.mimo.model.wrapped_modules import WrappedModules
+from megatron.core.models.mimo.partition.packing import check_one_row, packed_params
 from megatron.core.models.mimo.submodules.state import Offsets, own_state, sharded_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
@@ -78,9 +89,10 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
 
     Raises:
         ConfigError: (a ``ValueError``) the language model's spec holds no ``config``; encoders
-            that cannot be split as asked.
+            that cannot be split as asked; sections of multimodal RoPE that do not fit the heads.
         UnsupportedError: (a ``RuntimeError``) module grids; sequence parallelism with an
-            embedding that scatters by itself.
+            embedding that scatters by itself; context parallelism or packing with an attention
+            that cannot do it.
     """
 
     def __init__(
@@ -90,6 +102,8 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
         tp_group: ProcessGroup | None = None,
     ) -> None:
         refuse_grids(mimo_config)
+        refuse_attention(mimo_config)
+        refuse_mrope(mimo_config)
         super().__init__(language_config(mimo_config))
         self.mimo_config = mimo_config
         self.special_token_ids = dict(mimo_config.special_token_ids or {})
@@ -110,6 +124,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
             )
         split_encoders(self.modality_submodules, mimo_config, cp_group, tp_group)
         self.language_model = build_module(mimo_config.language_model_spec)
+        self._rotates_in_3d = own_the_cut(self.language_model)
         self._takes_loss_mask = accepts(self.language_model.forward, "loss_mask")
         self._refuse_scattering_embedding()
 
@@ -168,22 +183,27 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
         packing_kwargs: Mapping[str, Any] | None = None,
         modality_token_indices: Mapping[str, torch.Tensor] | None = None,
         alignment_plan: AlignmentPlan | None = None,
+        span_ids: torch.Tensor | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Run this rank's part of the model.
 
         Args:
             input_ids: long [B, S]; only the first stage reads them.
-            position_ids: long [B, S], or [3, B, S] for multimodal RoPE.
+            position_ids: long [B, S], or [3, B, S] for multimodal RoPE, which every pipeline
+                stage needs.
             attention_mask: as the language model takes it; None under context parallelism.
             loss_mask: float [B, S].
             labels: long [B, S], already shifted.
             modality_inputs: ``{modality: {encoder: {argument: tensor}}}``. A modality that is
                 left out, or whose tensors are empty, has no rows in this micro-batch.
-            packing_kwargs: arguments of ``PackedSeqParams`` for packed sequences.
+            packing_kwargs: arguments of ``PackedSeqParams`` for a packed row (B = 1), on every
+                pipeline stage. Boundaries given as integers need no wait for the device.
             modality_token_indices: ``{name: flat batch-major positions}`` for "text" and every
                 modality, in place of a plan.
             alignment_plan: from ``build_alignment_plan``, made on the host; with it nothing here
                 waits for the device. Without either, the plan is derived from ``input_ids``.
+            span_ids: integer [B, S], on every pipeline stage: tokens of one span see each other
+                in both directions, besides what the causal rule lets them see; 0 is no span.
 
         Returns:
             ``(output, loss_mask)``. On the last stage output is the loss per token [B, S], or
@@ -194,6 +214,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
             InputError: (a ``ValueError``) inputs that do not fit the model or each other.
         """
         check_modality_names(modality_inputs, self.mimo_config.modality_submodules_spec)
+        spans: dict[str, Any] = {} if span_ids is None else {"span_ids": span_ids}
         if not self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
             return self._forward_language_module(
                 input_ids,
@@ -203,8 +224,10 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
                 labels,
                 {},
                 packing_kwargs,
+                **spans,
             )
         plan = self._plan(input_ids, modality_token_indices, alignment_plan)
+        check_encoder_order(plan.encoders, self.modality_submodules)
         rows = self._forward_encoders(input_ids, modality_inputs, None)
         for name in {**plan.counts, **rows}:
             check_count(name, plan.counts.get(name, 0), rows[name].size(0) if name in rows else 0)
@@ -216,8 +239,10 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
             replaced
             or type(self)._forward_language_module is not MimoModel._forward_language_module
         ):
-            return self._forward_language_module(*arguments)  # by a script: knows no plan
-        return self._forward_language_module(*arguments, alignment_plan=plan)
+            # by a script: knows no plan
+            refuse_row_order(plan, "_forward_language_module")
+            return self._forward_language_module(*arguments, **spans)
+        return self._forward_language_module(*arguments, **spans, alignment_plan=plan)
 
     def _plan(
         self,
@@ -240,7 +265,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
                 f"alignment_plan is for [B, S] = [{plan.batch_size}, {length}] and "
                 f"input_ids are {list(input_ids_BS.shape)}; make the plan from these input_ids"
             )
-        return plan
+        return own_piece(plan, self.partition_adapter)
 
     def _forward_encoders(
         self,
@@ -278,6 +303,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
         packing_kwargs: Mapping[str, Any] | None = None,
         *,
         alignment_plan: AlignmentPlan | None = None,
+        span_ids: torch.Tensor | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Merge the rows in ``input_tensors`` with text and run the language model."""
         adapter = self.partition_adapter
@@ -286,7 +312,11 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
                 "context parallelism requires attention_mask=None: a dense mask does not follow "
                 "the sequence's cut; use the causal mask type or packing_kwargs"
             )
-        packed = packed_params(packing_kwargs)
+        if span_ids is not None:
+            check_span_ids(self.language_model, span_ids, attention_mask)
+        packed = self._packed(
+            packing_kwargs, input_ids=input_ids, position_ids=position_ids, labels=labels
+        )
         embeddings_SBH = None
         if self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
             plan = alignment_plan or self._plan(input_ids, None, None)
@@ -298,18 +328,35 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
             )
         if adapter is not None:
             _, labels, loss_mask, packed = adapter.shard(None, labels, loss_mask, packed)
+            span_ids = None if span_ids is None else adapter.cut(span_ids, packed)
+        if self._rotates_in_3d:
+            position_ids = rotary_positions(self.language_model, position_ids, adapter, packed)
         extra = {"loss_mask": loss_mask} if self._takes_loss_mask else {}
         output = self.language_model(
             input_ids=None,
             position_ids=position_ids,
             decoder_input=embeddings_SBH,
             labels=labels,
-            attention_mask=attention_mask,
+            attention_mask=attention_mask if span_ids is None else span_ids,
             packed_seq_params=packed,
             **extra,
         )
         self._forget_input_tensor()
         return output, loss_mask
+
+    def _packed(
+        self, packing_kwargs: Mapping[str, Any] | None, **tokens: torch.Tensor | None
+    ) -> PackedSeqParams | None:
+        if packing_kwargs is None:
+            return None
+        check_packing(self.language_model)
+        device = next(self.parameters()).device
+        return packed_params(
+            packing_kwargs,
+            tokens=check_one_row(**tokens),
+            cp_size=self.config.context_parallel_size,
+            device=lengths_device(self.language_model, device),
+        )
 
     def sharded_state_dict(
         self,

@@ -125,8 +125,15 @@ def cut_for_rank(plan: AlignmentPlan, adapter: PartitionAdapter, packed: Any) ->
             plan.sequence_length, tp_rank=tp_rank, tp_size=tp_size
         )
         pieces.append(cut_plan(plan, positions_S.to(device)))
-    own: AlignmentPlan = pieces[get_pg_rank(config.tp_group)]
-    return replace(own, pieces=tuple(pieces))
+    return own_piece(replace(plan, pieces=tuple(pieces)), adapter)
+
+
+def own_piece(plan: AlignmentPlan, adapter: PartitionAdapter | None) -> AlignmentPlan:
+    """This rank's plan, of one that another rank of the tensor-parallel group may have cut."""
+    if not plan.pieces or adapter is None:
+        return plan
+    own: AlignmentPlan = plan.pieces[get_pg_rank(adapter.cfg.tp_group)]
+    return replace(own, pieces=plan.pieces)
 
 
 def merge_streams(

@@ -8,8 +8,14 @@ from typing import Any
 
 import torch
 
-from megatron.core.models.mimo.errors import ConfigError, InputError, PlaceholderMismatchError
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.models.mimo.alignment import AlignmentPlan
+from megatron.core.models.mimo.errors import (
+    ConfigError,
+    InputError,
+    PlaceholderMismatchError,
+    UnsupportedError,
+)
+from megatron.core.utils import unwrap_model
 
 ModalityInputs = Mapping[str, Mapping[str, Mapping[str, Any]] | None]
 
@@ -37,6 +43,29 @@ def is_empty(inputs: Mapping[str, Mapping[str, Any]] | None) -> bool:
         if torch.is_tensor(value)
     ]
     return bool(tensors) and all(tensor.numel() == 0 for tensor in tensors)
+
+
+def check_encoder_order(
+    expected: Mapping[str, tuple[str, ...]], submodules: torch.nn.ModuleDict
+) -> None:
+    """Raise ``InputError`` where a plan counts on another order of a modality's encoders."""
+    for name, encoders in expected.items():
+        got = tuple(unwrap_model(submodules[name]).encoders) if name in submodules else encoders
+        if got != encoders:
+            raise InputError(
+                f"alignment_plan orders the rows of {name} by encoders {list(encoders)}, and the "
+                f"model concatenates them in the order {list(got)}; give the collator the model's"
+            )
+
+
+def refuse_row_order(plan: AlignmentPlan, method: str) -> None:
+    """Raise ``UnsupportedError`` where a method that sees no plan would put rows out of order."""
+    if plan.encoders:
+        raise UnsupportedError(
+            f"alignment_plan orders the rows of {sorted(plan.encoders)} by encoder, and a script "
+            f"replaced {method}, which gets no plan; give these modalities one encoder each, or "
+            "do not replace the method"
+        )
 
 
 def check_count(modality: str, placeholders: int, rows: int) -> None:
@@ -75,14 +104,3 @@ def require_token_id(modality: str, special_token_ids: Mapping[str, int]) -> Non
             f"No special token ID defined for modality {modality}; special_token_ids has "
             f"{sorted(special_token_ids)}"
         )
-
-
-def packed_params(packing_kwargs: Mapping[str, Any] | None) -> PackedSeqParams | None:
-    """THD parameters from keyword arguments (cumulative lengths as int32); None for None."""
-    if packing_kwargs is None:
-        return None
-    arguments = {
-        key: value.to(torch.int32) if "cu_seqlens" in key and value is not None else value
-        for key, value in packing_kwargs.items()
-    }
-    return PackedSeqParams(**{**arguments, "qkv_format": "thd"})

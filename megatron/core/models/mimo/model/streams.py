@@ -21,7 +21,12 @@ from megatron.core.models.mimo.model.embedding import (
     merge_streams,
 )
 from megatron.core.models.mimo.model.idle import take_part
-from megatron.core.models.mimo.model.inputs import check_count, check_rows, require_token_id
+from megatron.core.models.mimo.model.inputs import (
+    check_count,
+    check_rows,
+    refuse_row_order,
+    require_token_id,
+)
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
 from megatron.core.utils import unwrap_model
 
@@ -53,6 +58,7 @@ class EmbedsStreams(nn.Module):
         idle = [rows_NH for rows_NH in rows.values() if rows_NH.size(0) == 0]
         rows = {name: rows_NH for name, rows_NH in rows.items() if rows_NH.size(0)}
         if self._embeds_by_override() or not isinstance(embedding, LanguageModelEmbedding):
+            refuse_row_order(plan, "align_embeddings_by_token_positions")
             text_NH = self.get_text_embeddings(input_ids, position_ids, self.special_token_ids)
             merged_SBH = self.align_embeddings_by_token_positions(
                 {**rows, TEXT: text_NH}, input_ids, self.special_token_ids

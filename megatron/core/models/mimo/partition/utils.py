@@ -12,6 +12,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo.partition.positions import (
     context_parallel_positions,
     packed_context_parallel_positions,
+    require_divisible,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.parallel_state import get_context_parallel_group, get_tensor_model_parallel_group
@@ -109,9 +110,8 @@ class PartitionAdapter:
         if embeddings is not None and not packed:
             self.check_length(embeddings.size(0))
         if self.cfg.use_cp:
-            embeddings, labels, loss_mask = self._shard_context(
-                embeddings, labels, loss_mask, packed_seq_params if packed else None
-            )
+            row = packed_seq_params if packed else None
+            embeddings, labels, loss_mask = self._shard_context(embeddings, labels, loss_mask, row)
         if self.cfg.seq_parallel and embeddings is not None:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(
                 embeddings, group=self.cfg.tp_group
@@ -133,6 +133,13 @@ class PartitionAdapter:
                 f"got {sequence_length}; pad them or turn tp_comm_overlap off"
             )
 
+    def cut(self, tokens: torch.Tensor, packed_seq_params: PackedSeqParams | None) -> torch.Tensor:
+        """This context-parallel rank's part of what every token has: [..., S] to [..., S / cp]."""
+        if not self.cfg.use_cp:
+            return tokens
+        positions_S = self.positions(tokens.size(-1), packed_seq_params)
+        return tokens.index_select(-1, positions_S.to(tokens.device, non_blocking=True))
+
     def positions(
         self, sequence_length: int, packed_seq_params: PackedSeqParams | None
     ) -> torch.Tensor:
@@ -143,6 +150,7 @@ class PartitionAdapter:
         cu_seqlens = packed_seq_params.cu_seqlens_q_padded
         if cu_seqlens is None:
             cu_seqlens = packed_seq_params.cu_seqlens_q
+        require_divisible(sequence_length, 2 * cp_size, "2*cp")
         return packed_context_parallel_positions(
             cu_seqlens, total_tokens=sequence_length, cp_rank=cp_rank, cp_size=cp_size
         )
