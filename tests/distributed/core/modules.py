@@ -15,9 +15,7 @@ from tests.distributed.core.layouts import (
     EPSILON,
     LEARNING_RATE,
     Layout,
-    Tensors,
     _forward_step,
-    parts,
 )
 from tests.distributed.core.reference import (
     MICRO_BATCH,
@@ -27,6 +25,7 @@ from tests.distributed.core.reference import (
     build_model,
     transformer_config,
 )
+from tests.distributed.core.whole import Tensors, parts
 from tests.rank_pool import model_parallel
 
 

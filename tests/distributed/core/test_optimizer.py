@@ -14,12 +14,11 @@ from tests.distributed.core.layouts import (
     LEARNING_RATE,
     Layout,
     Outcome,
-    Part,
-    Tensors,
     run_reference,
 )
 from tests.distributed.core.modules import build, build_optimizer, gradients, train, wrap
 from tests.distributed.core.reference import Design, make_batches
+from tests.distributed.core.whole import Part, Tensors
 from tests.rank_pool import RankPool
 
 LAYOUTS = {
