@@ -235,6 +235,7 @@ def check_stage_before_the_last_gives_hidden_states() -> None:
 
 
 def check_freezing_by_name() -> None:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.mimo.errors import ConfigError
 
     model = build()
@@ -257,6 +258,11 @@ def check_freezing_by_name() -> None:
     later.freeze("images.encoders.plain")  # another stage holds it
     with pytest.raises(ConfigError):
         later.freeze("images.encoders.other")
+    model.language_model = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(), model.language_model
+    )
+    with pytest.raises(ConfigError, match="freeze before wrapping"):
+        model.freeze("language")
 
 
 def check_every_parameter_is_saved() -> None:

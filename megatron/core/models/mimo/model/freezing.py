@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -36,20 +37,29 @@ def modules_of(
     """The modules behind a name on this rank; none where another stage holds them.
 
     Raises:
-        ConfigError: no stage of the model has such a part.
+        ConfigError: no stage of the model has such a part, or data parallelism holds it already.
     """
     if name not in known:
         raise ConfigError(f"cannot freeze {name!r}: no such part; this model has {list(known)}")
     if name == MIMO_LANGUAGE_MODULE_KEY:
         if language_model is not None:
-            yield language_model
+            yield _bare(name, language_model)
         return
     modality, _, part = name.partition(".")
     if modality not in modality_submodules:
         return
-    submodules = modality_submodules[modality]
+    submodules = _bare(name, modality_submodules[modality])
     if part == _PROJECTIONS:
         yield submodules.get_submodule("input_projections")
         yield submodules.get_submodule("output_projections")
     else:
         yield submodules.get_submodule(part)
+
+
+def _bare(name: str, module: nn.Module) -> nn.Module:
+    if isinstance(module, DistributedDataParallel):
+        raise ConfigError(
+            f"cannot freeze {name!r}: it is wrapped for data parallelism, whose buffers are laid "
+            "out; freeze before wrapping"
+        )
+    return module
