@@ -315,3 +315,46 @@ def test_refuses_a_document_that_cannot_be_dealt_out(ranks: RankPool) -> None:
     messages = ranks(2)(refuse_uneven, 2)
     expected = "document 1 is 10 tokens long with padding, not divisible by 2*cp = 4; pad it to 12"
     assert messages == [expected] * 2
+
+
+def latent_attention() -> tuple[Tensor, Tensor]:
+    """Losses of a GPT with multi-latent attention: two rows, and the same two packed in one."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+    from megatron.mimo.layers import language_layer_spec
+
+    model_parallel()
+    config = MLATransformerConfig(
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_head_dim=16,
+        qk_pos_emb_head_dim=8,
+        v_head_dim=16,  # queries and keys have 24
+        rope_type="rope",
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        use_cpu_initialization=True,
+        transformer_impl="local",
+    )
+    model = GPTModel(config, language_layer_spec(config), 64, 16, position_embedding_type="rope")
+    ids_BS = torch.randint(64, (2, 16))
+    positions_BS = torch.arange(16).expand(2, -1)
+    sums = torch.tensor([0, 16, 32], dtype=torch.int32)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=sums, cu_seqlens_kv=sums, max_seqlen_q=16, max_seqlen_kv=16
+    )
+    rows = model(ids_BS, positions_BS, None, labels=ids_BS)
+    one_row = [tensor.reshape(1, -1) for tensor in (ids_BS, positions_BS)]
+    together = model(*one_row, None, labels=one_row[0], packed_seq_params=packed)
+    return rows.detach().flatten(), together.detach().flatten()
+
+
+def test_latent_attention_packed_equals_its_rows(ranks: RankPool) -> None:
+    ((rows, together),) = ranks(1)(latent_attention)
+    torch.testing.assert_close(together, rows, rtol=1e-5, atol=0)
