@@ -50,7 +50,7 @@ ARGUMENTS: dict[str, object] = {
     "make_vocab_size_divisible_by": 8,
     "micro_batch_size": 16,  # 1 to 8 data-parallel processes without a flag; costs 6 % against 64
     "global_batch_size": 128,
-    "train_iters": 400,
+    "train_iters": 500,
     "lr": 3e-3,
     "min_lr": 3e-5,
     "lr_decay_style": "cosine",
@@ -59,9 +59,9 @@ ARGUMENTS: dict[str, object] = {
     "adam_beta2": 0.98,
     "clip_grad": 1.0,
     "log_interval": 10,
-    "eval_interval": 100,
+    "eval_interval": 125,
     "eval_iters": 4,
-    "save_interval": 200,
+    "save_interval": 250,
     "num_workers": 0,  # a sample takes less time than sending it between processes
 }
 
