@@ -75,7 +75,8 @@ def check_text_lookup_takes_the_positions_of_text() -> None:
             if token not in (30, -200)
         ]
     )
-    for position_ids in (batch["position_ids"], batch["position_ids"].repeat(3, 1, 1)):
+    multimodal = torch.stack([batch["position_ids"], 0 * IDS_BS, 0 * IDS_BS])
+    for position_ids in (batch["position_ids"], multimodal):
         text_NH = model.get_text_embeddings(IDS_BS, position_ids, model.special_token_ids)
         assert torch.equal(text_NH, expected_NH)
 

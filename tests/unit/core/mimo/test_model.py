@@ -120,6 +120,19 @@ def empty_features() -> dict[str, Any]:
     return {"plain": {"features": torch.zeros(0, 5)}}
 
 
+class Ordered(nn.Module):
+    """Registers its layers in the order in which it calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 4)
+        self.second = nn.Linear(4, HIDDEN)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.second(self.first(features))
+        return out
+
+
 class Unordered(nn.Module):
     """Registers its layers in another order than it calls them; knows its blank inputs."""
 
@@ -141,16 +154,18 @@ def check_gradients_arrive_in_one_order_with_and_without_a_modality() -> None:
     from megatron.core.models.mimo import VisionModalitySubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    unordered = ModuleSpec(
-        module=VisionModalitySubmodules,
-        submodules={
-            "encoders": {"plain": ModuleSpec(module=Unordered)},
-            "input_projections": [
-                ModuleSpec(module=nn.Linear, params={"in_features": 16, "out_features": 16})
-            ],
-        },
-    )
-    model = build(modalities={"images": unordered, "audio": modality_spec()})
+    projection = ModuleSpec(module=nn.Linear, params={"in_features": 16, "out_features": 16})
+    modalities = {
+        name: ModuleSpec(
+            module=VisionModalitySubmodules,
+            submodules={
+                "encoders": {"plain": ModuleSpec(module=encoder)},
+                "input_projections": [projection],
+            },
+        )
+        for name, encoder in (("images", Unordered), ("audio", Ordered))
+    }
+    model = build(modalities=modalities)
     arrivals: list[str] = []
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrivals.append(name))
@@ -166,6 +181,22 @@ def check_gradients_arrive_in_one_order_with_and_without_a_modality() -> None:
         # Weight and bias of one layer come from one node, in either order.
         orders.append([name.removesuffix(".weight").removesuffix(".bias") for name in arrivals])
     assert orders[1] == orders[2] == orders[3] == orders[0]
+
+
+def check_recomputed_layers_train_behind_a_frozen_embedding() -> None:
+    recompute = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    model = build(recompute)
+    model.freeze("images", "audio")
+    model.language_model.embedding.requires_grad_(False)
+    model(**inputs())[0].sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    model.freeze("language")
+    assert not model(**inputs())[0].requires_grad
 
 
 def check_learned_positions_reach_every_row() -> None:

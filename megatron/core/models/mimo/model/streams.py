@@ -73,8 +73,9 @@ class EmbedsStreams(nn.Module):
             merged_SBH = embed_streams(embedding, plan, rows, position_ids)
         merged_SBH = take_part(merged_SBH, idle)
         if torch.is_grad_enabled() and not merged_SBH.requires_grad:
-            # A first stage that is frozen as a whole still has to answer the schedule's backward.
-            merged_SBH.requires_grad_(not any(p.requires_grad for p in self.parameters()))
+            # Layers that are recomputed in backward get gradients only where their input needs one.
+            trains = any(p.requires_grad for p in self.language_model.parameters())
+            merged_SBH.requires_grad_(trains)
         return merged_SBH
 
     def get_text_embeddings(
