@@ -8,6 +8,8 @@ Attention: the core attention of a layer against megatron-core's local ``DotProd
 the same tensors, causal, forward and backward, checked to be equal before anything is timed. Times
 are medians of interleaved repetitions on one thread; memory is what is in use at the peak of
 forward and backward beyond the inputs, by the kernel's high-water mark.
+
+Embedding path and encoders under sharding: see ``sharding.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from alignment import median_ms, peak_extra_bytes, start_megatron
+from sharding import add_arguments, compare_sharding
 from torch import Tensor
 
 
@@ -199,10 +202,11 @@ def main() -> None:
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--stock-up-to", type=int, default=8192, help="of those, for stock")
+    add_arguments(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     start_megatron()
-    result = compare_attention(args)
+    result = compare_attention(args) | compare_sharding(args)
     if args.context_parallel:
         result |= context_parallel_memory(args)
     if args.json:
