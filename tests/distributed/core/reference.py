@@ -140,12 +140,7 @@ def build_model(
     """This rank's part of the model, frozen as the design says."""
     from megatron.core.enums import ModelType
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.mimo import (
-        AudioModalitySubmodules,
-        MimoModel,
-        MimoModelConfig,
-        VisionModalitySubmodules,
-    )
+    from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.mimo.layers import language_layer_spec
 
@@ -165,17 +160,6 @@ def build_model(
             "scatter_embedding_sequence_parallel": False,
         },
     )
-    sounds = ModuleSpec(
-        module=AudioModalitySubmodules,
-        submodules={
-            "encoders": {
-                # Knows nothing of Megatron: replicated over the tensor-parallel group.
-                "linear": ModuleSpec(
-                    module=SoundEncoder, params={"width": SOUND_WIDTH, "hidden": HIDDEN}
-                )
-            }
-        },
-    )
     images = ModuleSpec(
         module=VisionModalitySubmodules,
         params={"recompute_projections": recompute_projections},
@@ -184,7 +168,7 @@ def build_model(
     model = MimoModel(
         MimoModelConfig(
             language_model_spec=language,
-            modality_submodules_spec={"images": images, "sounds": sounds},
+            modality_submodules_spec={"images": images, "sounds": _sound_spec()},
             special_token_ids=PLACEHOLDERS,
         ),
         cp_group=groups.cp,
@@ -193,14 +177,18 @@ def build_model(
     model.pg_collection = groups
     model.vp_stage = vp_stage
     model.model_type = ModelType.encoder_or_decoder
+    _freeze(model, design)
+    return model
+
+
+def _freeze(model: Any, design: Design) -> None:
     model.freeze(*design.frozen)
     if design.frozen_start:
         model.freeze("images", "sounds")
         decoder = model.language_model.decoder
         start = [layer for layer in decoder.layers if 2 * layer.layer_number <= design.layers]
-        for module in [*start, *([model.language_model.embedding] if first else [])]:
+        for module in [*start, *([model.language_model.embedding] if model.pre_process else [])]:
             module.requires_grad_(False)
-    return model
 
 
 class SoundEncoder(torch.nn.Module):
@@ -213,6 +201,15 @@ class SoundEncoder(torch.nn.Module):
 
     def forward(self, waves: torch.Tensor) -> torch.Tensor:
         return self.narrow(torch.tanh(self.widen(waves)))
+
+
+def _sound_spec() -> Any:
+    from megatron.core.models.mimo import AudioModalitySubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    # Knows nothing of Megatron: replicated over the tensor-parallel group.
+    encoder = ModuleSpec(module=SoundEncoder, params={"width": SOUND_WIDTH, "hidden": HIDDEN})
+    return ModuleSpec(module=AudioModalitySubmodules, submodules={"encoders": {"linear": encoder}})
 
 
 def _image_parts(config: Any, groups: Any) -> dict[str, Any]:
