@@ -103,7 +103,7 @@ def count_host_waits(cell: Cell) -> int:
 
     model = build(cell, model_parallel(tp=cell.tp, cp=cell.cp))
     # Megatron's fork of a generator compares states on the host, which the counter takes for a
-    # wait; without dropout there is no fork.
+    # wait; in evaluation nothing is forked.
     model.eval()
     inputs = micro_batches(cell.encoder)[0]["modality_inputs"]
     with HostSyncCounter() as counter:
