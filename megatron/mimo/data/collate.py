@@ -131,10 +131,7 @@ class SampleCollator:
                 labels_BS[row, start : start + length - 1] = labels_L
                 loss_mask_BS[row, start : start + length - 1] = is_label_L
                 taken = slice(start, start + place.length)
-                position_ids_ABS[:, row, taken] = torch.arange(place.length)
-                if sample.position_ids is not None:
-                    taken = slice(start, start + length)
-                    position_ids_ABS[:, row, taken] = self._positions_of(sample)
+                position_ids_ABS[:, row, taken] = self._positions_of(sample, place.length)
         samples = [place.sample for places in rows for place in places]
         plan = build_alignment_plan(
             input_ids_BS, dict(self.special_token_ids), row_order=self._row_order(samples)
@@ -159,10 +156,11 @@ class SampleCollator:
         formats = self.media_formats[modality]
         return (formats,) if isinstance(formats, MediaFormat) else tuple(formats)
 
-    def _positions_of(self, sample: Sample) -> Tensor:
-        """Position ids [1 or 3, length] that the sample brings."""
+    def _positions_of(self, sample: Sample, places: int) -> Tensor:
+        """Position ids [1 or 3, places]; those behind the sample count on, as its answer would."""
         positions, length = sample.position_ids, len(sample.token_ids)
-        assert positions is not None
+        if positions is None:
+            return torch.arange(places)[None]
         fitting = [[length], [3, length]] if self.mrope else [[length]]
         if positions.dtype != torch.int64 or list(positions.shape) not in fitting:
             raise InputError(
@@ -171,7 +169,9 @@ class SampleCollator:
                 f"{' or '.join(map(str, fitting))}"
                 + ("" if self.mrope else " (mrope=True takes three axes)")
             )
-        return positions
+        positions = positions.reshape(-1, length)
+        following = positions.max() + 1 + torch.arange(places - length)
+        return torch.cat([positions, following.expand(len(positions), -1)], dim=1)
 
     def _check_tokens(self, sample: Sample) -> None:
         """Refuse token ids and flags that no model of this vocabulary and length can take."""

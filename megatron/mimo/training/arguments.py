@@ -62,6 +62,12 @@ def add_mimo_arguments(parser: argparse.ArgumentParser) -> None:
         help="modules that are not trained, such as language, images, images.projections",
     )
     group.add_argument(
+        "--pack",
+        action="store_true",
+        help="put as many training samples into each sequence of --seq-length as fit; a batch "
+        "then counts sequences, and --micro-batch-size is 1",
+    )
+    group.add_argument(
         "--output", metavar="DIR", help="run directory (default: runs/<recipe>)", default=None
     )
     group.add_argument(

@@ -7,9 +7,10 @@ the r-th slice of the next ``micro * dp`` of them. Resuming is starting at anoth
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.core.models.mimo.model.embedding import cut_for_rank
+from megatron.core.models.mimo.partition.packing import packed_params
+from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
+from megatron.mimo.data import PackedDataset, PackingCollator, SampleCollator
 from megatron.mimo.recipes.recipe import Batch, Collator, Recipe
 from megatron.mimo.training.broadcast import broadcast_batch
+
+_ROW_MULTIPLE = 8  # tokens; samples are planned into rows as if padded to a multiple of it
 
 __all__ = ["BatchStream", "MicroBatches", "SampleRange", "dataset_provider"]
 
@@ -116,14 +123,27 @@ class BatchStream:
         return self._keep(next(self._batches))
 
 
-def stage_part(batch: Batch, *, pre_process: bool, post_process: bool, dtype: torch.dtype) -> Batch:
+def stage_part(
+    batch: Batch,
+    *,
+    pre_process: bool,
+    post_process: bool,
+    dtype: torch.dtype,
+    adapter: PartitionAdapter | None = None,
+) -> Batch:
     """Leave out what a pipeline stage has no use for, before it is moved anywhere.
 
-    Floating-point encoder inputs become ``dtype``, the dtype of the model's parameters.
+    Floating-point encoder inputs become ``dtype``, the dtype of the model's parameters. With an
+    ``adapter`` the plan is cut for this rank's part of the sequence, while it is on the host.
     """
     drop = set() if pre_process else {"modality_inputs", "alignment_plan"}
     drop |= set() if post_process else {"labels", "loss_mask"}
     part = {name: value for name, value in batch.items() if name not in drop}
+    if adapter is not None and part.get("alignment_plan") is not None:
+        packed = packed_params(
+            batch.get("packing_kwargs"), tokens=batch["input_ids"].size(1), cp_size=adapter.cp_size
+        )
+        part["alignment_plan"] = cut_for_rank(part["alignment_plan"], adapter, packed)
     if part.get("modality_inputs"):
         part["modality_inputs"] = _cast(part["modality_inputs"], dtype)
     return part
@@ -147,7 +167,8 @@ def training_device() -> torch.device:
 def dataset_provider(recipe: Recipe, args: Namespace) -> Callable[..., tuple[Any, Any, Any]]:
     """What Megatron's ``pretrain`` calls on every rank to get its three data iterators.
 
-    Ranks of the middle pipeline stages get None: they take hidden states only.
+    Ranks of the middle pipeline stages get None where they take hidden states only: attention to
+    packed samples or to spans, and multimodal RoPE, read the batch on every stage.
     """
     from megatron.core import mpu
 
@@ -156,14 +177,22 @@ def dataset_provider(recipe: Recipe, args: Namespace) -> Callable[..., tuple[Any
     ) -> tuple[BatchStream | None, BatchStream | None, BatchStream | None]:
         first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
-        if not first and not last:
+        collate = recipe.build_collator(args)
+        if not first and not last and not _every_stage_reads(args, collate):
             return None, None, None
         train_count, valid_count, test_count = counts
-        datasets = recipe.build_datasets(args, (train_count, valid_count or 0, test_count or 0))
-        collate = recipe.build_collator(args)
+        counts = (train_count, valid_count or 0, test_count or 0)
+        datasets = recipe.build_datasets(args, counts)
+        pack = packing_collator(recipe.name, args, collate) if args.pack else None
         dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         device = training_device()
-        keep = partial(stage_part, pre_process=first, post_process=last, dtype=args.params_dtype)
+        keep = partial(
+            stage_part,
+            pre_process=first,
+            post_process=last,
+            dtype=args.params_dtype,
+            adapter=sequence_partition(args),
+        )
         # every evaluation reads the same samples, so that its figures can be compared
         eval_period = max(args.eval_iters, 1) * args.eval_global_batch_size
 
@@ -179,7 +208,10 @@ def dataset_provider(recipe: Recipe, args: Namespace) -> Callable[..., tuple[Any
                 dp_rank=dp_rank,
                 dp_size=dp_size,
             )
-            batches = MicroBatches(split, dataset, collate, micro_batch)
+            fill = collate
+            if training and pack is not None:
+                dataset, fill = pack_training_set(recipe, args, counts, dataset, pack), pack
+            batches = MicroBatches(split, dataset, fill, micro_batch)
             return BatchStream(
                 lambda: iter(_loader(batches, numbers, args.num_workers if training else 0)),
                 group=mpu.get_tensor_model_parallel_group(),
@@ -195,6 +227,71 @@ def dataset_provider(recipe: Recipe, args: Namespace) -> Callable[..., tuple[Any
 
     provide.is_distributed = True  # type: ignore[attr-defined]
     return provide
+
+
+def _every_stage_reads(args: Namespace, collate: Collator) -> bool:
+    spans = getattr(collate, "span_modalities", ())
+    return bool(args.pack or args.position_embedding_type == "mrope" or spans)
+
+
+def sequence_partition(args: Namespace) -> PartitionAdapter | None:
+    """What cuts sequences for this rank, as in the model; None where nothing does."""
+    from megatron.core import mpu
+
+    if args.context_parallel_size == 1 and not args.sequence_parallel:
+        return None
+    return PartitionAdapter(
+        PartitionConfig(
+            seq_parallel=args.sequence_parallel,
+            use_cp=args.context_parallel_size > 1,
+            tp_comm_overlap=args.tp_comm_overlap,
+            max_seq_len=args.max_position_embeddings,
+            cp_group=mpu.get_context_parallel_group(),
+            tp_group=mpu.get_tensor_model_parallel_group(),
+        )
+    )
+
+
+def packing_collator(name: str, args: Namespace, collate: Collator) -> PackingCollator:
+    """The collator of packed rows, from a recipe's collator of samples.
+
+    Raises:
+        ConfigError: the recipe has a collator of its own kind.
+    """
+    if type(collate) is not SampleCollator:
+        raise ConfigError(
+            f"--pack with recipe {name!r}, whose collator is a {type(collate).__name__}; it works "
+            "with a SampleCollator: leave --pack away"
+        )
+    settings = {field.name: getattr(collate, field.name) for field in fields(SampleCollator)}
+    tp_size = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    return PackingCollator(**settings, cp_size=args.context_parallel_size, tp_size=tp_size)
+
+
+def pack_training_set(
+    recipe: Recipe,
+    args: Namespace,
+    counts: tuple[int, int, int],
+    dataset: Dataset[Any],
+    collate: PackingCollator,
+) -> PackedDataset:
+    """Rows of the training samples.
+
+    Which samples share a row does not depend on the context-parallel size, up to
+    ``_ROW_MULTIPLE / 2`` ranks, so that a run can go on in another layout.
+
+    A dataset that has as many samples as it is asked for is asked for more, so that packing does
+    not make a run repeat samples.
+    """
+    multiple = math.lcm(collate.multiple, _ROW_MULTIPLE)
+    packed = PackedDataset(dataset, seq_length=args.seq_length, multiple=multiple)
+    samples: int = len(dataset)  # type: ignore[arg-type]
+    if samples != counts[0] or len(packed) >= samples:
+        return packed
+    wanted = samples * -(-samples // len(packed))
+    larger = recipe.build_datasets(args, (wanted, *counts[1:])).train
+    assert larger is not None, "the recipe has a training dataset"
+    return PackedDataset(larger, seq_length=args.seq_length, multiple=multiple)
 
 
 def _loader(batches: MicroBatches, numbers: SampleRange, workers: int) -> DataLoader[Batch]:

@@ -58,14 +58,14 @@ class GreedyGenerator:
 
         Raises:
             InputError: a prompt leaves no room for a token within the sequence length.
-            UnsupportedError: context parallelism or interleaved pipeline stages.
+            UnsupportedError: interleaved pipeline stages.
         """
         from megatron.core import mpu
 
-        if self._args.context_parallel_size > 1 or len(self._chunks) > 1:
+        if len(self._chunks) > 1:
             raise UnsupportedError(
-                "generation under context parallelism or interleaved pipeline stages is not "
-                "supported; evaluate on a layout without them"
+                "generation under interleaved pipeline stages is not supported; evaluate on a "
+                "layout without them"
             )
         prompts = [sample.prompt() for sample in samples]
         for prompt in prompts:
@@ -130,7 +130,7 @@ class GreedyGenerator:
     def _next_tokens(self, batches: Sequence[Batch], lengths: Tensor) -> Tensor:
         """The most probable next token of every sequence, int64 on the host, on every rank.
 
-        Collective over the tensor- and pipeline-parallel groups.
+        Collective over the tensor-, context- and pipeline-parallel groups.
         """
         from megatron.core import mpu
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -171,9 +171,10 @@ class GreedyGenerator:
             batch, pre_process=first, post_process=False, dtype=self._args.params_dtype
         )
         if first:
-            # the sequences have grown since they were collated
+            # the sequences have grown since they were collated; their media are the same
+            old = batch["alignment_plan"]
             part["alignment_plan"] = build_alignment_plan(
-                batch["input_ids"], self._chunks[0].special_token_ids
+                batch["input_ids"], self._chunks[0].special_token_ids, row_order=old.row_order()
             )
         moved: Batch = move(part, training_device())
         return moved
@@ -182,12 +183,23 @@ class GreedyGenerator:
         assert non_loss_data, "the schedule is asked for tokens, not for a loss"
         tp_group = self._chunks[0].pg_collection.tp
         rows = torch.arange(len(length_B), device=logits_BSV.device)
-        at = (length_B - 1).to(logits_BSV.device)
-        last_B1V = logits_BSV[rows, at].unsqueeze(1)
+        last_B = (length_B - 1).to(logits_BSV.device)
+        adapter = self._chunks[0].partition_adapter
+        held_BS = None
+        if adapter is not None and adapter.cfg.use_cp:
+            # the last token is on one of the context-parallel ranks
+            positions_S = adapter.positions(self._args.seq_length, None).to(last_B.device)
+            held_BS = positions_S == last_B[:, None]
+            last_B = held_BS.int().argmax(dim=1)
+        last_B1V = logits_BSV[rows, last_B].unsqueeze(1)
         scores_BV = whole_vocabulary(last_B1V, self._args.padded_vocab_size, tp_group)
         scores_BV = scores_BV.squeeze(1).float()[:, : self._args.vocab_size]
         # a placeholder stands for an encoder's row and is never an answer
         special = [i for i in self._chunks[0].special_token_ids.values() if i < scores_BV.size(1)]
         if special:
             scores_BV[:, special] = float("-inf")
-        return scores_BV.argmax(dim=-1)
+        tokens_B = scores_BV.argmax(dim=-1)
+        if held_BS is not None and adapter is not None:
+            tokens_B = tokens_B.where(held_BS.any(dim=1), -1)
+            dist.all_reduce(tokens_B, dist.ReduceOp.MAX, group=adapter.cfg.cp_group)
+        return tokens_B

@@ -115,6 +115,8 @@ def model_inputs(batch: Batch, labels: Tensor | None) -> dict[str, Any]:
         "loss_mask": batch.get("loss_mask"),
         "modality_inputs": batch.get("modality_inputs"),
         "alignment_plan": batch.get("alignment_plan"),
+        "packing_kwargs": batch.get("packing_kwargs"),
+        "span_ids": batch.get("span_ids"),
     }
 
 

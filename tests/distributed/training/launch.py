@@ -23,11 +23,22 @@ LAYOUTS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "dp2": (2, ()),
     "dp2-zero": (2, ("--use-distributed-optimizer",)),
 }
+# layouts that cut sequences, or have a stage between the first and the last
+SEQUENCE_LAYOUTS: Mapping[str, tuple[int, tuple[str, ...]]] = {
+    "tp2-cp2": (
+        4,
+        (
+            *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+            *("--context-parallel-size", "2"),
+        ),
+    ),
+    "pp3": (3, ("--pipeline-model-parallel-size", "3")),
+}
 
 
 def start(ranks: RankPool, output: Path, layout: str, *flags: str) -> ScriptRun:
     """Start the example script in ``layout``."""
-    world_size, layout_flags = LAYOUTS[layout]
+    world_size, layout_flags = {**LAYOUTS, **SEQUENCE_LAYOUTS}[layout]
     argv = [SCRIPT, *RECIPE, "--output", output, *layout_flags, *flags]
     return ranks.start_script(world_size, argv, timeout=60)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tests.distributed.training.launch import (
     LAYOUTS,
     RECIPE,
     SCRIPT,
+    SEQUENCE_LAYOUTS,
     losses,
     start,
     succeed,
@@ -64,6 +66,25 @@ def test_a_run_moves_from_layout_to_layout(
         json.loads((path / "metrics.json").read_text()) for path in (tmp_path, one_process)
     )
     assert mine["answers"] == reference["answers"]
+
+
+def test_packed_runs_agree_in_every_layout(ranks: RankPool, tmp_path: Path) -> None:
+    """Several samples in each sequence; the middle pipeline stage reads where they end."""
+    packed = (
+        *("--pack", "--seq-length", "48", "--max-position-embeddings", "48"),
+        *("--micro-batch-size", "1", "--num-layers", "3"),
+    )
+    start, found, answers = tmp_path / "start", {}, {}
+    succeed(ranks, start, "one", *COMPARABLE, *packed, "--train-iters", "1")
+    for layout in ("one", *SEQUENCE_LAYOUTS):
+        output = tmp_path / layout
+        shutil.copytree(start, output)
+        succeed(ranks, output, layout, *COMPARABLE, *packed, "--train-iters", "3")
+        found[layout] = {number: float(loss) for number, loss in losses(output).items()}
+        answers[layout] = json.loads((output / "metrics.json").read_text())["answers"]
+    for layout in SEQUENCE_LAYOUTS:
+        assert found[layout] == pytest.approx(found["one"], rel=1e-5), layout
+        assert answers[layout] == answers["one"], layout
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.data import MediaFormat, MediaItem, Sample, SampleCollator
+from megatron.mimo.layers import language_layer_spec
 from megatron.mimo.recipes.recipe import Batch, Datasets, FinishedRun, Recipe, Stage
 from megatron.training.argument_utils import core_transformer_config_from_args
 
@@ -112,7 +112,7 @@ def _build_model(args: Namespace, stage: Stage) -> MimoModelConfig:
             module=GPTModel,
             params={
                 "config": config,
-                "transformer_layer_spec": get_gpt_layer_local_spec(),
+                "transformer_layer_spec": language_layer_spec(config),
                 "vocab_size": args.padded_vocab_size,
                 "max_sequence_length": args.max_position_embeddings,
                 "pre_process": stage.pre_process,

@@ -100,6 +100,14 @@ class AlignmentPlan:
     pieces: tuple[AlignmentPlan, ...] = ()
     encoders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
+    def row_order(self) -> dict[str, RowOrder]:
+        """What ``build_alignment_plan`` was given as ``row_order``; of a plan that is not cut."""
+        return {
+            name: RowOrder(sources_N=sources_N, encoders=encoders)
+            for name, encoders in self.encoders.items()
+            if (sources_N := self.streams[name].sources_N) is not None
+        }
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> AlignmentPlan:
         """The same plan with its index tensors on ``device``."""
         return replace(

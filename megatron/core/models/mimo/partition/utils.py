@@ -133,6 +133,12 @@ class PartitionAdapter:
                 f"got {sequence_length}; pad them or turn tp_comm_overlap off"
             )
 
+    @property
+    def cp_size(self) -> int:
+        """Ranks that a sequence is cut over by context parallelism."""
+        size: int = get_pg_size(self.cfg.cp_group) if self.cfg.use_cp else 1
+        return size
+
     def cut(self, tokens: torch.Tensor, packed_seq_params: PackedSeqParams | None) -> torch.Tensor:
         """This context-parallel rank's part of what every token has: [..., S] to [..., S / cp]."""
         if not self.cfg.use_cp:
