@@ -9,6 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.training.chunks import check_experts, check_interleaving
 
 __all__ = ["check_layout"]
 
@@ -23,6 +24,8 @@ def check_layout(args: Namespace) -> None:
     _check_model(args)
     _check_sequence(args)
     _check_batch(args)
+    check_interleaving(args)
+    check_experts(args)
     if not args.calculate_per_token_loss:
         raise ConfigError("calculate_per_token_loss must stay on: the loss is a sum over tokens")
     if args.dataloader_type != "external":

@@ -16,6 +16,8 @@ from megatron.mimo.training.arguments import (
     read_config,
 )
 
+PP2 = ("--pipeline-model-parallel-size", "2")
+
 
 def _recipe(**arguments: object) -> Recipe:
     def unused(*_: object) -> object:
@@ -116,6 +118,58 @@ def test_what_cannot_work_is_refused(argv: tuple[str, ...], message: str) -> Non
         (
             ("--context-parallel-size", "2", "--seq-length", "30"),
             "sequence length 30 is not divisible by 4 (2*cp = 4); use --seq-length 32",
+        ),
+        (
+            (*PP2, "--num-layers-per-virtual-pipeline-stage", "3"),
+            "4 layers on 2 pipeline stages are 2 each, which cannot be cut into chunks of 3; sizes "
+            "that fit: 1",
+        ),
+        (
+            ("--num-layers-per-virtual-pipeline-stage", "2"),
+            "--num-layers-per-virtual-pipeline-stage 2 with pipeline-parallel size 1",
+        ),
+        (
+            (*PP2, "--num-virtual-stages-per-pipeline-rank", "0"),
+            "--num-virtual-stages-per-pipeline-rank 0: must be at least 1",
+        ),
+        (
+            (
+                *(*PP2, "--num-layers-per-virtual-pipeline-stage", "1"),
+                *("--num-virtual-stages-per-pipeline-rank", "2"),
+            ),
+            "say the same in two ways",
+        ),
+        (
+            (*PP2, "--num-virtual-stages-per-pipeline-rank", "2", "--no-overlap-p2p-communication"),
+            "would be mistaken for each other",
+        ),
+        (
+            (*PP2, "--num-virtual-stages-per-pipeline-rank", "2", "--global-batch-size", "12"),
+            "3 micro-batches per step and data-parallel rank are not a multiple of 2 pipeline "
+            "stages; use a --global-batch-size that is a multiple of 8",
+        ),
+        (("--expert-model-parallel-size", "2"), "size 2 without experts; give --num-experts"),
+        (("--expert-model-parallel-size", "0"), "--expert-model-parallel-size 0: must be at least"),
+        (
+            ("--num-experts", "3", "--expert-model-parallel-size", "2"),
+            "3 experts cannot be divided by expert-parallel size 2",
+        ),
+        (
+            ("--num-experts", "16", "--expert-model-parallel-size", "16"),
+            "the 8 processes of a pipeline stage cannot be divided by expert-parallel size 16 * "
+            "expert tensor-parallel size 1 = 16",
+        ),
+        (
+            ("--num-experts", "4", "--tensor-model-parallel-size", "2"),
+            "experts with tensor-parallel size 2 need sequence parallelism; add "
+            "--sequence-parallel",
+        ),
+        (
+            (
+                *("--num-experts", "4", "--tensor-model-parallel-size", "2"),
+                *("--sequence-parallel", "--moe-token-dispatcher-type", "alltoall"),
+            ),
+            "which gloo cannot; use --expert-tensor-parallel-size 1",
         ),
     ],
 )

@@ -1,0 +1,114 @@
+"""Refuses what interleaved pipelines and mixtures of experts cannot do, before any work is done.
+
+Part of ``layout``: the same message on every rank, in the first second.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from megatron.core.models.mimo.errors import ConfigError
+
+__all__ = ["check_experts", "check_interleaving"]
+
+
+def check_interleaving(args: Namespace) -> None:
+    """Check the chunks of an interleaved pipeline against stages, layers and micro-batches.
+
+    Raises:
+        ConfigError: naming the sizes that do not fit.
+    """
+    per_chunk = args.num_layers_per_virtual_pipeline_stage
+    per_stage = args.num_virtual_stages_per_pipeline_rank
+    pp = args.pipeline_model_parallel_size
+    if per_chunk is None and per_stage is None:
+        return
+    flag = "--num-layers-per-virtual-pipeline-stage"
+    if per_chunk is not None and per_stage is not None:
+        raise ConfigError(
+            f"{flag} {per_chunk} and --num-virtual-stages-per-pipeline-rank {per_stage} say the "
+            "same in two ways; give one of them"
+        )
+    if per_chunk is None:
+        flag = "--num-virtual-stages-per-pipeline-rank"
+    given = f"{flag} {per_stage if per_chunk is None else per_chunk}"
+    if (per_stage if per_chunk is None else per_chunk) < 1:
+        raise ConfigError(f"{given}: must be at least 1")
+    if pp == 1:
+        raise ConfigError(
+            f"{given} with pipeline-parallel size 1: chunks are interleaved over pipeline stages; "
+            "use --pipeline-model-parallel-size 2 or more, or leave the flag away"
+        )
+    if per_chunk is not None and args.num_layers and args.num_layers % pp == 0:
+        layers = args.num_layers // pp
+        if layers % per_chunk:
+            fits = ", ".join(str(size) for size in range(1, layers) if layers % size == 0) or "none"
+            raise ConfigError(
+                f"{given}: {args.num_layers} layers on {pp} pipeline stages are {layers} each, "
+                f"which cannot be cut into chunks of {per_chunk}; sizes that fit: {fits}"
+            )
+    if pp == 2 and not args.overlap_p2p_comm:
+        raise ConfigError(
+            f"{given} with pipeline-parallel size 2 and --no-overlap-p2p-communication: messages "
+            "in both directions between the same two ranks would be mistaken for each other; "
+            "leave --no-overlap-p2p-communication away"
+        )
+    _check_micro_batches(args, given, pp)
+
+
+def _check_micro_batches(args: Namespace, given: str, pp: int) -> None:
+    sizes = args.tensor_model_parallel_size * pp * args.context_parallel_size
+    each = args.micro_batch_size * (args.world_size // sizes)
+    group = args.microbatch_group_size_per_vp_stage
+    if not args.global_batch_size or args.global_batch_size % each or group not in (None, pp):
+        return
+    count = args.global_batch_size // each
+    if count % pp:
+        raise ConfigError(
+            f"{given}: {count} micro-batches per step and data-parallel rank are not a multiple of "
+            f"{pp} pipeline stages; use a --global-batch-size that is a multiple of {each * pp}"
+        )
+
+
+def check_experts(args: Namespace) -> None:
+    """Check experts against the expert-, tensor- and data-parallel sizes.
+
+    Raises:
+        ConfigError: naming the sizes that do not fit.
+    """
+    experts, ep = args.num_experts, args.expert_model_parallel_size
+    if ep < 1:
+        raise ConfigError(f"--expert-model-parallel-size {ep}: must be at least 1")
+    if not experts:
+        if ep > 1:
+            raise ConfigError(
+                f"--expert-model-parallel-size {ep} without experts; give --num-experts, a "
+                f"multiple of {ep}"
+            )
+        return
+    if experts % ep:
+        raise ConfigError(
+            f"{experts} experts cannot be divided by expert-parallel size {ep}; use a "
+            "--num-experts that is a multiple of it"
+        )
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    etp = args.expert_tensor_parallel_size or tp
+    across = args.world_size // pp
+    if across % (ep * etp):
+        raise ConfigError(
+            f"the {across} processes of a pipeline stage cannot be divided by expert-parallel "
+            f"size {ep} * expert tensor-parallel size {etp} = {ep * etp}; change either "
+            "(--expert-tensor-parallel-size is the tensor-parallel size by default)"
+        )
+    if tp > 1 and not args.sequence_parallel:
+        raise ConfigError(
+            f"experts with tensor-parallel size {tp} need sequence parallelism; add "
+            "--sequence-parallel"
+        )
+    uneven = etp > 1 and args.moe_token_dispatcher_type == "alltoall"
+    if uneven and args.distributed_backend == "gloo":
+        raise ConfigError(
+            f"--moe-token-dispatcher-type alltoall with expert tensor-parallel size {etp} gathers "
+            "unequal parts, which gloo cannot; use --expert-tensor-parallel-size 1 or "
+            "--moe-token-dispatcher-type allgather"
+        )
