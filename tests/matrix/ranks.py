@@ -88,7 +88,7 @@ def _run_reference(design: Design, groups: Any) -> Expected:
     first: Tensors = {}
     losses, norms = [], []
     for batch in make_batches(media=design.media):
-        loss, gradients = _sum_gradients(model, batch)
+        loss, gradients = _sum_gradients(model, batch, design)
         losses.append(loss)
         first = first or whole(model, gradients.get)
         for parameter, weight in main.items():
@@ -103,7 +103,7 @@ def _run_reference(design: Design, groups: Any) -> Expected:
 
 
 def _sum_gradients(
-    model: Any, batch: list[Sample]
+    model: Any, batch: list[Sample], design: Design
 ) -> tuple[float, dict[torch.nn.Parameter, torch.Tensor]]:
     """Loss and gradients of a batch, sample by sample, accumulated in fp32."""
     labels = sum(sample.mask_S.sum() for sample in batch)
@@ -115,7 +115,8 @@ def _sum_gradients(
     total = 0.0
     for sample in batch:
         model.zero_grad()
-        loss = (sample_losses(model, sample) * sample.mask_S).sum() / labels
+        losses_S = sample_losses(model, sample, spans=design.spans)
+        loss = (losses_S * sample.mask_S).sum() / labels
         if loss.requires_grad:  # not where a sample meets frozen parts only
             loss.backward()
         total += loss.item()
@@ -123,6 +124,11 @@ def _sum_gradients(
             if parameter.grad is not None:
                 gradient += parameter.grad.float()
     return total, gradients
+
+
+def group_sizes(layout: Layout) -> dict[str, Any]:
+    """What the process groups depend on."""
+    return {name: getattr(layout, name) for name in ("tp", "pp", "cp", "ep", "etp", "vpp")}
 
 
 def run_cells(cells: list[tuple[Layout, Design, Expected]]) -> list[Seen]:
@@ -137,14 +143,12 @@ def run_cells(cells: list[tuple[Layout, Design, Expected]]) -> list[Seen]:
     groups: Any = None
     for layout, design, expected in cells:
         start = time.perf_counter()
-        asked = (layout.tp, layout.pp, layout.cp, layout.ep, layout.vpp)
+        asked = group_sizes(layout)
         if asked != sizes:
             if sizes is not None:
                 dist.barrier()  # nobody destroys a group that another still uses
                 parallel_state.destroy_model_parallel()
-            groups = model_parallel(
-                tp=layout.tp, pp=layout.pp, cp=layout.cp, ep=layout.ep, vpp=layout.vpp
-            )
+            groups = model_parallel(**asked)
             sizes = asked
         seen.append(_run_cell(layout, design, expected, groups, start))
     return seen
@@ -180,7 +184,7 @@ def _run_cell(
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        losses.append(run_step(layout, wrapped, batch))
+        losses.append(run_step(layout, design, wrapped, batch))
         if step == 0:
             if layout.distributed_optimizer:
                 _gather_gradients(wrapped)

@@ -14,6 +14,7 @@ def model_parallel(
     pp: int = 1,
     cp: int = 1,
     ep: int = 1,
+    etp: int | None = None,
     vpp: int | None = None,
     seed: int = 1234,
 ) -> ProcessGroupCollection:
@@ -34,6 +35,7 @@ def model_parallel(
         pipeline_model_parallel_size=pp,
         context_parallel_size=cp,
         expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
         virtual_pipeline_model_parallel_size=vpp,
     )
     model_parallel_cuda_manual_seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ __all__ = [  # with what other tests know from here
     "Tensors",
     "build_chunks",
     "copy_weights",
+    "model_inputs",
     "parts",
     "run_gradients",
     "run_reference",
@@ -53,7 +55,10 @@ class Layout:
         vpp: chunks of each pipeline stage, under the interleaved schedule.
         stages: which layers each chunk holds, as ``pipeline_model_parallel_layout``; "" for even.
         recompute: "", "selective" (core attention), "uniform", "block" or "projections".
+        etp: tensor-parallel size of the experts; None for ``tp``.
+        dispatcher: how tokens reach their experts, "alltoall" or "allgather".
         micro_batch: samples of a micro-batch.
+        packed: a micro-batch is one row of documents, not a row for each.
     """
 
     tp: int = 1
@@ -61,11 +66,14 @@ class Layout:
     cp: int = 1
     ep: int = 1
     dp: int = 1
+    etp: int | None = None
+    dispatcher: str = "alltoall"
     vpp: int | None = None
     stages: str = ""
     sequence_parallel: bool = False
     recompute: str = ""
     micro_batch: int = MICRO_BATCH
+    packed: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     distributed_optimizer: bool = False
@@ -135,7 +143,7 @@ def run_gradients(layout: Layout, design: Design, reference: Outcome) -> Deviati
     covered: dict[str, set[tuple[Any, ...]]] = {}
     for batch, gradients in zip(make_batches(), reference.gradients, strict=True):
         wrapped.zero_grad_buffer()
-        losses.append(run_step(layout, [wrapped], batch))
+        losses.append(run_step(layout, design, [wrapped], batch))
         for part in parts(model):
             assert part.parameter.requires_grad == (part.key in gradients), part.name
             if part.parameter.requires_grad:
@@ -168,7 +176,7 @@ def run_training(layout: Layout, design: Design, reference: Outcome) -> Deviatio
     for batch in make_batches():
         wrapped.zero_grad_buffer()
         optimizer.zero_grad()
-        losses.append(run_step(layout, [wrapped], batch))
+        losses.append(run_step(layout, design, [wrapped], batch))
         success, norm, _ = optimizer.step()
         assert success
         norms.append(float(norm))
@@ -205,6 +213,8 @@ def config_changes(layout: Layout) -> dict[str, Any]:
         "pipeline_model_parallel_layout": layout.stages or None,
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "moe_token_dispatcher_type": layout.dispatcher,
         "sequence_parallel": layout.sequence_parallel,
         # Megatron's defaults: between the two ranks of pp 2 an interleaved schedule needs them.
         "overlap_p2p_comm": layout.vpp is not None,
@@ -236,6 +246,7 @@ def build_chunks(layout: Layout, design: Design, groups: Any) -> list[Any]:
             last=last and number == count - 1,
             vp_stage=None if layout.vpp is None else number,
             recompute_projections=layout.recompute == "projections",
+            packed=layout.packed,
         )
         for number in range(count)
     ]
@@ -291,7 +302,7 @@ def copy_weights(chunks: list[Any], weights: Tensors) -> None:
                 part.parameter.copy_(part.of(weights))
 
 
-def run_step(layout: Layout, wrapped: list[Any], batch: list[Sample]) -> float:
+def run_step(layout: Layout, design: Design, wrapped: list[Any], batch: list[Sample]) -> float:
     """Forward and backward of a global batch by Megatron's schedule; the loss on every rank."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -303,12 +314,12 @@ def run_step(layout: Layout, wrapped: list[Any], batch: list[Sample]) -> float:
         chunk.train()
     iterators = [iter(enumerate(mine)) for _ in wrapped]
     reports = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=partial(_forward_step, layout=layout, design=design),
         data_iterator=iterators if layout.vpp else iterators[0],
         model=wrapped,
         num_microbatches=len(mine),
-        seq_length=SEQUENCE,
-        micro_batch_size=size,
+        seq_length=SEQUENCE * size if layout.packed else SEQUENCE,
+        micro_batch_size=1 if layout.packed else size,
         forward_only=False,
     )
     total = torch.zeros(2)
@@ -319,31 +330,21 @@ def run_step(layout: Layout, wrapped: list[Any], batch: list[Sample]) -> float:
     return (total[0] / total[1]).item()
 
 
-def _forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
-    from megatron.core.models.mimo.alignment import build_alignment_plan
+def _forward_step(
+    data_iterator: Any, model: Any, layout: Layout | None = None, design: Design | None = None
+) -> tuple[torch.Tensor, Any]:
     from megatron.core.utils import get_model_config
 
     number, samples = next(data_iterator)
-    dtype = get_model_config(model).params_dtype
-    ids_BS = torch.stack([sample.ids_S for sample in samples])
-    mask_BS = torch.stack([sample.mask_S for sample in samples])
-    media = {
-        "images": {"vit": {"pixel_values": torch.cat([sample.images for sample in samples])}},
-        "sounds": {"linear": {"waves": torch.cat([sample.sounds for sample in samples]).to(dtype)}},
-    }
-    losses, mask_BS = model(
-        input_ids=ids_BS,
-        position_ids=torch.arange(SEQUENCE).expand_as(ids_BS),
-        labels=torch.stack([sample.labels_S for sample in samples]),
-        loss_mask=mask_BS,
-        modality_inputs={
-            name: inputs
-            for name, inputs in media.items()
-            if any(len(value) for encoder in inputs.values() for value in encoder.values())
-        },
+    batch = model_inputs(
+        samples,
+        layout or Layout(),
+        design or Design(),
+        dtype=get_model_config(model).params_dtype,
         # A plan in every other micro-batch: both ways have to give the same.
-        alignment_plan=build_alignment_plan(ids_BS, PLACEHOLDERS) if number % 2 == 0 else None,
+        plan=number % 2 == 0,
     )
+    losses, mask_BS = model(**batch)
 
     def sum_losses(losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         total, count = (losses_BS * mask_BS).sum(), mask_BS.sum()
@@ -351,3 +352,43 @@ def _forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
         return total, count.to(torch.int32), report
 
     return losses, sum_losses
+
+
+def model_inputs(
+    samples: list[Sample], layout: Layout, design: Design, *, dtype: torch.dtype, plan: bool
+) -> dict[str, Any]:
+    """Arguments of ``MimoModel.forward`` for a micro-batch of samples."""
+    from megatron.core.models.mimo.alignment import build_alignment_plan
+
+    def rows(field: str) -> torch.Tensor:
+        values = [getattr(sample, field) for sample in samples]
+        if field == "positions_3S":
+            return torch.cat(values, dim=1)[:, None] if layout.packed else torch.stack(values, 1)
+        return torch.cat(values)[None] if layout.packed else torch.stack(values)
+
+    media = {
+        "images": {"vit": {"pixel_values": torch.cat([sample.images for sample in samples])}},
+        "sounds": {"linear": {"waves": torch.cat([sample.sounds for sample in samples]).to(dtype)}},
+    }
+    ids_BS = rows("ids_S")
+    plain_BS = torch.arange(SEQUENCE).repeat(len(samples)).view_as(ids_BS)
+    batch = {
+        "input_ids": ids_BS,
+        "position_ids": rows("positions_3S") if design.mrope else plain_BS,
+        "labels": rows("labels_S"),
+        "loss_mask": rows("mask_S"),
+        "modality_inputs": {
+            name: inputs
+            for name, inputs in media.items()
+            if any(len(value) for encoder in inputs.values() for value in encoder.values())
+        },
+        "alignment_plan": build_alignment_plan(ids_BS, PLACEHOLDERS) if plan else None,
+    }
+    if layout.packed:
+        bounds = [SEQUENCE * count for count in range(len(samples) + 1)]
+        batch["packing_kwargs"] = {"cu_seqlens_q": bounds}
+    if design.spans:
+        first = torch.arange(len(samples)).repeat_interleave(SEQUENCE).view_as(ids_BS) * SEQUENCE
+        spans_BS = rows("spans_S")
+        batch["span_ids"] = torch.where(spans_BS > 0, spans_BS + first, 0)
+    return batch

@@ -34,11 +34,16 @@ MICRO_BATCH = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One sample: ids, labels and mask [S], images [n, C, h, w], sounds [m, F]."""
+    """One sample: ids, labels and mask [S], images [n, C, h, w], sounds [m, F].
+
+    ``positions_3S`` are for multimodal RoPE; ``spans_S`` numbers each image's tokens from 1 on.
+    """
 
     ids_S: torch.Tensor
     labels_S: torch.Tensor
     mask_S: torch.Tensor
+    positions_3S: torch.Tensor
+    spans_S: torch.Tensor
     images: torch.Tensor
     sounds: torch.Tensor
 
@@ -54,6 +59,8 @@ class Design:
         frozen: names for ``MimoModel.freeze``.
         frozen_start: freeze the embedding side: encoders, embedding, first half of the layers.
         media: False leaves out all images and sounds.
+        mrope: multimodal RoPE, with positions in three dimensions.
+        spans: an image's tokens see each other in both directions.
     """
 
     layers: int = 2
@@ -64,6 +71,8 @@ class Design:
     frozen: tuple[str, ...] = ()
     frozen_start: bool = False
     media: bool = True
+    mrope: bool = False
+    spans: bool = False
 
 
 def make_batches(*, media: bool = True) -> list[list[Sample]]:
@@ -80,6 +89,8 @@ def _make_sample(images: int, sounds: int, generator: torch.Generator) -> Sample
     spots = torch.randperm(SEQUENCE, generator=generator)  # placeholders need not be neighbours
     ids_S[spots[: images * PATCHES]] = IMAGE
     ids_S[spots[images * PATCHES : images * PATCHES + sounds]] = SOUND
+    spans_S = torch.zeros_like(ids_S)
+    spans_S[ids_S == IMAGE] = torch.arange(images).repeat_interleave(PATCHES) + 1
     labels_S = ids_S.roll(-1)
     keep_S = torch.rand(SEQUENCE, generator=generator) < 0.8
     mask_S = ((labels_S < IMAGE) & keep_S).float()
@@ -87,6 +98,8 @@ def _make_sample(images: int, sounds: int, generator: torch.Generator) -> Sample
         ids_S=ids_S,
         labels_S=labels_S.where(labels_S < IMAGE, 0),
         mask_S=mask_S,
+        positions_3S=torch.randint(0, SEQUENCE, (3, SEQUENCE), generator=generator),
+        spans_S=spans_S,
         images=torch.randn(images, *PIXELS, generator=generator),
         sounds=torch.randn(sounds, SOUND_WIDTH, generator=generator),
     )
@@ -115,13 +128,15 @@ def transformer_config(design: Design | None = None, **changes: Any) -> Any:
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
     }
+    if design.mrope:
+        settings |= {"kv_channels": 8, "mrope_section": [2, 1, 1]}
     if design.experts:
         settings |= {
             "num_moe_experts": design.experts,
-            "moe_router_topk": 2,
+            # In bf16 every expert: rounding must not decide which ones are chosen.
+            "moe_router_topk": design.experts if design.bf16 else 2,
             "moe_ffn_hidden_size": 16,
             "moe_router_load_balancing_type": "none",
-            "moe_token_dispatcher_type": "alltoall",
             "add_bias_linear": False,
         }
     return TransformerConfig(**(settings | changes))
@@ -136,6 +151,7 @@ def build_model(
     last: bool,
     vp_stage: int | None = None,
     recompute_projections: bool = False,
+    packed: bool = False,
 ) -> Any:
     """This rank's part of the model, frozen as the design says."""
     from megatron.core.enums import ModelType
@@ -155,7 +171,7 @@ def build_model(
             "pre_process": first,
             "post_process": last,
             "pg_collection": groups,
-            "position_embedding_type": "learned_absolute" if design.learned_positions else "rope",
+            "position_embedding_type": _position_type(design),
             "share_embeddings_and_output_weights": design.tied,
             "scatter_embedding_sequence_parallel": False,
         },
@@ -170,6 +186,7 @@ def build_model(
             language_model_spec=language,
             modality_submodules_spec={"images": images, "sounds": _sound_spec()},
             special_token_ids=PLACEHOLDERS,
+            kv_format="thd" if packed else "sbhd",
         ),
         cp_group=groups.cp,
         tp_group=groups.tp,
@@ -189,6 +206,12 @@ def _freeze(model: Any, design: Design) -> None:
         start = [layer for layer in decoder.layers if 2 * layer.layer_number <= design.layers]
         for module in [*start, *([model.language_model.embedding] if model.pre_process else [])]:
             module.requires_grad_(False)
+
+
+def _position_type(design: Design) -> str:
+    if design.mrope:
+        return "mrope"
+    return "learned_absolute" if design.learned_positions else "rope"
 
 
 class SoundEncoder(torch.nn.Module):
@@ -249,7 +272,7 @@ def _image_parts(config: Any, groups: Any) -> dict[str, Any]:
     return {"encoders": {"vit": encoder}, "input_projections": [projection]}
 
 
-def sample_losses(model: Any, sample: Sample) -> torch.Tensor:
+def sample_losses(model: Any, sample: Sample, *, spans: bool = False) -> torch.Tensor:
     """Losses [S] of one sample, its embedding put together by a loop over its tokens.
 
     ``model`` runs on one process. Uses its weights and layers, not its alignment.
@@ -274,11 +297,22 @@ def sample_losses(model: Any, sample: Sample) -> torch.Tensor:
     assert not any(rows.values())
     logits_SV = language(
         input_ids=None,
-        position_ids=None,
-        attention_mask=None,
+        position_ids=sample.positions_3S[:, None],
+        attention_mask=_hidden_by_rule(sample)[None, None] if spans else None,
         decoder_input=torch.stack(embedded)[:, None],
     )[0]
     return F.cross_entropy(logits_SV.float(), sample.labels_S, reduction="none")
+
+
+def _hidden_by_rule(sample: Sample) -> torch.Tensor:
+    """True [S, S] where a query does not see a key: causal, but for tokens of one image."""
+    owner = sample.spans_S.tolist()
+    return torch.tensor(
+        [
+            [key > query and not owner[key] == owner[query] > 0 for key in range(SEQUENCE)]
+            for query in range(SEQUENCE)
+        ]
+    )
 
 
 def reference_step(model: Any, batch: Sequence[Sample]) -> torch.Tensor:

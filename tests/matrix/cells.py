@@ -1,0 +1,238 @@
+"""The cells of the equivalence matrix: which there are, and which of them are run.
+
+A cell is one value on each axis. All valid cells are some hundred thousand; a set of them is drawn
+that covers every valid pair of values (``PAIRS``, a small set) and, beyond it, as many triples as
+its size allows (``all_cells``). Both are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+from tests.distributed.core.layouts import Layout
+from tests.distributed.core.reference import MEDIA, Design
+
+Cell = tuple[Layout, Design]
+Values = dict[str, Any]
+
+MAX_RANKS = 8
+FULL_SIZE = 330
+_CANDIDATES = 24  # drawn for each cell that is chosen
+_DRY = 60
+_SAMPLES = len(MEDIA[0])
+_EXPERTS = 4
+
+_BOTH = {
+    "distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+}
+REDUCTIONS: dict[str, Values] = {
+    "plain": {},
+    "overlap": {"overlap_grad_reduce": True},
+    "distributed": {"distributed_optimizer": True},
+    "distributed-overlap": _BOTH,
+}
+FROZEN: dict[str, Values] = {
+    "nothing": {},
+    "encoders": {"frozen": ("images.encoders", "sounds.encoders")},
+    "language": {"frozen": ("language",)},
+    "all-but-projection": {"frozen": ("language", "images.encoders", "sounds")},
+    "first-half": {"frozen_start": True},
+}
+
+AXES: dict[str, tuple[Any, ...]] = {
+    "tp": (1, 2, 4),
+    "sp": (False, True),
+    "cp": (1, 2, 4),
+    "pp": (1, 2, 4),
+    "vpp": (None, 2),
+    "stages": ("even", "uneven", "embedding-alone"),
+    "dp": (1, 2, 4),
+    "experts": ("none", "allgather", "alltoall"),
+    "ep": (1, 2, 4),
+    "etp": (None, 1),
+    "reduction": tuple(REDUCTIONS),
+    "recompute": ("", "selective", "uniform", "block", "projections"),
+    "positions": ("rope", "learned", "mrope"),
+    "packing": ("no", "packed"),
+    "attention": ("causal", "spans"),
+    "embeddings": ("untied", "tied"),
+    "precision": ("fp32", "bf16"),
+    "frozen": tuple(FROZEN),
+    "media": ("some", "none"),
+    "micro_batch": (2, 1),
+}
+
+
+def is_valid(v: Values) -> bool:
+    """Whether the values go together; those that do not are refused, or say the same twice."""
+    ranks = v["tp"] * v["cp"] * v["pp"] * v["dp"]
+    micro_batches, rest = divmod(_SAMPLES, v["micro_batch"] * v["dp"])
+    rules = (
+        ranks <= MAX_RANKS,
+        not rest and micro_batches >= 1,
+        not v["sp"] or v["tp"] > 1,
+        v["vpp"] is None or (v["pp"] > 1 and micro_batches % v["pp"] == 0),
+        v["stages"] == "even" or v["pp"] > 1,
+        _fits_experts(v),
+        v["reduction"] == "plain" or v["dp"] * v["cp"] > 1,
+    )
+    return all(rules)
+
+
+def _fits_experts(v: Values) -> bool:
+    if v["experts"] == "none":
+        return v["ep"] == 1 and v["etp"] is None
+    etp = v["etp"] or v["tp"]
+    across = v["tp"] * v["cp"] * v["dp"]
+    return (
+        across % (etp * v["ep"]) == 0
+        and (v["tp"] == 1 or v["sp"])
+        and (v["etp"] is None or v["tp"] > 1)
+        # gloo cannot gather unequal parts
+        and (v["experts"] == "allgather" or etp == 1)
+    )
+
+
+def make_cell(v: Values) -> Cell:
+    chunks = v["pp"] * (v["vpp"] or 1)
+    layers = max(2, chunks) + (v["stages"] == "uneven")
+    stages = ""
+    if v["stages"] == "uneven":
+        stages = "|".join(["Et", *["t"] * (chunks - 2), "ttL"])
+    elif v["stages"] == "embedding-alone":
+        stages = "|".join(["E", *["t"] * (chunks - 2), "t" * (layers - chunks + 2) + "L"])
+    layout = Layout(
+        tp=v["tp"],
+        pp=v["pp"],
+        cp=v["cp"],
+        ep=v["ep"],
+        dp=v["dp"],
+        etp=v["etp"],
+        dispatcher="alltoall" if v["experts"] == "none" else v["experts"],
+        vpp=v["vpp"],
+        stages=stages,
+        sequence_parallel=v["sp"],
+        recompute=v["recompute"],
+        micro_batch=v["micro_batch"],
+        packed=v["packing"] == "packed",
+        **REDUCTIONS[v["reduction"]],
+    )
+    design = Design(
+        layers=layers,
+        experts=0 if v["experts"] == "none" else _EXPERTS,
+        bf16=v["precision"] == "bf16",
+        tied=v["embeddings"] == "tied",
+        learned_positions=v["positions"] == "learned",
+        mrope=v["positions"] == "mrope",
+        spans=v["attention"] == "spans",
+        media=v["media"] == "some",
+        **FROZEN[v["frozen"]],
+    )
+    return layout, design
+
+
+def name_of(v: Values) -> str:
+    """The values that are not the first of their axis: ``tp2-sp-cp2-tied``."""
+    return "-".join(features(v)) or "one-rank"
+
+
+def features(v: Values) -> list[str]:
+    """One word for each value that is not the first of its axis."""
+    return [_word(axis, v[axis]) for axis, values in AXES.items() if v[axis] != values[0]]
+
+
+def _word(axis: str, value: Any) -> str:
+    if axis in ("frozen", "recompute", "stages"):
+        return f"{axis}:{value}"
+    if axis == "media":
+        return "no-media"
+    if axis == "micro_batch":
+        return f"micro{value}"
+    if axis == "reduction":
+        return str(value)
+    if isinstance(value, bool):
+        return axis
+    return f"{axis}{value}" if isinstance(value, int) else str(value)
+
+
+def pair_cells() -> list[Values]:
+    """Few cells in which every two values that go together do so once; the smaller axes only."""
+    return list(_cover(2, _SMALL, limit=None))
+
+
+@cache
+def _all_cells() -> tuple[Values, ...]:
+    return tuple(_cover(3, AXES, limit=FULL_SIZE))
+
+
+def all_cells() -> list[Values]:
+    """``FULL_SIZE`` cells, those of ``pair_cells`` first."""
+    return list(_all_cells())
+
+
+# What the quick set draws from: one size of each kind of parallelism is enough there.
+_SMALL = AXES | {
+    "tp": (1, 2),
+    "cp": (1, 2),
+    "pp": (1, 2),
+    "dp": (1, 2),
+    "ep": (1, 2),
+}
+# Values that weaken what a cell shows are drawn less often than the others of their axis.
+_WEIGHTS: dict[str, tuple[int, ...]] = {
+    "precision": (3, 1),
+    "media": (5, 1),
+    "frozen": (6, 1, 1, 1, 1),
+    "recompute": (4, 1, 1, 1, 1),
+}
+
+
+def _cover(strength: int, axes: dict[str, tuple[Any, ...]], limit: int | None) -> Iterator[Values]:
+    """Greedily: each time the candidate with most combinations that are new, per rank."""
+    generator = random.Random(20)
+    covered: set[tuple[Any, ...]] = set()
+    names: set[str] = set()
+    for cell in pair_cells() if limit else ():
+        covered |= _combinations(cell, strength)
+        names.add(name_of(cell))
+        yield cell
+    dry = 0  # rounds without anything new
+    while dry < _DRY and (limit is None or len(names) < limit):
+        best, gain = None, 0.0
+        for _ in range(_CANDIDATES):
+            candidate = _draw(axes, generator)
+            ranks = candidate["tp"] * candidate["cp"] * candidate["pp"] * candidate["dp"]
+            new = len(_combinations(candidate, strength) - covered)
+            if new / ranks**1.5 > gain and name_of(candidate) not in names:
+                best, gain = candidate, new / ranks**1.5
+        dry = 0 if best else dry + 1
+        if best:
+            covered |= _combinations(best, strength)
+            names.add(name_of(best))
+            yield best
+
+
+def _draw(axes: dict[str, tuple[Any, ...]], generator: random.Random) -> Values:
+    while True:
+        values: Values = {}
+        for axis, choices in axes.items():
+            only_first = (
+                (axis == "sp" and values["tp"] == 1)
+                or (axis in ("vpp", "stages") and values["pp"] == 1)
+                or (axis == "ep" and values["experts"] == "none")
+                or (axis == "etp" and (values["experts"] == "none" or values["tp"] == 1))
+            )
+            drawn = generator.choices(choices, _WEIGHTS.get(axis))[0]
+            values[axis] = choices[0] if only_first else drawn
+        if is_valid(values):
+            return values
+
+
+def _combinations(cell: Values, strength: int) -> set[tuple[Any, ...]]:
+    return set(combinations(cell.items(), strength))
