@@ -90,8 +90,8 @@ def _settings_of_experts(config: TransformerConfig) -> dict[str, Any]:
     defaults = {}
     for field in fields(config):
         if field.name.startswith("moe_"):
-            made = field.default_factory is not MISSING
-            defaults[field.name] = field.default_factory() if made else field.default
+            made = field.default_factory
+            defaults[field.name] = field.default if made is MISSING else made()
     return defaults
 
 

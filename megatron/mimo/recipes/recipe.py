@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron.core.models.mimo import MimoModel, MimoModelConfig
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from torch.utils.data import Dataset
 
+    from megatron.core.models.mimo import MimoModel, MimoModelConfig
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.mimo.data.sample import Sample
 
 Batch = dict[str, Any]

@@ -50,9 +50,10 @@ class Stream:
     runs: tuple[Run, ...] | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Stream:
-        """The same stream with its index tensors on ``device``."""
+        """The same stream with its index tensors on ``device``; runs are for the host only."""
         return replace(
             self,
+            runs=self.runs if torch.device(device).type == "cpu" else None,
             rows_N=self.rows_N.to(device, non_blocking=non_blocking),
             sources_N=_moved(self.sources_N, device, non_blocking),
         )

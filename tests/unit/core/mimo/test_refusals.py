@@ -99,6 +99,8 @@ def check_constructions_that_are_refused() -> None:
     spec = language_spec()
     with pytest.raises(UnsupportedError, match="process grids of their own"):
         MimoModel(MimoModelConfig(spec, {}, {}, {"language": None}))
+    with pytest.raises(UnsupportedError, match="mtp_num_layers = 1"):
+        MimoModel(MimoModelConfig(language_spec({"mtp_num_layers": 1})))
     spec.params.pop("config")
     with pytest.raises(ConfigError, match="has no 'config'"):
         MimoModel(MimoModelConfig(spec))

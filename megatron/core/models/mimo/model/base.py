@@ -30,6 +30,7 @@ from megatron.core.models.mimo.model.build import (
     build_partition_adapter,
     language_config,
     refuse_grids,
+    refuse_multi_token_prediction,
 )
 from megatron.core.models.mimo.model.embedding import own_piece
 from megatron.core.models.mimo.model.encoder_splits import (
@@ -70,7 +71,7 @@ _ASKED_OF_LANGUAGE_MODEL = frozenset(
 )
 
 
-class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[misc]
+class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
     """A language model that reads text and the rows of modality encoders.
 
     Every occurrence of a modality's special token in ``input_ids`` takes one row of that
@@ -102,6 +103,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):  # type: ignore[
         tp_group: ProcessGroup | None = None,
     ) -> None:
         refuse_grids(mimo_config)
+        refuse_multi_token_prediction(mimo_config)
         refuse_attention(mimo_config)
         refuse_mrope(mimo_config)
         super().__init__(language_config(mimo_config))

@@ -48,6 +48,16 @@ def refuse_grids(mimo_config: MimoModelConfig) -> None:
         )
 
 
+def refuse_multi_token_prediction(mimo_config: MimoModelConfig) -> None:
+    """Raise ``UnsupportedError`` where the language model would look up tokens by itself."""
+    layers = getattr(language_config(mimo_config), "mtp_num_layers", None)
+    if layers:
+        raise UnsupportedError(
+            f"mtp_num_layers = {layers}: multi-token prediction embeds input_ids inside the "
+            "language model, where placeholders have no embedding; set it to None"
+        )
+
+
 def build_partition_adapter(
     mimo_config: MimoModelConfig, cp_group: ProcessGroup | None, tp_group: ProcessGroup | None
 ) -> PartitionAdapter | None:
