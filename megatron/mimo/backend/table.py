@@ -214,6 +214,12 @@ PATCHES: tuple[Patch, ...] = (
         replacement=_always(stock.undecorated),
     ),
     Patch(
+        name="jit warm-up",
+        target="megatron.training.initialize:_warmup_jit_function",
+        reason="draws from the generator of the initial weights, how much depends on batch and TP",
+        replacement=_answer(None),
+    ),
+    Patch(
         name="argument defaults",
         target="megatron.training.arguments:parse_args",
         reason="the parser's defaults are for CUDA with Transformer Engine and apex",

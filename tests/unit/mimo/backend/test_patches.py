@@ -240,6 +240,31 @@ def test_splits_of_the_expert_dispatcher_are_integers() -> None:
     assert _original("splits of the expert dispatcher")(splits, as_numpy=True) is splits
 
 
+def test_jit_warm_up_draws_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from argparse import Namespace
+
+    from megatron.training import initialize
+
+    sizes = dict.fromkeys(
+        (
+            "ffn_hidden_size",
+            "hidden_size",
+            "seq_length",
+            "micro_batch_size",
+            "tensor_model_parallel_size",
+            "context_parallel_size",
+        ),
+        1,
+    )
+    flags = dict.fromkeys(("bf16", "fp16", "swiglu", "sequence_parallel"), False)
+    monkeypatch.setattr(initialize, "get_args", lambda: Namespace(**sizes, **flags))
+    before = torch.get_rng_state()
+    initialize.set_jit_fusion_options(tp_size=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    _original("jit warm-up")(tp_size=1)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_dataset_helper_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.datasets import utils
     from megatron.training import initialize
