@@ -234,7 +234,7 @@ def run_frozen(reference: Outcome) -> Any:
     for part in held:
         moved[part.name.partition(".")[0]] |= not part.parameter.equal(part.of(reference.weights))
     state = sharded(model, optimizer, None, is_loading=False)["optimizer"]
-    model.freeze("language")
+    model.requires_grad_(False)
     stub = build_optimizer(model, Layout())
     stub.zero_grad()
     stub.reload_model_params()
