@@ -88,7 +88,7 @@ def build_model(arguments: Namespace, stage: Stage) -> MimoModelConfig:
         module=GPTModel,
         params={
             "config": language,
-            "transformer_layer_spec": language_layer_spec(language),
+            "transformer_layer_spec": language_layer_spec(language, vp_stage=stage.vp_stage),
             "vocab_size": arguments.padded_vocab_size,
             "max_sequence_length": arguments.max_position_embeddings,
             "pre_process": stage.pre_process,

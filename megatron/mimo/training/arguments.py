@@ -260,6 +260,8 @@ def _derive(args: argparse.Namespace, backend: str) -> None:
         args.bf16 = True
     if args.fp32 and (args.fp16 or args.bf16):
         raise ConfigError("--fp32 excludes --fp16 and --bf16; give one of the three")
+    if args.num_experts and not args.swiglu:
+        args.bias_gelu_fusion = False  # Megatron's experts do not have it, and raise
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
         # Megatron demands it; it has no effect without CUDA
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -156,7 +156,12 @@ def _finish(
         "train_seconds": round(watch.pace.seconds, 3),
         "samples_per_second": round(watch.pace.samples / max(watch.pace.seconds, 1e-9), 2),
     }
-    if recipe.finish is not None:
+    if recipe.finish is not None and len(builder.chunks) > 1:
+        console.say(
+            "not evaluated: generation does not run under interleaved pipeline stages; the "
+            "checkpoint fits layouts without them"
+        )
+    elif recipe.finish is not None:
         console.say("evaluating ...")
         run = FinishedRun(
             arguments=args,
