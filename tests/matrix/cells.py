@@ -20,7 +20,7 @@ Cell = tuple[Layout, Design]
 Values = dict[str, Any]
 
 MAX_RANKS = 8
-FULL_SIZE = 330
+FULL_SIZE = 312
 _CANDIDATES = 24  # drawn for each cell that is chosen
 _DRY = 60
 _SAMPLES = len(MEDIA[0])

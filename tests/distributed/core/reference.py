@@ -206,6 +206,8 @@ def _freeze(model: Any, design: Design) -> None:
         start = [layer for layer in decoder.layers if 2 * layer.layer_number <= design.layers]
         for module in [*start, *([model.language_model.embedding] if model.pre_process else [])]:
             module.requires_grad_(False)
+        if design.tied and model.post_process:  # the last stage's copy of the embedding
+            model.shared_embedding_or_output_weight().requires_grad_(False)
 
 
 def _position_type(design: Design) -> str:
