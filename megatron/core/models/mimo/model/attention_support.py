@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,58 +48,67 @@ def refuse_attention(mimo_config: MimoModelConfig) -> None:
         )
 
 
-def attentions(language_model: nn.Module) -> list[nn.Module]:
-    """The core attention of each layer."""
-    found = (getattr(module, "core_attention", None) for module in language_model.modules())
-    return [module for module in found if isinstance(module, nn.Module)]
+@dataclass(frozen=True, kw_only=True)
+class AttentionSupport:
+    """What the core attention of all layers of this rank can do.
 
-
-def lengths_device(language_model: nn.Module, device: torch.device) -> torch.device | None:
-    """Where boundaries of packed documents belong: None, the host, where attention reads them."""
-    layers = attentions(language_model)
-    on_host = all(getattr(layer, "reads_lengths_on_host", False) for layer in layers)
-    return None if layers and on_host else device
-
-
-def check_packing(language_model: nn.Module) -> None:
-    """Raise ``UnsupportedError`` where a layer's attention takes no packed rows."""
-    if any(isinstance(layer, DotProductAttention) for layer in attentions(language_model)):
-        raise UnsupportedError(
-            "packing_kwargs were given, and megatron-core's DotProductAttention cannot tell packed "
-            f"documents apart; {_REMEDY}"
-        )
-
-
-def check_span_ids(
-    language_model: nn.Module, span_ids_BS: torch.Tensor, attention_mask: torch.Tensor | None
-) -> None:
-    """Refuse span numbers that no layer could honour.
-
-    Raises:
-        InputError: they are not integers [B, S], or an attention mask is given as well.
-        UnsupportedError: an attention that does not know them, by name.
+    Attributes:
+        takes_packed_rows: none is megatron-core's ``DotProductAttention``.
+        reads_lengths_on_host: borders of packed documents may be host tensors.
+        without_span_ids: classes that do not know span numbers.
     """
-    if span_ids_BS.dim() != 2 or span_ids_BS.dtype not in (torch.int32, torch.int64):
-        raise InputError(
-            f"span_ids are {span_ids_BS.dtype} of shape {list(span_ids_BS.shape)}; expected "
-            "int32 or int64 [B, S], 0 where a token is in no span"
+
+    takes_packed_rows: bool
+    reads_lengths_on_host: bool
+    without_span_ids: tuple[str, ...]
+
+    @classmethod
+    def of(cls, language_model: nn.Module) -> AttentionSupport:
+        """Ask each layer's ``core_attention``."""
+        found = (getattr(module, "core_attention", None) for module in language_model.modules())
+        layers = [module for module in found if isinstance(module, nn.Module)]
+        on_host = all(getattr(layer, "reads_lengths_on_host", False) for layer in layers)
+        deaf = {type(one).__name__ for one in layers if not getattr(one, "takes_span_ids", False)}
+        return cls(
+            takes_packed_rows=not any(isinstance(one, DotProductAttention) for one in layers),
+            reads_lengths_on_host=bool(layers) and on_host,
+            without_span_ids=tuple(sorted(deaf)),
         )
-    if attention_mask is not None:
-        raise InputError(
-            "both span_ids and attention_mask were given; put the spans into the mask, or leave "
-            "the mask out"
-        )
-    deaf = {
-        type(layer).__name__
-        for layer in attentions(language_model)
-        if not getattr(layer, "takes_span_ids", False)
-    }
-    if deaf:
-        raise UnsupportedError(
-            f"span_ids were given, and {', '.join(sorted(deaf))} does not know them; use "
-            "megatron.mimo.layers.CoreAttention (--transformer-impl local), or, without context "
-            "parallelism and packing, pass the spans as a bool attention_mask [B, 1, S, S]"
-        )
+
+    def check_packing(self) -> None:
+        """Raise ``UnsupportedError`` where a layer's attention takes no packed rows."""
+        if not self.takes_packed_rows:
+            raise UnsupportedError(
+                "packing_kwargs were given, and megatron-core's DotProductAttention cannot tell "
+                f"packed documents apart; {_REMEDY}"
+            )
+
+    def check_span_ids(
+        self, span_ids_BS: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> None:
+        """Refuse span numbers that no layer could honour.
+
+        Raises:
+            InputError: they are not integers [B, S], or an attention mask is given as well.
+            UnsupportedError: an attention that does not know them, by name.
+        """
+        if span_ids_BS.dim() != 2 or span_ids_BS.dtype not in (torch.int32, torch.int64):
+            raise InputError(
+                f"span_ids are {span_ids_BS.dtype} of shape {list(span_ids_BS.shape)}; expected "
+                "int32 or int64 [B, S], 0 where a token is in no span"
+            )
+        if attention_mask is not None:
+            raise InputError(
+                "both span_ids and attention_mask were given; put the spans into the mask, or "
+                "leave the mask out"
+            )
+        if self.without_span_ids:
+            raise UnsupportedError(
+                f"span_ids were given, and {', '.join(self.without_span_ids)} does not know them; "
+                "use megatron.mimo.layers.CoreAttention (--transformer-impl local), or, without "
+                "context parallelism and packing, pass the spans as a bool attention_mask "
+                "[B, 1, S, S]"
+            )
 
 
 def _parts(value: Any) -> Iterator[Any]:

@@ -20,9 +20,7 @@ from megatron.core.models.mimo.alignment import (
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig, RankRole
 from megatron.core.models.mimo.errors import InputError, UnsupportedError
 from megatron.core.models.mimo.model.attention_support import (
-    check_packing,
-    check_span_ids,
-    lengths_device,
+    AttentionSupport,
     refuse_attention,
 )
 from megatron.core.models.mimo.model.build import (
@@ -126,6 +124,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
             )
         split_encoders(self.modality_submodules, mimo_config, cp_group, tp_group)
         self.language_model = build_module(mimo_config.language_model_spec)
+        self._attention = AttentionSupport.of(self.language_model)
         self._rotates_in_3d = own_the_cut(self.language_model)
         self._takes_loss_mask = accepts(self.language_model.forward, "loss_mask")
         self._refuse_scattering_embedding()
@@ -315,7 +314,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
                 "the sequence's cut; use the causal mask type or packing_kwargs"
             )
         if span_ids is not None:
-            check_span_ids(self.language_model, span_ids, attention_mask)
+            self._attention.check_span_ids(span_ids, attention_mask)
         packed = self._packed(
             packing_kwargs, input_ids=input_ids, position_ids=position_ids, labels=labels
         )
@@ -351,13 +350,13 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
     ) -> PackedSeqParams | None:
         if packing_kwargs is None:
             return None
-        check_packing(self.language_model)
-        device = next(self.parameters()).device
+        self._attention.check_packing()
+        on_host = self._attention.reads_lengths_on_host
         return packed_params(
             packing_kwargs,
             tokens=check_one_row(**tokens),
             cp_size=self.config.context_parallel_size,
-            device=lengths_device(self.language_model, device),
+            device=None if on_host else next(self.parameters()).device,
         )
 
     def sharded_state_dict(
