@@ -61,8 +61,11 @@ from megatron.core.utils import unwrap_model
 _ASKED_OF_LANGUAGE_MODEL = frozenset(
     {
         "decoder",
+        "mtp",
+        "position_embedding_type",
         "post_process",
         "pre_process",
+        "rotary_pos_emb",
         "share_embeddings_and_output_weights",
         "shared_embedding_or_output_weight",
     }
@@ -351,7 +354,8 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         if packing_kwargs is None:
             return None
         self._attention.check_packing()
-        on_host = self._attention.reads_lengths_on_host
+        # The fused rotation reads boundaries on the device, whatever attention does.
+        on_host = self._attention.reads_lengths_on_host and not self.config.apply_rope_fusion
         return packed_params(
             packing_kwargs,
             tokens=check_one_row(**tokens),
