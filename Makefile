@@ -8,12 +8,13 @@ export OMP_NUM_THREADS
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check
+.PHONY: help setup train test matrix check
 
 help:
 	@echo 'make setup   prepare .venv (PYTHON=/path/to/python3.12 to choose the interpreter)'
 	@echo 'make train   train the default recipe: all GPUs, or two processes on CPU (NPROC=n, ARGS="...")'
 	@echo 'make test    run the test suite (ARGS="...")'
+	@echo 'make matrix  hold 300 parallel layouts against one process (ARGS="tp2 cp2", "--list", "--help")'
 	@echo 'make check   format, lint, types and structure: what CI checks besides the tests'
 
 setup:
@@ -24,6 +25,9 @@ train: setup
 
 test: setup
 	.venv/bin/python -m pytest $(ARGS)
+
+matrix: setup
+	.venv/bin/python -m tests.matrix $(ARGS)
 
 check: setup
 	@scripts/check

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.matrix.cells import Values, all_cells, name_of, pair_cells
+from tests.matrix.page import page
+from tests.matrix.refusals import messages_of_flags, messages_of_library
 from tests.matrix.runner import Verdict, run
 from tests.rank_pool import RankPool
 
@@ -24,6 +26,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="name the cells and run none")
     parser.add_argument("--max-ranks", type=int, default=8, help="leave out larger cells")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all verdicts")
+    parser.add_argument("--verdicts", type=Path, metavar="FILE", help="read them, and run none")
     parser.add_argument(
         "--write-docs", type=Path, metavar="FILE", help="write the page, if all cells passed"
     )
@@ -40,17 +43,28 @@ def main() -> int:
     if not cells:
         print(f"no cell has all of {asked.filter} in its name; --list names them", file=sys.stderr)
         return 2
-    verdicts = run_with_progress(cells)
+    if asked.verdicts:
+        verdicts = [Verdict(**entry) for entry in json.loads(asked.verdicts.read_text())]
+    else:
+        verdicts = run_with_progress(cells)
     failed = [verdict for verdict in verdicts if verdict.failure]
     if asked.json:
         text = json.dumps([asdict(verdict) for verdict in verdicts], indent=1)
         asked.json.write_text(text + "\n")
     if asked.write_docs and not failed:
-        from tests.matrix.page import page
-
-        asked.write_docs.write_text(page(verdicts))
+        asked.write_docs.write_text(page(verdicts, all_refusals()))
     print(f"{len(verdicts) - len(failed)} passed, {len(failed)} failed")
     return 1 if failed else 0
+
+
+def all_refusals() -> dict[str, str]:
+    """What is refused, by what it is about."""
+    pool = RankPool()
+    try:
+        pool.start()
+        return messages_of_flags() | messages_of_library(pool)
+    finally:
+        pool.close()
 
 
 def run_with_progress(cells: list[Values]) -> list[Verdict]:
