@@ -153,6 +153,9 @@ def test_what_cannot_be_sent_is_refused(ranks: RankPool) -> None:
 
 def test_children_of_ranks_do_not_outlive_the_run(ranks: RankPool) -> None:
     (pids,) = ranks(1)(leave_children)
+    end = time.monotonic() + 10  # a killed process is gone once the kernel has got round to it
+    while any(alive(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.01)
     assert not any(alive(pid) for pid in pids)
 
 
