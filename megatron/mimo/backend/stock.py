@@ -165,6 +165,26 @@ def as_numpy_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
     return maybe_move_tensor_to_cpu
 
 
+def counting_tokens_of_the_group(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``get_tokens_per_expert_and_token_count`` that is right with padding.
+
+    The original sums over the group in place and then takes the sum for this rank's own count, so
+    that auxiliary losses weigh as many times more as the group has ranks. What it has to be is a
+    rank's share of the group's tokens: padding need not be spread evenly.
+    """
+
+    @functools.wraps(original)
+    def count(
+        routing_map: Any, reduce_group: Any, topk: Any = None, with_padding_mask: bool = False
+    ) -> Any:
+        per_expert, local, total = original(routing_map, reduce_group, topk, with_padding_mask)
+        if with_padding_mask:
+            local = total / reduce_group.size()
+        return per_expert, local, total
+
+    return count
+
+
 def drawing_from_host(original: Callable[..., Any]) -> Callable[..., Any]:
     """``original`` with its random draws taken from the host's generator."""
 

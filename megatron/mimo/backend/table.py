@@ -177,6 +177,13 @@ _GLOO = (
 
 _DEFECTS = (
     Patch(
+        name="token count of auxiliary losses",
+        target="megatron.core.transformer.moe.router:get_tokens_per_expert_and_token_count",
+        reason="with padding, the count of the whole group stands for this rank's, under TP or CP",
+        replacement=stock.counting_tokens_of_the_group,
+        needs_no_cuda=False,
+    ),
+    Patch(
         name="checkpoint results",
         target="megatron.core.dist_checkpointing.strategies.torch:TorchDistSaveShardedStrategy.save",
         reason="each rank's first save spawns a process that imports torch: seconds and memory",
