@@ -42,6 +42,7 @@ from megatron.core.models.mimo.model.inputs import (
     check_count,
     check_encoder_order,
     check_modality_names,
+    held_padding,
     is_empty,
     refuse_row_order,
     require_token_id,
@@ -188,6 +189,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         modality_token_indices: Mapping[str, torch.Tensor] | None = None,
         alignment_plan: AlignmentPlan | None = None,
         span_ids: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Run this rank's part of the model.
 
@@ -208,6 +210,8 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
                 waits for the device. Without either, the plan is derived from ``input_ids``.
             span_ids: integer [B, S], on every pipeline stage: tokens of one span see each other
                 in both directions, besides what the causal rule lets them see; 0 is no span.
+            padding_mask: bool [B, S], on every pipeline stage: True where experts' auxiliary
+                losses do not count a token.
 
         Returns:
             ``(output, loss_mask)``. On the last stage output is the loss per token [B, S], or
@@ -218,7 +222,8 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
             InputError: (a ``ValueError``) inputs that do not fit the model or each other.
         """
         check_modality_names(modality_inputs, self.mimo_config.modality_submodules_spec)
-        spans: dict[str, Any] = {} if span_ids is None else {"span_ids": span_ids}
+        given = {"span_ids": span_ids, "padding_mask": padding_mask}
+        spans: dict[str, Any] = {name: ids for name, ids in given.items() if ids is not None}
         if not self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
             return self._forward_language_module(
                 input_ids,
@@ -308,6 +313,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         *,
         alignment_plan: AlignmentPlan | None = None,
         span_ids: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Merge the rows in ``input_tensors`` with text and run the language model."""
         adapter = self.partition_adapter
@@ -336,6 +342,8 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         if self._rotates_in_3d:
             position_ids = rotary_positions(self.language_model, position_ids, adapter, packed)
         extra = {"loss_mask": loss_mask} if self._takes_loss_mask else {}
+        if padding_mask is not None:
+            extra["padding_mask"] = held_padding(self.language_model, padding_mask, adapter, packed)
         output = self.language_model(
             input_ids=None,
             position_ids=position_ids,
