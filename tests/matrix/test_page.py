@@ -1,0 +1,38 @@
+"""``docs/parallelism.md`` says what the code says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tests.matrix.cells import AXES, FULL_SIZE, all_cells
+from tests.matrix.page import FEATURES, MEANING
+from tests.matrix.refusals import messages_of_flags, messages_of_library
+from tests.rank_pool import RankPool
+
+PAGE = (Path(__file__).parents[2] / "docs/parallelism.md").read_text()
+
+
+def test_refusals_are_those_of_the_code(ranks: RankPool) -> None:
+    refused = messages_of_flags() | messages_of_library(ranks)
+    told = dict(re.findall(r"^- \*\*(.+?)\*\*.*\n  > (.+)$", PAGE, re.MULTILINE))
+    assert told == refused
+
+
+def test_page_is_of_the_full_set() -> None:
+    assert f"**{FULL_SIZE} cells passed, 0 failed**" in PAGE
+    counted = dict(re.findall(r"^\| ([^|*]+?) \| [^|]+ \| (\d+) \| [\d, ]+ \|", PAGE, re.MULTILINE))
+    cells = all_cells()
+    assert {name: int(counted[name]) for name in FEATURES} == {
+        name: sum(values[axis] in kinds for values in cells)
+        for name, (axis, kinds) in FEATURES.items()
+    }
+
+
+def test_every_value_is_told() -> None:
+    assert set(FEATURES) == set(MEANING)
+    told = {(axis, value) for axis, values in FEATURES.values() for value in values}
+    silent = {"etp", "micro_batch"}  # shades of a feature, not one of their own
+    for axis, values in AXES.items():
+        if axis not in silent:
+            assert {(axis, value) for value in values[1:]} <= told, axis
