@@ -105,6 +105,11 @@ def check_experts(args: Namespace) -> None:
             f"experts with tensor-parallel size {tp} need sequence parallelism; add "
             "--sequence-parallel"
         )
+    if args.add_bias_linear and args.transformer_impl == "local":
+        raise ConfigError(
+            "experts with biases do not run on megatron-core's local layers; add "
+            "--disable-bias-linear"
+        )
     uneven = etp > 1 and args.moe_token_dispatcher_type == "alltoall"
     if uneven and args.distributed_backend == "gloo":
         raise ConfigError(

@@ -16,6 +16,7 @@ from megatron.mimo.training.arguments import (
     read_config,
 )
 
+UNBIASED = "--disable-bias-linear"
 PP2 = ("--pipeline-model-parallel-size", "2")
 
 
@@ -165,9 +166,10 @@ def test_what_cannot_work_is_refused(argv: tuple[str, ...], message: str) -> Non
             "experts with tensor-parallel size 2 need sequence parallelism; add "
             "--sequence-parallel",
         ),
+        (("--num-experts", "4"), "experts with biases do not run on megatron-core's local layers"),
         (
             (
-                *("--num-experts", "4", "--tensor-model-parallel-size", "2"),
+                *("--num-experts", "4", "--tensor-model-parallel-size", "2", UNBIASED),
                 *("--sequence-parallel", "--moe-token-dispatcher-type", "alltoall"),
             ),
             "which gloo cannot; use --expert-tensor-parallel-size 1",
