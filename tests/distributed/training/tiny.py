@@ -112,7 +112,8 @@ def _build_model(args: Namespace, stage: Stage) -> MimoModelConfig:
             module=GPTModel,
             params={
                 "config": config,
-                "transformer_layer_spec": language_layer_spec(config),
+                "transformer_layer_spec": language_layer_spec(config, vp_stage=stage.vp_stage),
+                "vp_stage": stage.vp_stage,
                 "vocab_size": args.padded_vocab_size,
                 "max_sequence_length": args.max_position_embeddings,
                 "pre_process": stage.pre_process,

@@ -1,0 +1,59 @@
+"""Megatron's own flags for interleaving, uneven stages and recomputation, through the example script."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.training.launch import COMPARABLE, RECIPE, SCRIPT, losses, succeed
+from tests.rank_pool import RankPool
+
+FOUR_LAYERS = ("--num-layers", "4", "--micro-batch-size", "1")
+# model -> flags of a layout of two processes
+RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "interleaved": (
+        FOUR_LAYERS,
+        (
+            *("--pipeline-model-parallel-size", "2"),
+            *("--num-layers-per-virtual-pipeline-stage", "1"),
+        ),
+    ),
+    "uneven stages": (
+        FOUR_LAYERS,
+        (
+            *("--pipeline-model-parallel-size", "2"),
+            *("--pipeline-model-parallel-layout", "Et|tttL"),
+        ),
+    ),
+    "recomputed": (
+        FOUR_LAYERS,
+        (
+            *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+            *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+            *("--recompute-num-layers", "2"),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_trains_as_one_process(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    """Both go on from one checkpoint, so that their weights are the same."""
+    model, layout = RUNS[name]
+    start, one, two = tmp_path / "start", tmp_path / "one", tmp_path / "two"
+    succeed(ranks, start, "one", *COMPARABLE, *model, "--train-iters", "1")
+    shutil.copytree(start, one)
+    shutil.copytree(start, two)
+    more = (*COMPARABLE, *model, "--train-iters", "4")
+    succeed(ranks, one, "one", *more)
+    argv = [SCRIPT, *RECIPE, "--output", two, *more, *layout]
+    exits = ranks.script(2, argv)
+    assert [exit_.exit_code for exit_ in exits] == [0, 0], exits[0].stdout + exits[0].stderr
+    found, expected = losses(two), losses(one)
+    assert list(found) == list(expected)
+    assert [*map(float, found.values())] == pytest.approx(
+        [*map(float, expected.values())], rel=1e-5
+    )
+    assert ("not evaluated" in exits[0].stdout) == (name == "interleaved")
