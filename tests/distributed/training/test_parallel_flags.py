@@ -1,4 +1,4 @@
-"""Megatron's own flags for interleaving, uneven stages and recomputation, through the example script."""
+"""Megatron's flags for interleaving, uneven stages and recomputation, through the example."""
 
 from __future__ import annotations
 
