@@ -110,8 +110,7 @@ def _opening(verdicts: Sequence[Verdict]) -> list[str]:
             for name, bound in (("fp32", FP32), ("bf16", BF16))
         ),
         "",
-        "One process in bf16 rounds elsewhere, hence the tolerance. Weights have twice that of",
-        "gradients in fp32 because biases begin at 0 and hold nothing but what Adam has divided.",
+        "One process in bf16 rounds elsewhere, hence the tolerance.",
         "Deviations are norms of differences over the norm of the whole parameter's tensor.",
         "",
     ]
