@@ -77,12 +77,10 @@ def _run_reference(design: Design, groups: Any) -> Expected:
     torch.manual_seed(0)
     config = transformer_config(design)
     model = build_model(config, design, groups, first=True, last=True)
-    with torch.no_grad():  # a bias at 0 would hold nothing but what Adam has divided
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=BIAS)
     if design.bf16:
         model.bfloat16()
+    else:
+        _move_biases(model)
     weights = whole(model, lambda parameter: parameter.data)
     main = {
         parameter: parameter.detach().float().clone()
@@ -107,6 +105,14 @@ def _run_reference(design: Design, groups: Any) -> Expected:
                 parameter.copy_(weight)
     trained = whole(model, lambda parameter: parameter.data)
     return Expected(weights=weights, gradients=first, losses=losses, norms=norms, trained=trained)
+
+
+def _move_biases(model: Any) -> None:
+    """Away from 0: a bias would hold nothing but what Adam has divided, a few digits of fp32."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=BIAS)
 
 
 def _sum_gradients(
