@@ -84,6 +84,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def stays_alive(pid: int) -> bool:
+    """A process that was killed is gone once the kernel has got round to it."""
+    end = time.monotonic() + 10
+    while alive(pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    return alive(pid)
+
+
 @pytest.fixture
 def script(tmp_path: Path) -> Any:
     def write(source: str) -> Path:
@@ -153,10 +161,7 @@ def test_what_cannot_be_sent_is_refused(ranks: RankPool) -> None:
 
 def test_children_of_ranks_do_not_outlive_the_run(ranks: RankPool) -> None:
     (pids,) = ranks(1)(leave_children)
-    end = time.monotonic() + 10  # a killed process is gone once the kernel has got round to it
-    while any(alive(pid) for pid in pids) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not any(alive(pid) for pid in pids)
+    assert not any(stays_alive(pid) for pid in pids)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -244,7 +249,7 @@ def test_script_can_be_killed_at_any_moment(ranks: RankPool, script: Any) -> Non
         zero, one = run.wait()
     assert (zero.exit_code, zero.stopped) == (-signal.SIGKILL, None)
     assert (one.exit_code, one.stopped) == (-signal.SIGTERM, "peer")
-    assert not alive(child)
+    assert not stays_alive(child)
 
 
 def test_leaving_a_script_ends_it(ranks: RankPool, script: Any) -> None:

@@ -19,7 +19,7 @@ def verdicts(request: pytest.FixtureRequest, ranks: RankPool) -> dict[str, Verdi
     asked = {
         item.callspec.params["name"]
         for item in request.session.items
-        if item.path == request.path and "name" in getattr(item, "callspec", item).params
+        if getattr(item, "originalname", None) == test_cell.__name__ and item.path == request.path
     }
     return {verdict.name: verdict for verdict in run([PAIRS[name] for name in asked], ranks)}
 
