@@ -51,7 +51,7 @@ from megatron.core.models.mimo.model.rotary import own_the_cut, refuse_mrope, ro
 from megatron.core.models.mimo.model.streams import EmbedsStreams, Rows
 from megatron.core.models.mimo.model.wrapped_modules import WrappedModules
 from megatron.core.models.mimo.partition.packing import check_one_row, packed_params
-from megatron.core.models.mimo.submodules.state import Offsets, own_state, sharded_state
+from megatron.core.models.mimo.submodules.state import Offsets, descended_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -379,10 +379,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
     ) -> dict[str, Any]:
         """Sharded state of the language model and the modalities of this rank."""
         metadata = ensure_metadata_has_dp_cp_group(dict(metadata or {}))
-        state = own_state(self, prefix, sharded_offsets, metadata)
-        for name, child in self.named_children():
-            state.update(sharded_state(child, f"{prefix}{name}.", sharded_offsets, metadata))
-        return state
+        return descended_state(self, prefix, sharded_offsets, metadata)
 
     def destroy(self) -> None:
         """Release process groups that this model owns; the uniform layout owns none."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
-from megatron.core.models.mimo.submodules.state import Offsets, own_state, sharded_state
+from megatron.core.models.mimo.submodules.state import Offsets, descended_state
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
@@ -234,14 +234,7 @@ class ModalitySubmodules(nn.Module):
             metadata = {**(metadata or {}), "dp_cp_group": self.pg_collection.dp_cp}
             tp_group = self.pg_collection.tp
         metadata = ensure_metadata_has_dp_cp_group(metadata)
-        state = own_state(self, prefix, sharded_offsets, metadata, tp_group=tp_group)
-        for name, child in self.named_children():
-            state.update(
-                sharded_state(
-                    child, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group
-                )
-            )
-        return state
+        return descended_state(self, prefix, sharded_offsets, metadata, tp_group=tp_group)
 
 
 def _build_part(specs: Any) -> Any:

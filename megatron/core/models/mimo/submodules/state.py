@@ -44,7 +44,22 @@ def sharded_state(
             module, prefix, sharded_offsets, metadata
         )
         return state
-    state = own_state(module, prefix, sharded_offsets, metadata, tp_group=tp_group)
+    return descended_state(module, prefix, sharded_offsets, metadata, tp_group=tp_group)
+
+
+def descended_state(
+    module: torch.nn.Module,
+    prefix: str,
+    sharded_offsets: Offsets,
+    metadata: dict[str, Any],
+    *,
+    tp_group: ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """State of ``module`` without asking it: its own as replicas, then that of each child.
+
+    What a module's own ``sharded_state_dict`` calls; arguments as for ``sharded_state``.
+    """
+    state = _own_state(module, prefix, sharded_offsets, metadata, tp_group=tp_group)
     for name, child in module.named_children():
         state.update(
             sharded_state(child, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group)
@@ -52,7 +67,7 @@ def sharded_state(
     return state
 
 
-def own_state(
+def _own_state(
     module: torch.nn.Module,
     prefix: str,
     sharded_offsets: Offsets,
