@@ -26,6 +26,7 @@ from megatron.core.models.mimo.model.attention_support import (
 from megatron.core.models.mimo.model.build import (
     accepts,
     build_partition_adapter,
+    is_replaced,
     language_config,
     refuse_grids,
     refuse_multi_token_prediction,
@@ -243,12 +244,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         arguments = (
             input_ids, position_ids, attention_mask, loss_mask, labels, rows, packing_kwargs
         )  # fmt: skip
-        replaced = "_forward_language_module" in self.__dict__
-        if (
-            replaced
-            or type(self)._forward_language_module is not MimoModel._forward_language_module
-        ):
-            # by a script: knows no plan
+        if is_replaced(self, MimoModel, "_forward_language_module"):  # by one that knows no plan
             refuse_row_order(plan, "_forward_language_module")
             return self._forward_language_module(*arguments, **spans)
         return self._forward_language_module(*arguments, **spans, alignment_plan=plan)

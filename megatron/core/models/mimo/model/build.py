@@ -37,6 +37,14 @@ def accepts(function: Any, name: str) -> bool:
     )
 
 
+def is_replaced(model: object, owner: type, *names: str) -> bool:
+    """True where a subclass, or the instance, has put its own in place of a method of ``owner``."""
+    return any(
+        name in vars(model) or getattr(type(model), name) is not getattr(owner, name)
+        for name in names
+    )
+
+
 def refuse_grids(mimo_config: MimoModelConfig) -> None:
     """Raise ``UnsupportedError`` for layouts in which modules have process grids of their own."""
     grids = mimo_config.module_to_grid_map

@@ -15,6 +15,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.mimo.alignment import AlignmentPlan, build_alignment_plan
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import InputError, UnsupportedError
+from megatron.core.models.mimo.model.build import is_replaced
 from megatron.core.models.mimo.model.embedding import (
     cut_for_rank,
     embed_streams,
@@ -57,7 +58,10 @@ class EmbedsStreams(nn.Module):
         # Rows [0, H] place nothing; they carry a gradient to the parameters they come from.
         idle = [rows_NH for rows_NH in rows.values() if rows_NH.size(0) == 0]
         rows = {name: rows_NH for name, rows_NH in rows.items() if rows_NH.size(0)}
-        if self._embeds_by_override() or not isinstance(embedding, LanguageModelEmbedding):
+        by_script = is_replaced(
+            self, EmbedsStreams, "get_text_embeddings", "align_embeddings_by_token_positions"
+        )
+        if by_script or not isinstance(embedding, LanguageModelEmbedding):
             refuse_row_order(plan, "align_embeddings_by_token_positions")
             text_NH = self.get_text_embeddings(input_ids, position_ids, self.special_token_ids)
             merged_SBH = self.align_embeddings_by_token_positions(
@@ -127,13 +131,6 @@ class EmbedsStreams(nn.Module):
             if name not in modality_embeddings:
                 check_count(name, stream.rows_N.numel(), 0)
         return merge_streams(plan, dict(modality_embeddings))
-
-    def _embeds_by_override(self) -> bool:
-        names = ("get_text_embeddings", "align_embeddings_by_token_positions")
-        return any(
-            name in self.__dict__ or getattr(type(self), name) is not getattr(EmbedsStreams, name)
-            for name in names
-        )
 
     def _refuse_scattering_embedding(self) -> None:
         adapter = self.partition_adapter
