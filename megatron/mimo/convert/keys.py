@@ -1,0 +1,264 @@
+"""Which parameter is which in Hugging Face's format: one table, read in both directions.
+
+A table is data. A row says that one parameter of ours, by its name in the module tree, is made of
+one or more Hugging Face weights, and by which transform; ``{i}`` in its names stands for a layer's
+number. Nothing here knows of files, checkpoints or process groups.
+
+Legend: O output features, I input features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron.core.models.mimo.errors import ConfigError, InputError
+
+__all__ = [
+    "Concatenated",
+    "FusedQKV",
+    "KeyTable",
+    "PaddedVocabulary",
+    "Reshaped",
+    "Row",
+    "Same",
+    "Transform",
+]
+
+
+class Transform(Protocol):
+    """Both directions of a conversion; they are each other's inverse, bit for bit.
+
+    Neither may change dtype or device, or write into its arguments, and both work on tensors of
+    device "meta", which is how shapes are computed without any data.
+    """
+
+    def to_mimo(self, parts: Sequence[Tensor]) -> Tensor:
+        """Our parameter, from the Hugging Face weights of the row, in the row's order."""
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        """The Hugging Face weights of the row, from our parameter."""
+
+
+@dataclass(frozen=True)
+class Same:
+    """One weight that is the same in both formats."""
+
+    def to_mimo(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the weight."""
+        (tensor,) = parts
+        return tensor
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        """Return the weight."""
+        return [tensor]
+
+
+@dataclass(frozen=True)
+class Concatenated:
+    """``parts`` weights of equal shape, one after the other along dimension 0 (gate and up)."""
+
+    parts: int = 2
+
+    def to_mimo(self, parts: Sequence[Tensor]) -> Tensor:
+        """[O, ...] each -> [parts * O, ...]."""
+        return torch.cat(list(parts))
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        """[parts * O, ...] -> [O, ...] each."""
+        return list(tensor.chunk(self.parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedQKV:
+    """Projections of queries, keys and values, fused as Megatron lays them out.
+
+    Megatron orders the output features group by group: the queries that share a key, this key,
+    its value.
+
+    Attributes:
+        heads: query heads.
+        groups: key-value heads; equal to ``heads`` without grouped queries.
+        head_size: features of a head.
+        missing: those of "q", "k", "v" that Hugging Face's format does not have (Whisper's keys
+            have no bias): zero in ours, left out of theirs.
+    """
+
+    heads: int
+    groups: int
+    head_size: int
+    missing: tuple[str, ...] = ()
+
+    def to_mimo(self, parts: Sequence[Tensor]) -> Tensor:
+        """Weights [O, I] or biases [O] of q, k, v -> [O_q + O_k + O_v, I] or [O_q + O_k + O_v]."""
+        given = iter(parts)
+        some = parts[0]
+        grouped = []
+        for name, features in zip("qkv", self._features(), strict=True):
+            shape = (self.groups, features, *some.shape[1:])
+            part = some.new_zeros(shape) if name in self.missing else next(given).reshape(shape)
+            grouped.append(part)
+        return torch.cat(grouped, dim=1).reshape(-1, *some.shape[1:])
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        """The inverse."""
+        grouped = tensor.reshape(self.groups, sum(self._features()), *tensor.shape[1:])
+        split = grouped.split(self._features(), dim=1)
+        return [
+            part.reshape(-1, *tensor.shape[1:])
+            for name, part in zip("qkv", split, strict=True)
+            if name not in self.missing
+        ]
+
+    def _features(self) -> list[int]:
+        """Features of the queries, the key and the value of one group."""
+        return [self.heads // self.groups * self.head_size, self.head_size, self.head_size]
+
+
+@dataclass(frozen=True)
+class PaddedVocabulary:
+    """An embedding or output layer whose rows Megatron pads to a multiple.
+
+    Attributes:
+        rows: of Hugging Face's weight.
+        padded_rows: of ours; None for no padding.
+    """
+
+    rows: int
+    padded_rows: int | None = None
+
+    def to_mimo(self, parts: Sequence[Tensor]) -> Tensor:
+        """[rows, H] -> [padded_rows, H], zero below."""
+        (weight_VH,) = parts
+        missing = (self.padded_rows or self.rows) - self.rows
+        if missing <= 0:
+            return weight_VH
+        return torch.cat([weight_VH, weight_VH.new_zeros(missing, *weight_VH.shape[1:])])
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        """[padded_rows, H] -> [rows, H]."""
+        return [tensor[: self.rows]]
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """One weight whose shape differs, in the same memory order (a patch convolution as a linear).
+
+    Attributes:
+        mimo_shape: ours.
+        hf_shape: Hugging Face's.
+    """
+
+    mimo_shape: tuple[int, ...]
+    hf_shape: tuple[int, ...]
+
+    def to_mimo(self, parts: Sequence[Tensor]) -> Tensor:
+        """``hf_shape`` -> ``mimo_shape``."""
+        (tensor,) = parts
+        return tensor.reshape(self.mimo_shape)
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        """``mimo_shape`` -> ``hf_shape``."""
+        return [tensor.reshape(self.hf_shape)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One parameter of ours, or one per layer.
+
+    Attributes:
+        mimo: name in ``MimoModel.state_dict()`` of a model whose layers are megatron-core's local
+            ones; ``{i}`` is the layer's number, counted over the whole model.
+        hf: names that Hugging Face's transformers writes; ``{i}`` is the same number.
+        transform: how the weights become the parameter.
+        layers: the layers there are, for names with ``{i}``.
+    """
+
+    mimo: str
+    hf: tuple[str, ...]
+    transform: Transform = Same()
+    layers: range | None = None
+
+    def __post_init__(self) -> None:
+        numbered = {"{i}" in name for name in (self.mimo, *self.hf)}
+        if numbered != {self.layers is not None}:
+            raise ConfigError(
+                f"row {self.mimo!r} <-> {list(self.hf)}, layers={self.layers}: expected '{{i}}' in "
+                "all of its names with layers, in none without"
+            )
+
+    def each(self) -> Iterator[Row]:
+        """The row of every layer, without ``{i}``; itself where it has none."""
+        if self.layers is None:
+            yield self
+            return
+        for layer in self.layers:
+            yield Row(
+                mimo=self.mimo.replace("{i}", str(layer)),
+                hf=tuple(name.replace("{i}", str(layer)) for name in self.hf),
+                transform=self.transform,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyTable:
+    """All rows of a model.
+
+    Attributes:
+        rows: every parameter of ours stands in one row, every Hugging Face weight in at most one.
+        carried: patterns (``*`` for anything) of Hugging Face weights that our model does not
+            have; conversion keeps them aside and gives them back.
+        aliases: (spelling, spelling in ``rows``) of prefixes: older files name weights otherwise.
+            Those that follow are tried on the result of those before.
+        tied: (name, name in ``rows``) of weights that are one; files may hold either or both.
+    """
+
+    rows: tuple[Row, ...]
+    carried: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        for title, names in (
+            ("parameter", [row.mimo for row in self.each()]),
+            ("Hugging Face weight", [name for row in self.each() for name in row.hf]),
+        ):
+            twice = [name for name, count in Counter(names).items() if count > 1]
+            if twice:
+                raise ConfigError(f"{title} {twice[0]!r} stands in two rows; expected one")
+
+    def each(self) -> Iterator[Row]:
+        """All rows, one per layer."""
+        for row in self.rows:
+            yield from row.each()
+
+    def canonical(self, name: str) -> str:
+        """A Hugging Face weight's name as ``rows`` has it, from any known spelling."""
+        for spelling, canonical in self.aliases:
+            if name.startswith(spelling):
+                name = canonical + name.removeprefix(spelling)
+        return name
+
+    def is_carried(self, name: str) -> bool:
+        """Whether our model does without the weight of this canonical name."""
+        return any(fnmatchcase(name, pattern) for pattern in self.carried)
+
+    def hf_shapes(self, row: Row, mimo_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of a row's Hugging Face weights, given that of our parameter.
+
+        Raises:
+            InputError: the transform cannot have made a parameter of this shape.
+        """
+        try:
+            parts = row.transform.to_hf(torch.empty(tuple(mimo_shape), device="meta"))
+        except RuntimeError as error:
+            raise InputError(
+                f"{row.mimo} of shape {list(mimo_shape)} does not fit {row.transform}: {error}"
+            ) from error
+        return {name: tuple(part.shape) for name, part in zip(row.hf, parts, strict=True)}

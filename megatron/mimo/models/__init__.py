@@ -1,0 +1,91 @@
+"""Model families, by name. A family's module is loaded when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from megatron.mimo.models.family import Family
+
+__all__ = ["family_names", "family_of", "load_family", "read_hf_config"]
+
+# Each module megatron.mimo.models.<name> has a constant FAMILY. The architectures are what
+# config.json calls its models; they stand here so that finding a family imports no other.
+_ARCHITECTURES = {
+    "llava": ("LlavaForConditionalGeneration",),
+    "llava_avlm": ("LlavaAvlmForConditionalGeneration",),
+    "llava_next": ("LlavaNextForConditionalGeneration",),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
+    "qwen2_audio": ("Qwen2AudioForConditionalGeneration",),
+}
+
+
+def family_names() -> tuple[str, ...]:
+    """The names ``load_family`` knows, sorted."""
+    return tuple(sorted(_ARCHITECTURES))
+
+
+def load_family(name: str) -> Family:
+    """The family of this name.
+
+    Raises:
+        ConfigError: unknown.
+    """
+    if name not in _ARCHITECTURES:
+        near = difflib.get_close_matches(name, _ARCHITECTURES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"unknown model family {name!r}; {hint}known families: {', '.join(family_names())}"
+        )
+    family: Family = importlib.import_module(f"{__name__}.{name}").FAMILY
+    return family
+
+
+def family_of(config: Any) -> Family:
+    """The family of a Hugging Face configuration, by its ``architectures``.
+
+    Raises:
+        UnsupportedError: no family has them; the message says which there are.
+    """
+    wanted = list(getattr(config, "architectures", None) or [])
+    for name, architectures in _ARCHITECTURES.items():
+        if set(wanted) & set(architectures):
+            return load_family(name)
+    supported = sorted(one for several in _ARCHITECTURES.values() for one in several)
+    near = difflib.get_close_matches(wanted[0], supported, n=1) if wanted else []
+    hint = f" (the nearest is {near[0]})" if near else ""
+    raise UnsupportedError(
+        f"the model's architecture is {', '.join(wanted) or 'not given in config.json'}, which is "
+        f"not supported{hint}; supported: {', '.join(supported)}. docs/adding_a_model.md says how "
+        "to add one"
+    )
+
+
+def read_hf_config(folder: Path) -> Any:
+    """The configuration of a Hugging Face directory, or of a checkpoint's ``hf`` folder.
+
+    Raises:
+        ConfigError: transformers is not installed, there is no config.json, or it cannot be read.
+    """
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise ConfigError(
+            "models in Hugging Face's format need transformers and safetensors; "
+            "pip install 'megatron-mimo[hf]'"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json; expected a Hugging Face model's directory")
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        if kind in _ARCHITECTURES:
+            load_family(kind)  # one that transformers does not have registers its configuration
+        return AutoConfig.from_pretrained(folder)
+    except (AttributeError, ValueError, OSError, KeyError) as error:
+        raise ConfigError(f"{folder / 'config.json'} cannot be read: {error}") from error
