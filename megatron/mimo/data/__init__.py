@@ -1,7 +1,8 @@
 """Samples, their collation into micro-batches, and the data sets that recipes train on."""
 
-from megatron.mimo.data.collate import MediaFormat, SampleCollator
+from megatron.mimo.data.collate import SampleCollator
 from megatron.mimo.data.images import decode_image
+from megatron.mimo.data.media import MediaFormat
 from megatron.mimo.data.packing import PackedDataset, PackingCollator, first_fit
 from megatron.mimo.data.positions import grid_positions
 from megatron.mimo.data.sample import MediaItem, Sample

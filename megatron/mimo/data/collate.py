@@ -5,7 +5,7 @@ Shape legend: B micro-batch, S sequence length, L tokens of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +14,8 @@ from torch import Tensor
 
 from megatron.core.models.mimo.alignment import RowOrder, build_alignment_plan, media_span_ids
 from megatron.core.models.mimo.errors import ConfigError, InputError, PlaceholderMismatchError
-from megatron.mimo.data.sample import MediaItem, Sample
-
-
-@dataclass(frozen=True, kw_only=True)
-class MediaFormat:
-    """What the media of one encoder look like.
-
-    Attributes:
-        encoder: the encoder that takes them.
-        inputs: dtype and shape, without batch dimension, of each of the encoder's arguments.
-    """
-
-    encoder: str
-    inputs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+from megatron.mimo.data.media import MediaFormat, check_item, items_of, join_items
+from megatron.mimo.data.sample import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +87,10 @@ class SampleCollator:
         Returns:
             ``input_ids``, ``labels`` int64 [B, S]; ``position_ids`` int64 [B, S] or [3, B, S];
             ``loss_mask`` float32 [B, S]; ``modality_inputs`` {modality: {encoder: {argument:
-            [items, ...]}}}, items of the whole micro-batch in batch-major order, without the
-            modalities that have none; ``alignment_plan``; ``span_ids`` int32 [B, S] where there
-            are span modalities. All on the host.
+            [items, ...]}}} (tensors, or lists as ``MediaFormat`` says), items of the whole
+            micro-batch in batch-major order, without the modalities that have none;
+            ``alignment_plan``; ``span_ids`` int32 [B, S] where there are span modalities. All on
+            the host.
 
         Raises:
             InputError: a sample is malformed or too long; the message names it.
@@ -146,7 +135,7 @@ class SampleCollator:
         }
         if self.span_modalities:
             item_rows = {
-                modality: [item.rows for one in samples for _, item in _items(one, modality)]
+                modality: [item.rows for one in samples for _, item in items_of(one, modality)]
                 for modality in self.span_modalities
             }
             batch["span_ids"] = media_span_ids(plan, item_rows)
@@ -218,11 +207,17 @@ class SampleCollator:
     def _check_media(self, sample: Sample) -> None:
         """Refuse media of another format, or with other row counts than placeholders."""
         for number, item in enumerate(sample.media):
-            self._check_item(f"sample {sample.name}, media item {number}", item)
+            where = f"sample {sample.name}, media item {number}"
+            if item.modality not in self.media_formats:
+                raise InputError(
+                    f"{where}: unknown modality '{item.modality}'; "
+                    f"expected one of {sorted(self.media_formats)}"
+                )
+            check_item(where, item, self._formats(item.modality))
         for modality, token in self.special_token_ids.items():
             placeholders = int((sample.token_ids == token).sum())
             rows, blame = 0, None
-            for number, item in _items(sample, modality):
+            for number, item in items_of(sample, modality):
                 rows += item.rows
                 if blame is None and rows > placeholders:
                     blame = number, item.rows, placeholders - (rows - item.rows)
@@ -241,42 +236,15 @@ class SampleCollator:
                 rows=rows,
             )
 
-    def _check_item(self, where: str, item: MediaItem) -> None:
-        if item.modality not in self.media_formats:
-            raise InputError(
-                f"{where}: unknown modality '{item.modality}'; "
-                f"expected one of {sorted(self.media_formats)}"
-            )
-        formats = {one.encoder: one for one in self._formats(item.modality)}
-        if item.encoder not in formats:
-            raise InputError(
-                f"{where}: encoder '{item.encoder}'; expected "
-                f"{' or '.join(map(repr, formats))}, the encoder of modality '{item.modality}'"
-            )
-        expected = formats[item.encoder]
-        if item.rows < 1:
-            raise InputError(f"{where}: yields {item.rows} rows; expected at least one")
-        if item.inputs.keys() != expected.inputs.keys():
-            raise InputError(
-                f"{where}: inputs {sorted(item.inputs)}; expected {sorted(expected.inputs)}"
-            )
-        for name, (dtype, shape) in expected.inputs.items():
-            tensor = item.inputs[name]
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise InputError(
-                    f"{where}: {name} is {tensor.dtype} {list(tensor.shape)}; "
-                    f"expected {dtype} {list(shape)}"
-                )
-
-    def _stack_media(self, samples: Sequence[Sample]) -> dict[str, dict[str, dict[str, Tensor]]]:
-        stacked: dict[str, dict[str, dict[str, Tensor]]] = {}
+    def _stack_media(self, samples: Sequence[Sample]) -> dict[str, dict[str, dict[str, Any]]]:
+        stacked: dict[str, dict[str, dict[str, Any]]] = {}
         for modality in self.media_formats:
-            items = [item for sample in samples for _, item in _items(sample, modality)]
+            items = [item for sample in samples for _, item in items_of(sample, modality)]
             if not items:
                 continue
-            # An encoder without items, beside others with some, gets empty tensors.
+            # An encoder without items, beside others with some, gets empty tensors and lists.
             stacked[modality] = {
-                expected.encoder: _stack(
+                expected.encoder: join_items(
                     expected, [item for item in items if item.encoder == expected.encoder]
                 )
                 for expected in self._formats(modality)
@@ -290,7 +258,7 @@ class SampleCollator:
             encoders = tuple(expected.encoder for expected in self._formats(modality))
             if len(encoders) < 2:
                 continue
-            items = [item for sample in samples for _, item in _items(sample, modality)]
+            items = [item for sample in samples for _, item in items_of(sample, modality)]
             following = 0
             starts: dict[str, list[Tensor]] = {}
             for encoder in encoders:
@@ -304,17 +272,3 @@ class SampleCollator:
             sources_N = torch.cat(sources) if sources else torch.zeros(0, dtype=torch.int64)
             orders[modality] = RowOrder(sources_N=sources_N, encoders=encoders)
         return orders
-
-
-def _stack(expected: MediaFormat, items: Sequence[MediaItem]) -> dict[str, Tensor]:
-    return {
-        name: torch.stack([item.inputs[name] for item in items])
-        if items
-        else torch.empty((0, *shape), dtype=dtype)
-        for name, (dtype, shape) in expected.inputs.items()
-    }
-
-
-def _items(sample: Sample, modality: str) -> Iterator[tuple[int, MediaItem]]:
-    """The sample's media of one modality, each with its place among all the sample's media."""
-    return (pair for pair in enumerate(sample.media) if pair[1].modality == modality)

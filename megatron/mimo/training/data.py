@@ -152,6 +152,8 @@ def stage_part(
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Mapping):
         return {name: _cast(part, dtype) for name, part in value.items()}
+    if isinstance(value, list):  # items of any size, or numbers that stay on the host
+        return [_cast(part, dtype) for part in value]
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.to(dtype)
     return value

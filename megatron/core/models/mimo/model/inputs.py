@@ -36,16 +36,16 @@ def check_modality_names(modality_inputs: ModalityInputs | None, known: Iterable
 
 
 def is_empty(inputs: Mapping[str, Mapping[str, Any]] | None) -> bool:
-    """True where a modality's inputs hold no data: None, {}, or only tensors without elements."""
+    """True where a modality's inputs hold no data: None, {}, or only what has no elements."""
     if not inputs:
         return True
-    tensors = [
-        value
+    sizes = [
+        value.numel() if torch.is_tensor(value) else len(value)
         for arguments in inputs.values()
         for value in arguments.values()
-        if torch.is_tensor(value)
+        if torch.is_tensor(value) or isinstance(value, list | tuple)
     ]
-    return bool(tensors) and all(tensor.numel() == 0 for tensor in tensors)
+    return bool(sizes) and not any(sizes)
 
 
 def check_encoder_order(
