@@ -1,0 +1,194 @@
+"""Language models of the LLaMA kind (LLaMA, Mistral, Qwen2) as Megatron's GPTModel.
+
+They differ from each other in biases, grouped queries, the kind of rotary embedding and whether
+the output layer is the embedding; all of that stands in their Hugging Face configuration.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.mimo.errors import UnsupportedError
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.mimo.convert.keys import Concatenated, FusedQKV, PaddedVocabulary, Row
+from megatron.mimo.layers import language_layer_spec
+from megatron.mimo.recipes.recipe import Stage
+from megatron.training.argument_utils import core_transformer_config_from_args
+
+__all__ = ["language_arguments", "language_rows", "language_spec"]
+
+_KINDS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
+# Kinds whose projections of queries, keys and values have biases, whatever their configuration.
+_WITH_QKV_BIAS = ("qwen2", "qwen2_5_vl_text")
+
+
+def language_arguments(text: Any) -> dict[str, object]:
+    """Megatron's arguments for a language model.
+
+    Args:
+        text: its Hugging Face configuration (``LlamaConfig``, ``MistralConfig``, ``Qwen2Config``,
+            ``Qwen2_5_VLTextConfig``).
+
+    Returns:
+        Values by argparse destination. ``seq_length`` and everything about training are left to
+        the recipe.
+
+    Raises:
+        UnsupportedError: the configuration asks for what this language model does not have.
+    """
+    _refuse_unsupported(text)
+    arguments: dict[str, object] = {
+        "num_layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "ffn_hidden_size": text.intermediate_size,
+        "num_attention_heads": text.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": text.num_key_value_heads,
+        "kv_channels": _head_size(text),
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": text.rms_norm_eps,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": _has_qkv_bias(text),
+        "position_embedding_type": "rope",
+        "rotary_base": int(text.rope_parameters["rope_theta"]),
+        "rotary_percent": 1.0,
+        "untie_embeddings_and_output_weights": not text.tie_word_embeddings,
+        "vocab_size": text.vocab_size,
+        "make_vocab_size_divisible_by": 128 if text.vocab_size >= 10_000 else 8,
+        "max_position_embeddings": text.max_position_embeddings,
+        "hidden_dropout": 0.0,
+        "attention_dropout": text.attention_dropout,
+        "init_method_std": text.initializer_range,
+    }
+    rope = text.rope_parameters
+    if rope["rope_type"] == "llama3":
+        arguments |= {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    if rope.get("mrope_section"):
+        arguments |= {
+            "position_embedding_type": "mrope",
+            "mrope_section": list(rope["mrope_section"]),
+        }
+    return arguments
+
+
+def language_spec(args: Namespace, stage: Stage) -> ModuleSpec:
+    """The GPTModel of a run's arguments, for ``MimoModelConfig.language_model_spec``.
+
+    Args:
+        args: parsed Megatron arguments, with ``padded_vocab_size``.
+        stage: this rank's part.
+    """
+    config = core_transformer_config_from_args(args)
+    return ModuleSpec(
+        module=GPTModel,
+        params={
+            "config": config,
+            "transformer_layer_spec": language_layer_spec(config, vp_stage=stage.vp_stage),
+            "vocab_size": args.padded_vocab_size,
+            "max_sequence_length": args.max_position_embeddings,
+            "pre_process": stage.pre_process,
+            "post_process": stage.post_process,
+            "vp_stage": stage.vp_stage,
+            "pg_collection": stage.pg_collection,
+            "position_embedding_type": args.position_embedding_type,
+            "rotary_percent": args.rotary_percent,
+            "rotary_base": args.rotary_base,
+            "rope_scaling": args.use_rope_scaling,
+            "rope_scaling_factor": args.rope_scaling_factor,
+            "share_embeddings_and_output_weights": not args.untie_embeddings_and_output_weights,
+            "scatter_embedding_sequence_parallel": False,
+        },
+    )
+
+
+def language_rows(text: Any, *, model: str, head: str) -> tuple[Row, ...]:
+    """Parameter names of a language model.
+
+    Args:
+        text: its Hugging Face configuration.
+        model: Hugging Face's prefix of its layers, such as "language_model.model.".
+        head: Hugging Face's prefix of its output layer, such as "language_model.".
+    """
+    ours, theirs = "language_model.decoder.layers.{i}.", model + "layers.{i}."
+    qkv = FusedQKV(
+        heads=text.num_attention_heads,
+        groups=text.num_key_value_heads,
+        head_size=_head_size(text),
+    )
+    layers = range(text.num_hidden_layers)
+    vocabulary = PaddedVocabulary(text.vocab_size)
+
+    def row(mimo: str, *hf: str, **given: Any) -> Row:
+        names = tuple(theirs + name for name in hf)
+        return Row(mimo=ours + mimo, hf=names, layers=layers, **given)
+
+    def projections(kind: str) -> tuple[str, ...]:
+        return tuple(f"self_attn.{name}_proj.{kind}" for name in "qkv")
+
+    embedding = "language_model.embedding.word_embeddings.weight"
+    rows = [
+        Row(mimo=embedding, hf=(model + "embed_tokens.weight",), transform=vocabulary),
+        row("input_layernorm.weight", "input_layernorm.weight"),
+        row("self_attention.linear_qkv.weight", *projections("weight"), transform=qkv),
+        row("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
+        row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+        row(
+            "mlp.linear_fc1.weight",
+            "mlp.gate_proj.weight",
+            "mlp.up_proj.weight",
+            transform=Concatenated(2),
+        ),
+        row("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
+        Row(mimo="language_model.decoder.final_layernorm.weight", hf=(model + "norm.weight",)),
+    ]
+    if _has_qkv_bias(text):
+        rows.append(row("self_attention.linear_qkv.bias", *projections("bias"), transform=qkv))
+    if not text.tie_word_embeddings:
+        output = "language_model.output_layer.weight"
+        rows.append(Row(mimo=output, hf=(head + "lm_head.weight",), transform=vocabulary))
+    return tuple(rows)
+
+
+def _head_size(text: Any) -> int:
+    given: int | None = getattr(text, "head_dim", None)
+    return given or text.hidden_size // text.num_attention_heads
+
+
+def _has_qkv_bias(text: Any) -> bool:
+    return text.model_type in _WITH_QKV_BIAS
+
+
+def _refuse_unsupported(text: Any) -> None:
+    def refuse(name: str, got: object, expected: str) -> None:
+        raise UnsupportedError(
+            f"the language model's {name} is {got!r}; expected {expected}. "
+            "docs/adding_a_model.md says how to add a family"
+        )
+
+    if text.model_type not in _KINDS:
+        refuse("model_type", text.model_type, f"one of {', '.join(_KINDS)}")
+    if text.hidden_act != "silu":
+        refuse("hidden_act", text.hidden_act, "'silu'")
+    rope: Mapping[str, Any] = text.rope_parameters
+    if rope["rope_type"] not in ("default", "llama3", "mrope"):
+        refuse("rope_type", rope["rope_type"], "'default', 'llama3' or 'mrope'")
+    if rope["rope_type"] == "llama3":
+        fixed = {
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        for name, value in fixed.items():
+            if rope[name] != value:
+                refuse(name, rope[name], f"{value}, which megatron-core has built in")
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(text, name, False):
+            refuse(name, True, "False")
+    window = getattr(text, "sliding_window", None)
+    slides = window is not None and getattr(text, "use_sliding_window", True)
+    if slides and window < text.max_position_embeddings:
+        refuse("sliding_window", window, "None")
