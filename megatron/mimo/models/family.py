@@ -74,7 +74,7 @@ def transformers_model(config: PreTrainedConfig) -> nn.Module:
     """The class of transformers that ``config.architectures`` names, with random weights."""
     import transformers
 
-    (architecture,) = config.architectures or ()
+    architecture = (config.architectures or [""])[0]
     model: nn.Module = getattr(transformers, architecture)(config)
     return model
 
