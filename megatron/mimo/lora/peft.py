@@ -1,0 +1,94 @@
+"""Adapters in the format of the library PEFT, for a model in Hugging Face's format.
+
+Legend: O output features, I input features, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron.core.models.mimo.errors import InputError
+from megatron.mimo.convert.keys import KeyTable
+from megatron.mimo.lora.merge import adapter_names, is_adapter, weight_name
+from megatron.mimo.lora.settings import LoraSettings
+
+__all__ = ["export_adapters", "peft_tensors"]
+
+_PREFIX = "base_model.model."
+
+
+def export_adapters(
+    table: KeyTable,
+    tensors: Mapping[str, Tensor],
+    settings: LoraSettings,
+    folder: Path,
+    *,
+    base_model: str | None = None,
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Args:
+        table: of the model's family.
+        tensors: whole (not sharded) parameters by the names of ``Row.mimo``; those that are not
+            adapters are left alone.
+        settings: what the adapters were made with.
+        folder: exists; files of these names are replaced.
+        base_model: what PEFT calls the model that the adapters belong to: a directory or name.
+
+    Raises:
+        InputError: no adapter, or one of a weight that Hugging Face's format does not have.
+    """
+    from safetensors.torch import save_file
+
+    found = peft_tensors(table, tensors)
+    if not found:
+        raise InputError("there are no adapters to export; train with --lora, or export the model")
+    save_file(
+        {name: tensor.contiguous().clone() for name, tensor in found.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    modules = sorted({name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in found})
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_model,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "target_modules": modules,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def peft_tensors(table: KeyTable, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's tensors: ``lora_A`` [R, I] and ``lora_B`` [O, R] of every Hugging Face weight.
+
+    A weight of ours that is several of Hugging Face's (queries, keys and values; gate and up) has
+    one ``down``, which all of them share, and an ``up`` whose rows split as the weight's do: the
+    result is the same function, exactly.
+    """
+    rows = {row.mimo: row for row in table.each()}
+    weights = dict.fromkeys(weight_name(name) for name in tensors if is_adapter(name))
+    result = {}
+    for weight in weights:
+        if weight not in rows:
+            raise InputError(
+                f"the adapter of {weight} cannot be exported: the family's table has no such "
+                "parameter, so Hugging Face's model has none"
+            )
+        row, (down, up) = rows[weight], adapter_names(weight)
+        for hf, part_OR in zip(row.hf, row.transform.to_hf(tensors[up]), strict=True):
+            module = _PREFIX + hf.removesuffix(".weight")
+            result[f"{module}.lora_A.weight"] = tensors[down]
+            result[f"{module}.lora_B.weight"] = part_OR
+    return result
