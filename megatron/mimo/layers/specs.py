@@ -95,6 +95,11 @@ def encoder_layer_spec(config: TransformerConfig) -> ModuleSpec:
         layer, final_norm = get_vit_layer_with_transformer_engine_spec(), TENorm
     else:
         layer, final_norm = get_vit_layer_with_local_spec(), WrappedTorchNorm
+        # A checkpoint calls the norms what Transformer Engine's fused layers call them.
+        layer.submodules.sharded_state_dict_keys_map = {
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        }
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * config.num_layers, layer_norm=final_norm
     )
