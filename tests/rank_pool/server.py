@@ -25,6 +25,7 @@ PRELOAD = (
     "megatron.core.pipeline_parallel",
     "megatron.training.training",
     "megatron.training.checkpointing",
+    "transformers.models.llava.modeling_llava",  # and all that its kind share: 5 s
 )
 _MAX_DESCRIPTORS = 250  # of one message on a Unix socket
 

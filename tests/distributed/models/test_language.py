@@ -1,0 +1,139 @@
+"""Language models against transformers' with the same weights: logits and every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.rank_pool import RankPool
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 509,
+    "max_position_embeddings": 16384,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama3, tied": {
+        "model_type": "llama",
+        "rope_parameters": LLAMA3_ROPE,
+        "tie_word_embeddings": True,
+    },
+    "llama, wide heads": {"model_type": "llama", "head_dim": 32, "num_key_value_heads": 4},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+}
+
+
+def text_family() -> Any:
+    from megatron.core.models.mimo import MimoModelConfig
+    from megatron.mimo.convert.keys import KeyTable
+    from megatron.mimo.models.family import Family, Media
+    from megatron.mimo.models.language import language_arguments, language_rows, language_spec
+
+    def no_media(*_: Any) -> Any:
+        raise AssertionError("a language model has no media")
+
+    return Family(
+        name="text",
+        arguments=language_arguments,
+        build=lambda config, args, stage: MimoModelConfig(
+            language_model_spec=language_spec(args, stage),
+            modality_submodules_spec={},
+            special_token_ids={},
+        ),
+        keys=lambda config: KeyTable(rows=language_rows(config, model="model.", head="")),
+        media=lambda config: Media(special_token_ids={}, formats={}),
+        sample=no_media,
+        tiny=no_media,
+        example=no_media,
+    )
+
+
+def compare(settings: dict[str, Any]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from megatron.mimo.convert.load import load_hugging_face
+    from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
+
+    config = AutoConfig.for_model(**SMALL | settings)
+    torch.manual_seed(1)
+    reference = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for parameter in reference.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # biases and norms begin at 0 and 1
+    family = text_family()
+    ids_BS = torch.randint(0, config.vocab_size, (2, 40))
+    with process_groups() as device:
+        args = model_arguments(family, config)
+        model = build_model(family, config, args, device=device)
+        weights = reference.state_dict()
+        if config.tie_word_embeddings:
+            del weights["lm_head.weight"]
+        table = family.keys(config)
+        load_hugging_face(model, weights, table)
+        logits, _ = model(input_ids=ids_BS, position_ids=torch.arange(40).expand(2, -1))
+        logits = logits[..., : config.vocab_size]
+        expected = reference(ids_BS).logits
+        assert (logits - expected).abs().max() < 1e-4
+        logits.square().sum().backward()
+        expected.square().sum().backward()
+        theirs, ours = dict(reference.named_parameters()), dict(model.named_parameters())
+        rows = list(table.each())
+        assert {row.mimo for row in rows} == ours.keys()
+        for row in rows:
+            gradient = ours[row.mimo].grad
+            assert gradient is not None
+            for name, part in zip(row.hf, row.transform.to_hf(gradient), strict=True):
+                wanted = theirs[name].grad
+                assert wanted is not None
+                assert (part - wanted).norm() < 1e-3 * wanted.norm(), name
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_language_model_equals_that_of_transformers(ranks: RankPool, name: str) -> None:
+    ranks(1)(compare, VARIANTS[name])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "gemma"}, "model_type is 'gemma'; expected one of llama"),
+        ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu'"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias is True"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is 4096"),
+        (
+            {"model_type": "llama", "rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 2.0}},
+            "low_freq_factor is 2.0; expected 1.0",
+        ),
+        (
+            {
+                "model_type": "llama",
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            },
+            "rope_type is 'linear'",
+        ),
+    ],
+)
+def test_what_it_does_not_have_is_refused(settings: dict[str, Any], message: str) -> None:
+    from transformers import AutoConfig
+
+    from megatron.core.models.mimo.errors import UnsupportedError
+    from megatron.mimo.models.language import language_arguments
+
+    with pytest.raises(UnsupportedError, match=message):
+        language_arguments(AutoConfig.for_model(**SMALL | settings))
