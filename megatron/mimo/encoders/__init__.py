@@ -1,5 +1,16 @@
 """Encoders: from the tensors of one modality to embedding rows."""
 
+from megatron.mimo.encoders.clip import ClipEncoder, layer_numbers
+from megatron.mimo.encoders.plain import activation_function, plain_encoder_config
+from megatron.mimo.encoders.projectors import Projector
 from megatron.mimo.encoders.vit import VisionTransformer, encoder_config
 
-__all__ = ["VisionTransformer", "encoder_config"]
+__all__ = [
+    "ClipEncoder",
+    "Projector",
+    "VisionTransformer",
+    "activation_function",
+    "encoder_config",
+    "layer_numbers",
+    "plain_encoder_config",
+]

@@ -95,6 +95,40 @@ def _settings_of_experts(config: TransformerConfig) -> dict[str, Any]:
     return defaults
 
 
+def check_patches(image_size: tuple[int, int], patch_size: int, channels: int) -> None:
+    """Raise ``ConfigError`` unless images can be cut into patches."""
+    if patch_size < 1 or channels < 1 or min(image_size) < 1:
+        raise ConfigError(
+            f"image_size={image_size}, patch_size={patch_size}, channels={channels}; "
+            "expected positive numbers"
+        )
+    if any(side % patch_size for side in image_size):
+        raise ConfigError(
+            f"an image of {image_size[0]} x {image_size[1]} pixels is not divisible into "
+            f"patches of {patch_size} x {patch_size}; resize the images or change patch_size"
+        )
+
+
+def check_runs_whole(config: TransformerConfig) -> None:
+    """Raise ``ConfigError`` for the config of an encoder whose layers or sequence are split."""
+    if config.pipeline_model_parallel_size != 1 or config.sequence_parallel:
+        raise ConfigError(
+            "a vision transformer runs whole on its ranks: expected a config with "
+            "pipeline_model_parallel_size 1 and without sequence_parallel, got "
+            f"{config.pipeline_model_parallel_size} and {config.sequence_parallel}; "
+            "use encoder_config()"
+        )
+
+
+def check_pixels(pixel_values: Tensor, image_shape: tuple[int, int, int]) -> None:
+    """Raise ``InputError`` unless the tensor is images of ``image_shape`` (C, height, width)."""
+    if tuple(pixel_values.shape[1:]) != image_shape or not pixel_values.is_floating_point():
+        raise InputError(
+            f"pixel_values is {pixel_values.dtype} {list(pixel_values.shape)}; expected "
+            f"floating point [N, {', '.join(map(str, image_shape))}]"
+        )
+
+
 def patchify(pixels_NCHW: Tensor, patch_size: int) -> Tensor:
     """Cut images into square patches, row by row.
 
@@ -135,23 +169,8 @@ class VisionTransformer(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        if patch_size < 1 or channels < 1 or min(image_size) < 1:
-            raise ConfigError(
-                f"image_size={image_size}, patch_size={patch_size}, channels={channels}; "
-                "expected positive numbers"
-            )
-        if any(side % patch_size for side in image_size):
-            raise ConfigError(
-                f"an image of {image_size[0]} x {image_size[1]} pixels is not divisible into "
-                f"patches of {patch_size} x {patch_size}; resize the images or change patch_size"
-            )
-        if config.pipeline_model_parallel_size != 1 or config.sequence_parallel:
-            raise ConfigError(
-                "a VisionTransformer runs whole on its ranks: expected a config with "
-                "pipeline_model_parallel_size 1 and without sequence_parallel, got "
-                f"{config.pipeline_model_parallel_size} and {config.sequence_parallel}; "
-                "use encoder_config()"
-            )
+        check_patches(image_size, patch_size, channels)
+        check_runs_whole(config)
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group = pg_collection.tp
@@ -188,14 +207,7 @@ class VisionTransformer(MegatronModule):
         Raises:
             InputError: the images have another shape or dtype.
         """
-        if (
-            tuple(pixel_values.shape[1:]) != self.image_shape
-            or not pixel_values.is_floating_point()
-        ):
-            raise InputError(
-                f"pixel_values is {pixel_values.dtype} {list(pixel_values.shape)}; expected "
-                f"floating point [N, {', '.join(map(str, self.image_shape))}]"
-            )
+        check_pixels(pixel_values, self.image_shape)
         count = len(pixel_values)
         if count == 0:
             # Megatron's attention does not take an empty batch. A blank image, whose rows are
