@@ -36,7 +36,7 @@ from megatron.core.models.mimo.model.encoder_splits import (
     keep_reducible_splits,
     split_encoders,
 )
-from megatron.core.models.mimo.model.freezing import modules_of, part_names
+from megatron.core.models.mimo.model.freezing import freeze_parts
 from megatron.core.models.mimo.model.idle import idle_rows
 from megatron.core.models.mimo.model.inputs import (
     ModalityInputs,
@@ -152,10 +152,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         Raises:
             ConfigError: no such part; the message lists those that exist.
         """
-        known = part_names(self.mimo_config.modality_submodules_spec)
-        for name in names:
-            for module in modules_of(name, self.language_model, self.modality_submodules, known):
-                module.requires_grad_(not frozen)
+        freeze_parts(self, names, frozen=frozen)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the hidden states of the previous stage; they are used by the next forward only.

@@ -1,22 +1,33 @@
-"""Freezing parts of a model by name."""
+"""Parts of a model by name: what the names are, which parameters they hold, and freezing them.
+
+A name is a path of modules: ``language`` and the path inside the language model, or a modality and
+the path inside it. Layers are numbered over the whole model, whatever stage holds them, and
+``images.projections`` stands for the input and the output projections.
+"""
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import nn
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
 
 _PROJECTIONS = "projections"
 _PARTS = ("encoders", "decoders", "input_projections", "output_projections")
+_LAYER = re.compile(r"(.*?\.layers\.\d+)(\..*|$)")
 
 
 def part_names(modality_specs: Mapping[str, ModuleSpec]) -> list[str]:
-    """Every name that can be frozen, in all stages of the model."""
+    """The names that the description of a model gives, in all of its stages."""
     names = [MIMO_LANGUAGE_MODULE_KEY]
     for modality, spec in modality_specs.items():
         names += [modality, f"{modality}.{_PROJECTIONS}"]
@@ -28,38 +39,136 @@ def part_names(modality_specs: Mapping[str, ModuleSpec]) -> list[str]:
     return names
 
 
-def modules_of(
-    name: str,
-    language_model: nn.Module | None,
-    modality_submodules: nn.ModuleDict,
-    known: Iterable[str],
-) -> Iterator[nn.Module]:
-    """The modules behind a name on this rank; none where another stage holds them.
+def paths_of(model: Any, own: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Give everything that ``named_parameters()`` or ``named_modules()`` found its path.
 
-    Raises:
-        ConfigError: no stage of the model has such a part, or data parallelism holds it already.
+    Args:
+        model: a ``MimoModel``, its modules not wrapped.
+        own: (name in ``model``, what it names); what is outside of the language model and the
+            modalities is left out.
     """
-    if name not in known:
-        raise ConfigError(f"cannot freeze {name!r}: no such part; this model has {list(known)}")
-    if name == MIMO_LANGUAGE_MODULE_KEY:
-        if language_model is not None:
-            yield _bare(name, language_model)
-        return
-    modality, _, part = name.partition(".")
-    if modality not in modality_submodules:
-        return
-    submodules = _bare(name, modality_submodules[modality])
-    if part == _PROJECTIONS:
-        yield submodules.get_submodule("input_projections")
-        yield submodules.get_submodule("output_projections")
-    else:
-        yield submodules.get_submodule(part)
+    numbers = {
+        f"{name}.layers.{position}": f"{name}.layers.{layer.layer_number - 1}"
+        for name, block in model.named_modules()
+        if isinstance(block, TransformerBlock)
+        for position, layer in enumerate(block.layers)
+    }
+    roots = {"language_model.": f"{MIMO_LANGUAGE_MODULE_KEY}.", "modality_submodules.": ""}
+    for name, found in own:
+        for prefix, root in roots.items():
+            if name.startswith(prefix):
+                yield root + _renumbered(name, numbers).removeprefix(prefix), found
 
 
-def _bare(name: str, module: nn.Module) -> nn.Module:
+def parameter_paths(model: Any) -> dict[nn.Parameter, tuple[str, ...]]:
+    """Each parameter's path; both of its paths where the output layer is the embedding."""
+    paths = {
+        parameter: (path,) for path, parameter in paths_of(model, list(model.named_parameters()))
+    }
+    language = model.language_model
+    if getattr(language, "share_embeddings_and_output_weights", False):
+        embedding = f"{MIMO_LANGUAGE_MODULE_KEY}.embedding.word_embeddings.weight"
+        both = (embedding, f"{MIMO_LANGUAGE_MODULE_KEY}.output_layer.weight")
+        for parameter, (path,) in paths.items():
+            if path in both:
+                paths[parameter] = both
+    return paths
+
+
+def selects(name: str, path: str) -> bool:
+    """Whether ``path`` is that of the part called ``name``, or of something inside it."""
+    spelled = [name]
+    modality, dot, rest = name.partition(".")
+    if dot and rest.partition(".")[0] == _PROJECTIONS:
+        inner = rest.removeprefix(_PROJECTIONS)
+        spelled = [f"{modality}.{side}_{_PROJECTIONS}{inner}" for side in ("input", "output")]
+    return any(path == one or path.startswith(f"{one}.") for one in spelled)
+
+
+def no_such_part(doing: str, name: str, known: list[str], paths: Iterable[str]) -> ConfigError:
+    """The error for a name that no stage has.
+
+    Args:
+        doing: "cannot freeze", say.
+        name: the name.
+        known: as ``part_names`` gives them.
+        paths: of parameters; names near to these are suggested.
+    """
+    modules = {path.rsplit(".", n)[0] for path in paths for n in range(path.count(".") + 1)}
+    near = difflib.get_close_matches(name, sorted(modules | set(known)), n=3)
+    hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return ConfigError(
+        f"{doing} {name!r}: no such part;{hint} this model has {known} and the modules inside them"
+    )
+
+
+def freeze_parts(model: Any, names: Iterable[str], *, frozen: bool) -> None:
+    """Set what is trained; see ``MimoModel.freeze``."""
+    known = part_names(model.mimo_config.modality_submodules_spec)
+    role = model.role
+    language = MIMO_LANGUAGE_MODULE_KEY
+    is_whole = role.is_first_stage(language) and role.is_last_stage(language)
+    for name in names:
+        _refuse_wrapped(model, name)
+        paths = parameter_paths(model)
+        selected = [
+            parameter for parameter, own in paths.items() if any(selects(name, p) for p in own)
+        ]
+        if not selected and name not in known and (is_whole or not _may_be_elsewhere(name, known)):
+            raise no_such_part("cannot freeze", name, known, (own[0] for own in paths.values()))
+        for parameter in selected:
+            parameter.requires_grad_(not frozen)
+    keep_recomputed_gradients(model)
+
+
+def keep_recomputed_gradients(model: nn.Module) -> None:
+    """Let layers that are recomputed get gradients where nothing before them is trained.
+
+    Megatron's recomputation records nothing for a layer whose input needs no gradient, and what is
+    trained inside the layer would be left out without a word.
+    """
+    for block in model.modules():
+        if not isinstance(block, TransformerBlock) or block.config.recompute_granularity is None:
+            continue
+        if _ask_for_gradient not in block._forward_pre_hooks.values():
+            block.register_forward_pre_hook(_ask_for_gradient, with_kwargs=True)
+
+
+def _ask_for_gradient(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not torch.is_tensor(hidden) or hidden.requires_grad or not torch.is_grad_enabled():
+        return None
+    if not any(parameter.requires_grad for parameter in block.parameters()):
+        return None
+    asked = hidden.detach().requires_grad_()
+    return ((asked, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": asked})
+
+
+def _renumbered(name: str, numbers: Mapping[str, str]) -> str:
+    match = _LAYER.match(name)
+    if match is None or match[1] not in numbers:
+        return name
+    return numbers[match[1]] + match[2]
+
+
+def _may_be_elsewhere(name: str, known: list[str]) -> bool:
+    """Whether another pipeline stage may have a part that this one does not have."""
+    parents = [known_name for known_name in known if name.startswith(f"{known_name}.")]
+    if not parents:
+        return False
+    nearest = max(parents, key=len)
+    return not any(other.startswith(f"{nearest}.") for other in known)
+
+
+def _refuse_wrapped(model: Any, name: str) -> None:
+    root = name.partition(".")[0]
+    module = dict(model.modality_submodules.items()).get(root)
+    if root == MIMO_LANGUAGE_MODULE_KEY:
+        module = model.language_model
     if isinstance(module, DistributedDataParallel):
         raise ConfigError(
             f"cannot freeze {name!r}: it is wrapped for data parallelism, whose buffers are laid "
             "out; freeze before wrapping"
         )
-    return module
