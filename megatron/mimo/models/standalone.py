@@ -158,6 +158,7 @@ def build_model(family: Family, config: Any, args: Namespace, *, device: torch.d
     from megatron.core.models.mimo import MimoModel
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.mimo.recipes.recipe import Stage
+    from megatron.mimo.training.quiet import warnings_shown
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
     stage = Stage(
@@ -166,7 +167,7 @@ def build_model(family: Family, config: Any, args: Namespace, *, device: torch.d
         vp_stage=None,
         pg_collection=groups,
     )
-    with torch.device(device):
+    with warnings_shown(shown=False), torch.device(device):
         model = MimoModel(family.build(config, args, stage), cp_group=groups.cp, tp_group=groups.tp)
     model.pg_collection = groups
     return model.to(device=device, dtype=args.params_dtype).eval()
