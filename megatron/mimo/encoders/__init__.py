@@ -4,11 +4,13 @@ from megatron.mimo.encoders.clip import ClipEncoder, layer_numbers
 from megatron.mimo.encoders.plain import activation_function, plain_encoder_config
 from megatron.mimo.encoders.projectors import Projector
 from megatron.mimo.encoders.vit import VisionTransformer, encoder_config
+from megatron.mimo.encoders.whisper import WhisperEncoder
 
 __all__ = [
     "ClipEncoder",
     "Projector",
     "VisionTransformer",
+    "WhisperEncoder",
     "activation_function",
     "encoder_config",
     "layer_numbers",
