@@ -3,14 +3,17 @@
 from megatron.mimo.encoders.clip import ClipEncoder, layer_numbers
 from megatron.mimo.encoders.plain import activation_function, plain_encoder_config
 from megatron.mimo.encoders.projectors import Projector
+from megatron.mimo.encoders.qwen2_5_vl import PatchMerger, WindowTransformer
 from megatron.mimo.encoders.vit import VisionTransformer, encoder_config
 from megatron.mimo.encoders.whisper import WhisperEncoder
 
 __all__ = [
     "ClipEncoder",
+    "PatchMerger",
     "Projector",
     "VisionTransformer",
     "WhisperEncoder",
+    "WindowTransformer",
     "activation_function",
     "encoder_config",
     "layer_numbers",

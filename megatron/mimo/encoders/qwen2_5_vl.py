@@ -1,0 +1,254 @@
+"""The vision encoder of Qwen2.5-VL and its patch merger, from Megatron's parts.
+
+Images and clips of any size: a clip is a grid of patches in time, height and width, an image a clip
+of one frame. Attention spans a window of a frame, in a few layers the frame.
+
+Shape legend: T patches of all items, E values per patch, R rows (squares of merge x merge patches)
+of all items, P = merge * merge, H hidden, O output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.mimo.encoders.projectors import Projector
+from megatron.mimo.encoders.qwen2_5_vl_layout import (
+    Grid,
+    PatchGeometry,
+    PatchSequence,
+    patch_sequence,
+)
+from megatron.mimo.encoders.vit import check_runs_whole, encoder_config
+from megatron.mimo.layers import uses_transformer_engine
+from megatron.mimo.layers.norm import Norm
+
+__all__ = ["PatchMerger", "WindowTransformer", "window_encoder_config"]
+
+_EPSILON = 1e-6  # Qwen2.5-VL has no setting for it
+
+
+def window_encoder_config(
+    language: TransformerConfig,
+    *,
+    num_layers: int,
+    hidden_size: int,
+    num_attention_heads: int,
+    ffn_hidden_size: int,
+) -> TransformerConfig:
+    """The encoder's configuration: RMSNorm, SwiGLU, biases everywhere.
+
+    Only precision, recomputation, initialisation and tensor parallelism are the language model's,
+    as :func:`encoder_config` says; nothing of its architecture is.
+
+    Args:
+        language: configuration of the language model.
+        num_layers: layers.
+        hidden_size: width of the residual stream.
+        num_attention_heads: heads of each layer.
+        ffn_hidden_size: width inside the MLP.
+
+    Raises:
+        ConfigError: the sizes do not fit each other or the tensor-parallel size.
+    """
+    tp_size = language.tensor_model_parallel_size
+    if ffn_hidden_size < 1 or ffn_hidden_size % tp_size:
+        raise ConfigError(
+            f"the encoder's MLP has width {ffn_hidden_size}, which is not divisible by the "
+            f"tensor-parallel size {tp_size}; change either"
+        )
+    encoder = encoder_config(
+        language,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_attention_heads=num_attention_heads,
+        ffn_hidden_size=ffn_hidden_size,
+    )
+    return replace(
+        encoder,
+        normalization="RMSNorm",
+        layernorm_epsilon=_EPSILON,
+        layernorm_zero_centered_gamma=False,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        activation_func_clamp_value=None,
+        glu_linear_offset=0.0,
+        use_te_activation_func=False,
+        qk_layernorm=False,
+        qk_l2_norm=False,
+        window_size=None,
+        softmax_type="vanilla",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+
+
+class WindowTransformer(MegatronModule):
+    """Images and clips to one row per square of patches, which holds the square's patches.
+
+    Args:
+        config: of the encoder; see :func:`window_encoder_config`.
+        transformer_layer_spec: see ``window_layer_spec``.
+        patch_values: E, channels * frames * height * width of a patch.
+        geometry: of patches, squares and windows.
+        pg_collection: Megatron's process groups; the global ones by default.
+
+    Raises:
+        ConfigError: sizes that do not fit each other, or a config that divides the encoder.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        transformer_layer_spec: ModuleSpec,
+        *,
+        patch_values: int,
+        geometry: PatchGeometry,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        check_runs_whole(config)
+        if patch_values < 1:
+            raise ConfigError(f"patch_values is {patch_values}; expected at least 1")
+        if config.kv_channels != geometry.head_size:
+            raise ConfigError(
+                f"the geometry's head size is {geometry.head_size}; expected "
+                f"{config.kv_channels}, the config's"
+            )
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        self.tp_group = pg_collection.tp
+        self.geometry = geometry
+        # Replicated over the tensor-parallel group: Megatron seeds the default generator equally
+        # there, and equal inputs give equal gradients.
+        self.patch_embedding = nn.Linear(patch_values, config.hidden_size, bias=False)
+        self.transformer = TransformerBlock(
+            config=config,
+            spec=transformer_layer_spec,
+            post_layer_norm=False,  # the merger normalises
+            pg_collection=pg_collection,
+        )
+
+    def blank_inputs(self) -> dict[str, Any]:
+        """Arguments of the smallest call: one blank square."""
+        merge, values = self.geometry.merge, self.patch_embedding.in_features
+        blank_TE = self.patch_embedding.weight.new_zeros(merge**2, values)
+        return {"pixel_values": [blank_TE], "grid": [(1, merge, merge)]}
+
+    def rows_per_item(
+        self,
+        pixel_values: Sequence[Tensor],  # noqa: ARG002 (called with all arguments)
+        grid: Sequence[Grid],
+    ) -> list[int]:
+        """Rows of each item: ranks with the same items may encode some each."""
+        return [self.geometry.rows(one) for one in grid]
+
+    def forward(self, pixel_values: Sequence[Tensor], grid: Sequence[Grid]) -> Tensor:
+        """Encode items.
+
+        Args:
+            pixel_values: of each item [frames * lines * columns, E], of any floating dtype: its
+                patches square by square, the squares of a frame line by line.
+            grid: frames, lines and columns of each item, host integers.
+
+        Returns:
+            [R, P * H], item by item, the squares of an item frame by frame and line by line. Each
+            row holds the features of its patches, line by line. R is 0 without items.
+
+        Raises:
+            InputError: patches and grids that do not fit each other or the model.
+        """
+        self._check(pixel_values, grid)
+        count = len(grid)
+        if count == 0:
+            # A blank item, whose rows are dropped below, gives every parameter a gradient of zero
+            # instead of none, so that this rank takes part in the reductions that others enter.
+            blank = self.blank_inputs()
+            pixel_values, grid = blank["pixel_values"], blank["grid"]
+        weight = self.patch_embedding.weight
+        sequence = self._sequence(grid, weight)
+        pixels_TE = torch.cat([one_TE.to(weight.dtype) for one_TE in pixel_values])
+        hidden_TH = self.patch_embedding(pixels_TE.index_select(0, sequence.order_T))
+        hidden_T1H = self.transformer(
+            hidden_TH.unsqueeze(1), attention_mask=None, packed_seq_params=sequence
+        )
+        rows_RF = hidden_T1H.reshape(len(sequence.places_R), -1)
+        rows_RF = rows_RF.index_select(0, sequence.places_R)
+        return rows_RF if count else rows_RF[:0]
+
+    def _sequence(self, grid: Sequence[Grid], like: Tensor) -> PatchSequence:
+        grids = tuple((frames, lines, columns) for frames, lines, columns in grid)
+        # A fused kernel reads borders on the device; tiles are planned on the host.
+        fused = like.is_cuda and like.dtype in (torch.float16, torch.bfloat16)
+        on_device = fused or uses_transformer_engine(self.config)
+        return patch_sequence(grids, self.geometry, like.device, borders_on_host=not on_device)
+
+    def _check(self, pixel_values: Sequence[Tensor], grid: Sequence[Grid]) -> None:
+        if len(pixel_values) != len(grid):
+            raise InputError(
+                f"pixel_values of {len(pixel_values)} items and {len(grid)} grids; expected as many"
+            )
+        values = self.patch_embedding.in_features
+        for number, (patches_TE, one) in enumerate(zip(pixel_values, grid, strict=True)):
+            expected = [self.geometry.rows(one) * self.geometry.merge**2, values]
+            if list(patches_TE.shape) != expected or not patches_TE.is_floating_point():
+                raise InputError(
+                    f"pixel_values of item {number}, whose grid is {one}, are {patches_TE.dtype} "
+                    f"{list(patches_TE.shape)}; expected floating point {expected}"
+                )
+
+
+class PatchMerger(MegatronModule):
+    """From the patches of a square to one row of the language model's width: norm, then an MLP.
+
+    Args:
+        config: of the encoder.
+        patches: P.
+        output_size: O.
+        pg_collection: Megatron's process groups; the global ones by default.
+
+    Raises:
+        ConfigError: sizes that tensor parallelism does not divide.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        patches: int,
+        output_size: int,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        self.tp_group = pg_collection.tp
+        self.norm = Norm(config, config.hidden_size)
+        width = patches * config.hidden_size
+        self.mlp = Projector(
+            config,
+            input_size=width,
+            output_size=output_size,
+            hidden_size=width,
+            activation="gelu",
+            pg_collection=pg_collection,
+        )
+
+    def forward(self, rows_RF: Tensor) -> Tensor:
+        """[R, P * H] -> [R, O]; R may be 0."""
+        patches_RPH = rows_RF.unflatten(1, (-1, self.config.hidden_size))
+        merged_RO: Tensor = self.mlp(self.norm(patches_RPH).flatten(1))
+        return merged_RO
