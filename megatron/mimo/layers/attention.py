@@ -66,6 +66,8 @@ class CoreAttention(MegatronModule):
     # What MimoModel asks of a core attention (model/attention_support.py).
     takes_span_ids = True
     reads_lengths_on_host = True
+    # What generation asks: a mask of padded keys adds to the rule.
+    takes_padded_keys = True
 
     def __init__(
         self,

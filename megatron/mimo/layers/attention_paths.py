@@ -56,7 +56,7 @@ def dense_attention(
         q_SBHD: queries; this rank's under context parallelism.
         k_KBGD: keys.
         v_KBGD: values.
-        rule: the rule; a single query sees every key, as in decoding.
+        rule: the rule; a single query is the last token of the keys, as in decoding.
         mask: bool, broadcastable to [B, H, S, K], True where not seen, whatever the rule says.
         bias: broadcastable to [B, H, S, K], added to the scaled scores.
 
@@ -66,7 +66,15 @@ def dense_attention(
     """
     S, K = q_SBHD.size(0), k_KBGD.size(0)
     if S == 1 < K and rule.group is None:
-        rule = replace(rule, visibility=replace(rule.visibility, ahead=None))
+        if rule.visibility.behind is not None:
+            reach = slice(max(0, K - 1 - rule.visibility.behind), None)
+            k_KBGD, v_KBGD = k_KBGD[reach], v_KBGD[reach]
+            mask, bias = (
+                tensor if tensor is None or tensor.size(-1) == 1 else tensor[..., reach]
+                for tensor in (mask, bias)
+            )
+            K = k_KBGD.size(0)
+        rule = replace(rule, visibility=replace(rule.visibility, behind=None, ahead=None))
     if S != K and rule.visibility != Visibility():
         raise InputError(
             f"attention of {S} queries over {K} keys has no diagonal for a causal rule, a window "

@@ -100,6 +100,7 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     from megatron.mimo.training.curve import LossCurve
     from megatron.mimo.training.data import dataset_provider
     from megatron.mimo.training.model import ModelBuilder
+    from megatron.mimo.training.parts import module_rates
     from megatron.mimo.training.step import build_forward_step
     from megatron.mimo.training.watch import LoopWatch
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -109,15 +110,17 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     output = None if args.output is None else Path(args.output)
     curve = LossCurve(output / "loss.csv" if output else None, writes=args.rank == 0)
     watch = LoopWatch(args, console, curve)
-    builder = ModelBuilder(recipe, args)
+    builder = ModelBuilder(recipe, args, console.say)
     console.say(_opening(recipe, args))
+    if recipe.save_assets is not None and args.save and args.rank == 0:
+        recipe.save_assets(args, Path(args.save))
     with stdout(shown=args.verbose and args.rank == 0), warnings_shown(shown=args.verbose):
         set_global_variables(args)
         stopped_by = save_on_signal(args, console)
         if args.load is None:
             curve.begin(0)
         try:
-            with watch.installed():
+            with watch.installed(), module_rates(args, builder.chunks):
                 pretrain(
                     pretrain_cfg_container_from_args(args),
                     dataset_provider(recipe, args),
@@ -147,7 +150,7 @@ def _finish(
     """Evaluate and report; the checkpoint is on disk, so a signal may end this at any time."""
     import torch.distributed as dist
 
-    from megatron.mimo.training.generate import GreedyGenerator
+    from megatron.mimo.training.generate import greedy_generation
 
     leave_on_signal(args, console)
     metrics: dict[str, Any] = {
@@ -156,17 +159,12 @@ def _finish(
         "train_seconds": round(watch.pace.seconds, 3),
         "samples_per_second": round(watch.pace.samples / max(watch.pace.seconds, 1e-9), 2),
     }
-    if recipe.finish is not None and len(builder.chunks) > 1:
-        console.say(
-            "not evaluated: generation does not run under interleaved pipeline stages; the "
-            "checkpoint fits layouts without them"
-        )
-    elif recipe.finish is not None:
+    if recipe.finish is not None:
         console.say("evaluating ...")
         run = FinishedRun(
             arguments=args,
             model=builder.chunks,
-            generate=GreedyGenerator(args, builder.chunks, recipe.build_collator(args)),
+            generate=greedy_generation(args, builder.chunks, recipe.build_collator(args)),
             train_seconds=watch.pace.seconds,
             samples_per_second=metrics["samples_per_second"],
             loss_curve=curve.points,
@@ -206,9 +204,10 @@ def _already_finished(args: Namespace, start: int | None, console: Console) -> b
 def _opening(recipe: Recipe, args: Namespace) -> str:
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     dtype = str(args.params_dtype).removeprefix("torch.")
+    stage = f", stage {args.stage}" if args.stage else ""
     where = "CPU, gloo" if args.distributed_backend == "gloo" else "CUDA, NCCL"
     return (
-        f"recipe {recipe.name}: {args.world_size} process{'es' if args.world_size > 1 else ''} "
+        f"recipe {recipe.name}{stage}: {args.world_size} process{'es' if args.world_size > 1 else ''} "
         f"({where}), tp {tp} pp {pp} dp {args.data_parallel_size}, {dtype}, "
         f"global batch {args.global_batch_size}, {args.train_iters} iterations"
     )

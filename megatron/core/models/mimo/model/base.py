@@ -144,9 +144,10 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         """Exclude parts of the model from training; call it before the optimizer is built.
 
         Args:
-            names: "language", a modality ("images"), or a part of one ("images.encoders",
-                "images.encoders.vit", "images.projections"). Every rank gives the same names;
-                parts that another pipeline stage holds are known too.
+            names: "language", a modality ("images"), or the path of any module or parameter
+                inside ("images.encoders.vit", "images.projections", "language.decoder.layers.0",
+                numbered over all stages). Every rank gives the same names; what another
+                pipeline stage may hold is no error on this one.
             frozen: False makes them trainable again.
 
         Raises:
@@ -188,6 +189,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         alignment_plan: AlignmentPlan | None = None,
         span_ids: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
+        inference_context: Any = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Run this rank's part of the model.
 
@@ -210,6 +212,8 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
                 in both directions, besides what the causal rule lets them see; 0 is no span.
             padding_mask: bool [B, S], on every pipeline stage: True where experts' auxiliary
                 losses do not count a token.
+            inference_context: megatron-core's cache of keys and values, in generation; logits are
+                then those that the language model gives for it, over the whole vocabulary.
 
         Returns:
             ``(output, loss_mask)``. On the last stage output is the loss per token [B, S], or
@@ -220,7 +224,11 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
             InputError: (a ``ValueError``) inputs that do not fit the model or each other.
         """
         check_modality_names(modality_inputs, self.mimo_config.modality_submodules_spec)
-        given = {"span_ids": span_ids, "padding_mask": padding_mask}
+        given = {
+            "span_ids": span_ids,
+            "padding_mask": padding_mask,
+            "inference_context": inference_context,
+        }
         spans: dict[str, Any] = {name: ids for name, ids in given.items() if ids is not None}
         if not self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
             return self._forward_language_module(
@@ -307,6 +315,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         alignment_plan: AlignmentPlan | None = None,
         span_ids: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
+        inference_context: Any = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Merge the rows in ``input_tensors`` with text and run the language model."""
         adapter = self.partition_adapter
@@ -334,7 +343,9 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
             span_ids = None if span_ids is None else adapter.cut(span_ids, packed)
         if self._rotates_in_3d:
             position_ids = rotary_positions(self.language_model, position_ids, adapter, packed)
-        extra = {"loss_mask": loss_mask} if self._takes_loss_mask else {}
+        extra: dict[str, Any] = {"loss_mask": loss_mask} if self._takes_loss_mask else {}
+        if inference_context is not None:
+            extra |= {"inference_context": inference_context, "runtime_gather_output": True}
         if padding_mask is not None:
             extra["padding_mask"] = held_padding(self.language_model, padding_mask, adapter, packed)
         output = self.language_model(

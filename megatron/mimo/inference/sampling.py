@@ -1,0 +1,95 @@
+"""From scores to the next token: greedy, temperature, nucleus. B sequences, V vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.core.models.mimo.errors import ConfigError
+
+__all__ = ["SamplingOptions", "choose_tokens", "draw_uniforms"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How an answer is continued, and where it ends.
+
+    Attributes:
+        max_new_tokens: longest answer.
+        temperature: divides the scores; 0 takes the most probable token.
+        top_p: of the tokens, the most probable ones that together reach this probability.
+        top_k: of the tokens, this many of the most probable; 0 for all.
+        stop_tokens: ids that end an answer; they are left out of it.
+        seed: of the draws. The same seed gives prompt i of a call the same answer, whatever the
+            layout and the batch size.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_tokens: Sequence[int] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature is {self.temperature}; expected 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1: all tokens)")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k is {self.top_k}; expected 0 (all tokens) or more")
+
+
+def draw_uniforms(options: SamplingOptions, prompt: int) -> Tensor | None:
+    """The draws of one prompt's answer: float64 [max_new_tokens] in [0, 1), on the host.
+
+    Args:
+        options: with the seed.
+        prompt: its number in the call.
+
+    Returns:
+        None where nothing is drawn.
+    """
+    if options.temperature == 0:
+        return None
+    generator = torch.Generator().manual_seed((options.seed * 1_000_003 + prompt) % (1 << 63))
+    return torch.rand(options.max_new_tokens, generator=generator, dtype=torch.float64)
+
+
+def choose_tokens(
+    scores_BV: Tensor, options: SamplingOptions, uniforms_B: Tensor | None = None
+) -> Tensor:
+    """The next token of each sequence: int64 [B].
+
+    A pure function: ranks with the same scores choose the same tokens.
+
+    Args:
+        scores_BV: logits, float32 or wider; -inf for tokens that may not be chosen.
+        options: temperature, ``top_p`` and ``top_k``.
+        uniforms_B: the draws in [0, 1), on the scores' device; None only for temperature 0.
+    """
+    if options.temperature == 0:
+        return scores_BV.argmax(dim=-1)
+    assert uniforms_B is not None, "a temperature wants draws"
+    sorted_BV, tokens_BV = scores_BV.double().sort(dim=-1, descending=True, stable=True)
+    chances_BV = torch.softmax(sorted_BV / options.temperature, dim=-1)
+    before_BV = chances_BV.cumsum(dim=-1) - chances_BV
+    kept_BV = before_BV < options.top_p
+    if options.top_k:
+        kept_BV[:, options.top_k :] = False
+    kept_BV[:, 0] = True
+    mass_BV = (chances_BV * kept_BV).cumsum(dim=-1)
+    wanted_B1 = uniforms_B[:, None] * mass_BV[:, -1:]
+    place_B1 = (mass_BV <= wanted_B1).sum(dim=-1, keepdim=True)
+    # Rounding may carry a draw next to 1 past the end.
+    place_B1 = place_B1.minimum(kept_BV.sum(dim=-1, keepdim=True) - 1)
+    return tokens_BV.gather(1, place_B1).squeeze(1)
