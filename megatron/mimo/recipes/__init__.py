@@ -15,16 +15,30 @@ from megatron.core.models.mimo.errors import ConfigError
 if TYPE_CHECKING:
     from megatron.mimo.recipes.recipe import Recipe
 
-__all__ = ["DEFAULT_RECIPE", "load_recipe", "locate_recipe", "recipe_names"]
+__all__ = ["DEFAULT_RECIPE", "load_recipe", "locate_recipe", "recipe_names", "recipe_summaries"]
 
 DEFAULT_RECIPE = "digits"
 
-_LOCATIONS = {"digits": "megatron.mimo.recipes.digits:digits"}
+# Name -> where it is, and its summary: a recipe's own says the same, but costs loading it.
+_RECIPES = {
+    "digits": (
+        "digits:digits",
+        "read 1 to 4 scanned digits; ViT + GPT from scratch, two minutes on 2 CPU cores",
+    ),
+    "llava_1_5_7b": ("llava:llava_1_5_7b", "LLaVA 1.5, CLIP + Vicuna 7B"),
+    "llava_1_5_13b": ("llava:llava_1_5_13b", "LLaVA 1.5, CLIP + Vicuna 13B"),
+    "llava_tiny": ("llava:llava_tiny", "LLaVA of 0.2 million parameters that reads scanned digits"),
+}
 
 
 def recipe_names() -> tuple[str, ...]:
     """The names ``load_recipe`` knows, sorted."""
-    return tuple(sorted(_LOCATIONS))
+    return tuple(sorted(_RECIPES))
+
+
+def recipe_summaries() -> dict[str, str]:
+    """One line for each name."""
+    return {name: _RECIPES[name][1] for name in recipe_names()}
 
 
 def locate_recipe(name: str) -> str:
@@ -38,14 +52,14 @@ def locate_recipe(name: str) -> str:
     """
     if ":" in name:
         return name
-    if name not in _LOCATIONS:
-        near = difflib.get_close_matches(name, _LOCATIONS, n=1)
+    if name not in _RECIPES:
+        near = difflib.get_close_matches(name, _RECIPES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
             f"unknown recipe {name!r}; {hint}known recipes: {', '.join(recipe_names())}; "
             "a recipe of your own is given as package.module:function"
         )
-    return _LOCATIONS[name]
+    return f"{__name__}.{_RECIPES[name][0]}"
 
 
 def load_recipe(name: str) -> Recipe:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,12 @@ class Recipe:
         summary: one line for ``--list-recipes``.
         arguments: defaults for Megatron's own arguments, keyed by argparse destination
             (``{"num_layers": 4}``); a flag on the command line or a ``--config`` file wins.
+        stages: presets of arguments that ``--stage`` chooses between; stronger than ``arguments``.
+        default_stage: the stage of a run without the flag; None for none.
+        describe: defaults that follow from what flags name (such as the configuration in the
+            folder of ``--load``), weaker than ``arguments``. It gets the flags as far as they are
+            known by then: given on the command line, in ``--config``, or derived (``load``,
+            ``save``, ``output``). May refuse them with a ``ConfigError``.
         add_arguments: adds the recipe's own flags to the parser (prefix them with the name).
         build_model: the model's configuration for one stage.
         build_datasets: datasets for (train, valid, test) sample counts.
@@ -92,6 +98,8 @@ class Recipe:
             ``(logits_BSV, batch) -> {metric: (sum, count)}`` with 0-d tensors, summed over the
             whole evaluation before the division; None for none.
         finish: evaluates and reports when training ends; returns the content of metrics.json.
+        save_assets: puts what a checkpoint needs besides weights into the ``--save`` folder.
+            Called on rank 0 before training.
     """
 
     name: str
@@ -103,3 +111,7 @@ class Recipe:
     add_arguments: Callable[[ArgumentParser], None] | None = None
     task_metric: Callable[[Any, Batch], dict[str, tuple[Any, Any]]] | None = None
     finish: Callable[[FinishedRun], dict[str, Any]] | None = None
+    stages: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    default_stage: str | None = None
+    describe: Callable[[Namespace], Mapping[str, object]] | None = None
+    save_assets: Callable[[Namespace, Path], None] | None = None

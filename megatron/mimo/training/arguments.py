@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.recipes import DEFAULT_RECIPE, load_recipe, recipe_names
+from megatron.mimo.recipes import DEFAULT_RECIPE, recipe_summaries
 from megatron.mimo.recipes.recipe import Recipe
 
 __all__ = ["EarlyArguments", "list_recipes", "parse_arguments", "parse_early"]
@@ -51,6 +51,9 @@ def add_mimo_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to train: a name from --list-recipes, or package.module:function",
     )
     group.add_argument("--list-recipes", action="store_true", help="list the recipes and exit")
+    group.add_argument(
+        "--stage", metavar="NAME", help="preset of the recipe, such as projector, full or lora"
+    )
     group.add_argument(
         "--config", metavar="FILE.yaml", help="flags by name; weaker than the command line"
     )
@@ -110,10 +113,10 @@ def parse_early(argv: Sequence[str] | None = None) -> EarlyArguments:
 
 
 def list_recipes() -> str:
-    """The text ``--list-recipes`` prints."""
-    names = recipe_names()
-    width = max(map(len, names))
-    return "\n".join(f"{name:<{width}}  {load_recipe(name).summary}" for name in names)
+    """The text ``--list-recipes`` prints; loads none of them."""
+    summaries = recipe_summaries()
+    width = max(map(len, summaries))
+    return "\n".join(f"{name:<{width}}  {summary}" for name, summary in summaries.items())
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -180,8 +183,10 @@ def parse_arguments(
             if action.dest == "yaml_cfg":
                 action.type = _no_yaml_cfg
         _set_defaults(parser, weak, source="project defaults")
-        _set_defaults(parser, recipe.arguments, source=f"recipe {recipe.name!r}")
-        parser.set_defaults(**config_values(parser, config))
+        from_file = config_values(parser, config)
+        recipe_values = _recipe_defaults(recipe, parser, from_file)
+        _set_defaults(parser, recipe_values, source=f"recipe {recipe.name!r}")
+        parser.set_defaults(**from_file)
         return parser
 
     with _command_line(argv):
@@ -237,6 +242,22 @@ def config_values(parser: argparse.ArgumentParser, config: Mapping[str, Any]) ->
     return values
 
 
+def _recipe_defaults(
+    recipe: Recipe, parser: argparse.ArgumentParser, from_file: Mapping[str, Any]
+) -> dict[str, object]:
+    """What the recipe wants, given the flags so far: its description, arguments and stage."""
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
+    given, _ = parser.parse_known_args(words, argparse.Namespace(**from_file))
+    _name_folders(given)
+    stage = given.stage or recipe.default_stage
+    if stage is not None and stage not in recipe.stages:
+        has = f"it has {', '.join(recipe.stages)}" if recipe.stages else "it has none"
+        raise ConfigError(f"--stage {stage}: recipe {recipe.name!r} has no such stage; {has}")
+    described = {} if recipe.describe is None else recipe.describe(given)
+    preset = {} if stage is None else recipe.stages[stage]
+    return {**described, **recipe.arguments, **preset, "stage": stage}
+
+
 def _set_defaults(
     parser: argparse.ArgumentParser, values: Mapping[str, object], *, source: str
 ) -> None:
@@ -265,6 +286,15 @@ def _derive(args: argparse.Namespace, backend: str) -> None:
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
         # Megatron demands it; it has no effect without CUDA
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _name_folders(args)
+    if args.data_path and args.valid_data_path:  # Megatron takes --data-path alone
+        args.train_data_path, args.data_path = args.data_path, None
+    if args.eval_iters is None:
+        args.eval_iters = 0
+
+
+def _name_folders(args: argparse.Namespace) -> None:
+    """Where the run reads and writes."""
     if args.no_output:
         args.output = args.save = args.tensorboard_dir = None
     else:
@@ -272,8 +302,6 @@ def _derive(args: argparse.Namespace, backend: str) -> None:
         args.save = args.save or f"{args.output}/checkpoints"
         args.load = args.load or args.save
         args.tensorboard_dir = args.tensorboard_dir or f"{args.output}/tensorboard"
-    if args.eval_iters is None:
-        args.eval_iters = 0
 
 
 @contextmanager

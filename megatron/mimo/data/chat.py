@@ -1,0 +1,330 @@
+"""Conversations to samples, through a Hugging Face processor.
+
+The processor's chat template writes the text, the processor reads the media and puts each one's
+placeholders into the text, the family turns what the Hugging Face model would take into a
+``Sample``. What the model learns to say is what the assistant says.
+
+Legend: L tokens of a conversation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from megatron.core.models.mimo.errors import ConfigError, InputError, MimoError
+from megatron.mimo.data.conversations import MEDIA_KINDS, Conversation, Part
+from megatron.mimo.data.media_files import Video, load_audio, load_image, load_video
+from megatron.mimo.data.sample import Sample
+
+if TYPE_CHECKING:
+    from megatron.mimo.models.family import Family
+
+__all__ = ["Chat", "ChatDataset"]
+
+_LOG = logging.getLogger(__name__)
+_READERS = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
+_ARGUMENTS = {"image": "images", "video": "videos", "audio": "audio"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chat:
+    """Turns conversations into the samples of one model.
+
+    Attributes:
+        family: the model's.
+        config: its Hugging Face configuration.
+        processor: its Hugging Face processor, with a fast tokenizer and a chat template.
+        video_fps: frames per second that are kept of a video file.
+
+    Raises:
+        ConfigError: the processor has no fast tokenizer, no chat template, or no token for a
+            modality's placeholder.
+    """
+
+    family: Family
+    config: Any
+    processor: Any
+    video_fps: float = 2.0
+
+    def __post_init__(self) -> None:
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        kind = type(self.processor).__name__
+        if tokenizer is None or not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(
+                f"the processor is a {kind} without a fast tokenizer, whose offsets tell which "
+                "tokens the assistant says; give a directory with tokenizer.json"
+            )
+        if not (getattr(self.processor, "chat_template", None) or tokenizer.chat_template):
+            raise ConfigError(
+                f"the {kind} has no chat template, which says how a conversation is written; put "
+                "a chat_template.jinja beside its tokenizer"
+            )
+        for modality, token in self._placeholders.items():
+            if token >= len(tokenizer):
+                raise ConfigError(
+                    f"the tokenizer has {len(tokenizer)} tokens and none for the placeholder of "
+                    f"{modality} (id {token}); it is of another model, or the token has to be "
+                    "added to it"
+                )
+
+    @cached_property
+    def _placeholders(self) -> Mapping[str, int]:
+        return self.family.media(self.config).special_token_ids
+
+    def sample(self, conversation: Conversation) -> Sample:
+        """Read the media and translate.
+
+        Raises:
+            InputError: a medium is missing, does not decode or is of a kind that the model does
+                not take; the processor or the family refuses the conversation. The message names
+                the conversation.
+        """
+        text, spans = self._written(conversation)
+        media: dict[str, list[Any]] = {}
+        for turn in conversation.turns:
+            for part in turn.parts:
+                if part.kind != "text":
+                    medium = self._read(part, conversation.name)
+                    media.setdefault(part.kind, []).append(medium)
+        try:
+            features = self._features(text, media)
+            is_label_L = self._said(text, spans, features["input_ids"][0], conversation.name)
+            return self.family.sample(
+                self.config, features, is_label=is_label_L, name=conversation.name
+            )
+        except MimoError:
+            raise
+        except Exception as error:  # processors raise nearly every kind
+            raise InputError(
+                f"{conversation.name}: the processor refuses it: {type(error).__name__}: {error}"
+            ) from error
+
+    def _written(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """The whole text, and where in it the assistant speaks (first character, end)."""
+        messages = [
+            {"role": turn.role, "content": [_described(part) for part in turn.parts]}
+            for turn in conversation.turns
+        ]
+        text, raw = "", ""
+        spans: list[tuple[int, int]] = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            asked = self._rendered(messages[:number], conversation.name, asks=True)
+            answered = self._rendered(messages[: number + 1], conversation.name, asks=False)
+            if not (asked.startswith(raw) and answered.startswith(asked)):
+                raise InputError(
+                    f"{conversation.name}, message {number}: the chat template writes the turns "
+                    "before it differently once the assistant has answered, so that what it says "
+                    "cannot be told apart; give each answer as a conversation of its own"
+                )
+            text += asked[len(raw) :]
+            start = len(text)
+            text = self._ended(text + answered[len(asked) :])
+            spans.append((start, len(text.rstrip())))
+            raw = answered
+        return text, spans
+
+    def _ended(self, text: str) -> str:
+        """``text`` with the end token behind the assistant's turn, if the template has none."""
+        tokenizer = self.processor.tokenizer
+        ends = [token for token in tokenizer.all_special_tokens if token]
+        if text.rstrip().endswith(tuple(ends)) or tokenizer.eos_token is None:
+            return text
+        return text.rstrip() + str(tokenizer.eos_token)
+
+    def _rendered(self, messages: list[Any], name: str, *, asks: bool) -> str:
+        try:
+            text: str = self.processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=asks
+            )
+        except Exception as error:  # jinja's, and whatever a template raises
+            raise InputError(
+                f"{name}: the chat template refuses it: {type(error).__name__}: {error}"
+            ) from error
+        return text
+
+    def _read(self, part: Part, name: str) -> Any:
+        if getattr(self.processor, _READERS[part.kind], None) is None:
+            kinds = [kind for kind in MEDIA_KINDS if getattr(self.processor, _READERS[kind], None)]
+            raise InputError(
+                f"{name}: holds {part.kind}, which model family '{self.family.name}' does not "
+                f"take; it takes {' and '.join(kinds)}"
+            )
+        if not isinstance(part.value, Path):
+            return part.value
+        try:
+            if part.kind == "image":
+                return load_image(part.value)
+            if part.kind == "audio":
+                rate = self.processor.feature_extractor.sampling_rate
+                return load_audio(part.value, sampling_rate=rate)
+            return load_video(part.value, fps=self.video_fps)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+
+    def _features(self, text: str, media: Mapping[str, list[Any]]) -> dict[str, Tensor]:
+        given: dict[str, Any] = {_ARGUMENTS[kind]: items for kind, items in media.items()}
+        if "audio" in media:
+            given["sampling_rate"] = self.processor.feature_extractor.sampling_rate
+        if "video" in media:
+            videos: list[Video] = media["video"]
+            given["videos"] = [video.frames_THWC for video in videos]
+            given["do_sample_frames"] = False
+            given["video_metadata"] = [
+                {
+                    "total_num_frames": len(video.frames_THWC),
+                    "fps": video.fps,
+                    "frames_indices": list(range(len(video.frames_THWC))),
+                }
+                for video in videos
+            ]
+        features = self.processor(
+            text=[text], return_tensors="pt", add_special_tokens=self._adds(text), **given
+        )
+        return {name: value for name, value in features.items() if name != "mm_token_type_ids"}
+
+    def _adds(self, text: str) -> bool:
+        """Whether the tokenizer has to add its own first token: not where the template does."""
+        bos = self.processor.tokenizer.bos_token
+        return bos is None or not text.startswith(bos)
+
+    def _said(
+        self, text: str, spans: Sequence[tuple[int, int]], tokens_L: Tensor, name: str
+    ) -> Tensor:
+        """Bool [L]: the tokens that lie within ``spans`` of the text before media were put in.
+
+        Media only multiply placeholders, so the other tokens are those of the text alone.
+        """
+        alone = self.processor.tokenizer(
+            text, return_offsets_mapping=True, add_special_tokens=self._adds(text)
+        )
+        is_text_L = torch.ones_like(tokens_L, dtype=torch.bool)
+        for token in _placeholder_tokens(self.processor, self._placeholders):
+            is_text_L &= tokens_L != token
+        held = set(tokens_L[~is_text_L].tolist())
+        pairs = [
+            (token, offsets)
+            for token, offsets in zip(alone["input_ids"], alone["offset_mapping"], strict=True)
+            if token not in held
+        ]
+        if [token for token, _ in pairs] != tokens_L[is_text_L].tolist():
+            raise InputError(
+                f"{name}: the {type(self.processor).__name__} changes the text around media, so "
+                "that what the assistant says cannot be told apart"
+            )
+        said = [
+            stop > start and any(first <= start and stop <= end for first, end in spans)
+            for _, (start, stop) in pairs
+        ]
+        is_label_L = torch.zeros_like(is_text_L)
+        is_label_L[is_text_L] = torch.tensor(said, dtype=torch.bool)
+        return is_label_L
+
+
+def _described(part: Part) -> dict[str, str]:
+    """A part as chat templates read it; the media are read elsewhere."""
+    return {"type": "text", "text": part.value} if part.kind == "text" else {"type": part.kind}
+
+
+def _placeholder_tokens(processor: Any, placeholders: Mapping[str, int]) -> set[int]:
+    """Ids of all tokens that stand for media in the processor's text."""
+    names = (f"{kind}_token_id" for kind in MEDIA_KINDS)
+    found = (getattr(processor, name, None) for name in names)
+    return {token for token in found if token is not None} | set(placeholders.values())
+
+
+class ChatDataset(Dataset[Sample]):
+    """Samples of conversations; sample i is a function of i, the seed and the files alone.
+
+    Args:
+        conversations: what is read.
+        chat: how.
+        seq_length: tokens that a sample may have.
+        count: samples; more than conversations are read over and over. None for one pass.
+        seed: of a new order in each pass; None for the order of the files.
+        skip_too_long: a conversation that is longer gives its place to the next one in order that
+            fits, with a warning; otherwise it is an error.
+    """
+
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        chat: Chat,
+        seq_length: int,
+        count: int | None = None,
+        seed: int | None = None,
+        skip_too_long: bool = False,
+    ) -> None:
+        self._conversations = conversations
+        self._chat = chat
+        self._seq_length = seq_length
+        self._count = len(conversations) if count is None else count
+        self._seed = seed
+        self._skips = skip_too_long
+        self._skipped: set[int] = set()
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read sample ``index``.
+
+        Raises:
+            InputError: as ``Chat.sample``; it is too long, or with ``skip_too_long`` all are.
+        """
+        total = len(self._conversations)
+        for at in range(index, index + total):
+            number = self._number(at)
+            if number in self._skipped:
+                continue
+            sample = self._chat.sample(self._conversations[number])
+            length = len(sample.token_ids)
+            if length <= self._seq_length:
+                return sample
+            if not self._skips:
+                raise InputError(
+                    f"{sample.name}: {length} tokens, {length - self._seq_length} more than "
+                    f"--seq-length {self._seq_length}; raise it, shorten the conversation, or "
+                    "leave such ones out with --skip-too-long (media are never cut)"
+                )
+            self._skip(number, sample.name, length)
+        raise InputError(
+            f"all {total} conversations are longer than --seq-length {self._seq_length}; raise it"
+        )
+
+    def _number(self, index: int) -> int:
+        """Which conversation stands at this place of the passes."""
+        turn, place = divmod(index, len(self._conversations))
+        if self._seed is None:
+            return place
+        if self._order is None or self._order[0] != turn:
+            generator = np.random.default_rng((self._seed, turn))
+            self._order = turn, generator.permutation(len(self._conversations))
+        return int(self._order[1][place])
+
+    def _skip(self, number: int, name: str, length: int) -> None:
+        self._skipped.add(number)
+        count = len(self._skipped)
+        if str(count).strip("0") == "1":  # 1, 10, 100 ...
+            _LOG.warning(
+                "%s has %d tokens, more than --seq-length %d, and is left out; %d of %d "
+                "conversations so far",
+                name,
+                length,
+                self._seq_length,
+                count,
+                len(self._conversations),
+            )

@@ -1,0 +1,72 @@
+"""The folder ``hf`` of a checkpoint: configuration, processor, tokenizer, generation settings."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.models import read_hf_config
+
+__all__ = ["ASSETS", "TRACKER", "asset_folders", "loaded_assets", "read_processor", "write_assets"]
+
+ASSETS = "hf"
+TRACKER = "latest_checkpointed_iteration.txt"  # what makes a folder a checkpoint's
+
+
+def read_processor(folder: Path) -> Any:
+    """The processor of a Hugging Face directory, or of a checkpoint's ``hf`` folder.
+
+    Raises:
+        ConfigError: transformers is not installed, or the folder has no processor that it reads.
+    """
+    read_hf_config(folder)  # a family that transformers does not have registers its classes
+    try:
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(folder)
+    except Exception as error:  # whatever is missing or damaged in it
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"{folder} has no processor that can be read: {reason}; copy the processor's and the "
+            "tokenizer's files of the model there, or name their folder with --hf"
+        ) from error
+
+
+def loaded_assets(load: str | None) -> Path | None:
+    """The ``hf`` folder of a checkpoint root that has one."""
+    if load is None or not (Path(load) / TRACKER).is_file():
+        return None
+    folder = Path(load) / ASSETS
+    return folder if (folder / "config.json").is_file() else None
+
+
+def asset_folders(args: Namespace) -> list[Path]:
+    """Where configuration and processor may be, the best first."""
+    loaded = loaded_assets(args.load)
+    return [folder for folder in (loaded, Path(args.hf) if args.hf else None) if folder]
+
+
+def write_assets(target: Path, config: Any, processor: Any, hf: str | None) -> None:
+    """Write what a checkpoint needs besides weights into a new folder.
+
+    Args:
+        target: the folder.
+        config: Hugging Face configuration.
+        processor: Hugging Face processor.
+        hf: folder of ``--hf``, whose generation settings are taken if it has some.
+    """
+    from transformers import GenerationConfig
+
+    target.mkdir(parents=True)
+    config.save_pretrained(target)
+    processor.save_pretrained(target)
+    given = Path(hf) / "generation_config.json" if hf else None
+    if given is not None and given.is_file():
+        shutil.copy(given, target)
+        return
+    generation = GenerationConfig.from_model_config(config)
+    generation.eos_token_id = processor.tokenizer.eos_token_id
+    generation.save_pretrained(target)

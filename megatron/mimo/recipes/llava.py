@@ -1,0 +1,110 @@
+"""Recipes ``llava_1_5_7b``, ``llava_1_5_13b`` and ``llava_tiny``.
+
+Sizes and training settings are those that LLaVA 1.5 was published with: first the projector
+alone, on captions; then projector and language model, on instructions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.mimo.models import load_family
+from megatron.mimo.recipes.pretrained import Task, pretrained
+from megatron.mimo.recipes.recipe import Recipe
+from megatron.mimo.recipes.tiny.settings import TINY_ARGUMENTS, TINY_STAGES
+
+ARGUMENTS: dict[str, object] = {
+    "seq_length": 2048,
+    "micro_batch_size": 1,
+    "train_iters": 5200,  # one pass over 665 thousand conversations
+    "lr_decay_style": "cosine",
+    "lr_warmup_fraction": 0.03,
+    "weight_decay": 0.0,
+    "adam_beta2": 0.999,
+    "clip_grad": 1.0,
+    "log_interval": 10,
+    "recompute_granularity": "selective",
+    "use_distributed_optimizer": True,
+    "num_workers": 4,
+}
+STAGES: dict[str, dict[str, object]] = {
+    "projector": {
+        "freeze": ["images.encoders", "language"],
+        "lr": 1e-3,
+        "global_batch_size": 256,
+        "train_iters": 2180,  # one pass over 558 thousand captions
+    },
+    "full": {"freeze": ["images.encoders"], "lr": 2e-5, "global_batch_size": 128},
+}
+
+
+def llava_1_5_7b() -> Recipe:
+    """CLIP ViT-L/14 at 336 pixels and Vicuna 7B."""
+    return _llava("llava_1_5_7b", "LLaVA 1.5, CLIP + Vicuna 7B", 4096, 11008, 32, 32)
+
+
+def llava_1_5_13b() -> Recipe:
+    """CLIP ViT-L/14 at 336 pixels and Vicuna 13B."""
+    return _llava("llava_1_5_13b", "LLaVA 1.5, CLIP + Vicuna 13B", 5120, 13824, 40, 40)
+
+
+def llava_tiny() -> Recipe:
+    """The same, small enough to learn digits in seconds."""
+    from megatron.mimo.recipes.tiny.processors import llava_processor
+    from megatron.mimo.recipes.tiny.tasks import Made, say_digits
+
+    return pretrained(
+        name="llava_tiny",
+        summary="LLaVA of 0.2 million parameters that reads scanned digits",
+        family="llava",
+        config=load_family("llava").tiny,
+        arguments=TINY_ARGUMENTS,
+        stages=TINY_STAGES,
+        default_stage="full",
+        processor=llava_processor,
+        task=Task(
+            train=lambda: Made(say_digits, 4096, held_out=False),
+            valid=lambda: Made(say_digits, 64, held_out=True),
+            answer_tokens=6,
+        ),
+    )
+
+
+def _llava(name: str, summary: str, hidden: int, ffn: int, layers: int, heads: int) -> Recipe:
+    def config() -> Any:
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+        return LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=336,
+                patch_size=14,
+                projection_dim=768,
+            ),
+            text_config=LlamaConfig(
+                hidden_size=hidden,
+                intermediate_size=ffn,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                vocab_size=32064,
+                max_position_embeddings=4096,
+                rms_norm_eps=1e-5,
+                pad_token_id=32001,
+            ),
+            image_token_index=32000,
+            image_seq_length=576,
+            architectures=["LlavaForConditionalGeneration"],
+        )
+
+    return pretrained(
+        name=name,
+        summary=summary,
+        family="llava",
+        config=config,
+        arguments=ARGUMENTS,
+        stages=STAGES,
+        default_stage="full",
+    )

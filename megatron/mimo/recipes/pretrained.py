@@ -1,0 +1,282 @@
+"""Recipes for models that come from Hugging Face: configuration, processor, conversations.
+
+The model is described by the first of these that there is: the configuration beside the
+checkpoint that is loaded (``<load>/hf/config.json``), that in the folder of ``--hf``, the recipe's
+own. The processor is looked for in the same places. Weights come from ``--load`` alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.models import family_of, load_family, read_hf_config
+from megatron.mimo.recipes.assets import (
+    ASSETS,
+    TRACKER,
+    asset_folders,
+    loaded_assets,
+    read_processor,
+    write_assets,
+)
+from megatron.mimo.recipes.recipe import Datasets, FinishedRun, Recipe, Stage
+
+if TYPE_CHECKING:
+    from megatron.core.models.mimo import MimoModelConfig
+    from megatron.mimo.data import SampleCollator
+    from megatron.mimo.data.chat import Chat
+    from megatron.mimo.data.conversations import Conversation
+
+__all__ = ["Task", "pretrained"]
+
+# What a flag must not change, for the saved configuration would be of another model.
+_SIZES = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("kv_channels", "vocab_size", "position_embedding_type", "rotary_base"),
+    "untie_embeddings_and_output_weights",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Conversations that a tiny model learns from, in place of files.
+
+    Attributes:
+        train, valid: conversations for a processor's configuration; equal for equal seeds.
+        answer_tokens: no answer has more, its end included.
+    """
+
+    train: Callable[[], Sequence[Conversation]]
+    valid: Callable[[], Sequence[Conversation]]
+    answer_tokens: int
+
+
+def pretrained(
+    *,
+    name: str,
+    summary: str,
+    family: str,
+    config: Callable[[], Any],
+    arguments: Mapping[str, object],
+    stages: Mapping[str, Mapping[str, object]],
+    default_stage: str,
+    processor: Callable[[Any], Any] | None = None,
+    task: Task | None = None,
+) -> Recipe:
+    """A recipe of a model family.
+
+    Args:
+        name: of the recipe.
+        summary: one line.
+        family: of ``megatron.mimo.models``.
+        config: the Hugging Face configuration, where no checkpoint brings one.
+        arguments: of training. Those of the model follow from the configuration.
+        stages: as in ``Recipe``.
+        default_stage: one of them.
+        processor: makes a processor for a configuration, where no folder has one; None requires
+            a folder.
+        task: what is trained on without ``--data-path``; None requires the flag. With it the run
+            ends by generating answers to the conversations of ``task.valid``.
+    """
+    run = _Run(name=name, family=family, config=config, processor=processor, task=task)
+    return Recipe(
+        name=name,
+        summary=summary,
+        arguments=arguments,
+        stages=stages,
+        default_stage=default_stage,
+        describe=run.describe,
+        add_arguments=_add_arguments,
+        build_model=run.build_model,
+        build_datasets=run.build_datasets,
+        build_collator=run.build_collator,
+        finish=None if task is None else run.finish,
+        save_assets=run.save_assets,
+    )
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group(title="conversations")
+    group.add_argument(
+        "--hf",
+        metavar="DIR",
+        help="Hugging Face directory with the model's processor and config.json (default: hf/ in "
+        "the folder of --load); no weights are read from it",
+    )
+    group.add_argument(
+        "--skip-too-long",
+        action="store_true",
+        help="leave out conversations that are longer than --seq-length (default: an error)",
+    )
+    group.add_argument(
+        "--video-fps", type=float, default=2.0, metavar="N", help="frames per second of videos"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """The parts of a recipe that need the model's description."""
+
+    name: str
+    family: str
+    config: Callable[[], Any]
+    processor: Callable[[Any], Any] | None
+    task: Task | None
+    _known: dict[str, Any] = field(default_factory=dict)  # read from disk once per run
+
+    def describe(self, given: Namespace) -> Mapping[str, object]:
+        """Megatron's arguments of the model; refuses a run without data or processor."""
+        if self.task is None and not (given.data_path or given.train_data_path):
+            raise ConfigError(
+                f"recipe {self.name!r} trains on conversations of yours: give --data-path "
+                "train.jsonl (docs/data.md says what stands in it)"
+            )
+        if self.processor is None and not asset_folders(given):
+            raise ConfigError(
+                f"recipe {self.name!r} needs the model's processor: give --load with an imported "
+                "checkpoint (python -m megatron.mimo.convert import), or --hf with a Hugging Face "
+                "directory, to begin from random weights"
+            )
+        return load_family(self.family).arguments(self._config(given))
+
+    def build_model(self, args: Namespace, stage: Stage) -> MimoModelConfig:
+        """As the family builds it."""
+        return load_family(self.family).build(self._config(args), args, stage)
+
+    def build_datasets(self, args: Namespace, counts: tuple[int, int, int]) -> Datasets:
+        """Training conversations in a new order in each pass; those of validation in theirs."""
+        from megatron.mimo.data.chat import ChatDataset
+
+        train, valid, _ = counts
+        chat = self._chat(args)
+        common: dict[str, Any] = {
+            "chat": chat,
+            "seq_length": args.seq_length,
+            "skip_too_long": args.skip_too_long,
+        }
+        paths = args.train_data_path or args.data_path
+        for_training = self._conversations(paths, "train") if train else None
+        for_validation = self._conversations(args.valid_data_path, "valid") if valid else None
+        return Datasets(
+            train=ChatDataset(for_training, count=train, seed=args.seed, **common)
+            if for_training
+            else None,
+            valid=ChatDataset(for_validation, **common) if for_validation else None,
+            test=None,
+        )
+
+    def build_collator(self, args: Namespace) -> SampleCollator:
+        """Pads to ``--seq-length``."""
+        from megatron.mimo.data import SampleCollator
+
+        config, family = self._config(args), load_family(self.family)
+        media = family.media(config)
+        vocab_size = int(str(family.arguments(config)["vocab_size"]))
+        pad_id = getattr(config.get_text_config(), "pad_token_id", None)
+        taken = set(media.special_token_ids.values())
+        if pad_id is None or pad_id in taken or not 0 <= pad_id < vocab_size:
+            pad_id = next(token for token in range(vocab_size) if token not in taken)
+        return SampleCollator(
+            seq_length=args.seq_length,
+            vocab_size=vocab_size,
+            pad_id=pad_id,
+            special_token_ids=media.special_token_ids,
+            media_formats=media.formats,
+            mrope=media.mrope,
+        )
+
+    def finish(self, run: FinishedRun) -> dict[str, Any]:
+        """Answer the task's held-out questions by generation."""
+        assert self.task is not None
+        chat, questions = self._chat(run.arguments), self.task.valid()
+        tokenizer = chat.processor.tokenizer
+        answers = run.generate(
+            [chat.sample(question) for question in questions],
+            self.task.answer_tokens,
+            tokenizer.eos_token_id,
+        )
+        said = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+        right = [
+            text.strip() == question.turns[-1].parts[0].value
+            for text, question in zip(said, questions, strict=True)
+        ]
+        return {
+            "answers_right": sum(right) / len(right),
+            "test_samples": len(right),
+            "train_seconds": round(run.train_seconds, 2),
+            "samples_per_second": round(run.samples_per_second, 1),
+        }
+
+    def save_assets(self, args: Namespace, save: Path) -> None:
+        """Put configuration, processor and generation settings into ``save``/hf."""
+        target, config = save / ASSETS, self._config(args)
+        self._refuse_other_sizes(args, config)
+        if target.is_dir() and (save / TRACKER).is_file():
+            return
+        fresh = save / f"{ASSETS}.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        loaded = loaded_assets(args.load)
+        if loaded is not None and loaded != target:
+            shutil.copytree(loaded, fresh)
+        else:
+            write_assets(fresh, config, self._chat(args).processor, args.hf)
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
+
+    def _refuse_other_sizes(self, args: Namespace, config: Any) -> None:
+        told = load_family(self.family).arguments(config)
+        for name in _SIZES:
+            if name in told and getattr(args, name) != told[name]:
+                raise ConfigError(
+                    f"{name} is {getattr(args, name)} and the model's configuration says "
+                    f"{told[name]}; the checkpoint could never be exported. Change the size in a "
+                    "config.json and give its folder with --hf, or keep nothing: --no-output"
+                )
+
+    def _config(self, args: Namespace) -> Any:
+        folders = asset_folders(args)
+        key = f"config {folders[:1]}"
+        if key not in self._known:
+            config = read_hf_config(folders[0]) if folders else self.config()
+            found = family_of(config).name
+            if found != self.family:
+                raise ConfigError(
+                    f"recipe {self.name!r} is of model family '{self.family}', and {folders[0]} "
+                    f"holds one of '{found}'; choose a recipe of that family"
+                )
+            self._known[key] = config
+        return self._known[key]
+
+    def _chat(self, args: Namespace) -> Chat:
+        from megatron.mimo.data.chat import Chat
+
+        folders, config = asset_folders(args), self._config(args)
+        key = f"processor {folders}"
+        if key not in self._known:
+            able = [folder for folder in folders if any(folder.glob("*processor_config.json"))]
+            if able or self.processor is None:
+                self._known[key] = read_processor((able or folders)[0])
+            else:
+                self._known[key] = self.processor(config)
+        return Chat(
+            family=load_family(self.family),
+            config=config,
+            processor=self._known[key],
+            video_fps=args.video_fps,
+        )
+
+    def _conversations(self, paths: Sequence[str] | None, split: str) -> Any:
+        from torch.utils.data import ConcatDataset
+
+        from megatron.mimo.data.conversations import ConversationFile
+
+        if paths:
+            return ConcatDataset([ConversationFile(path) for path in paths])
+        if self.task is None:
+            return None
+        return self.task.train() if split == "train" else self.task.valid()
