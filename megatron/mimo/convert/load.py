@@ -1,19 +1,24 @@
-"""Hugging Face weights in memory -> this rank's part of a built model."""
+"""Weights -> this rank's part of a built model: Hugging Face's in memory, or a checkpoint's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
-from megatron.core.models.mimo.errors import InputError
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.convert.keys import KeyTable, Row
 from megatron.mimo.convert.match import check_shapes, match_names
-from megatron.mimo.convert.slots import Slot, match_slots, model_slots
+from megatron.mimo.convert.slots import STATE_METADATA, Slot, match_slots, model_slots
+from megatron.mimo.training.checkpoints import problem
 
-__all__ = ["load_hugging_face", "make_parameter"]
+__all__ = ["load_hugging_face", "load_weights", "make_parameter"]
 
 
 @torch.no_grad()
@@ -65,3 +70,35 @@ def _padded(whole: Tensor, slot: Slot) -> Tensor:
     if missing <= 0:
         return whole
     return torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
+
+
+def load_weights(model: Any, checkpoint: Path) -> None:
+    """Fill a built ``MimoModel`` with the weights of a checkpoint, imported or trained.
+
+    Every rank of the model's groups takes part; the layout may differ from the one that saved.
+
+    Args:
+        model: without wrappers.
+        checkpoint: ``iter_...`` or ``release`` folder.
+
+    Raises:
+        ConfigError: the checkpoint is not complete.
+        InputError: it does not hold this model.
+    """
+    trouble = problem(checkpoint)
+    if trouble is not None:
+        raise ConfigError(f"checkpoint {checkpoint} cannot be used: {trouble}")
+    saved = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
+    data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    metadata = {**STATE_METADATA, **saved, "dp_cp_group": data_parallel}
+    try:
+        state = dist_checkpointing.load(
+            model.sharded_state_dict(metadata=metadata),
+            str(checkpoint),
+            strict="assume_ok_unexpected",
+        )
+    except (CheckpointingException, CheckpointException, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(f"{checkpoint} does not hold this model: {reason}") from error
+    names = model.state_dict().keys()
+    model.load_state_dict({name: value for name, value in state.items() if name in names})

@@ -15,11 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.convert.keys import KeyTable, Row
 
-__all__ = ["STATE_METADATA", "Slot", "match_slots", "model_slots"]
+__all__ = ["STATE_METADATA", "Slot", "match_slots", "model_objects", "model_slots"]
 
 # What Megatron's training layer asks of a model's sharded state; the names and shapes depend on it.
 STATE_METADATA: dict[str, object] = {
@@ -91,16 +95,25 @@ def model_slots(model: Any) -> list[Slot]:
     Args:
         model: without wrappers; its process groups exist.
     """
+    return [
+        Slot(name=_row_name(name, sharded), key=sharded.key, sharded=sharded)
+        for name, sharded in _state(model).items()
+        if isinstance(sharded, (ShardedTensor, ShardedTensorFactory))
+    ]
+
+
+def model_objects(model: Any) -> list[ShardedObject]:
+    """What this rank's layers of a ``MimoModel`` save that is not a tensor; arguments as above."""
+    return [value for value in _state(model).values() if isinstance(value, ShardedObject)]
+
+
+def _state(model: Any) -> dict[str, Any]:
     metadata = {
         **STATE_METADATA,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    state = model.sharded_state_dict(metadata=metadata)
-    return [
-        Slot(name=_row_name(name, sharded), key=sharded.key, sharded=sharded)
-        for name, sharded in state.items()
-        if isinstance(sharded, (ShardedTensor, ShardedTensorFactory))
-    ]
+    state: dict[str, Any] = model.sharded_state_dict(metadata=metadata)
+    return state
 
 
 def match_slots(slots: list[Slot], table: KeyTable) -> Iterator[tuple[Slot, Row]]:

@@ -15,9 +15,19 @@ from pathlib import Path
 
 from megatron.core.models.mimo.errors import ConfigError
 
-__all__ = ["TRACKER", "checkpoints", "choose", "problem", "prune", "write_text"]
+__all__ = [
+    "RELEASE",
+    "TRACKER",
+    "checkpoints",
+    "choose",
+    "newest",
+    "problem",
+    "prune",
+    "write_text",
+]
 
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # in place of an iteration: weights that were imported, without a run's state
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -89,7 +99,12 @@ def choose(args: Namespace, *, repair: bool) -> tuple[int | None, str | None]:
     if args.ckpt_step:
         _require(folder, args.ckpt_step, available)
         return args.ckpt_step, None
-    if tracked == "release":
+    if tracked == RELEASE:
+        trouble = problem(folder / RELEASE)
+        if trouble is not None:
+            raise ConfigError(
+                f"checkpoint {folder}/{RELEASE} is damaged: {trouble}; import the model again"
+            )
         return 0, None
     if tracked is None and not available:
         if args.explicit_load and args.pretrained_checkpoint is None:
@@ -122,6 +137,32 @@ def choose(args: Namespace, *, repair: bool) -> tuple[int | None, str | None]:
     if repair:
         write_text(folder / TRACKER, str(newest))
     return newest, f"{what}; using the newest complete one, iteration {newest}"
+
+
+def newest(folder: Path, iteration: int | None = None) -> Path:
+    """The directory of the newest complete checkpoint in ``folder``, or of the one asked for.
+
+    Args:
+        folder: what ``--save`` or ``convert import`` wrote.
+        iteration: another than the newest.
+
+    Raises:
+        ConfigError: there is none that can be used.
+    """
+    available = checkpoints(folder)
+    if iteration is not None:
+        _require(folder, iteration, available)
+        return available[iteration]
+    if _read_tracker(folder) == RELEASE:
+        return folder / RELEASE
+    complete = [path for path in available.values() if problem(path) is None]
+    if not complete:
+        damaged = f" but {len(available)} damaged ones" if available else ""
+        raise ConfigError(
+            f"{folder} holds no checkpoint{damaged}; expected a directory with {TRACKER}, as "
+            "--save and convert import write it"
+        )
+    return complete[-1]
 
 
 def prune(folder: Path, *, keep: int, retain_interval: int | None) -> None:

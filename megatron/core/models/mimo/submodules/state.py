@@ -8,6 +8,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
@@ -15,6 +16,10 @@ from megatron.core.transformer.utils import (
 )
 
 Offsets = tuple[tuple[int, int, int], ...]
+
+# In a checkpoint's content metadata: its weights come from elsewhere, so that layers of Transformer
+# Engine (and those that stand in for them) find no state of their own in it.
+WITHOUT_EXTRA_STATE = "mimo_without_extra_state"
 
 
 def sharded_state(
@@ -64,7 +69,16 @@ def descended_state(
         state.update(
             sharded_state(child, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group)
         )
+    if metadata.get(WITHOUT_EXTRA_STATE):
+        return {name: _kept_out(name, value) for name, value in state.items()}
     return state
+
+
+def _kept_out(name: str, value: Any) -> Any:
+    """A layer's extra state as one that no checkpoint has and that stays as it is."""
+    if name.endswith("._extra_state") and isinstance(value, ShardedObject):
+        return LocalNonpersistentObject(value.data)
+    return value
 
 
 def _own_state(

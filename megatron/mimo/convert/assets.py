@@ -1,0 +1,102 @@
+"""What a checkpoint keeps of a Hugging Face directory besides the weights of our model.
+
+The folder ``hf`` beside the weights holds the configuration, the processor's and tokenizer's files
+and the like as they were, and two files of this project: the weights that our model does without,
+and the files, names and order of all weights, so that an export gives the very files back.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.models.mimo.errors import InputError
+from megatron.mimo.convert.weights import (
+    INDEX_FILE,
+    Weights,
+    WeightsFile,
+    make_header,
+    weights_of,
+)
+
+__all__ = [
+    "CARRIED_FILE",
+    "NAMES_FILE",
+    "NameIndex",
+    "carry_weights",
+    "copy_assets",
+    "read_name_index",
+    "write_name_index",
+]
+
+NAMES_FILE = "mimo_weights.json"
+CARRIED_FILE = "mimo_carried.safetensors"
+# Weights, in this format or another: never copied.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
+_OWN = (NAMES_FILE, CARRIED_FILE, INDEX_FILE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NameIndex:
+    """The files that a model was imported from.
+
+    Attributes:
+        headers: file name -> its header.
+        index: content of the index file; None where there was one file only.
+    """
+
+    headers: dict[str, str]
+    index: str | None
+
+
+def copy_assets(source: Path, target: Path) -> None:
+    """Copy all files but weights, with folders; neither hidden ones nor those of this project."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            copy_assets(path, target / path.name)
+        elif path.name not in _OWN and not path.name.endswith(_WEIGHTS):
+            shutil.copyfile(path, target / path.name)
+
+
+def carry_weights(weights: Weights, names: tuple[str, ...], target: Path) -> None:
+    """Write weights that our model does without into the folder ``target``, one by one."""
+    if not names:
+        return
+    kinds = [(name, weights.by_name[name].dtype, weights.by_name[name].shape) for name in names]
+    file = WeightsFile(target / CARRIED_FILE, make_header(kinds))
+    for name in names:
+        file.write(name, weights.read(name))
+    file.close()
+
+
+def write_name_index(weights: Weights, target: Path) -> None:
+    """Keep the names and files of the weights in the folder ``target``."""
+    content = {"files": weights.headers, "index": weights.index}
+    (target / NAMES_FILE).write_text(json.dumps(content) + "\n")
+
+
+def read_name_index(assets: Path) -> NameIndex | None:
+    """What :func:`write_name_index` wrote; None where a model was not imported.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = assets / NAMES_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        headers = dict(content["files"])
+        for file, header in headers.items():
+            weights_of(header, file=file, start=0)
+        return NameIndex(headers=headers, index=content["index"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged: {error}; copy it from the imported checkpoint, or remove it to "
+            "export under new file names"
+        ) from error

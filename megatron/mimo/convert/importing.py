@@ -1,0 +1,210 @@
+"""Hugging Face directory -> checkpoint, streamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.mimo.convert.assets import carry_weights, copy_assets, write_name_index
+from megatron.mimo.convert.checkpoint import ASSETS, CheckpointFile, finish_checkpoint
+from megatron.mimo.convert.keys import KeyTable, Row
+from megatron.mimo.convert.load import make_parameter
+from megatron.mimo.convert.match import Match, check_shapes, match_names
+from megatron.mimo.convert.meter import Meter
+from megatron.mimo.convert.slots import Slot, match_slots, model_objects, model_slots
+from megatron.mimo.convert.staging import check_target, whole_directory
+from megatron.mimo.convert.weights import Weights
+from megatron.mimo.models import family_of, read_hf_config
+from megatron.mimo.training.checkpoints import RELEASE
+
+__all__ = ["Parameter", "import_model", "in_threads", "meta_model", "write_parameters"]
+
+_FILE_BYTES = 2 * 10**9  # a file of a checkpoint is closed when it has these
+_MARGIN = 64 * 2**20  # bytes of everything that is not a weight
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One parameter to be written.
+
+    Attributes:
+        slot: its place.
+        size: bytes.
+        order: where it is read from; neighbours are written one after the other.
+        make: the whole parameter.
+    """
+
+    slot: Slot
+    size: int
+    order: tuple[str, int]
+    make: Callable[[], Tensor]
+
+
+def import_model(
+    source: Path,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
+    shown: bool = True,
+) -> str:
+    """Write a checkpoint that a run of any layout can start from (``--load``).
+
+    In memory are, for each thread, the Hugging Face weights of one parameter and the parameter.
+
+    Args:
+        source: a Hugging Face model's directory, with weights in the safetensors format.
+        target: a new directory.
+        dtype: of floating-point weights in the checkpoint; those of the files by default.
+        threads: that read and write; as many as there are processors, at most 4, by default.
+        shown: draw a progress bar on a terminal.
+
+    Returns:
+        What was done, for a human.
+
+    Raises:
+        ConfigError, UnsupportedError, InputError: see docs/conversion.md; nothing is left behind.
+    """
+    check_target(target)
+    config = read_hf_config(source)
+    family = family_of(config)
+    weights = Weights(source)
+    table = family.keys(config)
+    match = match_names(weights.by_name.keys(), table, source=str(source))
+    with meta_model(family, config) as model:
+        slots = model_slots(model)
+        _check_shapes(slots, table, weights, match)
+        parameters = list(_parameters(slots, table, weights, match, dtype))
+        total = sum(parameter.size for parameter in parameters)
+        meter = Meter("import", total, shown=shown)
+        carried = weights.size(match.carried)
+        with whole_directory(target, size=total + carried + _MARGIN) as root:
+            write_parameters(root, parameters, model_objects(model), meter, threads=threads)
+            copy_assets(source, root / ASSETS)
+            carry_weights(weights, match.carried, root / ASSETS)
+            write_name_index(weights, root / ASSETS)
+    notes = [f"imported {family.name}: {len(parameters)} parameters, {meter.end()}"]
+    notes += _tied_copies_that_differ(weights, match)
+    if match.carried:
+        notes.append(
+            f"{len(match.carried)} weights ({carried / 1e6:.1f} MB) that the model does without "
+            "are kept for the export"
+        )
+    return "\n".join(notes)
+
+
+@contextmanager
+def meta_model(family: Any, config: Any) -> Iterator[Any]:
+    """The whole model on one process, without memory for its parameters."""
+    from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
+
+    with process_groups():
+        args = model_arguments(family, config, flags=["--transformer-impl=local"])
+        yield build_model(family, config, args, device=torch.device("meta"))
+
+
+def write_parameters(
+    root: Path,
+    parameters: Iterable[Parameter],
+    objects: Sequence[ShardedObject],
+    meter: Meter,
+    *,
+    threads: int | None = None,
+) -> None:
+    """Write a checkpoint with these parameters and objects into the folder ``root``."""
+    folder = root / RELEASE
+    folder.mkdir()
+    bins: list[list[Parameter]] = [[]]
+    room = _FILE_BYTES
+    for parameter in sorted(parameters, key=lambda one: one.order):
+        if bins[-1] and parameter.size > room:
+            bins.append([])
+            room = _FILE_BYTES
+        bins[-1].append(parameter)
+        room -= parameter.size
+
+    def write(number: int) -> CheckpointFile:
+        file = CheckpointFile(folder, number)
+        for parameter in bins[number]:
+            for piece in parameter.slot.pieces_of(parameter.make()):
+                file.write(piece)
+            meter.add(parameter.size)
+        file.close()
+        return file
+
+    finish_checkpoint(root, in_threads(write, range(len(bins)), threads=threads), objects)
+
+
+def in_threads[Item, Result](
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None
+) -> list[Result]:
+    """Results of a function, in no particular order; after an error no further item is begun."""
+    count = threads or min(4, os.cpu_count() or 1)
+    with ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in as_completed(futures)]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _check_shapes(slots: list[Slot], table: KeyTable, weights: Weights, match: Match) -> None:
+    expected: dict[str, tuple[int, ...]] = {}
+    for slot, row in match_slots(slots, table):
+        expected |= table.hf_shapes(row, slot.shape)
+    shapes = {name: weights.by_name[match.given[name]].shape for name in expected}
+    check_shapes(expected, shapes, source=str(weights.folder))
+
+
+def _parameters(
+    slots: list[Slot],
+    table: KeyTable,
+    weights: Weights,
+    match: Match,
+    dtype: torch.dtype | None,
+) -> Iterator[Parameter]:
+    for slot, row in match_slots(slots, table):
+        names = {name: match.given[name] for name in row.hf}
+        first = weights.by_name[names[row.hf[0]]]
+        size = weights.size(names.values())
+        if dtype is not None and first.dtype in _FLOATS:
+            size = size // first.dtype.itemsize * dtype.itemsize
+        yield Parameter(
+            slot=slot,
+            size=size,
+            order=(first.file, first.start),
+            make=_maker(row, names, weights, dtype),
+        )
+
+
+def _maker(
+    row: Row, names: Mapping[str, str], weights: Weights, dtype: torch.dtype | None
+) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        whole = make_parameter(row, {name: weights.read(file) for name, file in names.items()})
+        return whole.to(dtype) if dtype is not None and whole.dtype in _FLOATS else whole
+
+    return make
+
+
+def _tied_copies_that_differ(weights: Weights, match: Match) -> list[str]:
+    """Words on weights that the configuration ties and the files do not."""
+    notes = []
+    for name, origin in match.copies.items():
+        if not torch.equal(weights.read(name), weights.read(match.given[origin])):
+            notes.append(
+                f"warning: {name} differs from {match.given[origin]}, though config.json ties "
+                "them; as in transformers, the latter is used for both"
+            )
+    return notes
