@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.recipes import DEFAULT_RECIPE, recipe_summaries
 from megatron.mimo.recipes.recipe import Recipe
+from megatron.mimo.training.parts import add_part_arguments, check_parts
 
 __all__ = ["EarlyArguments", "list_recipes", "parse_arguments", "parse_early"]
 
@@ -57,13 +58,7 @@ def add_mimo_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--config", metavar="FILE.yaml", help="flags by name; weaker than the command line"
     )
-    group.add_argument(
-        "--freeze",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="modules that are not trained, such as language, images, images.projections",
-    )
+    add_part_arguments(group)
     group.add_argument(
         "--pack",
         action="store_true",
@@ -193,6 +188,7 @@ def parse_arguments(
         args = parse_args(extend)
     _derive(args, backend)
     check_layout(args)
+    check_parts(args)
     try:
         validate_args(args)
     except (AssertionError, ValueError, RuntimeError) as error:
@@ -235,6 +231,8 @@ def config_values(parser: argparse.ArgumentParser, config: Mapping[str, Any]) ->
         elif value is None:
             values[action.dest] = None
         else:
+            if isinstance(value, Mapping):  # module-lr: {images.encoders: 2e-6}
+                value = [f"{name}={item}" for name, item in value.items()]
             words = [str(item) for item in value] if isinstance(value, list) else [str(value)]
             joined = [f"{flag}={words[0]}"] if action.nargs is None and len(words) == 1 else None
             parsed, _ = parser.parse_known_args(joined or [flag, *words])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.recipes.recipe import Recipe, Stage
+from megatron.mimo.training.parts import apply_parts, trained_text
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
@@ -16,11 +18,19 @@ __all__ = ["ModelBuilder"]
 
 
 class ModelBuilder:
-    """The ``model_provider`` of a run; ``chunks`` holds what it has built, unwrapped."""
+    """The ``model_provider`` of a run.
 
-    def __init__(self, recipe: Recipe, args: Namespace) -> None:
+    Attributes:
+        chunks: what it has built, unwrapped.
+    """
+
+    def __init__(
+        self, recipe: Recipe, args: Namespace, say: Callable[[str], None] = lambda _: None
+    ) -> None:
         self._recipe = recipe
         self._args = args
+        self._say = say
+        self._adapters: list[str] = []
         self.chunks: list[MimoModel] = []
 
     def __call__(
@@ -31,11 +41,13 @@ class ModelBuilder:
         config: Any = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> MimoModel:
-        """Build one chunk.
+        """Build one chunk; with the last, say how much is trained.
+
+        Collective: every rank builds as many chunks.
 
         Raises:
-            ConfigError: the recipe's model breaks the gradient contract, or ``--freeze`` names a
-                module that it does not have.
+            ConfigError: the recipe's model breaks the gradient contract, or a flag names a part
+                that it does not have.
         """
         from megatron.core.models.mimo import MimoModel
 
@@ -59,7 +71,8 @@ class ModelBuilder:
                 "take it from the arguments (core_transformer_config_from_args does)"
             )
         model.pg_collection = pg_collection
-        if self._args.freeze:
-            model.freeze(*self._args.freeze)
+        self._adapters += apply_parts(model, self._args)
         self.chunks.append(model)
+        if len(self.chunks) == (self._args.virtual_pipeline_model_parallel_size or 1):
+            self._say(trained_text(self.chunks, self._args, self._adapters))
         return model

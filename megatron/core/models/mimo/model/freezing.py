@@ -62,14 +62,14 @@ def paths_of(model: Any, own: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, 
 
 def parameter_paths(model: Any) -> dict[nn.Parameter, tuple[str, ...]]:
     """Each parameter's path; both of its paths where the output layer is the embedding."""
-    paths = {
+    paths: dict[nn.Parameter, tuple[str, ...]] = {
         parameter: (path,) for path, parameter in paths_of(model, list(model.named_parameters()))
     }
     language = model.language_model
     if getattr(language, "share_embeddings_and_output_weights", False):
         embedding = f"{MIMO_LANGUAGE_MODULE_KEY}.embedding.word_embeddings.weight"
         both = (embedding, f"{MIMO_LANGUAGE_MODULE_KEY}.output_layer.weight")
-        for parameter, (path,) in paths.items():
+        for parameter, (path, *_) in paths.items():
             if path in both:
                 paths[parameter] = both
     return paths
