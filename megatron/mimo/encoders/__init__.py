@@ -1,5 +1,10 @@
 """Encoders: from the tensors of one modality to embedding rows."""
 
+from megatron.mimo.encoders.any_resolution import (
+    NEWLINE,
+    AnyResolutionSubmodules,
+    NewlineProjection,
+)
 from megatron.mimo.encoders.clip import ClipEncoder, layer_numbers
 from megatron.mimo.encoders.plain import activation_function, plain_encoder_config
 from megatron.mimo.encoders.projectors import Projector
@@ -8,7 +13,10 @@ from megatron.mimo.encoders.vit import VisionTransformer, encoder_config
 from megatron.mimo.encoders.whisper import WhisperEncoder
 
 __all__ = [
+    "NEWLINE",
+    "AnyResolutionSubmodules",
     "ClipEncoder",
+    "NewlineProjection",
     "PatchMerger",
     "Projector",
     "VisionTransformer",
