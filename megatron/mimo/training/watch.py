@@ -155,10 +155,15 @@ class LoopWatch:
             except (MimoError, SystemExit):
                 raise
             except BaseException as error:
+                experts = (
+                    "; or it was trained with another expert-parallel size, between which "
+                    "megatron-core moves weights and no optimizer state: add --no-load-optim"
+                )
                 raise ConfigError(
                     f"the checkpoint in {self._args.load} cannot be loaded: "
                     f"{type(error).__name__}: {error}; it is damaged or of another model: choose "
                     "another one with --ckpt-step, or another --output"
+                    + (experts if self._args.num_experts else "")
                 ) from error
             self.iteration = iteration
             self._consumed = self._args.consumed_train_samples
