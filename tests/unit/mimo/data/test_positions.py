@@ -28,12 +28,33 @@ def test_items_that_follow_each_other_and_time_steps() -> None:
     assert text.tolist() == [[0, 1, 2]] * 3
 
 
+def test_each_item_has_its_time_step_rounded_down() -> None:
+    is_media_L = torch.tensor([True] * 5 + [False] + [True] * 2 + [False])
+    frames, lines, _ = grid_positions(
+        is_media_L, [(3, 1, 1), (2, 1, 1), (1, 2, 1)], time_step=[1.5, 0.4, 9.0]
+    ).tolist()
+    assert frames == [0, 1, 3, 4, 4, 5, 6, 6, 8]
+    assert lines == [0, 0, 0, 4, 4, 5, 6, 7, 8]
+
+
+def test_text_goes_on_behind_lines_and_columns_where_frames_do_not_count() -> None:
+    is_media_L = torch.tensor([False] + [True] * 6 + [False] * 2)
+    positions = grid_positions(is_media_L, [(3, 2, 1)], time_step=4, count_frames=False).tolist()
+    assert positions == [
+        [0, 1, 1, 5, 5, 9, 9, 3, 4],
+        [0, 1, 2, 1, 2, 1, 2, 3, 4],
+        [0, 1, 1, 1, 1, 1, 1, 3, 4],
+    ]
+
+
 def test_grids_that_do_not_fit_are_refused() -> None:
     is_media_L = torch.tensor([True, False, True])
     with pytest.raises(InputError, match="2 placeholders for grids"):
         grid_positions(is_media_L, [(1, 1, 3)])
     with pytest.raises(InputError, match="begins at token 0 and is interrupted"):
         grid_positions(is_media_L, [(1, 1, 2)])
+    with pytest.raises(InputError, match="3 time steps for 2 grids"):
+        grid_positions(is_media_L, [(1, 1, 1), (1, 1, 1)], time_step=[1, 2, 3])
 
 
 def test_a_batch_counts_on_behind_a_sample() -> None:
