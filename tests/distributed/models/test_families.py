@@ -13,12 +13,13 @@ from tests.distributed.models.expected import Expected, compute_expected
 from tests.distributed.models.ranks import Layout, compare, train
 from tests.rank_pool import RankPool
 
-FAMILIES = ["llava", "qwen2_5_vl"]
+FAMILIES = ["llava", "llava_avlm", "llava_next", "qwen2_audio", "qwen2_5_vl"]
 LAYOUTS = {
     "one": Layout(),
     "tp2": Layout(tp=2),
     "tp2-sp": Layout(tp=2, flags=("--sequence-parallel",)),
     "pp2": Layout(pp=2),
+    "cp2": Layout(cp=2),
 }
 LOGITS, GRADIENTS, LOSSES = 1e-4, 1e-3, 1e-3
 
