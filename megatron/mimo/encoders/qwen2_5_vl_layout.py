@@ -173,10 +173,10 @@ def _item(grid: Grid, geometry: PatchGeometry) -> _Item:
             torch.arange(frames), torch.arange(lines), torch.arange(columns), indexing="ij"
         )
     )
-    down, across = (-(-size // geometry.window) for size in (lines, columns))
-    window_R = (frame_R * down + line_R // geometry.window) * across + column_R // geometry.window
-    squares_R = window_R.argsort(stable=True)
-    sizes = torch.bincount(window_R) * geometry.merge**2
+    down, across = (_cut(size, geometry.window) for size in (lines, columns))
+    row_R = frame_R * len(down) + line_R // geometry.window  # of windows, over all frames
+    squares_R = (row_R * len(across) + column_R // geometry.window).argsort(stable=True)
+    windows = [high * wide * geometry.merge**2 for high in down for wide in across]
 
     within = torch.arange(geometry.merge)
     rates = torch.arange(0, geometry.head_size // 2, 2).float() / (geometry.head_size // 2)
@@ -191,8 +191,13 @@ def _item(grid: Grid, geometry: PatchGeometry) -> _Item:
     return _Item(
         squares_R=squares_R,
         angles_TD=torch.cat(angles, dim=1),
-        windows=tuple(sizes.tolist()),
+        windows=tuple(windows * frames),
     )
+
+
+def _cut(length: int, piece: int) -> list[int]:
+    """Pieces of a length; the last may be shorter."""
+    return [min(piece, length - start) for start in range(0, length, piece)]
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:

@@ -212,3 +212,20 @@ def test_impossible_geometries_are_refused(sizes: dict[str, int], message: str) 
 
     with pytest.raises(ConfigError, match=message):
         PatchGeometry(**sizes)
+
+
+def waits() -> dict[str, int]:
+    """What the host waits for in a forward and backward pass over items of new sizes."""
+    from megatron.mimo.backend.host_sync import HostSyncCounter
+
+    images, _ = build(1)
+    grids = [(1, 4, 6), (2, 2, 12)]
+    pixels = random_pixels(grids)
+    with HostSyncCounter() as counter:
+        rows_RO = images({"qwen2_5_vl": {"pixel_values": pixels, "grid": grids}})
+        rows_RO.square().sum().backward()
+    return dict(counter.counts)
+
+
+def test_never_waits_for_the_device(ranks: RankPool) -> None:
+    assert ranks(1)(waits) == [{}]
