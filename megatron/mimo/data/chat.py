@@ -90,6 +90,25 @@ class Chat:
                 the conversation.
         """
         text, spans = self._written(conversation)
+        return self._translated(conversation, text, spans)
+
+    def prompt(self, conversation: Conversation) -> Sample:
+        """A conversation whose next turn is the assistant's, up to where it begins to speak.
+
+        Raises:
+            InputError: as ``sample``.
+        """
+        messages = [
+            {"role": turn.role, "content": [_described(part) for part in turn.parts]}
+            for turn in conversation.turns
+        ]
+        text = self._rendered(messages, conversation.name, asks=True)
+        return self._translated(conversation, text, spans=())
+
+    def _translated(
+        self, conversation: Conversation, text: str, spans: Sequence[tuple[int, int]]
+    ) -> Sample:
+        """The sample of a conversation that is written as ``text``; ``spans`` are learned."""
         media: dict[str, list[Any]] = {}
         for turn in conversation.turns:
             for part in turn.parts:
