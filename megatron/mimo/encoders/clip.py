@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -158,9 +158,8 @@ class ClipEncoder(MegatronModule):
         if not torch.is_tensor(pixel_values):
             for images_NCHW in pixel_values:
                 check_pixels(images_NCHW, self.image_shape)
-            if not pixel_values:
-                raise InputError("pixel_values is an empty list; leave the modality out")
-            pixel_values = torch.cat(list(pixel_values))
+            none_0CHW = self.position_embedding.new_zeros(0, *self.image_shape)
+            pixel_values = torch.cat([*pixel_values] or [none_0CHW])
         check_pixels(pixel_values, self.image_shape)
         count = len(pixel_values)
         if count == 0:

@@ -23,6 +23,7 @@ from tests.distributed.models.expected import (
     STEPS,
     WEIGHT_DECAY,
     Expected,
+    Tensors,
 )
 from tests.rank_pool import model_parallel
 
@@ -35,12 +36,13 @@ class Layout:
 
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     dp: int = 1
     flags: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +62,15 @@ class Deviation:
 
 def compare(name: str, layout: Layout, expected: Expected) -> Deviation:
     """Logits and gradients of one global batch; runs on every rank."""
+    from megatron.mimo.models import load_family
+
     model, wrapped = _build(name, layout, expected)
     batches = _batches(name, layout, expected)
     loss, differences = _step(layout, expected, wrapped, batches)
-    for parameter in model.parameters():  # where weights are compared, gradients are now
-        if parameter.requires_grad:
-            parameter.data.copy_(parameter.main_grad)
+    table = load_family(name).keys(expected.config)
     return Deviation(
         logits=max(differences) if differences else None,
-        gradients=_errors(name, model, expected),
+        gradients=gradient_errors(model, table, expected.gradients),
         loss=loss,
     )
 
@@ -113,10 +115,14 @@ def _build(name: str, layout: Layout, expected: Expected) -> tuple[Any, Any]:
     from megatron.mimo.models import load_family
     from megatron.mimo.models.standalone import build_model, model_arguments
 
-    model_parallel(tp=layout.tp, pp=layout.pp)
+    model_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp)
     family = load_family(name)
     args = model_arguments(
-        family, expected.config, tp_size=layout.tp, pp_size=layout.pp, flags=layout.flags
+        family,
+        expected.config,
+        tp_size=layout.tp,
+        pp_size=layout.pp,
+        flags=[f"--context-parallel-size={layout.cp}", *layout.flags],
     )
     model = build_model(family, expected.config, args, device=torch.device("cpu"))
     load_hugging_face(model, expected.weights, family.keys(expected.config))
@@ -150,13 +156,16 @@ def _batches(name: str, layout: Layout, expected: Expected) -> list[dict[str, An
         list(range(first, first + MICRO_BATCH)) for first in range(0, len(samples), MICRO_BATCH)
     ]
     mine = groups[parallel_state.get_data_parallel_rank() :: layout.dp]
-    return [
-        {
-            **collator([samples[index] for index in group]),
-            "expected": [expected.logits[index] for index in group],
-        }
-        for group in mine
-    ]
+    batches = []
+    for group in mine:
+        batch = collator([samples[index] for index in group])
+        shape_BVS = (len(group), expected.logits[0].size(1), collator.seq_length)
+        batch["expected"] = torch.full(shape_BVS, float("nan"))  # nothing is said of padding
+        for place, index in enumerate(group):
+            logits_LV = expected.logits[index]
+            batch["expected"][place, :, : len(logits_LV)] = logits_LV.T
+        batches.append(batch)
+    return batches
 
 
 def _step(
@@ -180,7 +189,8 @@ def _step(
     total = torch.zeros(2)
     if parallel_state.is_pipeline_last_stage():
         total = torch.stack([report["sum and count"] for report in reports]).sum(dim=0)
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    with_cp = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    dist.all_reduce(total, group=with_cp)
     dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     return (total[0] / total[1]).item(), differences
 
@@ -194,19 +204,22 @@ def _forward(
 ) -> tuple[Tensor, Any]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+    from megatron.core.utils import unwrap_model
 
     batch = dict(next(batches))
-    labels_BS, mask_BS = batch.pop("labels"), batch["loss_mask"]
-    expected = batch.pop("expected")
-    output, _ = model(**batch)
+    labels_BS, expected_BVS = batch.pop("labels"), batch.pop("expected")
+    output, mask_BS = model(**batch)
+    adapter = unwrap_model(model).partition_adapter
+    if adapter is not None:  # this rank's part of every sequence
+        labels_BS, expected_BVS = (adapter.cut(one, None) for one in (labels_BS, expected_BVS))
+    expected_BSV = expected_BVS.transpose(1, 2)
 
     def sum_losses(logits_BSV: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         tp_group = parallel_state.get_tensor_model_parallel_group()
         logits_BSV = gather_from_tensor_model_parallel_region(logits_BSV, group=tp_group)
         logits_BSV = logits_BSV[..., :vocab_size]  # transformers does not pad the vocabulary
-        for logits_SV, expected_LV in zip(logits_BSV, expected, strict=True):
-            difference_LV = logits_SV[: len(expected_LV)].detach() - expected_LV
-            differences.append(difference_LV.abs().max().item())
+        difference_BSV = (logits_BSV.detach() - expected_BSV).where(expected_BSV.isfinite(), 0)
+        differences.append(difference_BSV.abs().max().item())
         losses_N = F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), reduction="none")
         total, count = (losses_N * mask_BS.flatten()).sum(), mask_BS.sum()
         report = {"sum and count": torch.stack([total.detach(), count])}
@@ -215,32 +228,44 @@ def _forward(
     return output, sum_losses
 
 
-def _errors(name: str, model: Any, expected: Expected) -> dict[str, float]:
-    """How far this rank's parameters, which hold gradients, are from transformers' gradients."""
-    from megatron.mimo.convert.load import make_parameter
-    from megatron.mimo.convert.match import match_names
-    from megatron.mimo.convert.slots import match_slots, model_slots
-    from megatron.mimo.models import load_family
+def gradient_errors(model: Any, table: Any, gradients: Tensors) -> dict[str, float]:
+    """How far the gradients in ``main_grad``, or ``grad``, are from transformers'.
 
-    table = load_family(name).keys(expected.config)
-    given = match_names(expected.weights.keys(), table, source="the reference").given
-    trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}
+    Parameters hold their gradients afterwards.
+
+    Args:
+        model: this rank's part.
+        table: a ``KeyTable`` of it.
+        gradients: by Hugging Face's name, of every parameter that the loss depends on.
+
+    Returns:
+        Norm of the difference relative to the whole gradient's, by our name.
+    """
+    from megatron.mimo.convert.load import make_parameter
+    from megatron.mimo.convert.slots import match_slots, model_slots
+
+    trained = set()
+    for parameter in model.parameters():  # the sharded state describes gradients as it does data
+        if parameter.requires_grad:
+            trained.add(parameter.data_ptr())
+            parameter.data.copy_(getattr(parameter, "main_grad", parameter.grad))
+    wanted = {table.canonical(name): gradient for name, gradient in gradients.items()}
+    wanted |= {copy: wanted[name] for name, copy in table.tied if name in wanted}
     errors = {}
     for slot, row in match_slots(model_slots(model), table):
         if slot.sharded.data.data_ptr() not in trained:
-            assert not any(given[key] in expected.gradients for key in row.hf), slot.name
+            assert not wanted.keys() & set(row.hf), slot.name
             continue
-        whole = make_parameter(row, {key: expected.gradients[given[key]] for key in row.hf})
+        whole = make_parameter(row, {name: wanted[name] for name in row.hf})
         if len(whole) < slot.shape[0]:  # padding of the vocabulary is not trained
-            whole = torch.cat(
-                [whole, whole.new_zeros(slot.shape[0] - len(whole), *whole.shape[1:])]
-            )
+            missing = slot.shape[0] - len(whole)
+            whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
         assert whole.norm() > 0, f"nothing depends on {slot.name}"
         squares = 0.0
         for piece in slot.pieces():
-            wanted = whole[piece.global_slice()[piece.prepend_axis_num :]]
+            expected = whole[piece.global_slice()[piece.prepend_axis_num :]]
             assert piece.data is not None
-            assert piece.data.shape == wanted.shape, slot.name
-            squares += (piece.data - wanted).square().sum().item()
+            assert piece.data.shape == expected.shape, slot.name
+            squares += (piece.data - expected).square().sum().item()
         errors[slot.name] = squares**0.5 / whole.norm().item()
     return errors
