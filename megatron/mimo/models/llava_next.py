@@ -31,7 +31,7 @@ from megatron.mimo.models.llava import (
 from megatron.mimo.models.vision_tower import image_shape, rows_per_image, tower_name
 from megatron.mimo.recipes.recipe import Stage
 
-__all__ = ["FAMILY", "best_resolution", "row_sources"]
+__all__ = ["FAMILY", "best_resolution", "row_sources", "tiles_of"]
 
 Size = tuple[int, int]  # height, width
 
