@@ -3,7 +3,7 @@
 from megatron.mimo.lora.adapter import adapted, base_checkpoint
 from megatron.mimo.lora.attach import add_adapters, merge_adapters, require_adapters
 from megatron.mimo.lora.merge import adapter_names, is_adapter, merge_adapter, weight_name
-from megatron.mimo.lora.peft import export_adapters, peft_tensors
+from megatron.mimo.lora.peft import export_adapters, module_names, peft_tensors
 from megatron.mimo.lora.settings import TARGETS, LoraSettings, saved_settings, settings_from
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "is_adapter",
     "merge_adapter",
     "merge_adapters",
+    "module_names",
     "peft_tensors",
     "require_adapters",
     "saved_settings",

@@ -193,11 +193,7 @@ class Adapter(nn.Module):
     def sharded_state(
         self, prefix: str, sharded_offsets: Any, metadata: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """Sharded tensors; nothing while ``is_in_checkpoint`` is off.
-
-        Megatron stacks the layers of a block into one tensor. Here each layer's number goes into
-        its key, since not every layer need have an adapter.
-        """
+        """Sharded tensors, as the layer's own weight has them; nothing without is_in_checkpoint."""
         if not self.is_in_checkpoint:
             return {}
         axis = {"up": 0} if self._split == "column" else {"down": 1}
@@ -207,17 +203,14 @@ class Adapter(nn.Module):
             {"down": self.down, "up": self.up},
             prefix,
             axis,
-            (),
+            sharded_offsets,
             tp_group=self._group,
             dp_cp_group=group,
         )
-        layer = "".join(f"{offset}." for _, offset, _ in sharded_offsets)
-        for half in ("down", "up"):
-            state[prefix + half].key = f"{prefix}{layer}{half}"
         if self._is_gated:
             state[prefix + "up"] = apply_swiglu_sharded_factory(
                 state[prefix + "up"],
-                (),
+                sharded_offsets,
                 metadata.get("singleton_local_shards", False),
                 tp_group=self._group,
                 dp_group=group,

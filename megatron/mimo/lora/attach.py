@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
@@ -27,9 +28,15 @@ def add_adapters(model: Any, settings: LoraSettings, *, seed: int = 1) -> list[s
         The paths of this rank's layers that have an adapter now; see ``require_adapters``.
 
     Raises:
-        ConfigError: no stage can have such a part.
+        ConfigError: no stage can have such a part, or it is a single layer.
         UnsupportedError: a layer that is asked for and takes no adapter.
     """
+    for name in settings.modules:
+        if re.search(r"\.layers(\.|$)", name):
+            raise ConfigError(
+                f"--lora {name}: adapters go beside all layers of a stack, which checkpoints keep "
+                f"as one; name {name.partition('.layers')[0]!r}, and choose by --lora-targets"
+            )
     model.freeze(*settings.modules)
     found = []
     for path, module in paths_of(model, list(model.named_modules())):

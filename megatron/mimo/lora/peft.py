@@ -6,9 +6,13 @@ Legend: O output features, I input features, R rank.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import InputError
@@ -16,7 +20,10 @@ from megatron.mimo.convert.keys import KeyTable
 from megatron.mimo.lora.merge import adapter_names, is_adapter, weight_name
 from megatron.mimo.lora.settings import LoraSettings
 
-__all__ = ["export_adapters", "peft_tensors"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["export_adapters", "module_names", "peft_tensors"]
 
 _PREFIX = "base_model.model."
 
@@ -27,6 +34,7 @@ def export_adapters(
     settings: LoraSettings,
     folder: Path,
     *,
+    names: Mapping[str, str],
     base_model: str | None = None,
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -37,6 +45,7 @@ def export_adapters(
             adapters are left alone.
         settings: what the adapters were made with.
         folder: exists; files of these names are replaced.
+        names: as ``module_names`` gives them.
         base_model: what PEFT calls the model that the adapters belong to: a directory or name.
 
     Raises:
@@ -44,7 +53,7 @@ def export_adapters(
     """
     from safetensors.torch import save_file
 
-    found = peft_tensors(table, tensors)
+    found = peft_tensors(table, tensors, names)
     if not found:
         raise InputError("there are no adapters to export; train with --lora, or export the model")
     save_file(
@@ -70,7 +79,44 @@ def export_adapters(
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def peft_tensors(table: KeyTable, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def module_names(reference: PreTrainedModel) -> dict[str, str]:
+    """What the parameters are called in the model that transformers builds: PEFT asks for these.
+
+    They are not always the names that transformers writes into files. Which becomes which is seen
+    by writing a file, with numbers in the place of the parameters.
+
+    Args:
+        reference: Hugging Face's model; on device "meta" it takes no memory.
+
+    Returns:
+        Name in files -> name in the module tree.
+    """
+    from safetensors.torch import load_file
+
+    names = list(reference.state_dict())
+    numbers = {name: torch.tensor([float(number)]) for number, name in enumerate(names)}
+    with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
+        reference.save_pretrained(folder, state_dict=numbers)
+        written = load_file(Path(folder) / "model.safetensors")
+    return {name: names[int(number.item())] for name, number in written.items()}
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
+
+
+def peft_tensors(
+    table: KeyTable, tensors: Mapping[str, Tensor], names: Mapping[str, str]
+) -> dict[str, Tensor]:
     """PEFT's tensors: ``lora_A`` [R, I] and ``lora_B`` [O, R] of every Hugging Face weight.
 
     A weight of ours that is several of Hugging Face's (queries, keys and values; gate and up) has
@@ -88,7 +134,7 @@ def peft_tensors(table: KeyTable, tensors: Mapping[str, Tensor]) -> dict[str, Te
             )
         row, (down, up) = rows[weight], adapter_names(weight)
         for hf, part_OR in zip(row.hf, row.transform.to_hf(tensors[up]), strict=True):
-            module = _PREFIX + hf.removesuffix(".weight")
+            module = _PREFIX + names[hf].removesuffix(".weight")
             result[f"{module}.lora_A.weight"] = tensors[down]
             result[f"{module}.lora_B.weight"] = part_OR
     return result

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.training.checkpoints import saved_arguments
 
 __all__ = ["TARGETS", "LoraSettings", "saved_settings", "settings_from"]
 
@@ -74,7 +75,5 @@ def saved_settings(checkpoint: Path) -> LoraSettings | None:
     Args:
         checkpoint: one iteration's directory (``iter_0000100``).
     """
-    from megatron.core.dist_checkpointing import load_common_state_dict
-
-    args = load_common_state_dict(str(checkpoint)).get("args")
+    args = saved_arguments(checkpoint)
     return None if args is None else settings_from(args)

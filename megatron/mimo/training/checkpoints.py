@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ __all__ = [
     "newest",
     "problem",
     "prune",
+    "saved_arguments",
     "write_text",
 ]
 
@@ -163,6 +165,22 @@ def newest(folder: Path, iteration: int | None = None) -> Path:
             "--save and convert import write it"
         )
     return complete[-1]
+
+
+def saved_arguments(checkpoint: Path) -> Namespace | None:
+    """The arguments of the run that wrote a checkpoint; None for one that no run wrote.
+
+    Args:
+        checkpoint: one iteration's directory.
+    """
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    if not (checkpoint / "metadata.json").is_file():
+        return None  # not a distributed checkpoint
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group: none is needed
+        args: Namespace | None = load_common_state_dict(str(checkpoint)).get("args")
+    return args
 
 
 def prune(folder: Path, *, keep: int, retain_interval: int | None) -> None:

@@ -23,10 +23,11 @@ from megatron.mimo.training.arguments import (
     parse_arguments,
     parse_early,
 )
-from megatron.mimo.training.checkpoints import choose, write_text
+from megatron.mimo.training.checkpoints import write_text
 from megatron.mimo.training.progress import Console, format_count, format_duration
 from megatron.mimo.training.quiet import quiet_imports, stdout, warnings_shown
 from megatron.mimo.training.signals import leave_on_signal, save_on_signal
+from megatron.mimo.training.start import choose_start, loading_weights
 
 __all__ = ["main"]
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(list_recipes())
                 return 0
             recipe, args = _arguments(early, argv, rank)
-        start, warning = choose(args, repair=rank == 0)
+        start, warning = choose_start(args, repair=rank == 0)
     except MimoError as error:
         return failure.refuse(error, rank)
     console = Console(active=rank == 0)
@@ -120,7 +121,11 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
         if args.load is None:
             curve.begin(0)
         try:
-            with watch.installed(), module_rates(args, builder.chunks):
+            with (
+                loading_weights(args, builder.chunks),
+                watch.installed(),
+                module_rates(args, builder.chunks),
+            ):
                 pretrain(
                     pretrain_cfg_container_from_args(args),
                     dataset_provider(recipe, args),
@@ -206,8 +211,9 @@ def _opening(recipe: Recipe, args: Namespace) -> str:
     dtype = str(args.params_dtype).removeprefix("torch.")
     stage = f", stage {args.stage}" if args.stage else ""
     where = "CPU, gloo" if args.distributed_backend == "gloo" else "CUDA, NCCL"
+    processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
     return (
-        f"recipe {recipe.name}{stage}: {args.world_size} process{'es' if args.world_size > 1 else ''} "
+        f"recipe {recipe.name}{stage}: {processes} "
         f"({where}), tp {tp} pp {pp} dp {args.data_parallel_size}, {dtype}, "
         f"global batch {args.global_batch_size}, {args.train_iters} iterations"
     )
