@@ -9,17 +9,14 @@ Legend: L tokens of a conversation.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from megatron.core.models.mimo.errors import ConfigError, InputError, MimoError
 from megatron.mimo.data.conversations import MEDIA_KINDS, Conversation, Part
@@ -29,9 +26,8 @@ from megatron.mimo.data.sample import Sample
 if TYPE_CHECKING:
     from megatron.mimo.models.family import Family
 
-__all__ = ["Chat", "ChatDataset"]
+__all__ = ["Chat"]
 
-_LOG = logging.getLogger(__name__)
 _READERS = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
 _ARGUMENTS = {"image": "images", "video": "videos", "audio": "audio"}
 
@@ -186,11 +182,21 @@ class Chat:
             if part.kind == "image":
                 return load_image(part.value)
             if part.kind == "audio":
-                rate = self.processor.feature_extractor.sampling_rate
-                return load_audio(part.value, sampling_rate=rate)
+                return self._heard(part.value)
             return load_video(part.value, fps=self.video_fps)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
+
+    def _heard(self, path: Path) -> Any:
+        """The samples of an audio file; the feature extractor would cut them without a word."""
+        extractor = self.processor.feature_extractor
+        audio_L = load_audio(path, sampling_rate=extractor.sampling_rate)
+        if len(audio_L) > extractor.n_samples:
+            raise InputError(
+                f"audio {path} lasts {len(audio_L) / extractor.sampling_rate:.1f} s, and the model "
+                f"hears {extractor.n_samples / extractor.sampling_rate:.1f} s; cut it into clips"
+            )
+        return audio_L
 
     def _features(self, text: str, media: Mapping[str, list[Any]]) -> dict[str, Tensor]:
         given: dict[str, Any] = {_ARGUMENTS[kind]: items for kind, items in media.items()}
@@ -223,7 +229,8 @@ class Chat:
     ) -> Tensor:
         """Bool [L]: the tokens that lie within ``spans`` of the text before media were put in.
 
-        Media only multiply placeholders, so the other tokens are those of the text alone.
+        Media only multiply placeholders, so the other tokens are those of the text alone. A token
+        may begin with the white space before a span.
         """
         alone = self.processor.tokenizer(
             text, return_offsets_mapping=True, add_special_tokens=self._adds(text)
@@ -243,7 +250,7 @@ class Chat:
                 "that what the assistant says cannot be told apart"
             )
         said = [
-            stop > start and any(first <= start and stop <= end for first, end in spans)
+            any(first < stop <= end and not text[start:first].strip() for first, end in spans)
             for _, (start, stop) in pairs
         ]
         is_label_L = torch.zeros_like(is_text_L)
@@ -261,89 +268,3 @@ def _placeholder_tokens(processor: Any, placeholders: Mapping[str, int]) -> set[
     names = (f"{kind}_token_id" for kind in MEDIA_KINDS)
     found = (getattr(processor, name, None) for name in names)
     return {token for token in found if token is not None} | set(placeholders.values())
-
-
-class ChatDataset(Dataset[Sample]):
-    """Samples of conversations; sample i is a function of i, the seed and the files alone.
-
-    Args:
-        conversations: what is read.
-        chat: how.
-        seq_length: tokens that a sample may have.
-        count: samples; more than conversations are read over and over. None for one pass.
-        seed: of a new order in each pass; None for the order of the files.
-        skip_too_long: a conversation that is longer gives its place to the next one in order that
-            fits, with a warning; otherwise it is an error.
-    """
-
-    def __init__(
-        self,
-        conversations: Sequence[Conversation],
-        *,
-        chat: Chat,
-        seq_length: int,
-        count: int | None = None,
-        seed: int | None = None,
-        skip_too_long: bool = False,
-    ) -> None:
-        self._conversations = conversations
-        self._chat = chat
-        self._seq_length = seq_length
-        self._count = len(conversations) if count is None else count
-        self._seed = seed
-        self._skips = skip_too_long
-        self._skipped: set[int] = set()
-        self._order: tuple[int, np.ndarray] | None = None
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read sample ``index``.
-
-        Raises:
-            InputError: as ``Chat.sample``; it is too long, or with ``skip_too_long`` all are.
-        """
-        total = len(self._conversations)
-        for at in range(index, index + total):
-            number = self._number(at)
-            if number in self._skipped:
-                continue
-            sample = self._chat.sample(self._conversations[number])
-            length = len(sample.token_ids)
-            if length <= self._seq_length:
-                return sample
-            if not self._skips:
-                raise InputError(
-                    f"{sample.name}: {length} tokens, {length - self._seq_length} more than "
-                    f"--seq-length {self._seq_length}; raise it, shorten the conversation, or "
-                    "leave such ones out with --skip-too-long (media are never cut)"
-                )
-            self._skip(number, sample.name, length)
-        raise InputError(
-            f"all {total} conversations are longer than --seq-length {self._seq_length}; raise it"
-        )
-
-    def _number(self, index: int) -> int:
-        """Which conversation stands at this place of the passes."""
-        turn, place = divmod(index, len(self._conversations))
-        if self._seed is None:
-            return place
-        if self._order is None or self._order[0] != turn:
-            generator = np.random.default_rng((self._seed, turn))
-            self._order = turn, generator.permutation(len(self._conversations))
-        return int(self._order[1][place])
-
-    def _skip(self, number: int, name: str, length: int) -> None:
-        self._skipped.add(number)
-        count = len(self._skipped)
-        if str(count).strip("0") == "1":  # 1, 10, 100 ...
-            _LOG.warning(
-                "%s has %d tokens, more than --seq-length %d, and is left out; %d of %d "
-                "conversations so far",
-                name,
-                length,
-                self._seq_length,
-                count,
-                len(self._conversations),
-            )

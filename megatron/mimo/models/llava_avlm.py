@@ -29,6 +29,7 @@ from megatron.mimo.models.audio_tower import (
 )
 from megatron.mimo.models.family import Family, Media
 from megatron.mimo.models.language import language_arguments
+from megatron.mimo.models.llava_avlm_processor import LlavaAvlmProcessor
 from megatron.mimo.models.llava_avlm_reference import (
     LlavaAvlmConfig,
     LlavaAvlmForConditionalGeneration,
@@ -36,7 +37,7 @@ from megatron.mimo.models.llava_avlm_reference import (
 from megatron.mimo.models.vision_tower import image_shape, rows_per_image
 from megatron.mimo.recipes.recipe import Stage
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "LlavaAvlmProcessor"]  # the processor registers itself
 
 _AUDIO = "modality_submodules.audio."
 

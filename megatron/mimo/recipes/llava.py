@@ -11,31 +11,10 @@ from typing import Any
 from megatron.mimo.models import load_family
 from megatron.mimo.recipes.pretrained import Task, pretrained
 from megatron.mimo.recipes.recipe import Recipe
+from megatron.mimo.recipes.settings import FINETUNING, VISION_STAGES
 from megatron.mimo.recipes.tiny.settings import TINY_ARGUMENTS, TINY_STAGES
 
-ARGUMENTS: dict[str, object] = {
-    "seq_length": 2048,
-    "micro_batch_size": 1,
-    "train_iters": 5200,  # one pass over 665 thousand conversations
-    "lr_decay_style": "cosine",
-    "lr_warmup_fraction": 0.03,
-    "weight_decay": 0.0,
-    "adam_beta2": 0.999,
-    "clip_grad": 1.0,
-    "log_interval": 10,
-    "recompute_granularity": "selective",
-    "use_distributed_optimizer": True,
-    "num_workers": 4,
-}
-STAGES: dict[str, dict[str, object]] = {
-    "projector": {
-        "freeze": ["images.encoders", "language"],
-        "lr": 1e-3,
-        "global_batch_size": 256,
-        "train_iters": 2180,  # one pass over 558 thousand captions
-    },
-    "full": {"freeze": ["images.encoders"], "lr": 2e-5, "global_batch_size": 128},
-}
+_PASS = {"train_iters": 5200}  # one pass over 665 thousand instructions
 
 
 def llava_1_5_7b() -> Recipe:
@@ -104,7 +83,7 @@ def _llava(name: str, summary: str, hidden: int, ffn: int, layers: int, heads: i
         summary=summary,
         family="llava",
         config=config,
-        arguments=ARGUMENTS,
-        stages=STAGES,
+        arguments=FINETUNING | _PASS,
+        stages=VISION_STAGES,
         default_stage="full",
     )

@@ -150,7 +150,7 @@ class _Run:
 
     def build_datasets(self, args: Namespace, counts: tuple[int, int, int]) -> Datasets:
         """Training conversations in a new order in each pass; those of validation in theirs."""
-        from megatron.mimo.data.chat import ChatDataset
+        from megatron.mimo.data.chat_dataset import ChatDataset
 
         train, valid, _ = counts
         chat = self._chat(args)
@@ -276,7 +276,8 @@ class _Run:
         from megatron.mimo.data.conversations import ConversationFile
 
         if paths:
-            return ConcatDataset([ConversationFile(path) for path in paths])
+            files: list[Any] = [ConversationFile(path) for path in paths]
+            return ConcatDataset(files)
         if self.task is None:
             return None
         return self.task.train() if split == "train" else self.task.valid()

@@ -4,25 +4,129 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.mimo.recipes.tiny.tasks import QUESTIONS
-from megatron.mimo.recipes.tiny.tokenizer import LLAVA_TEMPLATE, tiny_tokenizer
+from megatron.mimo.recipes.tiny.tasks import QUESTIONS, TONE_RATE
+from megatron.mimo.recipes.tiny.tokenizer import LLAVA_TEMPLATE, QWEN_TEMPLATE, tiny_tokenizer
 
-__all__ = ["llava_processor"]
+__all__ = [
+    "llava_avlm_processor",
+    "llava_next_processor",
+    "llava_processor",
+    "qwen2_5_vl_processor",
+    "qwen2_audio_processor",
+]
 
 
 def llava_processor(config: Any) -> Any:
     """A ``LlavaProcessor``."""
-    from transformers import CLIPImageProcessor, LlavaProcessor
+    from transformers import LlavaProcessor
 
-    vision = config.vision_config
     return LlavaProcessor(
-        image_processor=CLIPImageProcessor(**_square(vision.image_size)),
+        image_processor=_clip_images(config),
         tokenizer=_llama_tokenizer(config, {"<image>": config.image_token_index}),
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
+        **_llava_settings(config),
+    )
+
+
+def llava_next_processor(config: Any) -> Any:
+    """A ``LlavaNextProcessor``."""
+    from transformers import LlavaNextImageProcessor, LlavaNextProcessor
+
+    side = config.vision_config.image_size
+    return LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_grid_pinpoints=config.image_grid_pinpoints,
+        ),
+        tokenizer=_llama_tokenizer(config, {"<image>": config.image_token_index}),
+        **_llava_settings(config),
+    )
+
+
+def llava_avlm_processor(config: Any) -> Any:
+    """A ``LlavaAvlmProcessor``."""
+    from megatron.mimo.models.llava_avlm_processor import LlavaAvlmProcessor
+
+    tokens = {"<image>": config.image_token_index, "<audio>": config.audio_token_index}
+    return LlavaAvlmProcessor(
+        image_processor=_clip_images(config),
+        feature_extractor=_whisper_features(config.audio_config),
+        tokenizer=_llama_tokenizer(config, tokens),
+        patch_size=config.vision_config.patch_size,
         chat_template=LLAVA_TEMPLATE,
     )
+
+
+def qwen2_audio_processor(config: Any) -> Any:
+    """A ``Qwen2AudioProcessor``."""
+    from transformers import Qwen2AudioProcessor
+
+    audio = config.audio_token_index
+    tokens = {"<|audio_bos|>": audio - 1, "<|AUDIO|>": audio, "<|audio_eos|>": audio + 1}
+    return Qwen2AudioProcessor(
+        feature_extractor=_whisper_features(config.audio_config),
+        tokenizer=_qwen_tokenizer(config, tokens),
+        chat_template=QWEN_TEMPLATE,
+    )
+
+
+def qwen2_5_vl_processor(config: Any) -> Any:
+    """A ``Qwen2_5_VLProcessor``, for images and clips."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    vision = config.vision_config
+    sizes: dict[str, Any] = {
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "size": {"shortest_edge": 8 * 8, "longest_edge": 40 * 40},
+    }
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**sizes),
+        tokenizer=_qwen_tokenizer(
+            config,
+            {
+                "<|vision_start|>": config.vision_start_token_id,
+                "<|vision_end|>": config.vision_end_token_id,
+                "<|image_pad|>": config.image_token_id,
+                "<|video_pad|>": config.video_token_id,
+            },
+        ),
+        video_processor=Qwen2VLVideoProcessor(cap_pixels_per_frame=False, **sizes),
+        chat_template=QWEN_TEMPLATE,
+    )
+
+
+def _clip_images(config: Any) -> Any:
+    from transformers import CLIPImageProcessor
+
+    side = config.vision_config.image_size
+    return CLIPImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+
+
+def _whisper_features(audio: Any) -> Any:
+    """Frames of 10 ms at the tones' rate, as many as the encoder takes."""
+    from transformers import WhisperFeatureExtractor
+
+    return WhisperFeatureExtractor(
+        feature_size=audio.num_mel_bins,
+        sampling_rate=TONE_RATE,
+        hop_length=TONE_RATE // (2 * audio.max_source_positions),
+        chunk_length=1,
+        n_fft=800,
+        return_attention_mask=True,
+    )
+
+
+def _llava_settings(config: Any) -> dict[str, Any]:
+    return {
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": 1,
+        "chat_template": LLAVA_TEMPLATE,
+    }
 
 
 def _llama_tokenizer(config: Any, placeholders: dict[str, int]) -> Any:
@@ -38,5 +142,18 @@ def _llama_tokenizer(config: Any, placeholders: dict[str, int]) -> Any:
     )
 
 
-def _square(side: int) -> dict[str, dict[str, int]]:
-    return {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+def _qwen_tokenizer(config: Any, placeholders: dict[str, int]) -> Any:
+    text = config.get_text_config()
+    ids = {
+        "<|endoftext|>": text.pad_token_id,
+        "<|im_start|>": text.bos_token_id,
+        "<|im_end|>": text.eos_token_id,
+    }
+    return tiny_tokenizer(
+        {**ids, **placeholders},
+        vocab_size=text.vocab_size,
+        texts=QUESTIONS,
+        bos=None,
+        eos="<|im_end|>",
+        pad="<|endoftext|>",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["TINY_ARGUMENTS", "TINY_STAGES"]
 
 TINY_ARGUMENTS: dict[str, object] = {
-    "seq_length": 96,
+    "seq_length": 160,
     "micro_batch_size": 8,
     "global_batch_size": 16,
     "train_iters": 60,
@@ -21,6 +21,7 @@ TINY_ARGUMENTS: dict[str, object] = {
     "num_workers": 0,
 }
 TINY_STAGES: dict[str, dict[str, object]] = {
-    "projector": {"freeze": ["images.encoders", "language"]},
+    "projector": {"freeze": ["language"]},
     "full": {},
+    "lora": {"lora": ["language"], "lora_rank": 8},
 }

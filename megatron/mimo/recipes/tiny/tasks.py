@@ -17,6 +17,7 @@ from megatron.mimo.data.media_files import Video
 __all__ = [
     "QUESTIONS",
     "TONES",
+    "TONE_RATE",
     "Made",
     "digit_image",
     "digits_or_clip",
@@ -25,6 +26,7 @@ __all__ = [
     "say_tones_and_digits",
 ]
 
+TONE_RATE = 9600  # Hz; the tiny encoders hear up to a second
 TONES = {"low": 300.0, "middle": 900.0, "high": 2700.0}  # Hz
 _DIGITS = "What digits?"
 _CLIP = "What digit moves?"
@@ -126,9 +128,9 @@ def _digit(random: np.random.Generator, held_out: bool) -> tuple[np.ndarray, int
     return grey_HW, int(images.values[pick])
 
 
-def _tone(frequency: float, random: np.random.Generator, rate: int = 9600) -> np.ndarray:
+def _tone(frequency: float, random: np.random.Generator) -> np.ndarray:
     """Float32 [L]: 0.2 to 0.6 seconds of a tone, a little off its pitch, with some noise."""
-    time_L = np.arange(int(rate * random.uniform(0.2, 0.6))) / rate
+    time_L = np.arange(int(TONE_RATE * random.uniform(0.2, 0.6))) / TONE_RATE
     pitch = frequency * random.uniform(0.9, 1.1)
     noise_L = random.normal(scale=0.02, size=len(time_L))
     return (0.5 * np.sin(2 * np.pi * pitch * time_L) + noise_L).astype(np.float32)
