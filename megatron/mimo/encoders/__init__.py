@@ -6,8 +6,10 @@ from megatron.mimo.encoders.any_resolution import (
     NewlineProjection,
 )
 from megatron.mimo.encoders.clip import ClipEncoder, layer_numbers
+from megatron.mimo.encoders.hugging_face import HuggingFaceEncoder
+from megatron.mimo.encoders.perceiver import PerceiverResampler
 from megatron.mimo.encoders.plain import activation_function, plain_encoder_config
-from megatron.mimo.encoders.projectors import Projector
+from megatron.mimo.encoders.projectors import Projector, SquareProjector
 from megatron.mimo.encoders.qwen2_5_vl import PatchMerger, WindowTransformer
 from megatron.mimo.encoders.vit import VisionTransformer, encoder_config
 from megatron.mimo.encoders.whisper import WhisperEncoder
@@ -16,9 +18,12 @@ __all__ = [
     "NEWLINE",
     "AnyResolutionSubmodules",
     "ClipEncoder",
+    "HuggingFaceEncoder",
     "NewlineProjection",
     "PatchMerger",
+    "PerceiverResampler",
     "Projector",
+    "SquareProjector",
     "VisionTransformer",
     "WhisperEncoder",
     "WindowTransformer",
