@@ -108,7 +108,7 @@ class _Item:
     windows: tuple[int, ...]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def patch_sequence(
     grids: tuple[Grid, ...],
     geometry: PatchGeometry,

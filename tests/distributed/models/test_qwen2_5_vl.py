@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tests.distributed.models.expected import Expected, compute_expected
-from tests.distributed.models.ranks import Layout
-from tests.distributed.models.test_families import check
+from tests.distributed.models.ranks import Layout, train
+from tests.distributed.models.test_families import LOSSES, check
 from tests.rank_pool import RankPool
 
 
@@ -23,7 +23,7 @@ def tie(config: Any) -> None:
 
 @pytest.fixture(scope="module")
 def expected(ranks: RankPool) -> Expected:
-    (computed,) = ranks(1)(compute_expected, "qwen2_5_vl", tie)
+    (computed,) = ranks(1)(compute_expected, "qwen2_5_vl", tie, train=True)
     assert isinstance(computed, Expected)
     return computed
 
@@ -33,6 +33,13 @@ def expected(ranks: RankPool) -> Expected:
 )
 def test_with_tied_embeddings(ranks: RankPool, expected: Expected, layout: Layout) -> None:
     check(ranks, "qwen2_5_vl", layout, expected)
+
+
+def test_trains_as_a_plain_loop_does(ranks: RankPool, expected: Expected) -> None:
+    layout = Layout(tp=2)
+    assert expected.trained[-1] < 0.8 * expected.trained[0]
+    for losses in ranks(layout.world_size)(train, "qwen2_5_vl", layout, expected):
+        assert losses == pytest.approx(expected.trained, rel=LOSSES)
 
 
 def packed_logits(expected: Expected, cp: int) -> list[float]:
