@@ -107,7 +107,7 @@ def _clip_images(config: Any) -> Any:
 
 
 def _whisper_features(audio: Any) -> Any:
-    """Frames of 10 ms at the tones' rate, as many as the encoder takes."""
+    """A second of sound, in as many frames as the encoder takes."""
     from transformers import WhisperFeatureExtractor
 
     return WhisperFeatureExtractor(
@@ -115,7 +115,6 @@ def _whisper_features(audio: Any) -> Any:
         sampling_rate=TONE_RATE,
         hop_length=TONE_RATE // (2 * audio.max_source_positions),
         chunk_length=1,
-        n_fft=800,
         return_attention_mask=True,
     )
 

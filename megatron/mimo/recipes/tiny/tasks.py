@@ -26,7 +26,7 @@ __all__ = [
     "say_tones_and_digits",
 ]
 
-TONE_RATE = 9600  # Hz; the tiny encoders hear up to a second
+TONE_RATE = 16000  # Hz; the tiny encoders hear a second
 TONES = {"low": 300.0, "middle": 900.0, "high": 2700.0}  # Hz
 _DIGITS = "What digits?"
 _CLIP = "What digit moves?"
