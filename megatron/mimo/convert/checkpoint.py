@@ -12,7 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -141,9 +141,8 @@ class CheckpointReader:
         }
         self._places = metadata.storage_data or {}
 
-    def keys(self) -> list[str]:
-        """Names of the global tensors."""
-        return list(self._tensors)
+    def __contains__(self, key: str) -> bool:
+        return key in self._tensors
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Of a global tensor.
@@ -201,7 +200,9 @@ class CheckpointReader:
         place = self._places[MetadataIndex(key, chunk.offsets)]
         with (self.folder / place.relative_path).open("rb") as file:
             window = _Window(file, place.offset, place.length)
-            tensor: Tensor = torch.load(window, map_location="cpu", weights_only=True)
+            tensor: Tensor = torch.load(
+                cast(IO[bytes], window), map_location="cpu", weights_only=True
+            )
         return tensor
 
 
@@ -209,7 +210,7 @@ class _Window(io.RawIOBase):
     """A part of a file that looks like a file."""
 
     def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
-        self._file = file.raw
+        self._handle = file.fileno()
         self._start = start
         self._length = length
         self._at = 0
@@ -232,7 +233,7 @@ class _Window(io.RawIOBase):
         left = memoryview(buffer)[: max(0, self._length - self._at)]
         total = 0
         while left:
-            count = os.preadv(self._file.fileno(), [left[: 2**30]], self._start + self._at)
+            count = os.preadv(self._handle, [left[: 2**30]], self._start + self._at)
             if not count:
                 break
             left, self._at, total = left[count:], self._at + count, total + count

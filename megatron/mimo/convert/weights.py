@@ -28,6 +28,8 @@ __all__ = [
     "WeightsFile",
     "make_header",
     "read_header",
+    "read_tensor",
+    "weights_of",
 ]
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -104,12 +106,7 @@ class Weights:
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
         weight = self.by_name[name]
-        raw = torch.empty(weight.size, dtype=torch.uint8)
-        path = self.folder / weight.file
-        with path.open("rb", buffering=0) as file:
-            file.seek(weight.start)
-            _read_into(file, memoryview(raw.numpy()), path)
-        return raw.view(weight.dtype).view(weight.shape)
+        return _read(self.folder / weight.file, weight)
 
     def size(self, names: Iterable[str]) -> int:
         """Bytes of some weights."""
@@ -188,6 +185,15 @@ class WeightsFile:
         self._file.close()
 
 
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a file."""
+    header, start = read_header(path)
+    for weight in weights_of(header, file=path.name, start=start):
+        if weight.name == name:
+            return _read(path, weight)
+    raise InputError(f"{path} has no tensor {name}")
+
+
 def read_header(path: Path) -> tuple[str, int]:
     """A file's header, and where its data starts.
 
@@ -261,9 +267,14 @@ def make_header(
     return json.dumps(header, separators=(",", ":"), ensure_ascii=False)
 
 
-def _read_into(file: Any, left: memoryview, path: Path) -> None:
-    while left:
-        count = file.readinto(left[: 2**30])
-        if not count:
-            raise InputError(f"{path} ended while it was read; fetch it again")
-        left = left[count:]
+def _read(path: Path, weight: Weight) -> Tensor:
+    raw = torch.empty(weight.size, dtype=torch.uint8)
+    left = memoryview(raw.numpy())
+    with path.open("rb", buffering=0) as file:
+        file.seek(weight.start)
+        while left:
+            count = file.readinto(left[: 2**30])
+            if not count:
+                raise InputError(f"{path} ended while it was read; fetch it again")
+            left = left[count:]
+    return raw.view(weight.dtype).view(weight.shape)

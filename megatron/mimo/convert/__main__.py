@@ -1,0 +1,10 @@
+"""``python -m megatron.mimo.convert``; see docs/conversion.md."""
+
+import sys
+import warnings
+
+if __name__ == "__main__":
+    with warnings.catch_warnings():  # importing Megatron without Transformer Engine
+        warnings.simplefilter("ignore")
+        from megatron.mimo.convert.command import main
+    sys.exit(main())

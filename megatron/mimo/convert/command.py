@@ -1,0 +1,171 @@
+"""The command line of ``python -m megatron.mimo.convert``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.core.models.mimo.errors import ConfigError, MimoError
+from megatron.mimo.training.failure import REFUSED
+from megatron.mimo.training.quiet import quiet_imports, stdout, warnings_shown
+
+__all__ = ["main"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_DESCRIPTION = """\
+Hugging Face directories to checkpoints of any parallel layout, and back, bit for bit.
+
+  import  meta/llava-7b  checkpoints/llava      start training with --load checkpoints/llava
+  export  runs/llava/checkpoints  my-llava      loads in transformers
+  verify  meta/llava-7b  checkpoints/llava      keys, shapes, dtypes, logits, gradients
+  verify  --tiny llava                          the whole way there and back, on this machine
+
+Exit codes: 0 done; 1 verify found a difference; 2 refused, with the reason and the remedy.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: command line without the program's name; None for the process's own.
+
+    Returns:
+        The exit code: 0 done, 1 differences found by ``verify``, 2 refused.
+    """
+    parser = _parser()
+    given = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = given.run
+    try:
+        with quiet_imports(), warnings_shown(shown=False):
+            return run(given)
+    except MimoError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return REFUSED
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename or ''}: {error.strerror or error}\n")
+        return REFUSED
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; nothing was left behind\n")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron.mimo.convert",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_import(commands)
+    _add_export(commands)
+    return parser
+
+
+def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "import",
+        help="a Hugging Face directory -> a checkpoint",
+        description="Write a checkpoint that a run of any layout starts from (--load CHECKPOINT). "
+        "Configuration, processor and tokenizer go along into CHECKPOINT/hf.",
+    )
+    parser.add_argument("source", metavar="HF_DIR", type=Path, help="with safetensors weights")
+    parser.add_argument("target", metavar="CHECKPOINT", type=Path, help="a new directory")
+    _add_common(parser)
+    parser.set_defaults(run=_import)
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="a checkpoint -> a Hugging Face directory",
+        description="Write a directory that transformers loads, from an imported or a trained "
+        "checkpoint of any layout. Adapters are merged into the weights.",
+    )
+    parser.add_argument("source", metavar="CHECKPOINT", type=Path, help="what --save wrote")
+    parser.add_argument("target", metavar="HF_DIR", type=Path, help="a new directory")
+    parser.add_argument("--iteration", type=int, metavar="N", help="default: the newest")
+    parser.add_argument(
+        "--max-shard-size",
+        type=_size,
+        default=_size("5GB"),
+        metavar="SIZE",
+        help="of a file, where the names of an import are not known (default 5GB)",
+    )
+    parser.add_argument(
+        "--adapters-only", action="store_true", help="write the adapters in PEFT's format"
+    )
+    _add_common(parser)
+    parser.set_defaults(run=_export)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the weights; default: as they are")
+    parser.add_argument(
+        "--threads", type=_count, metavar="N", help="default: processors, at most 4"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+
+
+def _import(given: argparse.Namespace) -> int:
+    from megatron.mimo.convert.importing import import_model
+
+    with stdout(shown=False):
+        done = import_model(
+            given.source,
+            given.target,
+            dtype=_dtype(given.dtype),
+            threads=given.threads,
+            shown=not given.quiet,
+        )
+    _say(given, done)
+    return 0
+
+
+def _export(given: argparse.Namespace) -> int:
+    from megatron.mimo.convert.exporting import export_model
+
+    if given.adapters_only and given.dtype:
+        raise ConfigError("--dtype has no effect on --adapters-only; leave it away")
+    with stdout(shown=False):
+        done = export_model(
+            given.source,
+            given.target,
+            iteration=given.iteration,
+            dtype=_dtype(given.dtype),
+            max_shard_size=given.max_shard_size,
+            adapters_only=given.adapters_only,
+            threads=given.threads,
+            shown=not given.quiet,
+        )
+    _say(given, done)
+    return 0
+
+
+def _say(given: argparse.Namespace, text: str) -> None:
+    if not given.quiet:
+        sys.stdout.write(f"{text}\n")
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([\d.]+)\s*(|KB|MB|GB)", text.upper())
+    if match is None or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 1")
+    return int(text)
