@@ -6,17 +6,18 @@ Shape legend: N rows, I input width, H output width, G = s * s rows of a square 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron.core.models.mimo.errors import ConfigError
+from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.encoders.plain import activation_function
 
-__all__ = ["Projector"]
+__all__ = ["Projector", "SquareProjector", "join_squares"]
 
 
 class Projector(MegatronModule):
@@ -99,3 +100,103 @@ class Projector(MegatronModule):
             if number < self.num_layers:
                 rows = self.activation(rows)
         return rows
+
+
+def join_squares(rows_NI: Tensor, *, grid: tuple[int, int], side: int) -> Tensor:
+    """Put the rows of each square of neighbours side by side.
+
+    Args:
+        rows_NI: items one after the other, each a grid of rows, line by line.
+        grid: height and width of an item's grid.
+        side: s, which divides both.
+
+    Returns:
+        [N / G, G * I], squares line by line; within a square its rows line by line.
+    """
+    height, width = grid[0] // side, grid[1] // side
+    split = rows_NI.reshape(-1, height, side, width, side, rows_NI.shape[-1])
+    return split.transpose(2, 3).reshape(-1, side * side * rows_NI.shape[-1])
+
+
+class SquareProjector(MegatronModule):
+    """Joins the rows of each square of neighbours and projects them: a quarter of the rows for 2.
+
+    What is called a patch merger (``norm="rows"``) or a pixel shuffle (``norm="squares"``).
+
+    Args:
+        config: of the language model, as for :class:`Projector`.
+        grid: height and width of every item's grid of rows.
+        side: s, of a square.
+        input_size: I, of a row.
+        output_size: H.
+        norm: LayerNorm of "rows" before they are joined, of "squares" after it, or "none".
+        layernorm_epsilon: of this norm.
+        num_layers: as for :class:`Projector`.
+        activation: as for :class:`Projector`.
+        bias: as for :class:`Projector`.
+        hidden_size: as for :class:`Projector`.
+        pg_collection: as for :class:`Projector`.
+
+    Raises:
+        ConfigError: a grid that is not divisible into squares; see also :class:`Projector`.
+        UnsupportedError: unknown activation.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        grid: tuple[int, int],
+        side: int,
+        input_size: int,
+        output_size: int,
+        norm: Literal["rows", "squares", "none"] = "squares",
+        layernorm_epsilon: float = 1e-6,
+        num_layers: int = 2,
+        activation: str = "gelu",
+        bias: bool = True,
+        hidden_size: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config)
+        if side < 1 or min(grid) < 1 or any(length % side for length in grid):
+            raise ConfigError(
+                f"a grid of {grid[0]} x {grid[1]} rows is not divisible into squares of "
+                f"{side} x {side}; change the side, or the size of images"
+            )
+        normed = {"rows": input_size, "squares": input_size * side**2, "none": 0}
+        if norm not in normed:
+            raise ConfigError(f"norm is {norm!r}; expected one of {', '.join(normed)}")
+        self.grid, self.side, self.norm_of = grid, side, norm
+        # Replicated over the tensor-parallel group, with equal inputs and so equal gradients.
+        self.norm = nn.LayerNorm(normed[norm], layernorm_epsilon) if normed[norm] else None
+        self.projector = Projector(
+            config,
+            input_size=input_size * side**2,
+            output_size=output_size,
+            num_layers=num_layers,
+            activation=activation,
+            bias=bias,
+            hidden_size=hidden_size,
+            pg_collection=pg_collection,
+        )
+
+    def forward(self, rows_NI: Tensor) -> Tensor:
+        """[N, I] -> [N / G, H]; N may be 0.
+
+        Raises:
+            InputError: rows that are not whole items.
+        """
+        per_item = self.grid[0] * self.grid[1]
+        if len(rows_NI) % per_item:
+            raise InputError(
+                f"{len(rows_NI)} rows; expected a multiple of {per_item}, as every item is a grid "
+                f"of {self.grid[0]} x {self.grid[1]}"
+            )
+        if self.norm is not None and self.norm_of == "rows":
+            rows_NI = self.norm(rows_NI)
+        joined = join_squares(rows_NI, grid=self.grid, side=self.side)
+        if self.norm is not None and self.norm_of == "squares":
+            joined = self.norm(joined)
+        projected: Tensor = self.projector(joined)
+        return projected
