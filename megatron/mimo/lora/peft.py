@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.convert.keys import KeyTable
 from megatron.mimo.lora.merge import adapter_names, is_adapter, weight_name
 from megatron.mimo.lora.settings import LoraSettings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = ["export_adapters", "module_names", "peft_tensors"]
 
@@ -79,14 +76,14 @@ def export_adapters(
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def module_names(reference: PreTrainedModel) -> dict[str, str]:
+def module_names(reference: Any) -> dict[str, str]:
     """What the parameters are called in the model that transformers builds: PEFT asks for these.
 
     They are not always the names that transformers writes into files. Which becomes which is seen
     by writing a file, with numbers in the place of the parameters.
 
     Args:
-        reference: Hugging Face's model; on device "meta" it takes no memory.
+        reference: Hugging Face's model (a ``PreTrainedModel``); on device "meta" it takes no memory.
 
     Returns:
         Name in files -> name in the module tree.

@@ -65,8 +65,8 @@ def compare(name: str, layout: Layout, expected: Expected) -> Deviation:
     from megatron.mimo.models import load_family
 
     model, wrapped = _build(name, layout, expected)
-    batches = _batches(name, layout, expected)
-    loss, differences = _step(layout, expected, wrapped, batches)
+    batches = make_batches(name, layout, expected)
+    loss, differences = run_step(layout, expected, wrapped, batches)
     table = load_family(name).keys(expected.config)
     return Deviation(
         logits=max(differences) if differences else None,
@@ -98,7 +98,7 @@ def train(name: str, layout: Layout, expected: Expected) -> list[float]:
     for _ in range(STEPS):
         wrapped.zero_grad_buffer()
         optimizer.zero_grad()
-        losses.append(_step(layout, expected, wrapped, _batches(name, layout, expected))[0])
+        losses.append(run_step(layout, expected, wrapped, make_batches(name, layout, expected))[0])
         optimizer.step()
     return losses
 
@@ -134,7 +134,7 @@ def _build(name: str, layout: Layout, expected: Expected) -> tuple[Any, Any]:
     return model, wrapped
 
 
-def _batches(name: str, layout: Layout, expected: Expected) -> list[dict[str, Any]]:
+def make_batches(name: str, layout: Layout, expected: Expected) -> list[dict[str, Any]]:
     """This rank's micro-batches, padded to more than the longest sample."""
     from megatron.core import parallel_state
     from megatron.mimo.data import SampleCollator
@@ -168,7 +168,7 @@ def _batches(name: str, layout: Layout, expected: Expected) -> list[dict[str, An
     return batches
 
 
-def _step(
+def run_step(
     layout: Layout, expected: Expected, wrapped: Any, batches: Sequence[dict[str, Any]]
 ) -> tuple[float, list[float]]:
     """Forward and backward; the loss on every rank, and differences of logits on the last stage."""
