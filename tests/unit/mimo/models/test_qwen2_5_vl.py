@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
 
 from megatron.core.models.mimo.errors import InputError, UnsupportedError
-from megatron.mimo.models import load_family, read_hf_config
+from megatron.mimo.models import family_of, load_family, read_hf_config
 from tests.rank_pool import RankPool
 
 IMAGE, VIDEO = 5, 6
@@ -159,3 +160,56 @@ def test_another_vision_encoder_is_refused(name: str, value: Any) -> None:
         setattr(vision, name, value)
     with pytest.raises(UnsupportedError, match=name):
         patch_geometry(vision)
+
+
+def test_the_flat_configuration_of_older_files_is_understood(tmp_path: Any) -> None:
+    """Laid out as the published files are: text settings at the top, rope_scaling of type mrope."""
+    from megatron.mimo.models.qwen2_5_vl_vision import patch_geometry
+
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 500,
+        "max_position_embeddings": 128,
+        "sliding_window": 32,
+        "use_sliding_window": False,
+        "max_window_layers": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "in_chans": 3,
+        "patch_size": 14,
+        "spatial_patch_size": 14,
+        "window_size": 112,
+        "out_hidden_size": 64,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+    }
+    whole = {
+        **text,
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "vision_config": vision,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    config = read_hf_config(tmp_path)
+    family = family_of(config)
+    assert family.name == "qwen2_5_vl"
+    arguments = family.arguments(config)
+    assert arguments["mrope_section"] == [2, 3, 3]
+    assert arguments["position_embedding_type"] == "mrope"
+    assert arguments["rotary_base"] == 1_000_000
+    assert arguments["untie_embeddings_and_output_weights"] is False
+    assert patch_geometry(config.vision_config).window == 4
+    assert family.keys(config).tied
