@@ -1,0 +1,203 @@
+"""Conversations become samples that learn what the assistant says, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import wavfile
+
+from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.mimo.data.chat import Chat
+from megatron.mimo.data.chat_dataset import ChatDataset
+from megatron.mimo.data.conversations import Conversation, ConversationFile, Part, Turn
+from megatron.mimo.data.media_files import Video
+from megatron.mimo.models import load_family
+from megatron.mimo.recipes.tiny import processors, tasks
+
+PICTURE = Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3))
+FAMILIES = ("llava", "llava_next", "llava_avlm", "qwen2_audio", "qwen2_5_vl")
+VALUES = {
+    "image": PICTURE,
+    "audio": np.sin(np.arange(6000) / 9).astype(np.float32),
+    "video": Video(frames_THWC=np.zeros((4, 16, 16, 3), dtype=np.uint8), fps=2.0),
+}
+KINDS = {
+    "llava": ("image", "image"),
+    "llava_next": ("image", "image"),
+    "llava_avlm": ("audio", "image", "audio"),
+    "qwen2_audio": ("audio", "audio"),
+    "qwen2_5_vl": ("video", "image", "image"),
+}
+
+
+@cache
+def chat_of(name: str) -> Chat:
+    family = load_family(name)
+    config = family.tiny()
+    processor = getattr(processors, f"{name}_processor")(config)
+    return Chat(family=family, config=config, processor=processor)
+
+
+def talk(*turns: tuple[str, Sequence[str | tuple[str, Any]]], name: str = "talk") -> Conversation:
+    return Conversation(
+        name=name,
+        turns=tuple(
+            Turn(
+                role=role,
+                parts=tuple(
+                    Part(kind="text", value=part)
+                    if isinstance(part, str)
+                    else Part(kind=part[0], value=part[1])
+                    for part in parts
+                ),
+            )
+            for role, parts in turns
+        ),
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_the_assistant_is_learned_whatever_the_media(name: str) -> None:
+    chat = chat_of(name)
+    first, *others = [(kind, VALUES[kind]) for kind in KINDS[name]]
+    sample = chat.sample(
+        talk(
+            ("user", [first, "What is this?"]),
+            ("assistant", ["A cat, 7 low."]),
+            ("user", ["And these? ", *others]),
+            ("assistant", ["Ünknown"]),
+        )
+    )
+    tokenizer = chat.processor.tokenizer
+    said = tokenizer.decode(sample.token_ids[sample.is_label])
+    end = tokenizer.eos_token
+    assert said.replace(" ", "") == f"Acat,7low.{end}Ünknown{end}"
+    assert len(sample.media) == len(KINDS[name])
+    placeholders = set(chat.family.media(chat.config).special_token_ids.values())
+    is_media_L = torch.isin(sample.token_ids, torch.tensor([*placeholders]))
+    assert int(is_media_L.sum()) == sum(item.rows for item in sample.media)
+    whole = tokenizer.decode(sample.token_ids[~is_media_L])
+    asked = [whole.index(text) for text in ("What is this?", "A cat, 7 low.", "And these?")]
+    assert asked == sorted(asked)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_prompt_is_the_sample_up_to_the_answer(name: str) -> None:
+    chat = chat_of(name)
+    asked = ("user", [("image", PICTURE), "What is this?"])
+    prompt = chat.prompt(talk(asked))
+    sample = chat.sample(talk(asked, ("assistant", [" It"]))).prompt()
+    assert prompt.token_ids.tolist() == sample.token_ids.tolist()
+    assert not prompt.is_label.any()
+
+
+def test_errors_name_the_conversation_and_the_file(tmp_path: Path) -> None:
+    chat = chat_of("llava")
+
+    def refused(message: str, *parts: str | tuple[str, Any]) -> None:
+        with pytest.raises(InputError, match=message):
+            chat.sample(talk(("user", parts), ("assistant", ["."]), name="a.jsonl, line 3"))
+
+    refused(r"line 3: image .*/none.png does not exist", ("image", tmp_path / "none.png"))
+    (tmp_path / "bad.png").write_text("no image")
+    refused(r"line 3: .*/bad.png does not decode", ("image", tmp_path / "bad.png"))
+    refused(r"line 3: holds audio, which .*'llava' does not take; it takes image", ("audio", []))
+    refused(r"line 3: the processor refuses it", "a placeholder <image> without an image")
+    wavfile.write(tmp_path / "long.wav", 8000, np.ones(16000, dtype=np.int16))
+    long = talk(("user", [("audio", tmp_path / "long.wav")]), ("assistant", ["."]))
+    with pytest.raises(InputError, match=r"lasts 2.0 s, and the model hears 1.0 s; cut it"):
+        chat_of("qwen2_audio").sample(long)
+
+
+def test_processors_that_cannot_be_used() -> None:
+    good = chat_of("llava")
+    processor = processors.llava_processor(good.config)
+    processor.chat_template = processor.tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="has no chat template"):
+        Chat(family=good.family, config=good.config, processor=processor)
+    other = good.family.tiny()
+    other.image_token_index = 499
+    with pytest.raises(ConfigError, match=r"none for the placeholder of images \(id 499\)"):
+        Chat(family=good.family, config=other, processor=good.processor)
+
+
+def numbers(dataset: ChatDataset) -> list[str]:
+    return [dataset[index].name for index in range(len(dataset))]
+
+
+def lengthy(count: int) -> list[Conversation]:
+    """Every third one is long."""
+    return [
+        talk(
+            ("user", ["?" * (200 if index % 3 == 2 else 2)]), ("assistant", ["."]), name=str(index)
+        )
+        for index in range(count)
+    ]
+
+
+def test_each_pass_has_an_order_of_its_own() -> None:
+    conversations = lengthy(2)
+    settings: dict[str, Any] = {"chat": chat_of("llava"), "seq_length": 64, "count": 20}
+    told = [numbers(ChatDataset(conversations, seed=seed, **settings)) for seed in (1, 1, 2)]
+    assert told[0] == told[1] != told[2]
+    for start in range(0, 20, 2):
+        assert sorted(told[0][start : start + 2]) == ["0", "1"]
+    assert numbers(ChatDataset(conversations, **settings)) == ["0", "1"] * 10
+    dataset = ChatDataset(conversations, seed=1, **settings)
+    assert [dataset[index].name for index in (13, 3)] == [told[0][13], told[0][3]]
+
+
+def test_too_long_is_an_error_or_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    conversations, chat = lengthy(6), chat_of("llava")
+    strict = ChatDataset(conversations, chat=chat, seq_length=64)
+    with pytest.raises(InputError, match=r"2: \d+ tokens, \d+ more than --seq-length 64; .*--skip"):
+        strict[2]
+    with caplog.at_level(logging.WARNING):
+        skipping = ChatDataset(conversations, chat=chat, seq_length=64, skip_too_long=True)
+        assert numbers(skipping) == ["0", "1", "3", "3", "4", "0"]
+    assert len(caplog.records) == 1
+    assert "1 of 6 conversations so far" in caplog.text
+    fresh = ChatDataset(conversations, chat=chat, seq_length=64, skip_too_long=True)
+    assert fresh[5].name == "0"  # whatever was read before
+    tight = ChatDataset(conversations, chat=chat, seq_length=4, skip_too_long=True)
+    with pytest.raises(InputError, match="all 6 conversations are longer than --seq-length 4"):
+        tight[0]
+
+
+def test_files_and_memory_give_the_same_sample(tmp_path: Path) -> None:
+    PICTURE.save(tmp_path / "a.png")
+    content = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is this?"}]
+    line = {
+        "messages": [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": "A cat."},
+        ]
+    }
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    chat = chat_of("llava")
+    [read] = ConversationFile(tmp_path / "a.jsonl")
+    told = talk(("user", [("image", PICTURE), "What is this?"]), ("assistant", ["A cat."]))
+    one, other = chat.sample(read), chat.sample(told)
+    assert torch.equal(one.token_ids, other.token_ids)
+    assert torch.equal(one.media[0].inputs["pixel_values"], other.media[0].inputs["pixel_values"])
+
+
+def test_made_conversations_are_those_of_their_number() -> None:
+    made = tasks.Made(tasks.say_tones_and_digits, 50, held_out=False)
+    again = tasks.Made(tasks.say_tones_and_digits, 9, held_out=False)
+    for one, other in zip(made[:9], again, strict=True):
+        for part, twin in zip(one.turns[0].parts, other.turns[0].parts, strict=True):
+            assert np.array_equal(np.asarray(part.value), np.asarray(twin.value))
+    held_out = tasks.Made(tasks.say_tones_and_digits, 50, held_out=True)
+    answers = [[one.turns[-1].parts[0].value for one in each] for each in (made, held_out)]
+    assert answers[0] != answers[1]
+    assert len(set(answers[0])) > 10

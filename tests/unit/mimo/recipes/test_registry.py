@@ -1,0 +1,164 @@
+"""The recipes as a list: what it says of each, their sizes, stages and refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.recipes import load_recipe, locate_recipe, recipe_names, recipe_summaries
+
+RECIPES = Path(__file__).parents[4] / "megatron/mimo/recipes"
+TINY = [name for name in recipe_names() if name.endswith("_tiny")]
+# Parameters of the published models, in millions.
+PUBLISHED = {
+    "llava_1_5_7b": 7063,
+    "llava_1_5_13b": 13351,
+    "llava_next": 7567,
+    "qwen2_audio_7b": 8397,
+    "qwen2_5_vl_3b": 3755,
+    "qwen2_5_vl_7b": 8292,
+}
+
+
+def given(**changes: Any) -> Namespace:
+    flags = {"data_path": None, "train_data_path": None, "load": None, "hf": None}
+    return Namespace(**flags | changes)
+
+
+def parsed(recipe: str, *flags: str) -> Namespace:
+    from megatron.mimo.backend.cpu import ARGUMENT_DEFAULTS
+    from megatron.mimo.training.arguments import parse_arguments
+
+    return parse_arguments(
+        load_recipe(recipe),
+        backend="cpu",
+        backend_defaults=ARGUMENT_DEFAULTS,
+        config={},
+        argv=["--no-output", *flags],
+    )
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_list_says_what_the_recipe_says(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.summary == recipe_summaries()[name]
+    module = locate_recipe(name).partition(":")[0].rpartition(".")[2]
+    if name != "digits":
+        assert len((RECIPES / f"{module}.py").read_text().splitlines()) <= 120
+        assert {"projector", "full", "lora"} == set(recipe.stages)
+
+
+def test_listing_loads_no_recipe_and_no_transformers() -> None:
+    code = (
+        "import sys; from megatron.mimo.training.arguments import list_recipes; "
+        "text = list_recipes(); "
+        "loaded = {'transformers', 'megatron.training', 'megatron.mimo.recipes.digits'}; "
+        "assert not loaded & set(sys.modules), 'imported'; print(text)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(recipe_names())
+
+
+@pytest.mark.parametrize(("name", "millions"), PUBLISHED.items())
+def test_sizes_are_those_that_were_published(name: str, millions: int, tmp_path: Path) -> None:
+    import torch
+
+    from megatron.mimo.models import family_of
+
+    run = load_recipe(name).build_model.__self__  # type: ignore[attr-defined]
+    config = run.config()
+    with torch.device("meta"):
+        model = family_of(config).reference(config)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+
+
+def test_stages_are_presets_below_flags() -> None:
+    assert parsed("llava_tiny").stage == "full"
+    assert parsed("llava_tiny").freeze == []
+    projector = parsed("llava_tiny", "--stage", "projector")
+    assert projector.freeze == ["language"]
+    assert projector.lr == load_recipe("llava_tiny").arguments["lr"]
+    lora = parsed("llava_tiny", "--stage", "lora", "--lora-rank", "3")
+    assert (lora.lora, lora.lora_rank) == (["language"], 3)
+    with pytest.raises(ConfigError, match=r"--stage ful: .* has projector, full, lora"):
+        parsed("llava_tiny", "--stage", "ful")
+    with pytest.raises(ConfigError, match=r"--stage full: recipe 'digits' .* it has none"):
+        parsed("digits", "--stage", "full")
+
+
+def test_real_recipes_ask_for_data_and_a_processor(tmp_path: Path) -> None:
+    recipe = load_recipe("llava_1_5_7b")
+    assert recipe.describe is not None
+    with pytest.raises(ConfigError, match=r"give --data-path train.jsonl"):
+        recipe.describe(given())
+    with pytest.raises(ConfigError, match=r"give --load .* or --hf"):
+        recipe.describe(given(data_path=["a.jsonl"]))
+    with pytest.raises(ConfigError, match=r"has no config.json"):
+        recipe.describe(given(data_path=["a.jsonl"], hf=str(tmp_path)))
+
+
+def test_a_checkpoint_describes_the_model(tmp_path: Path) -> None:
+    from megatron.mimo.models import load_family
+
+    config = load_family("llava").tiny()
+    config.text_config.num_hidden_layers = 5
+    config.save_pretrained(tmp_path / "hf")
+    recipe = load_recipe("llava_1_5_7b")
+    assert recipe.describe is not None
+    told = recipe.describe(given(data_path=["a.jsonl"], hf=str(tmp_path / "hf")))
+    assert told["num_layers"] == 5
+    with pytest.raises(ConfigError, match=r"give --load"):  # no checkpoint beside it yet
+        recipe.describe(given(data_path=["a.jsonl"], load=str(tmp_path)))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    told = load_recipe("llava_1_5_7b").describe(  # type: ignore[misc]
+        given(data_path=["a.jsonl"], load=str(tmp_path))
+    )
+    assert told["num_layers"] == 5
+    other = load_recipe("qwen2_audio_7b")
+    with pytest.raises(ConfigError, match=r"'qwen2_audio', and .*/hf holds one of 'llava'"):
+        other.describe(given(data_path=["a.jsonl"], load=str(tmp_path)))  # type: ignore[misc]
+
+
+def test_sizes_that_the_configuration_does_not_say_are_refused(tmp_path: Path) -> None:
+    args = parsed("llava_tiny", "--num-layers", "3")
+    recipe = load_recipe("llava_tiny")
+    assert recipe.save_assets is not None
+    with pytest.raises(ConfigError, match=r"num_layers is 3 and .* configuration says 2"):
+        recipe.save_assets(args, tmp_path)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_a_checkpoint_keeps_reads_back(name: str, tmp_path: Path) -> None:
+    from megatron.mimo.models import family_of, read_hf_config
+    from megatron.mimo.recipes.assets import read_processor
+
+    args, recipe = parsed(name), load_recipe(name)
+    assert recipe.save_assets is not None
+    recipe.save_assets(args, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert f"{family_of(read_hf_config(tmp_path / 'hf')).name}_tiny" == name
+    processor = read_processor(tmp_path / "hf")
+    generation = json.loads((tmp_path / "hf/generation_config.json").read_text())
+    assert generation["eos_token_id"] == processor.tokenizer.eos_token_id
+    text = "What digits? 7 é\n"
+    tokens = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert processor.tokenizer.decode(tokens) == text
+    (tmp_path / "hf/mark").touch()
+    recipe.save_assets(args, tmp_path)  # no checkpoint yet: written anew
+    assert not (tmp_path / "hf/mark").exists()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    (tmp_path / "hf/mark").touch()
+    recipe.save_assets(args, tmp_path)  # they belong to the checkpoint now
+    other = tmp_path / "other"
+    args.load = str(tmp_path)
+    recipe.save_assets(args, other)  # and go with it, with all that is in the folder
+    assert (other / "hf/mark").exists()
