@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,14 @@ def test_directories_that_do_not_fit(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"weights of WhisperEncoder.* which would be random"):
         HuggingFaceEncoder(tmp_path, blank=clip, model_class=WhisperEncoder)
+
+
+def test_the_example_of_the_documentation() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "encoders.md").read_text()
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "Dino" in block]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    images = names["images"].module.from_spec(names["images"])
+    assert images.encoders["dino"].rows_of_blank == 256
+    rows = images({"dino": {"pixel_values": torch.randn(2, 3, 224, 224)}})
+    assert rows.shape == (2 * 256, 128)
