@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron.core.models.mimo.alignment import AlignmentPlan, Stream, build_alignment_plan
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import InputError
+from megatron.mimo.data import SampleCollator
 from megatron.mimo.data.sample import Sample
 from megatron.mimo.recipes.recipe import Batch, Collator
 
@@ -69,12 +70,12 @@ def check_prompts(prompts: Sequence[Sample], max_length: int | None) -> None:
     for prompt in prompts:
         length = len(prompt.token_ids)
         if length == 0:
-            raise InputError(f"sample {prompt.name}: an empty prompt; expected at least one token")
+            raise InputError(f"{prompt.name}: an empty prompt; expected at least one token")
         if max_length is not None and length >= max_length:
             raise InputError(
-                f"sample {prompt.name}: its prompt of {length} tokens leaves no room for an "
-                f"answer within {max_length} positions; shorten it, or raise the limit "
-                "(--seq-length in training) where the model allows"
+                f"{prompt.name}: a prompt of {length} tokens leaves no room for an answer within "
+                f"{max_length} positions; shorten it, or raise the limit where the model allows "
+                "(--seq-length in training)"
             )
 
 
@@ -117,9 +118,11 @@ def collate_prompts(
         max_length: positions that the model has; None for any number.
         three_axes: the model rotates by positions in three axes.
     """
-    batch: Batch = collate(prompts)
     lengths = [len(prompt.token_ids) for prompt in prompts]
     P = max(lengths)
+    if type(collate) is SampleCollator:
+        collate = replace(collate, seq_length=P)
+    batch: Batch = collate(prompts)
     shifts = [P - length for length in lengths]
     input_ids_BP = _moved_right(batch["input_ids"][:, :P], shifts)
     given = batch["position_ids"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class SamplingOptions:
             raise ConfigError(f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1: all tokens)")
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}; expected 0 (all tokens) or more")
+
+    def ended_by(self, stop_tokens: Sequence[int]) -> SamplingOptions:
+        """The same, with these stop tokens besides its own."""
+        return replace(self, stop_tokens=(*self.stop_tokens, *stop_tokens))
 
 
 def draw_uniforms(options: SamplingOptions, prompt: int) -> Tensor | None:

@@ -1,0 +1,174 @@
+"""A checkpoint that answers: weights, processor and tokenizer of a root with a folder ``hf``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.data import SampleCollator
+from megatron.mimo.data.chat import Chat
+from megatron.mimo.data.conversations import Conversation
+from megatron.mimo.inference.generator import Generator
+from megatron.mimo.inference.sampling import SamplingOptions
+from megatron.mimo.inference.text_stream import TextStream
+
+__all__ = ["Assistant", "open_assistant"]
+
+
+class Assistant:
+    """Answers conversations in text.
+
+    Args:
+        chat: writes conversations as the model reads them.
+        generator: of the model.
+        stop_tokens: the model's own; with no others an answer ends there.
+    """
+
+    def __init__(self, chat: Chat, generator: Generator, stop_tokens: Sequence[int]) -> None:
+        self.stop_tokens = tuple(stop_tokens)
+        self._chat = chat
+        self._generator = generator
+
+    def __call__(
+        self,
+        conversations: Sequence[Conversation],
+        options: SamplingOptions | None = None,
+        *,
+        stop_texts: Sequence[str] = (),
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[str]:
+        """The assistant's next turn in each conversation, whose last turn is the user's.
+
+        Collective over all ranks, as ``Generator``.
+
+        Args:
+            conversations: their media are files, or decoded.
+            options: without stop tokens, the model's own are used.
+            stop_texts: an answer ends before the first of them.
+            on_text: told the number of a conversation and the next piece of its answer, as it
+                comes, on every rank that works on it.
+
+        Raises:
+            InputError: a medium cannot be read or is of a kind that the model does not take; a
+                conversation is too long.
+        """
+        options = options or SamplingOptions(stop_tokens=self.stop_tokens)
+        tokenizer = self._chat.processor.tokenizer
+
+        def live_stream(number: int) -> TextStream:
+            write = None if on_text is None else partial(on_text, number)
+            return TextStream(tokenizer, stop_texts=stop_texts, write=write)
+
+        streams = [live_stream(number) for number in range(len(conversations))]
+        answers = self._generator(
+            [self._chat.prompt(conversation) for conversation in conversations],
+            options,
+            on_token=lambda number, token: streams[number].feed(token),
+        )
+        texts = []
+        for tokens, live in zip(answers, streams, strict=True):
+            live.close()
+            # the answer may be another rank's
+            whole = TextStream(tokenizer, stop_texts=stop_texts)
+            any(whole.feed(token) for token in tokens)
+            texts.append(whole.close())
+        return texts
+
+
+def open_assistant(
+    checkpoint: Path,
+    *,
+    device: torch.device,
+    tp_size: int = 1,
+    pp_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    iteration: int | None = None,
+    hf: Path | None = None,
+    batch_size: int = 8,
+) -> Assistant:
+    """Load a checkpoint of any layout, imported or trained; adapters are merged.
+
+    Call it on every rank, inside ``standalone.process_groups``.
+
+    Args:
+        checkpoint: a root with a folder ``hf``, or one of its iterations.
+        device: as ``process_groups`` gives it.
+        tp_size: tensor-parallel size, of the groups.
+        pp_size: pipeline-parallel size, of the groups.
+        dtype: of the parameters.
+        iteration: another than the newest.
+        hf: folder of the processor; the checkpoint's ``hf`` by default.
+        batch_size: conversations that are answered together.
+
+    Raises:
+        ConfigError: no checkpoint, no ``hf`` folder, no processor, or one of another model.
+        InputError: the checkpoint does not hold the model that ``hf`` describes.
+    """
+    from megatron.mimo.convert.checkpoint import ASSETS, locate
+    from megatron.mimo.models import family_of, read_hf_config
+    from megatron.mimo.models.standalone import build_model, model_arguments
+    from megatron.mimo.recipes.assets import read_processor
+
+    root, folder = locate(checkpoint, iteration=iteration)
+    assets = root / ASSETS
+    config = read_hf_config(assets)
+    family = family_of(config)
+    chat = Chat(family=family, config=config, processor=read_processor(hf or assets))
+    args = model_arguments(
+        family,
+        config,
+        tp_size=tp_size,
+        pp_size=pp_size,
+        dtype=dtype,
+        # its attention takes prompts of different lengths together
+        flags=["--transformer-impl", "local"],
+    )
+    model = build_model(family, config, args, device=device)
+    _load(model, folder)
+    media = family.media(config)
+    taken = set(media.special_token_ids.values())
+    limit = args.max_position_embeddings
+    collate = SampleCollator(
+        seq_length=limit,
+        vocab_size=args.vocab_size,
+        pad_id=next(token for token in range(args.vocab_size) if token not in taken),
+        special_token_ids=media.special_token_ids,
+        media_formats=media.formats,
+        mrope=media.mrope,
+    )
+    generator = Generator(
+        model, collate, vocab_size=args.vocab_size, max_length=limit, batch_size=batch_size
+    )
+    return Assistant(chat, generator, _stop_tokens(assets, chat.processor.tokenizer))
+
+
+def _load(model: Any, folder: Path) -> None:
+    """Fill the model with a checkpoint's weights and add its adapters to them."""
+    from megatron.mimo.convert.load import load_weights
+    from megatron.mimo.lora import add_adapters, merge_adapters, saved_settings
+
+    settings = saved_settings(folder)
+    if settings is not None:
+        add_adapters(model, settings)
+    load_weights(model, folder)
+    if settings is not None:
+        merge_adapters(model)
+
+
+def _stop_tokens(assets: Path, tokenizer: Any) -> tuple[int, ...]:
+    """What ends an answer: as generation_config.json says, and the tokenizer's own end."""
+    found: list[Any] = [tokenizer.eos_token_id]
+    file = assets / "generation_config.json"
+    if file.is_file():
+        try:
+            given = json.loads(file.read_text()).get("eos_token_id")
+        except ValueError as error:
+            raise ConfigError(f"{file} is not JSON: {error}; repair or delete it") from error
+        found += given if isinstance(given, list) else [given]
+    return tuple(sorted({token for token in found if token is not None}))

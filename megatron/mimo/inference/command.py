@@ -1,0 +1,145 @@
+"""The command behind ``examples/mimo/generate.py``: one question to a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.core.models.mimo.errors import ConfigError, MimoError
+from megatron.mimo.inference.sampling import SamplingOptions
+from megatron.mimo.training.failure import refuse
+from megatron.mimo.training.quiet import quiet_imports, stdout, warnings_shown
+
+__all__ = ["main"]
+
+_MEDIA = ("image", "video", "audio")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer on the terminal, as the tokens come.
+
+    Args:
+        argv: without the program's name; None for the process's own.
+
+    Returns:
+        The exit code; 2 where the arguments, the checkpoint or the media are at fault.
+    """
+    arguments = _parser().parse_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    sizes = (arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
+    try:
+        if min(sizes) < 1:
+            raise ConfigError(f"parallel sizes are {sizes}; expected at least 1 each")
+        with quiet_imports():
+            from megatron.mimo.models.standalone import process_groups
+        with (
+            warnings_shown(shown=False),
+            process_groups(tp_size=sizes[0], pp_size=sizes[1]) as device,
+        ):
+            _answer(arguments, device, rank)
+    except MimoError as error:
+        return refuse(error, rank)
+    return 0
+
+
+def _answer(arguments: argparse.Namespace, device: object, rank: int) -> None:
+    with quiet_imports():
+        import torch
+
+        from megatron.mimo.data.conversations import Conversation, Part, Turn
+        from megatron.mimo.inference.assistant import open_assistant
+
+    assert isinstance(device, torch.device)
+    default = torch.float32 if device.type == "cpu" else torch.bfloat16
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    options = SamplingOptions(  # before anything is loaded
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+    )
+    media = [
+        Part(kind=kind, value=_read_early(kind, Path(file)))
+        for kind in _MEDIA
+        for file in getattr(arguments, kind)
+    ]
+    with stdout(shown=False):
+        assistant = open_assistant(
+            Path(arguments.checkpoint),
+            device=device,
+            tp_size=arguments.tensor_model_parallel_size,
+            pp_size=arguments.pipeline_model_parallel_size,
+            dtype=names.get(arguments.dtype, default),
+            iteration=arguments.iteration,
+            hf=None if arguments.hf is None else Path(arguments.hf),
+        )
+    said = Turn(role="user", parts=(*media, Part(kind="text", value=arguments.prompt)))
+    turns = [said]
+    if arguments.system is not None:
+        turns.insert(0, Turn(role="system", parts=(Part(kind="text", value=arguments.system),)))
+
+    def show(_: int, piece: str) -> None:
+        if rank == 0:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    assistant(
+        [Conversation(name="the prompt", turns=tuple(turns))],
+        options.ended_by(assistant.stop_tokens),
+        stop_texts=arguments.stop,
+        on_text=show,
+    )
+    show(0, "\n")
+
+
+def _read_early(kind: str, path: Path) -> object:
+    """A decoded image; the path of others, which are read as the model wants them."""
+    from megatron.mimo.data.media_files import load_image
+
+    if kind == "image":
+        return load_image(path)
+    if not path.exists():
+        raise ConfigError(f"{kind} {path} does not exist; correct the path")
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="generate.py", description="Ask a checkpoint about images, videos and recordings."
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="ROOT",
+        help="imported or trained checkpoint, with its folder hf",
+    )
+    parser.add_argument("--prompt", required=True, help="what is asked, behind the media")
+    parser.add_argument("--system", metavar="TEXT", help="what is said before the question")
+    for kind in _MEDIA:
+        parser.add_argument(
+            f"--{kind}", nargs="+", action="extend", default=[], metavar="FILE", help=f"{kind}s"
+        )
+    parser.add_argument("--hf", metavar="DIR", help="processor and tokenizer (default: ROOT/hf)")
+    parser.add_argument("--iteration", type=int, metavar="N", help="default: the newest")
+    answer = parser.add_argument_group("answer")
+    answer.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    answer.add_argument(
+        "--temperature", type=float, default=0.0, help="0: always the most probable token (default)"
+    )
+    answer.add_argument("--top-p", type=float, default=1.0)
+    answer.add_argument("--top-k", type=int, default=0)
+    answer.add_argument("--seed", type=int, default=0)
+    answer.add_argument(
+        "--stop", nargs="+", default=[], metavar="TEXT", help="end the answer before these words"
+    )
+    layout = parser.add_argument_group("layout", "with torchrun --nproc-per-node")
+    layout.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
+    layout.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
+    layout.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16, on CPU fp32"
+    )
+    return parser

@@ -1,0 +1,83 @@
+"""The same tokens as transformers' ``generate``, for every family's tiny model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.mimo.models import family_names
+from tests.rank_pool import RankPool, model_parallel
+
+NEW_TOKENS = 32
+LAYOUTS = {"dp2": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
+
+Reference = tuple[Any, dict[str, Tensor], list[dict[str, Tensor]], list[list[int]]]
+
+
+def answer_by_transformers(name: str) -> Reference:
+    """Configuration, weights, prompts, and greedy answers one prompt at a time."""
+    from megatron.mimo.models import load_family
+
+    family = load_family(name)
+    config = family.tiny()
+    torch.manual_seed(3)
+    model = family.reference(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # answers that repeat one token prove little
+            parameter += 0.05 * torch.randn_like(parameter)
+    generator = torch.Generator().manual_seed(4)
+    examples = [family.example(config, generator) for _ in range(3)]
+    placeholders = sorted(family.media(config).special_token_ids.values())
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    answers = []
+    for example in examples:
+        whole = model.generate(
+            **example, do_sample=False, max_new_tokens=NEW_TOKENS, suppress_tokens=placeholders
+        )
+        answers.append(whole[0, example["input_ids"].size(1) :].tolist())
+    weights = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+    return config, weights, examples, answers
+
+
+def generate(name: str, reference: Reference) -> None:
+    """All prompts together, under one layout after the other."""
+    from megatron.core import parallel_state
+    from megatron.mimo.convert.load import load_hugging_face
+    from megatron.mimo.data import SampleCollator
+    from megatron.mimo.inference import Generator, SamplingOptions
+    from megatron.mimo.models import load_family
+    from megatron.mimo.models.standalone import build_model, model_arguments
+
+    config, weights, examples, expected = reference
+    family = load_family(name)
+    prompts = [family.sample(config, example) for example in examples]
+    assert len({len(prompt.token_ids) for prompt in prompts}) > 1
+    media = family.media(config)
+    for layout, (tp, pp) in LAYOUTS.items():
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        model_parallel(tp=tp, pp=pp)
+        args = model_arguments(family, config, tp_size=tp, pp_size=pp)
+        model = build_model(family, config, args, device=torch.device("cpu"))
+        load_hugging_face(model, weights, family.keys(config))
+        collate = SampleCollator(
+            seq_length=args.max_position_embeddings,
+            vocab_size=args.vocab_size,
+            pad_id=0,
+            special_token_ids=media.special_token_ids,
+            media_formats=media.formats,
+            mrope=media.mrope,
+        )
+        generator = Generator(model, collate, vocab_size=args.vocab_size)
+        assert generator(prompts, SamplingOptions(max_new_tokens=NEW_TOKENS)) == expected, layout
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_says_what_transformers_says(ranks: RankPool, name: str) -> None:
+    (reference,) = ranks(1)(answer_by_transformers, name)
+    assert len({token for answer in reference[3] for token in answer}) > 8
+    ranks(2)(generate, name, reference)
