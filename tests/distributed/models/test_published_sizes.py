@@ -1,0 +1,46 @@
+"""The published models, at their real sizes and without memory: names and shapes of every weight."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.rank_pool import RankPool
+
+RECIPES = (
+    "llava_1_5_7b",
+    "llava_1_5_13b",
+    "llava_next",
+    "llava_avlm",
+    "qwen2_audio_7b",
+    "qwen2_5_vl_3b",
+    "qwen2_5_vl_7b",
+)
+
+
+def match_on_meta(recipe: str) -> None:
+    import torch
+
+    from megatron.mimo.convert.match import check_shapes, match_names
+    from megatron.mimo.convert.slots import match_slots, model_slots
+    from megatron.mimo.models import family_of
+    from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
+    from megatron.mimo.recipes import load_recipe
+
+    config = load_recipe(recipe).build_model.__self__.config()  # type: ignore[attr-defined]
+    family, meta = family_of(config), torch.device("meta")
+    with meta:
+        theirs = family.reference(config).state_dict()
+    with process_groups():
+        model = build_model(family, config, model_arguments(family, config), device=meta)
+        table = family.keys(config)
+        match = match_names(theirs.keys(), table, source=recipe)
+        matched = list(match_slots(model_slots(model), table))
+    for slot, row in matched:
+        shapes = {name: tuple(theirs[match.given[name]].shape) for name in row.hf}
+        check_shapes(table.hf_shapes(row, slot.shape), shapes, source=recipe)
+    assert {row.mimo for _, row in matched} == {row.mimo for row in table.each()}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_weight_has_its_place(ranks: RankPool, recipe: str) -> None:
+    ranks(1)(match_on_meta, recipe)
