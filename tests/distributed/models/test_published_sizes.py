@@ -1,4 +1,4 @@
-"""The published models, at their real sizes and without memory: names and shapes of every weight."""
+"""The published models at their real sizes, without memory: names and shapes of all weights."""
 
 from __future__ import annotations
 
