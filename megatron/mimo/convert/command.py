@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.core.models.mimo.errors import ConfigError, MimoError
-from megatron.mimo.training.failure import REFUSED
 from megatron.mimo.training.quiet import quiet_imports, stdout, warnings_shown
 
 __all__ = ["main"]
 
+_DIFFERENT, _REFUSED, _STOPPED = 1, 2, 130
 _DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _DESCRIPTION = """\
@@ -40,19 +39,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     given = parser.parse_args(argv)
-    run: Callable[[argparse.Namespace], int] = given.run
+    run: Callable[[argparse.Namespace], tuple[str, int]] = given.run
+    with quiet_imports():
+        from megatron.core.models.mimo.errors import MimoError
     try:
-        with quiet_imports(), warnings_shown(shown=False):
-            return run(given)
+        with quiet_imports(), warnings_shown(shown=False), stdout(shown=False):
+            _quiet_transformers()
+            done, code = run(given)
     except MimoError as error:
         sys.stderr.write(f"error: {error}\n")
-        return REFUSED
+        return _REFUSED
     except OSError as error:
         sys.stderr.write(f"error: {error.filename or ''}: {error.strerror or error}\n")
-        return REFUSED
+        return _REFUSED
     except KeyboardInterrupt:
         sys.stderr.write("stopped; nothing was left behind\n")
-        return 130
+        return _STOPPED
+    if not getattr(given, "quiet", False):
+        sys.stdout.write(f"{done}\n")
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_import(commands)
     _add_export(commands)
+    _add_verify(commands)
     return parser
 
 
@@ -112,44 +118,99 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
 
-def _import(given: argparse.Namespace) -> int:
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="whether a checkpoint is the Hugging Face model",
+        description="Compare keys, shapes, dtypes and values; then load both in fp32 and compare "
+        "logits, the gradient of every parameter, and greedy answers, on random conversations.",
+    )
+    parser.add_argument("source", metavar="HF_DIR", type=Path, nargs="?")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, nargs="?")
+    parser.add_argument(
+        "--tiny", metavar="FAMILY", help="make a small random model, and take it there and back"
+    )
+    parser.add_argument("--list", action="store_true", help="the families")
+    parser.add_argument("--tp", type=_count, default=1, metavar="N", help="tensor parallelism")
+    parser.add_argument("--pp", type=_count, default=1, metavar="N", help="pipeline parallelism")
+    parser.add_argument("--samples", type=_count, default=2, metavar="N", help="default 2")
+    parser.add_argument(
+        "--weights-only", action="store_true", help="compare files; build neither model"
+    )
+    parser.add_argument("--logits", type=float, default=1e-4, metavar="X", help="allowed, absolute")
+    parser.add_argument(
+        "--gradients", type=float, default=1e-3, metavar="X", help="allowed, relative"
+    )
+    parser.set_defaults(run=_verify)
+
+
+def _import(given: argparse.Namespace) -> tuple[str, int]:
     from megatron.mimo.convert.importing import import_model
 
-    with stdout(shown=False):
-        done = import_model(
-            given.source,
-            given.target,
-            dtype=_dtype(given.dtype),
-            threads=given.threads,
-            shown=not given.quiet,
-        )
-    _say(given, done)
-    return 0
+    done = import_model(
+        given.source,
+        given.target,
+        dtype=_dtype(given.dtype),
+        threads=given.threads,
+        shown=not given.quiet,
+    )
+    return done, 0
 
 
-def _export(given: argparse.Namespace) -> int:
+def _export(given: argparse.Namespace) -> tuple[str, int]:
+    from megatron.core.models.mimo.errors import ConfigError
     from megatron.mimo.convert.exporting import export_model
 
     if given.adapters_only and given.dtype:
         raise ConfigError("--dtype has no effect on --adapters-only; leave it away")
-    with stdout(shown=False):
-        done = export_model(
+    done = export_model(
+        given.source,
+        given.target,
+        iteration=given.iteration,
+        dtype=_dtype(given.dtype),
+        max_shard_size=given.max_shard_size,
+        adapters_only=given.adapters_only,
+        threads=given.threads,
+        shown=not given.quiet,
+    )
+    return done, 0
+
+
+def _verify(given: argparse.Namespace) -> tuple[str, int]:
+    from megatron.core.models.mimo.errors import ConfigError
+    from megatron.mimo.convert.verify import Allowed, verify_checkpoint, verify_tiny
+    from megatron.mimo.models import family_names
+
+    if given.list:
+        return "\n".join(family_names()), 0
+    named = [path for path in (given.source, given.checkpoint) if path is not None]
+    if len(named) != (0 if given.tiny else 2):
+        raise ConfigError("verify takes HF_DIR and CHECKPOINT, or --tiny FAMILY; see --help")
+    if given.tiny:
+        findings = verify_tiny(given.tiny, tp_size=given.tp, pp_size=given.pp)
+    else:
+        findings = verify_checkpoint(
             given.source,
-            given.target,
-            iteration=given.iteration,
-            dtype=_dtype(given.dtype),
-            max_shard_size=given.max_shard_size,
-            adapters_only=given.adapters_only,
-            threads=given.threads,
-            shown=not given.quiet,
+            given.checkpoint,
+            tp_size=given.tp,
+            pp_size=given.pp,
+            samples=given.samples,
+            weights_only=given.weights_only,
+            allowed=Allowed(logits=given.logits, gradients=given.gradients),
         )
-    _say(given, done)
-    return 0
+    good = all(finding.equal for finding in findings)
+    lines = [*map(str, findings), "equal" if good else "NOT equal"]
+    return "\n".join(lines), 0 if good else _DIFFERENT
 
 
-def _say(given: argparse.Namespace, text: str) -> None:
-    if not given.quiet:
-        sys.stdout.write(f"{text}\n")
+def _quiet_transformers() -> None:
+    """Its progress bars and advice; where it is missing, the command that needs it says so."""
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _dtype(name: str | None) -> Any:

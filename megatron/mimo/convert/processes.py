@@ -1,0 +1,104 @@
+"""``compare_model`` on as many processes as a layout needs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.convert.compare import Comparison, compare_model
+from megatron.mimo.convert.reference import Expected
+
+__all__ = ["compare_on_processes"]
+
+_JOB, _TIMEOUT = "job.pickle", 1800.0
+
+
+def compare_on_processes(
+    family: Any,
+    config: Any,
+    checkpoint: Path,
+    expected: Expected,
+    *,
+    tp_size: int,
+    pp_size: int,
+) -> list[Comparison]:
+    """What each rank finds; arguments as for ``compare_model``.
+
+    Raises:
+        ConfigError: a process failed, or there are fewer GPUs than processes.
+    """
+    sizes = {"tp_size": tp_size, "pp_size": pp_size}
+    count = tp_size * pp_size
+    if count == 1:
+        return [compare_model(family, config, checkpoint, expected, **sizes)]
+    if torch.cuda.is_available() and torch.cuda.device_count() < count:
+        raise ConfigError(
+            f"--tp {tp_size} --pp {pp_size} needs {count} GPUs, there are "
+            f"{torch.cuda.device_count()}; choose a smaller layout, or CUDA_VISIBLE_DEVICES= "
+            "for a check on the CPU"
+        )
+    with tempfile.TemporaryDirectory(prefix="mimo-verify-") as name:
+        folder = Path(name)
+        job = (family.name, config, checkpoint, expected, sizes)
+        (folder / _JOB).write_bytes(pickle.dumps(job))
+        _run_all(folder, count)
+        results = [folder / f"{rank}.pickle" for rank in range(count)]
+        return [pickle.loads(path.read_bytes()) for path in results]
+
+
+def _run_all(folder: Path, count: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    common = {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        **os.environ,
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    processes = []
+    for rank in range(count):
+        log = (folder / f"{rank}.log").open("wb")
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", __name__, str(folder)],
+                env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=log,
+                stderr=log,
+            )
+        )
+    try:
+        codes = [process.wait(_TIMEOUT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    if any(codes):
+        failed = next(rank for rank, code in enumerate(codes) if code)
+        lines = (folder / f"{failed}.log").read_text(errors="replace").splitlines()
+        raise ConfigError(f"rank {failed} of {count} failed: " + "\n".join(lines[-15:]))
+
+
+def _main() -> None:
+    """One rank."""
+    from megatron.mimo.models import load_family
+
+    folder = Path(sys.argv[1])
+    name, config, checkpoint, expected, sizes = pickle.loads((folder / _JOB).read_bytes())
+    found = compare_model(load_family(name), config, checkpoint, expected, **sizes)
+    (folder / f"{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(found))
+
+
+if __name__ == "__main__":
+    _main()

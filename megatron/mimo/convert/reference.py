@@ -1,0 +1,100 @@
+"""What transformers computes with the weights of a directory: the truth that ours is held to.
+
+Legend: L tokens of one sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["NEW_TOKENS", "Expected", "compute_expected"]
+
+NEW_TOKENS = 32
+
+Conversation = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """Of the Hugging Face model, in fp32, sample by sample; everything by its own names.
+
+    Attributes:
+        examples: conversations, as its forward takes them.
+        logits: float32 [L, V] of each.
+        loss: mean over the label positions of all of them.
+        gradients: of the loss, of every parameter that it depends on.
+        answers: greedy continuations of each, ``NEW_TOKENS`` long.
+    """
+
+    examples: list[Conversation]
+    logits: list[Tensor]
+    loss: float
+    gradients: dict[str, Tensor]
+    answers: list[list[int]]
+
+
+def compute_expected(
+    model: nn.Module, family: Any, config: Any, *, samples: int, seed: int
+) -> Expected:
+    """Run the model on random conversations.
+
+    Args:
+        model: of transformers, in fp32 and evaluation mode; keeps its gradients.
+        family: the model's.
+        config: its configuration.
+        samples: how many conversations.
+        seed: of the conversations.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    examples = [family.example(config, generator) for _ in range(samples)]
+    is_label = [family.sample(config, example).is_label for example in examples]
+    logits = [model(**example).logits[0] for example in examples]
+    count = sum(int(flags_L[1:].sum()) for flags_L in is_label)
+    total = sum(
+        (
+            _losses(logits_LV, example)[flags_L[1:]].sum()
+            for logits_LV, example, flags_L in zip(logits, examples, is_label, strict=True)
+        ),
+        start=torch.zeros(()),
+    )
+    loss = total / count
+    loss.backward()
+    return Expected(
+        examples=examples,
+        logits=[logits_LV.detach() for logits_LV in logits],
+        loss=loss.item(),
+        gradients={
+            name: parameter.grad
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if parameter.grad is not None
+        },
+        answers=_answers(model, examples, sorted(family.media(config).special_token_ids.values())),
+    )
+
+
+def _losses(logits_LV: Tensor, example: Conversation) -> Tensor:
+    return F.cross_entropy(logits_LV[:-1].float(), example["input_ids"][0, 1:], reduction="none")
+
+
+def _answers(
+    model: Any, examples: Sequence[Conversation], placeholders: list[int]
+) -> list[list[int]]:
+    """A random model may ask for media: placeholders are never said."""
+    settings = model.generation_config
+    settings.eos_token_id, settings.pad_token_id = None, 0
+    answers = []
+    for example in examples:
+        whole = model.generate(
+            **example,
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            suppress_tokens=placeholders,
+        )
+        answers.append(whole[0, example["input_ids"].size(1) :].tolist())
+    return answers

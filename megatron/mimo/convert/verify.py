@@ -1,0 +1,259 @@
+"""Whether a checkpoint is the Hugging Face model: names, values, logits, gradients, tokens."""
+
+from __future__ import annotations
+
+import filecmp
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.convert.checkpoint import ASSETS, CheckpointReader, locate
+from megatron.mimo.convert.compare import Comparison
+from megatron.mimo.convert.exporting import export_model, read_parameter
+from megatron.mimo.convert.importing import import_model, in_threads, meta_model
+from megatron.mimo.convert.match import match_names
+from megatron.mimo.convert.processes import compare_on_processes
+from megatron.mimo.convert.reference import NEW_TOKENS, Expected, compute_expected
+from megatron.mimo.convert.slots import match_slots, model_slots
+from megatron.mimo.convert.weights import Weights
+from megatron.mimo.lora.settings import saved_settings
+from megatron.mimo.models import family_of, load_family, read_hf_config
+
+__all__ = ["Allowed", "Finding", "verify_checkpoint", "verify_tiny"]
+
+_SEED = 2
+_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        title: what was compared.
+        text: what came out.
+        equal: whether it is as it should be.
+        rows: the worst cases, as lines of a table.
+    """
+
+    title: str
+    text: str
+    equal: bool
+    rows: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{'ok  ' if self.equal else 'FAIL'}  {self.title:<10}  {self.text}"]
+        return "\n".join([*lines, *(f"        {row}" for row in self.rows)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowed:
+    """Largest differences that pass.
+
+    Attributes:
+        logits: absolute.
+        gradients: norm of the difference relative to that of the gradient.
+    """
+
+    logits: float = 1e-4
+    gradients: float = 1e-3
+
+
+def verify_checkpoint(
+    source: Path,
+    checkpoint: Path,
+    *,
+    tp_size: int = 1,
+    pp_size: int = 1,
+    samples: int = 2,
+    weights_only: bool = False,
+    allowed: Allowed | None = None,
+) -> list[Finding]:
+    """Compare a checkpoint with a Hugging Face directory.
+
+    Args:
+        source: the directory.
+        checkpoint: root or iteration folder.
+        tp_size: tensor-parallel size under which the checkpoint is loaded.
+        pp_size: pipeline-parallel size.
+        samples: random conversations that both models read, in fp32.
+        weights_only: compare the files only; neither model is built.
+        allowed: what passes.
+
+    Raises:
+        ConfigError, UnsupportedError, InputError: one of both cannot be read.
+    """
+    root, folder = locate(checkpoint)
+    config = read_hf_config(source)
+    family = family_of(config)
+    if family.name != family_of(read_hf_config(root / ASSETS)).name:
+        raise ConfigError(f"{source} is a {family.name}, {root} is not; name those of one model")
+    findings = _compare_weights(family, config, source, folder)
+    if weights_only:
+        return findings
+    if saved_settings(folder) is not None:
+        raise ConfigError(
+            f"{folder} has adapters, which the comparison of logits does not load; export it, "
+            "import the result and verify that, or pass --weights-only"
+        )
+    with torch.device("meta"):
+        kind: Any = type(family.reference(config))
+    model = kind.from_pretrained(source, dtype=torch.float32).eval()
+    expected = compute_expected(model, family, config, samples=samples, seed=_SEED)
+    del model
+    found = compare_on_processes(family, config, folder, expected, tp_size=tp_size, pp_size=pp_size)
+    return [*findings, *_compare_runs(expected, found, allowed or Allowed())]
+
+
+def verify_tiny(name: str, *, tp_size: int = 1, pp_size: int = 1) -> list[Finding]:
+    """Take a small random model of a family all the way there and back.
+
+    Makes a Hugging Face directory, imports it, compares under the layout, exports it, compares the
+    files byte for byte and loads them in transformers; all in a temporary folder.
+
+    Args:
+        name: of the family.
+        tp_size: tensor-parallel size.
+        pp_size: pipeline-parallel size.
+    """
+    family = load_family(name)
+    config: Any = family.tiny()
+    with tempfile.TemporaryDirectory(prefix="mimo-verify-") as temporary:
+        made, imported, exported = (Path(temporary) / part for part in ("hf", "mimo", "back"))
+        torch.manual_seed(_SEED)
+        model: Any = family.reference(config)
+        with torch.no_grad():
+            for parameter in model.parameters():  # biases begin at 0, norms at 1: hide nothing
+                parameter += 0.05 * torch.randn_like(parameter)
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        model.save_pretrained(made, max_shard_size=max(size // 3, 1))
+        import_model(made, imported, shown=False)
+        findings = verify_checkpoint(made, imported, tp_size=tp_size, pp_size=pp_size)
+        export_model(imported, exported, shown=False)
+        findings.append(_compare_files(made, exported))
+        findings.append(_reload(model, exported))
+    return findings
+
+
+def _compare_weights(family: Any, config: Any, source: Path, folder: Path) -> list[Finding]:
+    weights, reader = Weights(source), CheckpointReader(folder)
+    table = family.keys(config)
+    match = match_names(weights.by_name.keys(), table, source=str(source))
+    with meta_model(family, config) as model:
+        pairs = list(match_slots(model_slots(model), table))
+    settings = saved_settings(folder)
+
+    def compare(pair: Any) -> list[tuple[float, str]]:
+        slot, row = pair
+        ours = row.transform.to_hf(read_parameter(reader, slot, settings))
+        return [
+            _compare_tensors(name, weights.read(match.given[name]), part)
+            for name, part in zip(row.hf, ours, strict=True)
+        ]
+
+    lines = sorted(line for lines in in_threads(compare, pairs, threads=None) for line in lines)
+    wrong = [text for worst, text in reversed(lines) if worst]
+    count = len(lines)
+    text = f"{count - len(wrong)} of {count} weights equal in shape, dtype and every bit"
+    if match.carried:
+        text += f"; {len(match.carried)} are not part of the model"
+    rows = tuple(wrong[:_SHOWN])
+    keys = f"{len(match.given)} Hugging Face weights <-> {len(pairs)} parameters"
+    return [
+        Finding(title="keys", text=keys, equal=True),
+        Finding(title="weights", text=text, equal=not wrong, rows=rows),
+    ]
+
+
+def _compare_tensors(name: str, theirs: torch.Tensor, ours: torch.Tensor) -> tuple[float, str]:
+    """How bad it is (0: equal), and in words."""
+    if theirs.shape != ours.shape:
+        return float("inf"), f"{name}: shape {list(theirs.shape)} / {list(ours.shape)}"
+    difference = (theirs.double() - ours.double()).abs().max().item() if theirs.numel() else 0.0
+    if theirs.dtype != ours.dtype:
+        return difference or 1e-30, f"{name}: {theirs.dtype} / {ours.dtype}, max {difference:.2e}"
+    if torch.equal(theirs, ours):
+        return 0.0, name
+    return difference or 1e-30, f"{name}: largest difference {difference:.2e}"
+
+
+def _compare_runs(expected: Expected, found: list[Comparison], allowed: Allowed) -> list[Finding]:
+    logits = max(value for one in found for value in one.logits)
+    losses = [one.loss for one in found if one.loss is not None]
+    lengths = [len(logits_LV) for logits_LV in expected.logits]
+    errors = _gradient_errors(found)
+    worst = sorted(errors.items(), key=lambda item: -item[1])
+    wrong = [name for name, error in worst if not error < allowed.gradients]
+    same = sum(
+        ours == theirs for ours, theirs in zip(found[0].answers, expected.answers, strict=True)
+    )
+    return [
+        Finding(
+            title="logits",
+            text=f"largest difference {logits:.1e} (allowed {allowed.logits:.0e}) over "
+            f"{len(lengths)} samples of {', '.join(map(str, lengths))} tokens; loss "
+            f"{losses[0]:.5f}, in transformers {expected.loss:.5f}",
+            equal=logits < allowed.logits,
+        ),
+        Finding(
+            title="gradients",
+            text=f"of {len(errors)} parameters, {len(wrong)} differ by more than "
+            f"{allowed.gradients:.0e}; the largest differences:",
+            equal=not wrong,
+            rows=tuple(f"{error:.1e}  {name}" for name, error in worst[: _SHOWN if wrong else 3]),
+        ),
+        Finding(
+            title="generation",
+            text=f"{same} of {len(lengths)} greedy answers of {NEW_TOKENS} tokens are equal",
+            equal=same == len(lengths),
+        ),
+    ]
+
+
+def _gradient_errors(found: list[Comparison]) -> Mapping[str, float]:
+    """Relative differences over all ranks, each rank's parts against the whole gradient."""
+    squares: dict[str, float] = defaultdict(float)
+    norms: dict[str, float] = {}
+    for one in found:
+        for name, difference in one.gradients.items():
+            squares[name] += difference.squares
+            norms[name] = difference.norm_squares
+    return {
+        name: (total / norms[name]) ** 0.5 if norms[name] else float("inf") if total else 0.0
+        for name, total in squares.items()
+    }
+
+
+def _compare_files(made: Path, exported: Path) -> Finding:
+    names = {path.name for folder in (made, exported) for path in folder.iterdir()}
+    same, _, _ = filecmp.cmpfiles(made, exported, names, shallow=False)
+    different = sorted(names - set(same))
+    return Finding(
+        title="export",
+        text=f"{len(same)} of {len(names)} files equal byte for byte",
+        equal=not different,
+        rows=tuple(different[:_SHOWN]),
+    )
+
+
+def _reload(model: Any, exported: Path) -> Finding:
+    loaded, told = type(model).from_pretrained(exported, output_loading_info=True)
+    wrong = [f"{kind}: {names}" for kind, names in told.items() if names]
+    theirs = loaded.state_dict()
+    wrong += [
+        f"{name} differs"
+        for name, tensor in model.state_dict().items()
+        if not torch.equal(tensor, theirs[name])
+    ]
+    return Finding(
+        title="reload",
+        text=f"transformers loads the exported directory as {type(loaded).__name__}",
+        equal=not wrong,
+        rows=tuple(wrong[:_SHOWN]),
+    )
