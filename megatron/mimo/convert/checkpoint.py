@@ -36,7 +36,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.core.models.mimo.submodules.state import WITHOUT_EXTRA_STATE
 from megatron.mimo.convert.slots import STATE_METADATA
-from megatron.mimo.training.checkpoints import RELEASE, TRACKER, newest_folder, problem, write_text
+from megatron.mimo.training.checkpoints import RELEASE, TRACKER, newest, problem, write_text
 
 __all__ = ["ASSETS", "CheckpointFile", "CheckpointReader", "finish_checkpoint", "locate"]
 
@@ -254,7 +254,7 @@ def locate(checkpoint: Path, *, iteration: int | None = None) -> tuple[Path, Pat
     if (checkpoint / ".metadata").is_file():
         root = checkpoint.parent
     else:
-        folder = newest_folder(checkpoint, iteration)
+        folder = newest(checkpoint, iteration)
     if not (root / ASSETS / "config.json").is_file():
         raise ConfigError(
             f"{root} has no {ASSETS}/config.json, which says what model it is; copy the folder "

@@ -21,7 +21,7 @@ __all__ = [
     "TRACKER",
     "checkpoints",
     "choose",
-    "newest_folder",
+    "newest",
     "problem",
     "prune",
     "saved_arguments",
@@ -81,9 +81,6 @@ def problem(path: Path) -> str | None:
 def choose(args: Namespace, *, repair: bool) -> tuple[int | None, str | None]:
     """Find the checkpoint to start from, in ``args.load``.
 
-    A run that started from imported weights goes on from what it has saved itself: ``args.load``
-    then becomes ``args.save``.
-
     Args:
         args: parsed arguments; ``explicit_load`` says that the user named the directory.
         repair: rewrite the tracker file when it does not name the chosen checkpoint (one rank
@@ -100,9 +97,6 @@ def choose(args: Namespace, *, repair: bool) -> tuple[int | None, str | None]:
         return None, None
     folder = Path(args.load)
     tracked = _read_tracker(folder)
-    if tracked == RELEASE and args.save is not None and checkpoints(Path(args.save)):
-        args.load, folder = args.save, Path(args.save)
-        tracked = _read_tracker(folder)
     available = checkpoints(folder)
     if args.ckpt_step:
         _require(folder, args.ckpt_step, available)
@@ -147,7 +141,7 @@ def choose(args: Namespace, *, repair: bool) -> tuple[int | None, str | None]:
     return newest, f"{what}; using the newest complete one, iteration {newest}"
 
 
-def newest_folder(folder: Path, iteration: int | None = None) -> Path:
+def newest(folder: Path, iteration: int | None = None) -> Path:
     """The directory of the newest complete checkpoint in ``folder``, or of the one asked for.
 
     Args:
