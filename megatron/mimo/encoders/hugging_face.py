@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.core.models.mimo.errors import ConfigError, InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,6 +57,7 @@ class HuggingFaceEncoder(nn.Module):
 
     Raises:
         ConfigError: the directory cannot be read or lacks weights; the feature is not there.
+        UnsupportedError: a trained encoder whose norms mix the items of a batch.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class HuggingFaceEncoder(nn.Module):
         self.model = _make_model(source, model_class, part, dtype)
         self.to(dtype)
         self.model.requires_grad_(not frozen)
+        if not frozen:
+            _refuse_batch_norm(self.model)
         self.rows_of_blank = self._try_out()
 
     def _try_out(self) -> int:
@@ -260,6 +263,16 @@ def _load(source: Any, maker: Any, part: str, dtype: torch.dtype) -> nn.Module:
         )
     loaded: nn.Module = model
     return loaded
+
+
+def _refuse_batch_norm(model: nn.Module) -> None:
+    """Items would depend on each other, and statistics would differ between ranks."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UnsupportedError(
+                f"{name} of {type(model).__name__} is a {type(module).__name__}, whose statistics "
+                "depend on which items a rank has; use frozen=True, which keeps them"
+            )
 
 
 def _as_positions(features: Tensor) -> Tensor:

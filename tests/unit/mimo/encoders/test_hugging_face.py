@@ -20,7 +20,7 @@ from transformers import (
     WhisperModel,
 )
 
-from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.core.models.mimo.errors import ConfigError, InputError, UnsupportedError
 from megatron.mimo.encoders import HuggingFaceEncoder
 
 SIZES: dict[str, Any] = {
@@ -76,7 +76,7 @@ def test_features() -> None:
     assert encoder.rows_per_item(pixel_values=images()) == [1, 1]
     _, rows, everything = encode(SIGLIP, feature=lambda out: out.last_hidden_state[:, ::2])
     torch.testing.assert_close(rows, everything.last_hidden_state[:, ::2].flatten(0, 1))
-    _, rows, everything = encode(RESNET)
+    _, rows, everything = encode(RESNET, frozen=True)
     first = everything.last_hidden_state[0]
     torch.testing.assert_close(rows[0], first[:, 0, 0])
     assert len(rows) == 2 * first[0].numel()
@@ -200,6 +200,11 @@ def test_computed_buffers_keep_their_precision() -> None:
 def test_refusals(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         HuggingFaceEncoder(DINO, **({"blank": IMAGE} | settings))
+
+
+def test_norms_over_the_batch_are_not_trained() -> None:
+    with pytest.raises(UnsupportedError, match=r"is a BatchNorm2d, .* use frozen=True"):
+        HuggingFaceEncoder(RESNET, blank=IMAGE)
 
 
 def test_inputs_that_are_not_known() -> None:
