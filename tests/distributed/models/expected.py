@@ -30,6 +30,7 @@ class Expected:
         logits: [L, V] of each.
         loss: mean over the labels of all of them.
         gradients: of the loss, for every parameter that it depends on.
+        trained_parameters: our names of these.
         trained: losses of steps of AdamW, one batch of all examples each; empty if not asked for.
     """
 
@@ -39,6 +40,7 @@ class Expected:
     logits: list[Tensor]
     loss: float
     gradients: Tensors
+    trained_parameters: set[str]
     trained: list[float]
 
 
@@ -47,6 +49,7 @@ def compute_expected(
     change: Callable[[Any], None] | None = None,
     *,
     samples: int = 4,
+    text_only: bool = False,
     train: bool = False,
 ) -> Expected:
     """Run it on a pool of one rank, whose processes have Megatron imported.
@@ -55,6 +58,8 @@ def compute_expected(
         name: of the family.
         change: changes the tiny configuration in place.
         samples: how many random conversations.
+        text_only: put three more among them that have no media: beside one with media, and two
+            that make a micro-batch of two.
         train: compute ``trained`` as well.
     """
     from megatron.mimo.models import load_family
@@ -72,6 +77,9 @@ def compute_expected(
     weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     generator = torch.Generator().manual_seed(2)
     examples = [family.example(config, generator) for _ in range(samples)]
+    if text_only:
+        texts = [_text(config, generator) for _ in range(3)]
+        examples = [examples[0], texts[0], *examples[1:3], *texts[1:], *examples[3:]]
     labels = [family.sample(config, example).is_label for example in examples]
     loss, logits = mean_loss(model, examples, labels)
     loss.backward()
@@ -87,8 +95,28 @@ def compute_expected(
         logits=logits,
         loss=loss.item(),
         gradients=gradients,
+        trained_parameters=_our_names(family.keys(config), gradients),
         trained=_train(model, examples, labels) if train else [],
     )
+
+
+def _text(config: Any, generator: torch.Generator) -> Tensors:
+    """A conversation without media, and without tokens that stand for anything but text."""
+    text = config.get_text_config()
+    special = {
+        value
+        for part in (config, text)
+        for key, value in part.to_dict().items()
+        if key.endswith(("token_id", "token_index")) and isinstance(value, int)
+    }
+    plain = torch.tensor([token for token in range(text.vocab_size) if token not in special])
+    length = int(torch.randint(6, 12, (), generator=generator))
+    return {"input_ids": plain[torch.randint(len(plain), (1, length), generator=generator)]}
+
+
+def _our_names(table: Any, gradients: Tensors) -> set[str]:
+    given = {table.canonical(name) for name in gradients}
+    return {row.mimo for row in table.each() if given & set(row.hf)}
 
 
 def mean_loss(

@@ -103,6 +103,28 @@ def train(name: str, layout: Layout, expected: Expected) -> list[float]:
     return losses
 
 
+def waits(name: str, layout: Layout) -> dict[str, int]:
+    """What waits for the device in forward and backward of a micro-batch; runs on every rank."""
+    from megatron.core.models.mimo.model.embedding import cut_for_rank
+    from megatron.mimo.backend.host_sync import HostSyncCounter
+    from megatron.mimo.models import load_family
+
+    family = load_family(name)
+    config = family.tiny()
+    model = _model(family, config, layout)
+    generator = torch.Generator().manual_seed(3)
+    samples = [family.sample(config, family.example(config, generator)) for _ in range(2)]
+    batch = _collator(family, config, samples)(samples)
+    if model.partition_adapter is not None:  # as the training layer does, on the host
+        batch["alignment_plan"] = cut_for_rank(
+            batch["alignment_plan"], model.partition_adapter, None
+        )
+    with HostSyncCounter() as counter:
+        losses_BS, mask_BS = model(**batch)
+        (losses_BS * mask_BS).sum().backward()
+    return dict(counter.counts)
+
+
 def _build(name: str, layout: Layout, expected: Expected) -> tuple[Any, Any]:
     """The rank's part of the model with transformers' weights, bare and ready for training."""
     from megatron.core.distributed import (
@@ -113,18 +135,9 @@ def _build(name: str, layout: Layout, expected: Expected) -> tuple[Any, Any]:
     from megatron.core.enums import ModelType
     from megatron.mimo.convert.load import load_hugging_face
     from megatron.mimo.models import load_family
-    from megatron.mimo.models.standalone import build_model, model_arguments
 
-    model_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp)
     family = load_family(name)
-    args = model_arguments(
-        family,
-        expected.config,
-        tp_size=layout.tp,
-        pp_size=layout.pp,
-        flags=[f"--context-parallel-size={layout.cp}", *layout.flags],
-    )
-    model = build_model(family, expected.config, args, device=torch.device("cpu"))
+    model = _model(family, expected.config, layout)
     load_hugging_face(model, expected.weights, family.keys(expected.config))
     model.model_type = ModelType.encoder_or_decoder  # as pretrain does
     model.config.finalize_model_grads_func = finalize_model_grads
@@ -134,24 +147,39 @@ def _build(name: str, layout: Layout, expected: Expected) -> tuple[Any, Any]:
     return model, wrapped
 
 
-def make_batches(name: str, layout: Layout, expected: Expected) -> list[dict[str, Any]]:
-    """This rank's micro-batches, padded to more than the longest sample."""
-    from megatron.core import parallel_state
-    from megatron.mimo.data import SampleCollator
-    from megatron.mimo.models import load_family
+def _model(family: Any, config: Any, layout: Layout) -> Any:
+    from megatron.mimo.models.standalone import build_model, model_arguments
 
-    family = load_family(name)
-    samples = [family.sample(expected.config, example) for example in expected.examples]
-    media = family.media(expected.config)
+    model_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp)
+    flags = [f"--context-parallel-size={layout.cp}", *layout.flags]
+    args = model_arguments(family, config, tp_size=layout.tp, pp_size=layout.pp, flags=flags)
+    return build_model(family, config, args, device=torch.device("cpu"))
+
+
+def _collator(family: Any, config: Any, samples: Sequence[Any]) -> Any:
+    """Pads to more than the longest sample."""
+    from megatron.mimo.data import SampleCollator
+
+    media = family.media(config)
     longest = max(len(sample.token_ids) for sample in samples)
-    collator = SampleCollator(
+    return SampleCollator(
         seq_length=(longest // 8 + 1) * 8,
-        vocab_size=expected.config.get_text_config().vocab_size,
+        vocab_size=config.get_text_config().vocab_size,
         pad_id=0,
         special_token_ids=media.special_token_ids,
         media_formats=media.formats,
         mrope=media.mrope,
     )
+
+
+def make_batches(name: str, layout: Layout, expected: Expected) -> list[dict[str, Any]]:
+    """This rank's micro-batches."""
+    from megatron.core import parallel_state
+    from megatron.mimo.models import load_family
+
+    family = load_family(name)
+    samples = [family.sample(expected.config, example) for example in expected.examples]
+    collator = _collator(family, expected.config, samples)
     groups = [
         list(range(first, first + MICRO_BATCH)) for first in range(0, len(samples), MICRO_BATCH)
     ]
