@@ -83,7 +83,7 @@ def module_names(reference: Any) -> dict[str, str]:
     by writing a file, with numbers in the place of the parameters.
 
     Args:
-        reference: Hugging Face's model (a ``PreTrainedModel``); on device "meta" it takes no memory.
+        reference: Hugging Face's model (a ``PreTrainedModel``); on "meta" it takes no memory.
 
     Returns:
         Name in files -> name in the module tree.

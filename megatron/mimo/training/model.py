@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.recipes.recipe import Recipe, Stage
-from megatron.mimo.training.parts import apply_parts, trained_text
+from megatron.mimo.training.parts import Trained, apply_parts, survey_parts
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
@@ -22,6 +22,7 @@ class ModelBuilder:
 
     Attributes:
         chunks: what it has built, unwrapped.
+        trained: what is trained of it, once all is built.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class ModelBuilder:
         self._say = say
         self._adapters: list[str] = []
         self.chunks: list[MimoModel] = []
+        self.trained: Trained | None = None
 
     def __call__(
         self,
@@ -74,5 +76,6 @@ class ModelBuilder:
         self._adapters += apply_parts(model, self._args)
         self.chunks.append(model)
         if len(self.chunks) == (self._args.virtual_pipeline_model_parallel_size or 1):
-            self._say(trained_text(self.chunks, self._args, self._adapters))
+            self.trained = survey_parts(self.chunks, self._args, self._adapters)
+            self._say(self.trained.text)
         return model

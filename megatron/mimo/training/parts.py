@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from megatron.core.models.mimo.errors import ConfigError
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
 
-__all__ = ["add_part_arguments", "apply_parts", "check_parts", "module_rates", "trained_text"]
+__all__ = ["Trained", "add_part_arguments", "apply_parts", "check_parts", "survey_parts"]
 
 Rate = tuple[str, float]
 
@@ -115,8 +114,21 @@ def apply_parts(model: MimoModel, args: Namespace) -> list[str]:
     return add_adapters(model, settings, seed=args.seed) if settings is not None else []
 
 
-def trained_text(chunks: Sequence[MimoModel], args: Namespace, adapters: list[str]) -> str:
-    """Check the names against the whole model; say how much of it is trained. Collective.
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run trains, over all ranks.
+
+    Attributes:
+        text: how much of the model it is, for a human.
+        has_gaps: a stack has layers that are trained and layers that are not.
+    """
+
+    text: str
+    has_gaps: bool
+
+
+def survey_parts(chunks: Sequence[MimoModel], args: Namespace, adapters: list[str]) -> Trained:
+    """Check the names against the whole model, and find what is trained. Collective.
 
     Every rank calls it, with all of its chunks.
 
@@ -129,13 +141,16 @@ def trained_text(chunks: Sequence[MimoModel], args: Namespace, adapters: list[st
         ConfigError: a name that no rank has, or nothing is trained.
     """
     from megatron.core.models.mimo.model.freezing import parameter_paths, part_names
+    from megatron.mimo.training.unstacked import has_gaps
 
     paths = [item for chunk in chunks for item in parameter_paths(chunk).items()]
-    names_parts = args.freeze or args.module_lr or args.module_wd or args.lora
-    if names_parts:
-        known = part_names(chunks[0].mimo_config.modality_submodules_spec)
-        _check_names(args, known, _gather(paths, adapters))
-    return _count_text([parameter for parameter, _ in paths], args)
+    known = part_names(chunks[0].mimo_config.modality_submodules_spec)
+    parts = _gather(paths, adapters)
+    _check_names(args, known, parts)
+    return Trained(
+        text=_count_text([parameter for parameter, _ in paths], args),
+        has_gaps=has_gaps(parts.trained, parts.frozen),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,68 +196,6 @@ def _check_names(args: Namespace, known: list[str], parts: _Parts) -> None:
     settings = settings_from(args)
     if settings is not None:
         require_adapters(settings, sorted(parts.adapted))
-
-
-@contextmanager
-def module_rates(args: Namespace, chunks: Sequence[MimoModel]) -> Iterator[None]:
-    """Let the optimizer that ``pretrain`` builds within this context have ``--module-lr`` and -wd.
-
-    megatron-core's ``get_megatron_optimizer`` takes overrides by parameter; ``pretrain`` passes
-    its standard ones. The run's are added to these. A group's learning rate follows the run's
-    schedule, scaled: its highest and lowest are both multiplied by the same factor.
-
-    Args:
-        args: the run's.
-        chunks: the model's, filled by the time the optimizer is built.
-    """
-    from megatron.training import training
-
-    original = training.get_megatron_optimizer_config
-
-    def with_rates(arguments: Any) -> Any:
-        config, overrides = original(arguments)
-        return config, {**overrides, **_overrides(args, chunks)}
-
-    training.get_megatron_optimizer_config = with_rates
-    try:
-        yield
-    finally:
-        training.get_megatron_optimizer_config = original
-
-
-def _overrides(args: Namespace, chunks: Sequence[MimoModel]) -> dict[Any, Any]:
-    from megatron.core.models.mimo.model.freezing import parameter_paths
-    from megatron.core.optimizer import ParamKey
-    from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
-
-    chosen: dict[str, set[nn.Parameter]] = {}
-    values: dict[str, dict[str, float]] = {}
-    for flag, rates in (("lr", args.module_lr), ("wd", args.module_wd)):
-        for name, value in rates:
-            scaled = {"max_lr": value, "min_lr": args.min_lr * value / args.lr}
-            fixed = {"start_wd": value, "end_wd": value}
-            values[f"{flag} {name}"] = scaled if flag == "lr" else fixed
-            chosen[f"{flag} {name}"] = set()
-        for parameter, own in (pair for chunk in chunks for pair in parameter_paths(chunk).items()):
-            name = _longest(own, rates)
-            if name is not None:
-                chosen[f"{flag} {name}"].add(parameter)
-
-    def key(name: str) -> Any:
-        return ParamKey(
-            with_name_predicate=ParamWithNamePredicate(
-                name=name, fn=lambda parameter, _: parameter in chosen[name]
-            )
-        )
-
-    return {key(name): value for name, value in values.items()}
-
-
-def _longest(paths: tuple[str, ...], rates: Sequence[Rate]) -> str | None:
-    from megatron.core.models.mimo.model.freezing import selects
-
-    fitting = [name for name, _ in rates if any(selects(name, path) for path in paths)]
-    return max(fitting, key=lambda name: (name.count("."), len(name)), default=None)
 
 
 def _count_text(parameters: Sequence[nn.Parameter], args: Namespace) -> str:

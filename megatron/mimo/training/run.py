@@ -101,7 +101,7 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     from megatron.mimo.training.curve import LossCurve
     from megatron.mimo.training.data import dataset_provider
     from megatron.mimo.training.model import ModelBuilder
-    from megatron.mimo.training.parts import module_rates
+    from megatron.mimo.training.part_optimizer import part_optimizer
     from megatron.mimo.training.step import build_forward_step
     from megatron.mimo.training.watch import LoopWatch
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -124,7 +124,7 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
             with (
                 loading_weights(args, builder.chunks),
                 watch.installed(),
-                module_rates(args, builder.chunks),
+                part_optimizer(args, builder),
             ):
                 pretrain(
                     pretrain_cfg_container_from_args(args),

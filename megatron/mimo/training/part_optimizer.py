@@ -1,0 +1,91 @@
+"""The optimizer of a run whose parts are trained differently: rates by part, layers frozen."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from megatron.mimo.training.unstacked import keep_layers_apart, load_nothing
+
+if TYPE_CHECKING:
+    from megatron.core.models.mimo import MimoModel
+    from megatron.mimo.training.model import ModelBuilder
+    from megatron.mimo.training.parts import Rate
+
+__all__ = ["part_optimizer"]
+
+
+@contextmanager
+def part_optimizer(args: Namespace, builder: ModelBuilder) -> Iterator[None]:
+    """Let the optimizer that ``pretrain`` builds within this context follow the flags on parts.
+
+    megatron-core's ``get_megatron_optimizer`` takes overrides by parameter; ``pretrain`` passes
+    its standard ones. The run's are added to these. A group's learning rate follows the run's
+    schedule, scaled: its highest and lowest are both multiplied by the same factor.
+
+    Args:
+        args: the run's.
+        builder: has built the model by the time the optimizer is built.
+    """
+    from megatron.training import training
+
+    make_config, make = training.get_megatron_optimizer_config, training.get_megatron_optimizer
+
+    def config_with_rates(arguments: Any) -> Any:
+        config, overrides = make_config(arguments)
+        return config, {**overrides, **_overrides(args, builder.chunks)}
+
+    def make_with_gaps(*positional: Any, **keywords: Any) -> Any:
+        optimizer = make(*positional, **keywords)
+        load_nothing(optimizer)
+        assert builder.trained is not None, "the model is built first"
+        if builder.trained.has_gaps:
+            keep_layers_apart(optimizer)
+        return optimizer
+
+    training.get_megatron_optimizer_config = config_with_rates
+    training.get_megatron_optimizer = make_with_gaps
+    try:
+        yield
+    finally:
+        training.get_megatron_optimizer_config = make_config
+        training.get_megatron_optimizer = make
+
+
+def _overrides(args: Namespace, chunks: Sequence[MimoModel]) -> dict[Any, Any]:
+    from megatron.core.models.mimo.model.freezing import parameter_paths
+    from megatron.core.optimizer import ParamKey
+    from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+
+    chosen: dict[str, set[nn.Parameter]] = {}
+    values: dict[str, dict[str, float]] = {}
+    for flag, rates in (("lr", args.module_lr), ("wd", args.module_wd)):
+        for name, value in rates:
+            scaled = {"max_lr": value, "min_lr": args.min_lr * value / args.lr}
+            fixed = {"start_wd": value, "end_wd": value}
+            values[f"{flag} {name}"] = scaled if flag == "lr" else fixed
+            chosen[f"{flag} {name}"] = set()
+        for parameter, own in (pair for chunk in chunks for pair in parameter_paths(chunk).items()):
+            name = _longest(own, rates)
+            if name is not None:
+                chosen[f"{flag} {name}"].add(parameter)
+
+    def key(name: str) -> Any:
+        return ParamKey(
+            with_name_predicate=ParamWithNamePredicate(
+                name=name, fn=lambda parameter, _: parameter in chosen[name]
+            )
+        )
+
+    return {key(name): value for name, value in values.items()}
+
+
+def _longest(paths: tuple[str, ...], rates: Sequence[Rate]) -> str | None:
+    from megatron.core.models.mimo.model.freezing import selects
+
+    fitting = [name for name, _ in rates if any(selects(name, path) for path in paths)]
+    return max(fitting, key=lambda name: (name.count("."), len(name)), default=None)
