@@ -43,7 +43,7 @@ def llava_tiny() -> Recipe:
         processor=llava_processor,
         task=Task(
             train=lambda: Made(say_digits, 4096, held_out=False),
-            valid=lambda: Made(say_digits, 64, held_out=True),
+            valid=lambda: Made(say_digits, 32, held_out=True),
             answer_tokens=6,
         ),
     )

@@ -54,7 +54,7 @@ def llava_avlm_tiny() -> Recipe:
         processor=llava_avlm_processor,
         task=Task(
             train=lambda: Made(say_tones_and_digits, 4096, held_out=False),
-            valid=lambda: Made(say_tones_and_digits, 64, held_out=True),
+            valid=lambda: Made(say_tones_and_digits, 32, held_out=True),
             answer_tokens=10,
         ),
     )

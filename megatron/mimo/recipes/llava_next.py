@@ -38,13 +38,13 @@ def llava_next_tiny() -> Recipe:
         summary="LLaVA 1.6 of 0.2 million parameters that reads scanned digits",
         family="llava_next",
         config=load_family("llava_next").tiny,
-        arguments=TINY_ARGUMENTS,
+        arguments=TINY_ARGUMENTS | {"seq_length": 160},  # up to two images of five tiles
         stages=TINY_STAGES,
         default_stage="full",
         processor=llava_next_processor,
         task=Task(
             train=lambda: Made(say_digits, 4096, held_out=False),
-            valid=lambda: Made(say_digits, 64, held_out=True),
+            valid=lambda: Made(say_digits, 32, held_out=True),
             answer_tokens=6,
         ),
     )

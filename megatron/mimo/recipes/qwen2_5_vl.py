@@ -53,7 +53,7 @@ def qwen2_5_vl_tiny() -> Recipe:
         processor=qwen2_5_vl_processor,
         task=Task(
             train=lambda: Made(digits_or_clip, 4096, held_out=False),
-            valid=lambda: Made(digits_or_clip, 64, held_out=True),
+            valid=lambda: Made(digits_or_clip, 32, held_out=True),
             answer_tokens=6,
         ),
     )

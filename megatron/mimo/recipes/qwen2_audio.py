@@ -40,7 +40,7 @@ def qwen2_audio_tiny() -> Recipe:
         processor=qwen2_audio_processor,
         task=Task(
             train=lambda: Made(say_tones, 4096, held_out=False),
-            valid=lambda: Made(say_tones, 64, held_out=True),
+            valid=lambda: Made(say_tones, 32, held_out=True),
             answer_tokens=12,
         ),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["TINY_ARGUMENTS", "TINY_STAGES"]
 
 TINY_ARGUMENTS: dict[str, object] = {
-    "seq_length": 160,
+    "seq_length": 96,
     "micro_batch_size": 8,
     "global_batch_size": 16,
     "train_iters": 60,

@@ -1,0 +1,168 @@
+"""The tiny twins of the recipes: they learn, in any layout, from files too, and leave with all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from megatron.mimo.recipes import recipe_names
+from tests.distributed.training.launch import LAYOUTS, SCRIPT, losses
+from tests.rank_pool import RankExit, RankPool
+
+TINY = [name for name in recipe_names() if name.endswith("_tiny")]
+ITERATIONS = 12
+
+
+def run(ranks: RankPool, recipe: str, output: Path, layout: str, *flags: str) -> list[RankExit]:
+    world_size, layout_flags = LAYOUTS[layout]
+    # 504 rows in every layout: those beyond the vocabulary take part in the loss
+    rows = ("--make-vocab-size-divisible-by", "4" if layout == "tp2" else "8")
+    argv = [SCRIPT, "--recipe", recipe, "--output", output, *layout_flags, *rows, *flags]
+    return ranks.start_script(world_size, argv, timeout=120).wait()
+
+
+def succeed(ranks: RankPool, recipe: str, output: Path, layout: str, *flags: str) -> str:
+    exits = run(ranks, recipe, output, layout, *flags)
+    assert [exit_.exit_code for exit_ in exits] == [0] * len(exits), "\n".join(
+        exit_.stdout + exit_.stderr for exit_ in exits
+    )
+    return exits[0].stdout
+
+
+@pytest.fixture(scope="module")
+def twins(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every twin, trained in one process."""
+    folder = tmp_path_factory.mktemp("twins")
+    for name in TINY:
+        succeed(ranks, name, folder / name, "one", "--train-iters", str(ITERATIONS))
+    return {name: folder / name for name in TINY}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_loss_falls_and_the_run_leaves_all_that_export_needs(
+    twins: dict[str, Path], name: str
+) -> None:
+    found = [float(loss) for loss in losses(twins[name]).values()]
+    assert len(found) == ITERATIONS
+    assert found[0] > 4.5  # log(500) = 6.2: nothing is known
+    assert sum(found[-3:]) / 3 < 0.6 * found[0]
+    metrics = json.loads((twins[name] / "metrics.json").read_text())
+    assert 0 <= metrics["answers_right"] <= 1
+    assert metrics["test_samples"] == 32
+    kept = {path.name for path in (twins[name] / "checkpoints/hf").iterdir()}
+    assert {"config.json", "generation_config.json", "processor_config.json"} <= kept
+    assert {"tokenizer.json", "chat_template.jinja"} <= kept
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("llava_avlm_tiny", "tp2"), ("qwen2_5_vl_tiny", "pp2")]
+)
+def test_layouts_give_the_same_losses(
+    ranks: RankPool, twins: dict[str, Path], tmp_path: Path, name: str, layout: str
+) -> None:
+    """From a checkpoint of one process; there the weights are the same."""
+    common = ("--load", str(twins[name] / "checkpoints"), "--finetune", "--train-iters", "6")
+    for one in ("one", layout):
+        succeed(ranks, name, tmp_path / one, one, *common)
+    expected, found = (
+        [float(loss) for loss in losses(tmp_path / one).values()] for one in ("one", layout)
+    )
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert expected[0] < 3.5  # the checkpoint's weights, not random ones
+
+
+def write_conversations(folder: Path, count: int) -> Path:
+    """Images of one grey each: dark or bright."""
+    lines = []
+    for number in range(count):
+        Image.new("RGB", (30, 20), (60 + 130 * (number % 2),) * 3).save(folder / f"{number}.png")
+        asked = [{"type": "image", "path": f"{number}.png"}, {"type": "text", "text": "Which?"}]
+        answer = ("dark", "bright")[number % 2]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": turns}))
+    file = folder / "conversations.jsonl"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Parameters of a checkpoint, by name."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, torch.Tensor] = {}
+    _load_state_dict(
+        state,
+        storage_reader=FileSystemReader(checkpoint),
+        planner=_EmptyStateDictLoadPlanner(),
+        no_dist=True,
+    )
+    return {
+        name: value
+        for name, value in state.items()
+        if name.startswith(("language_model", "modality_submodules")) and torch.is_tensor(value)
+    }
+
+
+def test_the_recipe_of_7b_trains_a_checkpoint_of_its_family_on_files(
+    ranks: RankPool, twins: dict[str, Path], tmp_path: Path
+) -> None:
+    """Sizes and processor are the checkpoint's; only the projector of stage projector changes."""
+    file = write_conversations(tmp_path, 8)
+    loaded = twins["llava_tiny"] / "checkpoints"
+    output = tmp_path / "out"
+    printed = succeed(
+        ranks,
+        "llava_1_5_7b",
+        output,
+        "one",
+        *("--load", str(loaded), "--finetune", "--stage", "projector"),
+        *("--data-path", str(file), "--valid-data-path", str(file)),
+        *("--train-iters", "12", "--seq-length", "96", "--global-batch-size", "8", "--lr", "1e-2"),
+        *("--lr-decay-style", "constant", "--lr-warmup-fraction", "0"),
+        *("--eval-iters", "1", "--eval-interval", "6", "--num-workers", "1"),
+    )
+    assert "stage projector" in printed
+    assert "validation: loss" in printed
+    found = [float(loss) for loss in losses(output).values()]
+    assert found[-1] < 0.8 * found[0]
+    before = weights(loaded / f"iter_{ITERATIONS:07d}")
+    after = weights(output / "checkpoints/iter_0000012")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".input_projections." in name}
+    mine, theirs = output / "checkpoints/hf", loaded / "hf"
+    assert (mine / "config.json").read_text() == (theirs / "config.json").read_text()
+
+
+def test_a_broken_file_ends_the_run_by_its_name(ranks: RankPool, tmp_path: Path) -> None:
+    file = write_conversations(tmp_path, 4)
+    (tmp_path / "2.png").write_text("no image")
+    exits = run(ranks, "llava_tiny", tmp_path / "out", "tp2", "--data-path", str(file))
+    assert all(exit_.exit_code == 1 for exit_ in exits)
+    said = "".join(exit_.stdout + exit_.stderr for exit_ in exits)
+    assert f"{file}, line 3: {tmp_path}/2.png does not decode as an image" in said
+
+
+def test_stage_lora_trains_adapters_alone(
+    ranks: RankPool, twins: dict[str, Path], tmp_path: Path
+) -> None:
+    loaded = twins["llava_tiny"] / "checkpoints"
+    flags = ("--load", str(loaded), "--finetune", "--stage", "lora", "--train-iters", "8")
+    succeed(ranks, "llava_tiny", tmp_path, "one", *flags)
+    found = [float(loss) for loss in losses(tmp_path).values()]
+    assert sum(found[-3:]) < sum(found[:3])
+    before = weights(loaded / f"iter_{ITERATIONS:07d}")
+    after = weights(tmp_path / "checkpoints/iter_0000008")
+    unchanged = [
+        name
+        for name in before
+        if name.startswith("language_model.") and torch.equal(before[name], after[name])
+    ]
+    assert unchanged == [name for name in before if name.startswith("language_model.")]
+    assert len(after) > len(before)
