@@ -10,9 +10,19 @@ from typing import Any
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.models import read_hf_config
 
-__all__ = ["ASSETS", "TRACKER", "asset_folders", "loaded_assets", "read_processor", "write_assets"]
+__all__ = [
+    "ASSETS",
+    "CONFIG",
+    "PROCESSOR",
+    "TRACKER",
+    "asset_folders",
+    "loaded_assets",
+    "read_processor",
+    "write_assets",
+]
 
 ASSETS = "hf"
+CONFIG, PROCESSOR = "config.json", "*processor_config.json"
 TRACKER = "latest_checkpointed_iteration.txt"  # what makes a folder a checkpoint's
 
 
@@ -22,7 +32,8 @@ def read_processor(folder: Path) -> Any:
     Raises:
         ConfigError: transformers is not installed, or the folder has no processor that it reads.
     """
-    read_hf_config(folder)  # a family that transformers does not have registers its classes
+    if (folder / "config.json").is_file():
+        read_hf_config(folder)  # a family that transformers does not have registers its classes
     try:
         from transformers import AutoProcessor
 
@@ -43,10 +54,16 @@ def loaded_assets(load: str | None) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def asset_folders(args: Namespace) -> list[Path]:
-    """Where configuration and processor may be, the best first."""
-    loaded = loaded_assets(args.load)
-    return [folder for folder in (loaded, Path(args.hf) if args.hf else None) if folder]
+def asset_folders(args: Namespace, file: str) -> list[Path]:
+    """Folders with files of this name (a pattern): the checkpoint's, that of ``--hf``.
+
+    Raises:
+        ConfigError: ``--hf`` names no folder.
+    """
+    if args.hf and not Path(args.hf).is_dir():
+        raise ConfigError(f"--hf {args.hf}: there is no such folder; correct the path")
+    folders = (loaded_assets(args.load), Path(args.hf) if args.hf else None)
+    return [folder for folder in folders if folder and any(folder.glob(file))]
 
 
 def write_assets(target: Path, config: Any, processor: Any, hf: str | None) -> None:

@@ -18,6 +18,8 @@ from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.models import family_of, load_family, read_hf_config
 from megatron.mimo.recipes.assets import (
     ASSETS,
+    CONFIG,
+    PROCESSOR,
     TRACKER,
     asset_folders,
     loaded_assets,
@@ -136,11 +138,11 @@ class _Run:
                 f"recipe {self.name!r} trains on conversations of yours: give --data-path "
                 "train.jsonl (docs/data.md says what stands in it)"
             )
-        if self.processor is None and not asset_folders(given):
+        if self.processor is None and not asset_folders(given, PROCESSOR):
             raise ConfigError(
                 f"recipe {self.name!r} needs the model's processor: give --load with an imported "
-                "checkpoint (python -m megatron.mimo.convert import), or --hf with a Hugging Face "
-                "directory, to begin from random weights"
+                "checkpoint (python -m megatron.mimo.convert import), or --hf with a folder that "
+                "has processor_config.json or preprocessor_config.json, and the tokenizer's files"
             )
         return load_family(self.family).arguments(self._config(given))
 
@@ -239,7 +241,7 @@ class _Run:
                 )
 
     def _config(self, args: Namespace) -> Any:
-        folders = asset_folders(args)
+        folders = asset_folders(args, CONFIG)
         key = f"config {folders[:1]}"
         if key not in self._known:
             config = read_hf_config(folders[0]) if folders else self.config()
@@ -255,13 +257,13 @@ class _Run:
     def _chat(self, args: Namespace) -> Chat:
         from megatron.mimo.data.chat import Chat
 
-        folders, config = asset_folders(args), self._config(args)
-        key = f"processor {folders}"
+        folders, config = asset_folders(args, PROCESSOR), self._config(args)
+        key = f"processor {folders[:1]}"
         if key not in self._known:
-            able = [folder for folder in folders if any(folder.glob("*processor_config.json"))]
-            if able or self.processor is None:
-                self._known[key] = read_processor((able or folders)[0])
+            if folders:
+                self._known[key] = read_processor(folders[0])
             else:
+                assert self.processor is not None, "describe has refused"
                 self._known[key] = self.processor(config)
         return Chat(
             family=load_family(self.family),

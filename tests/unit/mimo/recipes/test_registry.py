@@ -102,8 +102,13 @@ def test_real_recipes_ask_for_data_and_a_processor(tmp_path: Path) -> None:
         recipe.describe(given())
     with pytest.raises(ConfigError, match=r"give --load .* or --hf"):
         recipe.describe(given(data_path=["a.jsonl"]))
-    with pytest.raises(ConfigError, match=r"has no config.json"):
+    with pytest.raises(ConfigError, match=r"--hf with a folder that has processor_config.json"):
         recipe.describe(given(data_path=["a.jsonl"], hf=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"/none: there is no such folder"):
+        recipe.describe(given(data_path=["a.jsonl"], hf=f"{tmp_path}/none"))
+    (tmp_path / "processor_config.json").touch()  # without config.json: the recipe's own sizes
+    told = recipe.describe(given(data_path=["a.jsonl"], hf=str(tmp_path)))
+    assert told["num_layers"] == 32
 
 
 def test_a_checkpoint_describes_the_model(tmp_path: Path) -> None:
@@ -112,6 +117,7 @@ def test_a_checkpoint_describes_the_model(tmp_path: Path) -> None:
     config = load_family("llava").tiny()
     config.text_config.num_hidden_layers = 5
     config.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf/processor_config.json").touch()
     recipe = load_recipe("llava_1_5_7b")
     assert recipe.describe is not None
     told = recipe.describe(given(data_path=["a.jsonl"], hf=str(tmp_path / "hf")))
