@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron.mimo.training.model import ModelBuilder
     from megatron.mimo.training.parts import Rate
 
-__all__ = ["part_optimizer"]
+__all__ = ["part_optimizer", "rate_overrides"]
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def part_optimizer(args: Namespace, builder: ModelBuilder) -> Iterator[None]:
 
     def config_with_rates(arguments: Any) -> Any:
         config, overrides = make_config(arguments)
-        return config, {**overrides, **_overrides(args, builder.chunks)}
+        return config, {**overrides, **rate_overrides(args, builder.chunks)}
 
     def make_with_gaps(*positional: Any, **keywords: Any) -> Any:
         optimizer = make(*positional, **keywords)
@@ -56,7 +56,11 @@ def part_optimizer(args: Namespace, builder: ModelBuilder) -> Iterator[None]:
         training.get_megatron_optimizer = make
 
 
-def _overrides(args: Namespace, chunks: Sequence[MimoModel]) -> dict[Any, Any]:
+def rate_overrides(args: Namespace, chunks: Sequence[MimoModel]) -> dict[Any, Any]:
+    """``--module-lr`` and ``--module-wd`` as overrides for ``get_megatron_optimizer``.
+
+    Where several names hold a parameter, the longest one counts.
+    """
     from megatron.core.models.mimo.model.freezing import parameter_paths
     from megatron.core.optimizer import ParamKey
     from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate

@@ -89,7 +89,7 @@ def check_parts(args: Namespace) -> None:
         if twice:
             raise ConfigError(f"{flag}: {twice[0]!r} is given twice")
         for name, value in rates:
-            if value < 0 or (value == 0 and rates is args.module_lr) or value == float("inf"):
+            if not 0 <= value < float("inf") or (value == 0 and rates is args.module_lr):
                 raise ConfigError(f"{flag} {name}={value}: must be {least}")
     if args.module_lr and args.decoupled_lr is not None:
         raise ConfigError(
