@@ -7,6 +7,7 @@ token), H hidden, F features (H for each feature layer).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,9 @@ class ClipEncoder(MegatronModule):
         post_norm: bool = False,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
+        if config.recompute_method == "uniform" and len(feature_layers or ()) > 1:
+            # Of layers that are recomputed together, Megatron gives the output of the last only.
+            config = replace(config, recompute_num_layers=1)
         super().__init__(config=config)
         check_patches(image_size, patch_size, channels)
         check_runs_whole(config)

@@ -33,14 +33,21 @@ def with_layers_and_ties(config: Any) -> None:
     config.tie_word_embeddings = True
 
 
+RECOMPUTE = (
+    "--recompute-granularity=full",
+    "--recompute-method=uniform",
+    "--recompute-num-layers=2",
+)
+
+
 @pytest.mark.parametrize(
     ("change", "layout"),
     [
         (with_siglip_and_qwen2, Layout(tp=2, flags=("--sequence-parallel",))),
         (with_layers_and_ties, Layout(pp=2)),
-        (with_layers_and_ties, Layout(tp=2)),
+        (with_layers_and_ties, Layout(tp=2, flags=RECOMPUTE)),
     ],
-    ids=["siglip-qwen2-tp2", "layers-tied-pp2", "layers-tied-tp2"],
+    ids=["siglip-qwen2-tp2", "layers-tied-pp2", "layers-tied-tp2-recomputed"],
 )
 def test_other_configurations(
     ranks: RankPool, change: Callable[[Any], None], layout: Layout
