@@ -236,9 +236,30 @@ def make_expected() -> Expected:
         return compute_expected(NAME, samples=8)
 
 
-def deviations(layout: Layout, expected: Expected) -> Any:
-    with registered():
+def deviations(layout: Layout, expected: Expected, overlapped: bool) -> Any:
+    with registered(), reductions(overlapped=overlapped):
         return compare(NAME, layout, expected)
+
+
+@contextmanager
+def reductions(*, overlapped: bool) -> Iterator[None]:
+    """Gradients are reduced as they arrive: every rank has to have all, in one order."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    before = DistributedDataParallel.__init__
+
+    def overlapping(self: Any, config: Any, _: Any, module: Any) -> None:
+        # buckets so small that many are under way
+        settings = DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=2000)
+        before(self, config, settings, module)
+        config.no_sync_func = self.no_sync
+
+    if overlapped:
+        DistributedDataParallel.__init__ = overlapping
+    try:
+        yield
+    finally:
+        DistributedDataParallel.__init__ = before
 
 
 @pytest.fixture(scope="module")
@@ -250,13 +271,21 @@ def expected(ranks: RankPool) -> Expected:
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2)],
-    ids=["one", "tp2", "pp2", "dp2"],
+    ("layout", "overlapped"),
+    [
+        (Layout(), False),
+        (Layout(tp=2), False),
+        (Layout(pp=2), False),
+        (Layout(dp=2), False),
+        (Layout(dp=2), True),
+    ],
+    ids=["one", "tp2", "pp2", "dp2", "dp2-overlapped"],
 )
-def test_equals_transformers(ranks: RankPool, expected: Expected, layout: Layout) -> None:
+def test_equals_transformers(
+    ranks: RankPool, expected: Expected, layout: Layout, overlapped: bool
+) -> None:
     compared: set[str] = set()
-    for deviation in ranks(layout.world_size)(deviations, layout, expected):
+    for deviation in ranks(layout.world_size)(deviations, layout, expected, overlapped):
         assert deviation.logits is None or deviation.logits < 1e-4
         # A bias of keys cancels in the softmax: its gradient is rounding.
         wrong = {
