@@ -202,8 +202,11 @@ def _moved_right(rows_BP: Tensor, shifts: Sequence[int]) -> Tensor:
 
 
 def _positions(positions_AN: Tensor, places: int, answer_length: int) -> Tensor:
-    """Positions [A, L] of one prompt and the answer, which counts on from the largest."""
+    """Positions [A, L] of one prompt and the answer, which counts on from the last token.
+
+    Frames of a slow video may have larger positions than the text behind them.
+    """
     axes, length = positions_AN.shape
-    following = positions_AN.max() + 1 + torch.arange(answer_length)
+    following = positions_AN[:, -1].max() + 1 + torch.arange(answer_length)
     before = torch.zeros(axes, places - length, dtype=positions_AN.dtype)
     return torch.cat([before, positions_AN, following.expand(axes, -1)], dim=1)
