@@ -46,12 +46,13 @@ def read_processor(folder: Path) -> Any:
         ) from error
 
 
-def loaded_assets(load: str | None) -> Path | None:
-    """The ``hf`` folder of a checkpoint root that has one."""
-    if load is None or not (Path(load) / TRACKER).is_file():
-        return None
-    folder = Path(load) / ASSETS
-    return folder if (folder / "config.json").is_file() else None
+def loaded_assets(args: Namespace) -> Path | None:
+    """The ``hf`` folder of the checkpoint that the run begins from, if it has one."""
+    for root in (args.load, args.pretrained_checkpoint):
+        if root is not None and (Path(root) / TRACKER).is_file():
+            folder = Path(root) / ASSETS
+            return folder if (folder / "config.json").is_file() else None
+    return None
 
 
 def asset_folders(args: Namespace, file: str) -> list[Path]:
@@ -62,7 +63,7 @@ def asset_folders(args: Namespace, file: str) -> list[Path]:
     """
     if args.hf and not Path(args.hf).is_dir():
         raise ConfigError(f"--hf {args.hf}: there is no such folder; correct the path")
-    folders = (loaded_assets(args.load), Path(args.hf) if args.hf else None)
+    folders = (loaded_assets(args), Path(args.hf) if args.hf else None)
     return [folder for folder in folders if folder and any(folder.glob(file))]
 
 

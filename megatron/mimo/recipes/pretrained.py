@@ -222,7 +222,7 @@ class _Run:
             return
         fresh = save / f"{ASSETS}.new"
         shutil.rmtree(fresh, ignore_errors=True)
-        loaded = loaded_assets(args.load)
+        loaded = loaded_assets(args)
         if loaded is not None and loaded != target:
             shutil.copytree(loaded, fresh)
         else:

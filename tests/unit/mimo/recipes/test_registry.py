@@ -29,6 +29,7 @@ PUBLISHED = {
 
 def given(**changes: Any) -> Namespace:
     flags = {"data_path": None, "train_data_path": None, "load": None, "hf": None}
+    flags["pretrained_checkpoint"] = None
     return Namespace(**flags | changes)
 
 
