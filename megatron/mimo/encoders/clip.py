@@ -68,7 +68,7 @@ class ClipEncoder(MegatronModule):
         pg_collection: Megatron's process groups; the global ones by default.
 
     Raises:
-        ConfigError: the image is not divisible into patches; feature layers that do not fit
+        ConfigError: no patch fits into the image; feature layers that do not fit
             ``config.num_layers``, or several of them with ``post_norm``.
     """
 
@@ -92,7 +92,9 @@ class ClipEncoder(MegatronModule):
             # Of layers that are recomputed together, Megatron gives the output of the last only.
             config = replace(config, recompute_num_layers=1)
         super().__init__(config=config)
-        check_patches(image_size, patch_size, channels)
+        # As in a convolution, what is left at the right and below after the last patch is not seen.
+        lines, columns = (side // max(patch_size, 1) for side in image_size)
+        check_patches((lines * patch_size, columns * patch_size), patch_size, channels)
         check_runs_whole(config)
         self.feature_layers = tuple(feature_layers or (config.num_layers,))
         if max(self.feature_layers) != config.num_layers or min(self.feature_layers) < 0:
@@ -112,8 +114,8 @@ class ClipEncoder(MegatronModule):
         self.patch_size = patch_size
         self.drop_first_row = drop_first_row
         hidden = config.hidden_size
-        patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
-        self.num_positions = patches + class_token
+        self.seen = (lines * patch_size, columns * patch_size)  # pixels that are in a patch
+        self.num_positions = lines * columns + class_token
         # All but the transformer is replicated over the tensor-parallel group: Megatron seeds the
         # default generator equally there, and equal inputs give equal gradients.
         self.patch_embedding = nn.Linear(channels * patch_size**2, hidden, bias=patch_bias)
@@ -176,7 +178,8 @@ class ClipEncoder(MegatronModule):
 
     def _embed(self, pixels_NCHW: Tensor) -> Tensor:
         """[N, R, H]: patches and class token with their positions."""
-        pixels_NCHW = pixels_NCHW.to(self.patch_embedding.weight.dtype)
+        height, width = self.seen
+        pixels_NCHW = pixels_NCHW[..., :height, :width].to(self.patch_embedding.weight.dtype)
         hidden_NRH = self.patch_embedding(patchify(pixels_NCHW, self.patch_size))
         if self.class_embedding is not None:
             first_N1H = self.class_embedding.expand(len(hidden_NRH), 1, -1)

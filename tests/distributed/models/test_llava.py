@@ -27,6 +27,17 @@ def with_siglip_and_qwen2(config: Any) -> None:
     config.multimodal_projector_bias = False
 
 
+def with_siglip_tiles(config: Any) -> None:
+    from transformers import SiglipVisionConfig
+
+    from megatron.mimo.models.llava import TINY_VISION
+
+    sizes = {key: value for key, value in TINY_VISION.items() if key != "initializer_range"}
+    config.vision_config = SiglipVisionConfig(**sizes | {"image_size": 26})  # 2 are not seen
+    config.vision_feature_select_strategy = "full"
+    config.image_grid_pinpoints = [[26, 52], [52, 26], [52, 52]]
+
+
 def with_layers_and_ties(config: Any) -> None:
     config.vision_feature_layer, config.vision_feature_select_strategy = [0, -3, -1], "full"
     config.projector_hidden_act = "quick_gelu"
@@ -41,19 +52,20 @@ RECOMPUTE = (
 
 
 @pytest.mark.parametrize(
-    ("change", "layout"),
+    ("name", "change", "layout"),
     [
-        (with_siglip_and_qwen2, Layout(tp=2, flags=("--sequence-parallel",))),
-        (with_layers_and_ties, Layout(pp=2)),
-        (with_layers_and_ties, Layout(tp=2, flags=RECOMPUTE)),
+        ("llava_next", with_siglip_tiles, Layout(tp=2)),
+        ("llava", with_siglip_and_qwen2, Layout(tp=2, flags=("--sequence-parallel",))),
+        ("llava", with_layers_and_ties, Layout(pp=2)),
+        ("llava", with_layers_and_ties, Layout(tp=2, flags=RECOMPUTE)),
     ],
-    ids=["siglip-qwen2-tp2", "layers-tied-pp2", "layers-tied-tp2-recomputed"],
+    ids=["siglip-tiles-tp2", "siglip-qwen2-tp2", "layers-tied-pp2", "layers-tied-tp2-recomputed"],
 )
 def test_other_configurations(
-    ranks: RankPool, change: Callable[[Any], None], layout: Layout
+    ranks: RankPool, name: str, change: Callable[[Any], None], layout: Layout
 ) -> None:
-    (expected,) = ranks(1)(compute_expected, "llava", change)
-    check(ranks, "llava", layout, expected)
+    (expected,) = ranks(1)(compute_expected, name, change)
+    check(ranks, name, layout, expected)
 
 
 def build(name: str) -> tuple[Any, Any]:

@@ -71,7 +71,9 @@ def random_images(count: int) -> Tensor:
     return torch.randn(count, 3, 24, 24, generator=torch.Generator().manual_seed(3))
 
 
-def compare(kind: str, how: dict[str, Any], tp: int) -> tuple[float, dict[str, float], int]:
+def compare(
+    kind: str, how: dict[str, Any], tp: int, **sizes: int
+) -> tuple[float, dict[str, float], int]:
     """On each rank: distance of features, errors of gradients, layers that are built."""
     import transformers
 
@@ -80,7 +82,7 @@ def compare(kind: str, how: dict[str, Any], tp: int) -> tuple[float, dict[str, f
     from megatron.mimo.models.vision_tower import tower_carried, tower_rows
 
     groups = model_parallel(tp=tp)
-    vision = vision_config(kind)
+    vision = vision_config(kind, **sizes)
     torch.manual_seed(0)
     reference = transformers.AutoModel.from_config(vision)
     with torch.no_grad():
@@ -134,6 +136,13 @@ def test_equals_transformers(
         assert built == layers
         assert distance < FEATURES
         assert all(error < GRADIENTS for error in errors.values()), errors
+
+
+def test_a_border_narrower_than_a_patch_is_not_seen(ranks: RankPool) -> None:
+    how = {"feature_layer": -1, "strategy": "full"}
+    ((distance, errors, _),) = ranks(1)(compare, "siglip", how, 1, patch_size=7)
+    assert distance < FEATURES
+    assert all(error < GRADIENTS for error in errors.values()), errors
 
 
 def last_hidden_state() -> float:
@@ -218,8 +227,8 @@ def refusals() -> None:
         build(vision_config("clip"), groups, strategy="cls")
     with pytest.raises(UnsupportedError, match="activation 'mish' is not supported"):
         build(vision_config("clip", hidden_act="mish"), groups)
-    with pytest.raises(ConfigError, match="24 x 24 pixels is not divisible into patches of 7 x 7"):
-        build(vision_config("clip", patch_size=7), groups)
+    with pytest.raises(ConfigError, match=r"image_size=\(0, 0\), patch_size=25"):
+        build(vision_config("clip", patch_size=25), groups)
     encoder = build(vision_config("clip"), groups)
     with pytest.raises(InputError, match=r"float32 \[2, 3, 8, 8\]; expected .* \[N, 3, 24, 24\]"):
         encoder(torch.zeros(2, 3, 8, 8))
