@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core.models.mimo.errors import ConfigError
+from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
 from megatron.mimo.inference.answers import Answers, OnToken
 from megatron.mimo.inference.pipeline import Pipeline
 from megatron.mimo.inference.prompts import (
@@ -53,10 +53,11 @@ class Generator:
         batch_size: prompts of a micro-batch; as many micro-batches as pipeline stages are under
             way at once.
         use_cache: False runs the whole sequence again for each token: slower, and with the
-            memory of no cache.
+            memory of no cache. So does a model that runs in CUDA graphs.
 
     Raises:
-        ConfigError: no chunks, or sizes below 1.
+        ConfigError: sizes below 1.
+        UnsupportedError: a cache with multi-latent attention.
     """
 
     def __init__(
@@ -76,7 +77,14 @@ class Generator:
         self._collate = collate
         self._max_length = max_length
         self._batch_size = batch_size
-        self._use_cache = use_cache
+        config = self._chunks[0].config
+        if use_cache and config.multi_latent_attention:
+            raise UnsupportedError(
+                "a cache of keys and values with multi-latent attention; give use_cache=False, "
+                "which runs whole sequences for each token"
+            )
+        # Captured graphs are of training's shapes, and megatron-core wants flash decoding in them.
+        self._use_cache = use_cache and config.cuda_graph_impl == "none"
         self._groups = self._chunks[0].pg_collection
         self._pipeline = Pipeline(self._chunks)
         language = self._chunks[0].language_model

@@ -18,6 +18,7 @@ from megatron.core.models.vision.vit_layer_specs import (
     get_vit_layer_with_local_spec,
     get_vit_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -25,6 +26,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.layers.attention import CoreAttention
 from megatron.mimo.layers.norm import Norm
+from megatron.mimo.layers.self_attention import CachingSelfAttention
 
 __all__ = ["encoder_layer_spec", "language_layer_spec", "uses_transformer_engine"]
 
@@ -68,6 +70,10 @@ def language_layer_spec(
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
+    for layer in block.layer_specs:
+        attention = layer.submodules.self_attention
+        if attention.module is SelfAttention:
+            attention.module = CachingSelfAttention
     return _block_spec(block, config, with_te=with_te)
 
 

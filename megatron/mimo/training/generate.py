@@ -43,6 +43,7 @@ def greedy_generation(
             * _MICRO_BATCHES_AT_ONCE
             // args.pipeline_model_parallel_size,
         ),
+        use_cache=not args.multi_latent_attention,
     )
 
     def generate(

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
 from megatron.mimo.inference import Generator, SamplingOptions
 from megatron.mimo.inference.prompts import group_prompts
 from tests.distributed.core.layouts import Layout, build_chunks, copy_weights
@@ -204,6 +205,12 @@ def stop_in_several_ways() -> None:
     ]
     warm = [generator(prompts, replace(WARM, seed=seed)) for seed in (1, 1, 2)]
     assert warm[0] == warm[1] != warm[2]
+    model.config.multi_latent_attention = True
+    with pytest.raises(UnsupportedError, match=r"multi-latent attention; give use_cache=False"):
+        build_generator([model], Design())
+    model.config.multi_latent_attention = False
+    with pytest.raises(ConfigError, match="batch_size is 0; expected at least 1"):
+        build_generator([model], Design(), batch_size=0)
     alone = generator(prompts[:1], replace(WARM, seed=1))
     assert alone[0] == warm[0][0]
     assert len(whole_answers) == len(CONTENTS)
