@@ -103,8 +103,10 @@ def verify_checkpoint(
             "import the result and verify that, or pass --weights-only"
         )
     with torch.device("meta"):
-        kind: Any = type(family.reference(config))
-    model = kind.from_pretrained(source, dtype=torch.float32).eval()
+        described: Any = family.reference(config)
+    model = type(described).from_pretrained(source, dtype=torch.float32).eval()
+    for name, parameter in described.named_parameters():  # loading makes fixed tables trainable
+        model.get_parameter(name).requires_grad_(parameter.requires_grad)
     expected = compute_expected(model, family, config, samples=samples, seed=_SEED)
     del model
     found = compare_on_processes(family, config, folder, expected, tp_size=tp_size, pp_size=pp_size)
