@@ -169,3 +169,19 @@ def test_what_a_checkpoint_keeps_reads_back(name: str, tmp_path: Path) -> None:
     args.load = str(tmp_path)
     recipe.save_assets(args, other)  # and go with it, with all that is in the folder
     assert (other / "hf/mark").exists()
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "llava_avlm"])
+@pytest.mark.parametrize("stage", ["projector", "full", "lora"])
+def test_megatron_takes_the_settings_of_every_stage(name: str, stage: str, tmp_path: Path) -> None:
+    (tmp_path / "processor_config.json").touch()
+    args = parsed(
+        name,
+        *("--hf", str(tmp_path), "--data-path", "a.jsonl", "--valid-data-path", "b.jsonl"),
+        *("--stage", stage),
+    )
+    preset = load_recipe(name).stages[stage]
+    assert {key: getattr(args, key) for key in preset} == preset
+    assert args.lr > 0
+    assert args.global_batch_size % args.micro_batch_size == 0
+    assert bool(args.lora) == (stage == "lora")
