@@ -10,11 +10,11 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.convert.keys import Concatenated, FusedQKV, PaddedVocabulary, Row
 from megatron.mimo.layers import language_layer_spec
+from megatron.mimo.models.vocabulary import UnpaddedGPT
 from megatron.mimo.recipes.recipe import Stage
 from megatron.training.argument_utils import core_transformer_config_from_args
 
@@ -84,8 +84,9 @@ def language_spec(args: Namespace, stage: Stage) -> ModuleSpec:
     """
     config = core_transformer_config_from_args(args)
     return ModuleSpec(
-        module=GPTModel,
+        module=UnpaddedGPT,
         params={
+            "tokens": args.vocab_size,
             "config": config,
             "transformer_layer_spec": language_layer_spec(config, vp_stage=stage.vp_stage),
             "vocab_size": args.padded_vocab_size,

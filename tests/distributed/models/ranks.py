@@ -98,7 +98,8 @@ def train(name: str, layout: Layout, expected: Expected) -> list[float]:
     for _ in range(STEPS):
         wrapped.zero_grad_buffer()
         optimizer.zero_grad()
-        losses.append(run_step(layout, expected, wrapped, make_batches(name, layout, expected))[0])
+        batches = make_batches(name, layout, expected)
+        losses.append(run_step(layout, expected, wrapped, batches, own_loss=True)[0])
         optimizer.step()
     return losses
 
@@ -197,16 +198,27 @@ def make_batches(name: str, layout: Layout, expected: Expected) -> list[dict[str
 
 
 def run_step(
-    layout: Layout, expected: Expected, wrapped: Any, batches: Sequence[dict[str, Any]]
+    layout: Layout,
+    expected: Expected,
+    wrapped: Any,
+    batches: Sequence[dict[str, Any]],
+    *,
+    own_loss: bool = False,
 ) -> tuple[float, list[float]]:
-    """Forward and backward; the loss on every rank, and differences of logits on the last stage."""
+    """Forward and backward; the loss on every rank, and differences of logits on the last stage.
+
+    Args:
+        own_loss: use the losses that the model computes in training, and compare no logits.
+    """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     differences: list[float] = []
     vocab_size = expected.config.get_text_config().vocab_size
     reports = get_forward_backward_func()(
-        forward_step_func=partial(_forward, differences=differences, vocab_size=vocab_size),
+        forward_step_func=_forward_with_labels
+        if own_loss
+        else partial(_forward, differences=differences, vocab_size=vocab_size),
         data_iterator=iter(batches),
         model=wrapped,
         num_microbatches=len(batches),
@@ -221,6 +233,20 @@ def run_step(
     dist.all_reduce(total, group=with_cp)
     dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     return (total[0] / total[1]).item(), differences
+
+
+def _forward_with_labels(batches: Iterator[dict[str, Any]], model: Any) -> tuple[Tensor, Any]:
+    from megatron.mimo.training.step import sum_loss
+
+    batch = dict(next(batches))
+    del batch["expected"]
+    output, mask_BS = model(**batch)
+
+    def sum_losses(losses_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total, count, report = sum_loss(mask_BS, losses_BS)
+        return total, count, {"sum and count": report["lm loss"]}
+
+    return output, sum_losses
 
 
 def _forward(
