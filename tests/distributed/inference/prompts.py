@@ -127,7 +127,7 @@ def answer_by_loop(model: Any, design: Design) -> Expected:
 def _positions(prompt: Sample, new: int) -> torch.Tensor:
     if prompt.position_ids is None:
         return torch.arange(len(prompt.token_ids) + new)[None]
-    following = prompt.position_ids.max() + 1 + torch.arange(new)
+    following = prompt.position_ids[:, -1].max() + 1 + torch.arange(new)
     return torch.cat([prompt.position_ids, following.expand(3, -1)], dim=1)[:, None]
 
 

@@ -82,10 +82,10 @@ def test_positions_stay_inside_a_table() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 3]]
 
 
-def test_answers_count_on_from_the_largest_position_of_any_axis() -> None:
-    positions = torch.tensor([[0, 1, 1], [0, 1, 4], [0, 1, 2]])
+def test_answers_count_on_from_the_last_token() -> None:
+    positions = torch.tensor([[0, 9, 1], [0, 1, 4], [0, 1, 2]])
     batch = collated(prompt(1, 2, 3, positions=positions), prompt(4), three_axes=True, max_length=5)
-    assert batch.position_ids[:, 0].tolist() == [[0, 1, 1, 5, 6], [0, 1, 4, 5, 6], [0, 1, 2, 5, 6]]
+    assert batch.position_ids[:, 0].tolist() == [[0, 9, 1, 5, 6], [0, 1, 4, 5, 6], [0, 1, 2, 5, 6]]
     assert batch.position_ids[:, 1].tolist() == [[0, 0, 0, 1, 2]] * 3
 
 
