@@ -182,21 +182,10 @@ class Chat:
             if part.kind == "image":
                 return load_image(part.value)
             if part.kind == "audio":
-                return self._heard(part.value)
+                return _heard(part.value, self.processor.feature_extractor)
             return load_video(part.value, fps=self.video_fps)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
-
-    def _heard(self, path: Path) -> Any:
-        """The samples of an audio file; the feature extractor would cut them without a word."""
-        extractor = self.processor.feature_extractor
-        audio_L = load_audio(path, sampling_rate=extractor.sampling_rate)
-        if len(audio_L) > extractor.n_samples:
-            raise InputError(
-                f"audio {path} lasts {len(audio_L) / extractor.sampling_rate:.1f} s, and the model "
-                f"hears {extractor.n_samples / extractor.sampling_rate:.1f} s; cut it into clips"
-            )
-        return audio_L
 
     def _features(self, text: str, media: Mapping[str, list[Any]]) -> dict[str, Tensor]:
         given: dict[str, Any] = {_ARGUMENTS[kind]: items for kind, items in media.items()}
@@ -261,6 +250,17 @@ class Chat:
 def _described(part: Part) -> dict[str, str]:
     """A part as chat templates read it; the media are read elsewhere."""
     return {"type": "text", "text": part.value} if part.kind == "text" else {"type": part.kind}
+
+
+def _heard(path: Path, extractor: Any) -> Any:
+    """The samples of an audio file; the feature extractor would cut them without a word."""
+    audio_L = load_audio(path, sampling_rate=extractor.sampling_rate)
+    if len(audio_L) > extractor.n_samples:
+        raise InputError(
+            f"audio {path} lasts {len(audio_L) / extractor.sampling_rate:.1f} s, and the model "
+            f"hears {extractor.n_samples / extractor.sampling_rate:.1f} s; cut it into clips"
+        )
+    return audio_L
 
 
 def _placeholder_tokens(processor: Any, placeholders: Mapping[str, int]) -> set[int]:

@@ -12,7 +12,7 @@ TINY_ARGUMENTS: dict[str, object] = {
     "lr": 3e-3,
     "min_lr": 3e-4,
     "lr_decay_style": "cosine",
-    "lr_warmup_iters": 10,
+    "lr_warmup_fraction": 0.03,
     "weight_decay": 0.0,
     "adam_beta2": 0.98,
     "clip_grad": 1.0,
