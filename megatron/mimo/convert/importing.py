@@ -15,7 +15,12 @@ from torch import Tensor
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.mimo.convert.assets import carry_weights, copy_assets, write_name_index
-from megatron.mimo.convert.checkpoint import ASSETS, CheckpointFile, finish_checkpoint
+from megatron.mimo.convert.checkpoint import (
+    ASSETS,
+    CheckpointFile,
+    finish_checkpoint,
+    without_checksums,
+)
 from megatron.mimo.convert.keys import KeyTable, Row
 from megatron.mimo.convert.load import make_parameter
 from megatron.mimo.convert.match import Match, check_shapes, match_names
@@ -124,12 +129,15 @@ def write_parameters(
     """Write a checkpoint with these parameters and objects into the folder ``root``."""
     folder = root / RELEASE
     folder.mkdir()
+    count = threads or default_threads()
+    ordered = sorted(parameters, key=lambda one: one.order)
+    limit = min(_FILE_BYTES, sum(parameter.size for parameter in ordered) // count)
     bins: list[list[Parameter]] = [[]]
-    room = _FILE_BYTES
-    for parameter in sorted(parameters, key=lambda one: one.order):
+    room = limit
+    for parameter in ordered:
         if bins[-1] and parameter.size > room:
             bins.append([])
-            room = _FILE_BYTES
+            room = limit
         bins[-1].append(parameter)
         room -= parameter.size
 
@@ -142,15 +150,21 @@ def write_parameters(
         file.close()
         return file
 
-    finish_checkpoint(root, in_threads(write, range(len(bins)), threads=threads), objects)
+    with without_checksums():
+        files = in_threads(write, range(len(bins)), threads=count)
+    finish_checkpoint(root, files, objects)
+
+
+def default_threads() -> int:
+    """How many threads read and write."""
+    return min(4, os.cpu_count() or 1)
 
 
 def in_threads[Item, Result](
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None
 ) -> list[Result]:
     """Results of a function, in no particular order; after an error no further item is begun."""
-    count = threads or min(4, os.cpu_count() or 1)
-    with ThreadPoolExecutor(count) as pool:
+    with ThreadPoolExecutor(threads or default_threads()) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
             return [future.result() for future in as_completed(futures)]

@@ -1,0 +1,196 @@
+"""Import and export: layouts, dtypes, file names, interruption, training from what was imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.convert.models import make_and_import, make_model, same_files
+from tests.rank_pool import RankPool, model_parallel
+
+NAME = "llava"
+
+
+def save_on_ranks(folder: Path, tp: int, pp: int) -> None:
+    """What a run of this layout saves, from Hugging Face's weights."""
+    import shutil
+
+    from safetensors.torch import load_file
+
+    from megatron.core import dist_checkpointing
+    from megatron.mimo.convert.load import load_hugging_face
+    from megatron.mimo.convert.slots import STATE_METADATA
+    from megatron.mimo.models import load_family
+    from megatron.mimo.models.standalone import build_model, model_arguments
+
+    model_parallel(tp=tp, pp=pp)
+    family = load_family(NAME)
+    config = family.tiny()
+    args = model_arguments(
+        family, config, tp_size=tp, pp_size=pp, dtype=torch.bfloat16, flags=["--vocab-size=500"]
+    )
+    model = build_model(family, config, args, device=torch.device("cpu"))
+    tensors = {}
+    for path in (folder / "hf").glob("*.safetensors"):
+        tensors |= load_file(path)
+    load_hugging_face(model, tensors, family.keys(config))
+    target = folder / "run" / "iter_0000007"
+    if torch.distributed.get_rank() == 0:
+        target.mkdir(parents=True)
+        shutil.copytree(folder / "mimo" / "hf", folder / "run" / "hf")
+        (folder / "run" / "latest_checkpointed_iteration.txt").write_text("7")
+    torch.distributed.barrier()
+    dist_checkpointing.save(
+        model.sharded_state_dict(metadata=dict(STATE_METADATA)),
+        str(target),
+        content_metadata=dict(STATE_METADATA),
+    )
+
+
+def export(checkpoint: Path, target: Path) -> str:
+    from megatron.mimo.convert.exporting import export_model
+
+    return export_model(checkpoint, target, shown=False)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2)])
+def test_exports_what_any_layout_saved(ranks: RankPool, tmp_path: Path, tp: int, pp: int) -> None:
+    ranks(1)(make_and_import, NAME, tmp_path, torch.bfloat16)
+    ranks(tp * pp)(save_on_ranks, tmp_path, tp, pp)
+    (said,) = ranks(1)(export, tmp_path / "run", tmp_path / "back")
+    assert "run/iter_0000007" in said
+    assert same_files(tmp_path / "hf", tmp_path / "back")
+
+
+def load_on_ranks(folder: Path, tp: int, pp: int) -> None:
+    """An imported checkpoint gives each rank what the weights in memory give it."""
+    from safetensors.torch import load_file
+
+    from megatron.mimo.convert.load import load_hugging_face, load_weights
+    from megatron.mimo.models import load_family
+    from megatron.mimo.models.standalone import build_model, model_arguments
+
+    model_parallel(tp=tp, pp=pp)
+    family = load_family(NAME)
+    config = family.tiny()
+    args = model_arguments(family, config, tp_size=tp, pp_size=pp)
+    models = [build_model(family, config, args, device=torch.device("cpu")) for _ in range(2)]
+    tensors = {}
+    for path in (folder / "hf").glob("*.safetensors"):
+        tensors |= load_file(path)
+    load_hugging_face(models[0], tensors, family.keys(config))
+    load_weights(models[1], folder / "mimo" / "release")
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_imports_for_any_layout(ranks: RankPool, tmp_path: Path, tp: int, pp: int) -> None:
+    ranks(1)(make_and_import, NAME, tmp_path)
+    ranks(tp * pp)(load_on_ranks, tmp_path, tp, pp)
+
+
+def change_types(folder: Path) -> None:
+    from transformers import AutoConfig
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    from megatron.mimo.convert.exporting import export_model
+    from megatron.mimo.convert.importing import import_model
+
+    model = make_model(NAME, folder / "hf")
+    import_model(folder / "hf", folder / "mimo", dtype=torch.bfloat16, shown=False)
+    (folder / "mimo" / "hf" / "mimo_weights.json").unlink()
+    export_model(folder / "mimo", folder / "back", max_shard_size=100_000, shown=False)
+    loaded = Llava.from_pretrained(folder / "back", dtype="auto").state_dict()
+    for name, tensor in model.state_dict().items():
+        if "layers.2" not in name and "post_layernorm" not in name:
+            assert torch.equal(loaded[name], tensor.to(torch.bfloat16)), name
+    export_model(folder / "mimo", folder / "half", dtype=torch.float16, shown=False)
+    assert AutoConfig.from_pretrained(folder / "half").dtype == torch.float16
+    index = json.loads((folder / "back" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    for file in set(index["weight_map"].values()):
+        assert (folder / "back" / file).stat().st_size < 140_000
+
+
+def test_other_dtypes_and_files(ranks: RankPool, tmp_path: Path) -> None:
+    ranks(1)(change_types, tmp_path)
+
+
+def import_and_fail(folder: Path) -> dict[str, str]:
+    """Errors by what was done to a model's directory."""
+    from safetensors.torch import load_file, save_file
+
+    from megatron.core.models.mimo.errors import MimoError
+    from megatron.mimo.convert.importing import import_model
+
+    make_model(NAME, folder / "hf")
+    file = sorted((folder / "hf").glob("*.safetensors"))[0]
+    (folder / "hf" / "model.safetensors.index.json").rename(folder / "index.json")
+    whole = {}
+    for path in list((folder / "hf").glob("*.safetensors")):
+        whole |= load_file(path)
+        path.unlink()
+    key = "language_model.model.layers.0.self_attn.q_proj.weight"
+    cases = {
+        "missing": {name: tensor for name, tensor in whole.items() if name != key},
+        "unexpected": whole | {"lora.x": torch.zeros(1)},
+        "shape": whole | {key: torch.zeros(3, 3)},
+        "dtype": whole | {key: whole[key].half()},
+    }
+    said = {}
+    for case, tensors in cases.items():
+        save_file(tensors, folder / "hf" / "model.safetensors", metadata={"format": "pt"})
+        try:
+            import_model(folder / "hf", folder / "out", shown=False)
+        except MimoError as error:
+            said[case] = str(error)
+    assert sorted(path.name for path in folder.iterdir()) == ["hf", "index.json"], file
+    return said
+
+
+def test_names_what_does_not_fit(ranks: RankPool, tmp_path: Path) -> None:
+    (said,) = ranks(1)(import_and_fail, tmp_path)
+    assert (
+        "1 weights are missing: language_model.model.layers.0.self_attn.q_proj" in said["missing"]
+    )
+    assert "1 are not known: lora.x" in said["unexpected"]
+    assert "q_proj.weight is [3, 3], expected [64, 64]" in said["shape"]
+    assert "have the dtypes torch.float16, torch.float32" in said["dtype"]
+
+
+def import_until_killed(folder: Path) -> int:
+    """The signal that ended a process which dies after it has written its first parameter."""
+    from megatron.mimo.convert import checkpoint, importing
+
+    make_model(NAME, folder / "hf")
+    child = os.fork()
+    if child == 0:
+        write = checkpoint.CheckpointFile.write
+
+        def write_and_die(file: Any, piece: Any) -> None:
+            write(file, piece)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.CheckpointFile.write = write_and_die  # type: ignore[method-assign]
+        importing.import_model(folder / "hf", folder / "out", shown=False)
+        os._exit(0)
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+def test_a_killed_import_leaves_nothing_that_looks_complete(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    assert ranks(1)(import_until_killed, tmp_path) == [signal.SIGKILL]
+    assert not (tmp_path / "out").exists()
+    left = [path for path in tmp_path.iterdir() if path.name != "hf"]
+    assert left
+    assert all(path.name.startswith("out.unfinished-") for path in left)
+    assert not list(tmp_path.rglob(".metadata"))
+    assert not list(tmp_path.rglob("latest_checkpointed_iteration.txt"))

@@ -1,0 +1,80 @@
+"""There and back for every family; differences are found; processes of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.mimo.models import family_names
+from tests.distributed.convert.models import make_and_import
+from tests.rank_pool import RankPool
+
+
+def verify_tiny(name: str) -> dict[str, bool]:
+    from megatron.mimo.convert.verify import verify_tiny
+
+    return {finding.title: finding.equal for finding in verify_tiny(name)}
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_every_family_goes_there_and_back(ranks: RankPool, name: str) -> None:
+    (found,) = ranks(1)(verify_tiny, name)
+    titles = ["keys", "weights", "logits", "gradients", "generation", "export", "reload"]
+    assert found == dict.fromkeys(titles, True)
+
+
+def verify_on_processes(folder: Path) -> list[str]:
+    from megatron.mimo.convert.verify import verify_checkpoint
+
+    make_and_import("llava", folder)
+    return [str(one) for one in verify_checkpoint(folder / "hf", folder / "mimo", tp_size=2)]
+
+
+def test_starts_the_processes_of_a_layout(ranks: RankPool, tmp_path: Path) -> None:
+    (lines,) = ranks(1, timeout=200)(verify_on_processes, tmp_path)
+    assert len(lines) == 5
+    assert all(line.startswith("ok") for line in lines), lines
+
+
+def verify_other(folder: Path) -> tuple[int, dict[str, str]]:
+    """The directory's weights change after the import: one value of one weight."""
+    from safetensors.torch import load_file, save_file
+
+    from megatron.mimo.convert.command import main
+    from megatron.mimo.convert.verify import verify_checkpoint
+
+    make_and_import("llava", folder)
+    name = "language_model.model.layers.1.mlp.gate_proj.weight"
+    for path in (folder / "hf").glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            tensors[name][3, 5] += 1.0
+            save_file(tensors, path, metadata={"format": "pt"})
+    findings = verify_checkpoint(folder / "hf", folder / "mimo")
+    code = main(["verify", str(folder / "hf"), str(folder / "mimo"), "--weights-only"])
+    return code, {one.title: str(one) for one in findings if not one.equal}
+
+
+def test_finds_a_single_wrong_value(ranks: RankPool, tmp_path: Path) -> None:
+    ((code, wrong),) = ranks(1)(verify_other, tmp_path)
+    assert code == 1
+    assert wrong.keys() >= {"weights", "logits", "gradients"}
+    assert "layers.1.mlp.gate_proj.weight: largest difference 1.00e+00" in wrong["weights"]
+
+
+def verify_types(folder: Path) -> str:
+    from megatron.mimo.convert.exporting import export_model
+    from megatron.mimo.convert.verify import verify_checkpoint
+
+    make_and_import("llava", folder)
+    export_model(folder / "mimo", folder / "half", dtype=torch.bfloat16, shown=False)
+    findings = verify_checkpoint(folder / "half", folder / "mimo", weights_only=True)
+    return "\n".join(map(str, findings))
+
+
+def test_finds_another_dtype(ranks: RankPool, tmp_path: Path) -> None:
+    (text,) = ranks(1)(verify_types, tmp_path)
+    assert "FAIL  weights     0 of 62" in text
+    assert "torch.bfloat16 / torch.float32" in text

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron.mimo.convert.command import main
+
+
+@pytest.fixture
+def empty_model(tmp_path: Path) -> Path:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    content = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    assert main([str(word) for word in argv]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ")
+    assert "Traceback" not in said.err
+    return said.err
+
+
+def test_lists_families(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--list"]) == 0
+    assert "llava\n" in capsys.readouterr().out
+
+
+def test_refuses_by_name(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, empty_model: Path
+) -> None:
+    out = tmp_path / "out"
+    assert "has no config.json" in refused(capsys, "import", tmp_path / "none", out)
+    assert "has no model.safetensors" in refused(capsys, "import", empty_model, out)
+    assert "is not empty" in refused(capsys, "import", empty_model, empty_model)
+    assert "holds no checkpoint" in refused(capsys, "export", empty_model, out)
+    assert "unknown model family 'lava'" in refused(capsys, "verify", "--tiny", "lava")
+    assert "takes HF_DIR and CHECKPOINT" in refused(capsys, "verify", empty_model)
+    assert "--dtype has no effect" in refused(
+        capsys, "export", empty_model, out, "--adapters-only", "--dtype", "float16"
+    )
+    assert not out.exists()
+
+
+def test_says_which_architectures_there_are(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, empty_model: Path
+) -> None:
+    content = {"model_type": "llama", "architectures": ["LlavaForCausalLM"]}
+    (empty_model / "config.json").write_text(json.dumps(content))
+    said = refused(capsys, "import", empty_model, tmp_path / "out")
+    assert "LlavaForCausalLM, which is not supported" in said
+    assert "LlavaForConditionalGeneration" in said
+
+
+@pytest.mark.parametrize("flags", [["--max-shard-size", "5TB"], ["--threads", "0"]])
+def test_refuses_values(flags: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["export", "a", "b", *flags])
+    assert caught.value.code == 2
