@@ -91,8 +91,12 @@ def module_names(reference: Any) -> dict[str, str]:
     from safetensors.torch import load_file
 
     names = list(reference.state_dict())
-    numbers = {name: torch.tensor([float(number)]) for number, name in enumerate(names)}
-    with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
+    with (
+        torch.device("cpu"),  # the caller may be making tensors on another
+        tempfile.TemporaryDirectory() as folder,
+        _no_progress_bars(),
+    ):
+        numbers = {name: torch.tensor([float(number)]) for number, name in enumerate(names)}
         reference.save_pretrained(folder, state_dict=numbers)
         written = load_file(Path(folder) / "model.safetensors")
     return {name: names[int(number.item())] for name, number in written.items()}

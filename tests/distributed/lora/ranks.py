@@ -103,7 +103,8 @@ def compute_adapted(name: str, modules: tuple[str, ...], folder: Path) -> Adapte
     reference.load_state_dict(base.weights)
     (folder / "peft").mkdir()
     table = family.keys(config)
-    names = module_names(reference)
+    with torch.device("meta"):
+        names = module_names(family.reference(config))
     export_adapters(table, adapter_values(model), settings(modules), folder / "peft", names=names)
     with_adapters = peft.PeftModel.from_pretrained(reference, folder / "peft", is_trainable=True)
     labels = [family.sample(config, example).is_label for example in base.examples]

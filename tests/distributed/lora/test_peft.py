@@ -54,6 +54,7 @@ def case(
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_equals_peft(ranks: RankPool, case: Case, layout: Layout) -> None:
+    """Adapters that one process saved, loaded in the layout."""
     wanted, folder = case.wanted, case.folder
     results = ranks(layout.world_size)(compare, case.name, layout, case.modules, wanted, folder)
     for loss, difference in results:

@@ -41,7 +41,7 @@ def base(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("layouts", "optimizer"),
     [
         ({"tp2-cp2": 2, "one": 3, "tp2": 4, "pp2": 5}, ()),
-        ({"dp2": 2, "tp2": 3, "one": 4}, ("--use-distributed-optimizer",)),
+        ({"dp2": 2, "tp2": 4}, ("--use-distributed-optimizer",)),
     ],
     ids=["tp-cp-pp", "zero"],
 )
@@ -62,8 +62,11 @@ def test_adapters_move_from_layout_to_layout(
     assert expected[last] < expected[1]
 
 
-@pytest.mark.parametrize("optimizer", [(), ("--use-distributed-optimizer",)], ids=["", "zero"])
-@pytest.mark.parametrize("flags", [RATES, FREEZE], ids=["rates", "freeze"])
+@pytest.mark.parametrize(
+    ("flags", "optimizer"),
+    [(RATES, ()), (FREEZE, ()), (FREEZE, ("--use-distributed-optimizer",))],
+    ids=["rates", "freeze", "freeze-zero"],
+)
 def test_rates_and_frozen_parts_in_every_layout(
     ranks: RankPool, base: Path, tmp_path: Path, flags: tuple[str, ...], optimizer: tuple[str, ...]
 ) -> None:
@@ -78,8 +81,6 @@ def test_rates_and_frozen_parts_in_every_layout(
     [
         ((), "has adapters: --lora language --lora-rank 4 --lora-alpha 32"),
         ((*LORA[:3], "8"), "--lora-rank is 8 and the adapters in"),
-        ((*LORA, "--lora-alpha", "8"), "--lora-alpha is 8 and"),
-        ((*LORA, "--lora-targets", "linear_qkv"), "--lora-targets is linear_qkv and"),
         ((*LORA, "--lr", "1e-3"), "--lr is 0.001 and the optimizer in"),
         ((*LORA, "--module-lr", "language=1e-4"), "--module-lr is language=0.0001 and"),
     ],
@@ -117,7 +118,6 @@ def test_a_run_without_adapters_gets_none_later(
         (("--module-lr", "images=1e-3", "--freeze", "images"), "all of it is frozen"),
         (("--lora", "images"), "--lora images: it has no layer called linear_qkv"),
         (("--lora", "language", "--lora-targets", "qkv"), "it has no layer called qkv"),
-        (("--lora", "language.decoder.layers.0"), "name 'language.decoder', and choose by"),
         (("--freeze", "language", "images"), "nothing is trained"),
     ],
 )
