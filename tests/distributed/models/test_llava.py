@@ -68,14 +68,14 @@ def test_other_configurations(
     check(ranks, name, layout, expected)
 
 
-def build(name: str) -> tuple[Any, Any]:
+def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     from megatron.mimo.models import load_family
     from megatron.mimo.models.standalone import build_model, model_arguments
 
     model_parallel()
     family = load_family(name)
     config = family.tiny()
-    args = model_arguments(family, config)
+    args = model_arguments(family, config, dtype=dtype)
     return build_model(family, config, args, device=torch.device("cpu")), config
 
 
@@ -122,3 +122,28 @@ def misuse() -> None:
 
 def test_row_sources_have_to_fit(ranks: RankPool) -> None:
     ranks(1)(misuse)
+
+
+def low_precision() -> None:
+    from megatron.mimo.data import SampleCollator
+    from megatron.mimo.models import load_family
+
+    model, config = build("llava_next", torch.bfloat16)
+    family, generator = load_family("llava_next"), torch.Generator().manual_seed(0)
+    sample = family.sample(config, family.example(config, generator))
+    collator = SampleCollator(
+        seq_length=len(sample.token_ids),
+        vocab_size=config.text_config.vocab_size,
+        pad_id=0,
+        special_token_ids=family.media(config).special_token_ids,
+        media_formats=family.media(config).formats,
+    )
+    losses, mask = model(**collator([sample]))
+    (losses * mask).sum().backward()
+    newline = model.modality_submodules["images"].input_projections[0].newline
+    assert newline.dtype == torch.bfloat16
+    assert newline.grad.norm() > 0
+
+
+def test_runs_in_bf16(ranks: RankPool) -> None:
+    ranks(1)(low_precision)
