@@ -201,3 +201,45 @@ def test_made_conversations_are_those_of_their_number() -> None:
     answers = [[one.turns[-1].parts[0].value for one in each] for each in (made, held_out)]
     assert answers[0] != answers[1]
     assert len(set(answers[0])) > 10
+
+
+def with_template(template: str) -> Chat:
+    known = chat_of("llava")
+    processor = processors.llava_processor(known.config)
+    processor.chat_template = template
+    return Chat(family=known.family, config=known.config, processor=processor)
+
+
+TWO_ANSWERS = (
+    ("user", [("image", PICTURE), "What is this?"]),
+    ("assistant", ["A cat."]),
+    ("user", ["Sure?"]),
+    ("assistant", ["Yes."]),
+)
+INSTRUCTIONS = """{{ bos_token }}{% for message in messages %}
+{%- if message['role'] == 'user' %}[INST] {% endif %}
+{%- for part in message['content'] %}
+{%- if part['type'] == 'text' %} {{ part['text'] }}{% else %}<image>{% endif %}
+{%- endfor %}
+{%- if message['role'] == 'user' %} [/INST]{% else %}</s>{% endif %}
+{%- endfor %}"""
+
+
+def test_a_template_that_writes_first_and_last_tokens_itself() -> None:
+    chat = with_template(INSTRUCTIONS)
+    sample = chat.sample(talk(*TWO_ANSWERS))
+    tokenizer = chat.processor.tokenizer
+    tokens = sample.token_ids.tolist()
+    assert tokens.count(tokenizer.bos_token_id) == 1
+    assert tokens.count(tokenizer.eos_token_id) == 2
+    assert tokens[-1] == tokenizer.eos_token_id
+    said = tokenizer.decode(sample.token_ids[sample.is_label])
+    assert said == " A cat.</s> Yes.</s>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    forgetful = "{{ messages | length }} {{ messages[-1]['content'][-1]['text'] }}"
+    with pytest.raises(InputError, match=r"talk, message 1: .* writes the turns before it diff"):
+        with_template(forgetful).sample(talk(*TWO_ANSWERS))
+    with pytest.raises(InputError, match=r"talk: the chat template refuses it: .*alternate"):
+        with_template("{{ raise_exception('roles have to alternate') }}").sample(talk(*TWO_ANSWERS))
