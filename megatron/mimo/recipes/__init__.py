@@ -51,6 +51,15 @@ _RECIPES = {
     ),
 }
 
+# Models of one family that differ in size alone have one twin; it answers to all their names.
+_TWINS = {
+    "llava_1_5_13b_tiny": "llava_tiny",
+    "llava_1_5_7b_tiny": "llava_tiny",
+    "qwen2_5_vl_3b_tiny": "qwen2_5_vl_tiny",
+    "qwen2_5_vl_7b_tiny": "qwen2_5_vl_tiny",
+    "qwen2_audio_7b_tiny": "qwen2_audio_tiny",
+}
+
 
 def recipe_names() -> tuple[str, ...]:
     """The names ``load_recipe`` knows, sorted."""
@@ -66,13 +75,15 @@ def locate_recipe(name: str) -> str:
     """Where a recipe is, as ``package.module:function``; imports nothing.
 
     Args:
-        name: one of ``recipe_names()``, or the import path itself, which is returned as it is.
+        name: one of ``recipe_names()``, a recipe's name with ``_tiny`` behind it, or the import
+            path itself, which is returned as it is.
 
     Raises:
         ConfigError: the name is unknown.
     """
     if ":" in name:
         return name
+    name = _TWINS.get(name, name)
     if name not in _RECIPES:
         near = difflib.get_close_matches(name, _RECIPES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -57,6 +57,13 @@ def test_the_list_says_what_the_recipe_says(name: str) -> None:
         assert {"projector", "full", "lora"} == set(recipe.stages)
 
 
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name not in ("digits", *TINY)])
+def test_every_model_has_a_tiny_twin(name: str) -> None:
+    module = locate_recipe(name).partition(":")[0]
+    assert locate_recipe(f"{name}_tiny").partition(":")[0] == module
+    assert load_recipe(f"{name}_tiny").name in TINY
+
+
 def test_listing_loads_no_recipe_and_no_transformers() -> None:
     code = (
         "import sys; from megatron.mimo.training.arguments import list_recipes; "
