@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ __all__ = [
     "NAMES_FILE",
     "NameIndex",
     "carry_weights",
+    "check_placeholders",
     "copy_assets",
     "read_name_index",
     "write_name_index",
@@ -49,6 +51,35 @@ class NameIndex:
 
     headers: dict[str, str]
     index: str | None
+
+
+def check_placeholders(folder: Path, special_token_ids: Mapping[str, int]) -> None:
+    """Refuse a tokenizer that does not have the placeholder tokens; a folder may have none.
+
+    Args:
+        folder: a Hugging Face directory.
+        special_token_ids: placeholder token id of each modality, from its configuration.
+
+    Raises:
+        InputError: one of them is no token of ``tokenizer.json``, or this file is damaged.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_text())
+        vocabulary = content["model"]["vocab"]
+        known = {added["id"] for added in content.get("added_tokens", [])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a tokenizer: {error}; fetch it again") from error
+    known |= set(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
+    for modality, token in special_token_ids.items():
+        if token not in known:
+            raise InputError(
+                f"{path} has no token {token}, which config.json gives as the placeholder of "
+                f"{modality}; add it to the tokenizer (tokenizer.add_tokens(..., "
+                "special_tokens=True)) and save it there, or correct config.json"
+            )
 
 
 def copy_assets(source: Path, target: Path) -> None:

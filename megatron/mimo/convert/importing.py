@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.mimo.convert.assets import carry_weights, copy_assets, write_name_index
+from megatron.mimo.convert.assets import (
+    carry_weights,
+    check_placeholders,
+    copy_assets,
+    write_name_index,
+)
 from megatron.mimo.convert.checkpoint import (
     ASSETS,
     CheckpointFile,
@@ -83,6 +88,7 @@ def import_model(
     check_target(target)
     config = read_hf_config(source)
     family = family_of(config)
+    check_placeholders(source, family.media(config).special_token_ids)
     weights = Weights(source)
     table = family.keys(config)
     match = match_names(weights.by_name.keys(), table, source=str(source))
