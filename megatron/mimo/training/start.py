@@ -43,7 +43,7 @@ def choose_start(args: Namespace, *, repair: bool) -> tuple[int | None, str | No
             the checkpoint.
     """
     args.loads_adapters = True
-    began_elsewhere = args.save is not None and args.load != args.save
+    began_elsewhere = args.save is not None and Path(args.load) != Path(args.save)
     message = None
     if began_elsewhere and not args.ckpt_step and _is_complete(Path(args.save)):
         message = (

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 __all__ = ["has_gaps", "keep_layers_apart", "load_nothing"]
 
+_STACKED = re.compile(r"\.layers\.(?!\d)")  # one key for all layers; experts may add a second axis
 _LAYER = re.compile(r"(\.layers)\.\d+\.")
 
 
@@ -59,7 +60,7 @@ def _load(original: Callable[[Any], None], state_dict: Any) -> None:
 
 
 def _apart(leaf: Any) -> Any:
-    if isinstance(leaf, ShardedTensor) and leaf.prepend_axis_num == 1:
+    if isinstance(leaf, ShardedTensor) and leaf.prepend_axis_num and _STACKED.search(leaf.key):
         return _without_layer_axis(leaf)
     if isinstance(leaf, ShardedTensorFactory):
         build = leaf.build_fn
@@ -75,5 +76,5 @@ def _without_layer_axis(tensor: ShardedTensor) -> ShardedTensor:
         global_shape=tensor.global_shape[1:],
         global_offset=tensor.global_offset[1:],
         axis_fragmentations=tensor.axis_fragmentations[1:] if tensor.axis_fragmentations else None,
-        prepend_axis_num=0,
+        prepend_axis_num=tensor.prepend_axis_num - 1,
     )
