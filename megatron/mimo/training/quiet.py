@@ -40,13 +40,17 @@ def quiet_imports() -> Iterator[None]:
 
 @contextmanager
 def warnings_shown(*, shown: bool) -> Iterator[None]:
-    """Megatron's and torch's warnings while a run goes on, on the screen or nowhere."""
+    """Megatron's and torch's warnings while a run goes on, on the screen or nowhere.
+
+    What this project's own modules log stays on the screen.
+    """
     if shown:
         yield
         return
     logger = logging.getLogger("megatron")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    logging.getLogger("megatron.mimo").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"megatron\.(core|training)\b")
         warnings.filterwarnings("ignore", module=r"torch\b")

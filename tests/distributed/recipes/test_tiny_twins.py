@@ -27,12 +27,12 @@ def start(ranks: RankPool, recipe: str, output: Path, layout: str, *flags: str) 
 
 
 def finished(run: ScriptRun) -> str:
-    """What rank 0 of a run that has to succeed printed."""
+    """What rank 0 of a run that has to succeed said."""
     exits = run.wait()
     assert [exit_.exit_code for exit_ in exits] == [0] * len(exits), "\n".join(
         exit_.stdout + exit_.stderr for exit_ in exits
     )
-    return exits[0].stdout
+    return exits[0].stdout + exits[0].stderr
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,9 @@ def test_the_recipe_of_7b_trains_a_checkpoint_of_its_family_on_files(
 ) -> None:
     """Sizes and processor are the checkpoint's; only the projector of stage projector changes."""
     file = write_conversations(tmp_path, 8)
+    long = {"from": "human", "value": "long " * 90}, {"from": "gpt", "value": "Yes."}
+    with file.open("a") as lines:
+        lines.write("\n" + json.dumps({"conversations": long}))
     loaded = twins["llava_tiny"] / "checkpoints"
     output = tmp_path / "out"
     run = start(
@@ -130,10 +133,13 @@ def test_the_recipe_of_7b_trains_a_checkpoint_of_its_family_on_files(
         *("--train-iters", "12", "--seq-length", "96", "--global-batch-size", "8", "--lr", "1e-2"),
         *("--lr-decay-style", "constant", "--lr-warmup-fraction", "0"),
         *("--eval-iters", "1", "--eval-interval", "6", "--num-workers", "1"),
+        "--skip-too-long",
     )
     printed = finished(run)
     assert "stage projector" in printed
     assert "validation: loss" in printed
+    assert f"{file}, line 9 has" in printed
+    assert "is left out; 1 of 9 conversations so far" in printed
     found = [float(loss) for loss in losses(output).values()]
     assert found[-1] < 0.8 * found[0]
     before = weights(loaded / f"iter_{ITERATIONS:07d}")
