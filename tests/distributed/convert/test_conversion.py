@@ -194,3 +194,72 @@ def test_a_killed_import_leaves_nothing_that_looks_complete(
     assert all(path.name.startswith("out.unfinished-") for path in left)
     assert not list(tmp_path.rglob(".metadata"))
     assert not list(tmp_path.rglob("latest_checkpointed_iteration.txt"))
+
+
+def save_adapters(folder: Path) -> None:
+    """A run of TP2 with ``--lora language``: what it saves, and what its flags leave behind."""
+    import shutil
+    from argparse import Namespace
+
+    from megatron.core import dist_checkpointing
+    from megatron.mimo.convert.load import load_weights
+    from megatron.mimo.convert.slots import STATE_METADATA
+    from megatron.mimo.lora import LoraSettings, adapted, add_adapters
+    from megatron.mimo.models import load_family
+    from megatron.mimo.models.standalone import build_model, model_arguments
+
+    model_parallel(tp=2)
+    family = load_family(NAME)
+    config = family.tiny()
+    args = model_arguments(family, config, tp_size=2)
+    model = build_model(family, config, args, device=torch.device("cpu"))
+    load_weights(model, folder / "mimo" / "release")
+    settings = LoraSettings(modules=("language",), rank=4, alpha=8.0)
+    add_adapters(model, settings)
+    for number, (_, layer) in enumerate(adapted(model)):
+        generator = torch.Generator().manual_seed(number)
+        layer.adapter.up.data.normal_(std=0.2, generator=generator)
+    target = folder / "run" / "iter_0000003"
+    if torch.distributed.get_rank() == 0:
+        target.mkdir(parents=True)
+        shutil.copytree(folder / "mimo" / "hf", folder / "run" / "hf")
+        (folder / "run" / "latest_checkpointed_iteration.txt").write_text("3")
+    torch.distributed.barrier()
+    flags = Namespace(
+        lora=list(settings.modules),
+        lora_rank=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        lora_targets=list(settings.targets),
+    )
+    dist_checkpointing.save(
+        {"args": flags, **model.sharded_state_dict(metadata=dict(STATE_METADATA))}, str(target)
+    )
+
+
+def adapters_against_peft(folder: Path) -> tuple[float, float]:
+    """Of the logits: what the adapters change, and merged ones against PEFT's."""
+    import peft
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    from megatron.mimo.convert.exporting import export_model
+    from megatron.mimo.models import load_family
+
+    export_model(folder / "run", folder / "merged", shown=False)
+    export_model(folder / "run", folder / "adapters", adapters_only=True, shown=False)
+    family = load_family(NAME)
+    example = family.example(family.tiny(), torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        base = Llava.from_pretrained(folder / "hf").eval()
+        before = base(**example).logits
+        merged = Llava.from_pretrained(folder / "merged").eval()(**example).logits
+        theirs = peft.PeftModel.from_pretrained(base, folder / "adapters").eval()(**example).logits
+    return (merged - before).abs().max().item(), (merged - theirs).abs().max().item()
+
+
+def test_exports_adapters_merged_or_alone(ranks: RankPool, tmp_path: Path) -> None:
+    ranks(1)(make_and_import, NAME, tmp_path)
+    ranks(2)(save_adapters, tmp_path)
+    ((changed, difference),) = ranks(1)(adapters_against_peft, tmp_path)
+    assert changed > 0.01
+    assert difference < 1e-4
