@@ -6,7 +6,8 @@
 A LLaVA of random weights (``--hidden``, ``--layers``) answers prompts with two images each,
 greedily, always to the full length; all sides have the same weights and give the same tokens,
 which is checked first. ``prefill`` is an answer of one token. Times are medians of interleaved
-repetitions on one thread; ``times_faster`` are medians of the ratios of neighbours.
+repetitions on one thread (on CPU the process's own time, which others on the machine disturb less);
+``times_faster`` are medians of the ratios of neighbours.
 """
 
 from __future__ import annotations
@@ -120,17 +121,18 @@ def make_sides(
 
 
 def measure(
-    sides: dict[str, Callable[[int], Tokens]], length: int, repeats: int
+    sides: dict[str, Callable[[int], Tokens]], length: int, repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of each repetition, the sides in turn and each round in another order."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(repeats + 1):
         order = list(sides) if number % 2 else list(reversed(sides))
         for name in order:
-            start = time.perf_counter()
+            start = clock()
             sides[name](length)
             if number:  # the first is for warming up
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 
@@ -167,8 +169,8 @@ def main() -> None:
         answers = {name: side(args.new_tokens) for name, side in sides.items()}
         assert answers["cache"] == answers["whole_sequences"] == answers["transformers"]
         result = {
-            "answer": report(measure(sides, args.new_tokens, args.repeats)),
-            "prefill": report(measure(sides, 1, args.repeats)),
+            "answer": report(measure(sides, args.new_tokens, args.repeats, device)),
+            "prefill": report(measure(sides, 1, args.repeats, device)),
             "settings": {
                 "hidden": args.hidden,
                 "layers": args.layers,
