@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.mimo.models import load_family
-from megatron.mimo.recipes.pretrained import Task, pretrained
+from megatron.mimo.recipes.pretrained import pretrained
+from megatron.mimo.recipes.published import clip_large, vicuna
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.recipes.settings import FINETUNING, VISION_STAGES
-from megatron.mimo.recipes.tiny.settings import TINY_ARGUMENTS, TINY_STAGES
+from megatron.mimo.recipes.settings import FINETUNING, stages_of
+from megatron.mimo.recipes.tiny.processors import llava_processor
+from megatron.mimo.recipes.tiny.tasks import say_digits
+from megatron.mimo.recipes.tiny.twin import twin
 
 _PASS = {"train_iters": 5200}  # one pass over 665 thousand instructions
 
@@ -29,48 +31,28 @@ def llava_1_5_13b() -> Recipe:
 
 def llava_tiny() -> Recipe:
     """The same, small enough to learn digits in seconds."""
-    from megatron.mimo.recipes.tiny.processors import llava_processor
-    from megatron.mimo.recipes.tiny.tasks import Made, say_digits
-
-    return pretrained(
+    return twin(
         name="llava_tiny",
         summary="LLaVA of 0.2 million parameters that reads scanned digits",
         family="llava",
-        config=load_family("llava").tiny,
-        arguments=TINY_ARGUMENTS,
-        stages=TINY_STAGES,
-        default_stage="full",
         processor=llava_processor,
-        task=Task(
-            train=lambda: Made(say_digits, 4096, held_out=False),
-            valid=lambda: Made(say_digits, 32, held_out=True),
-            answer_tokens=6,
-        ),
+        make=say_digits,
+        questions=32,
+        answer_tokens=6,
     )
 
 
 def _llava(name: str, summary: str, hidden: int, ffn: int, layers: int, heads: int) -> Recipe:
     def config() -> Any:
-        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+        from transformers import LlavaConfig
 
         return LlavaConfig(
-            vision_config=CLIPVisionConfig(
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_hidden_layers=24,
-                num_attention_heads=16,
-                image_size=336,
-                patch_size=14,
-                projection_dim=768,
-            ),
-            text_config=LlamaConfig(
+            vision_config=clip_large(),
+            text_config=vicuna(
                 hidden_size=hidden,
                 intermediate_size=ffn,
                 num_hidden_layers=layers,
                 num_attention_heads=heads,
-                vocab_size=32064,
-                max_position_embeddings=4096,
-                rms_norm_eps=1e-5,
                 pad_token_id=32001,
             ),
             image_token_index=32000,
@@ -84,6 +66,5 @@ def _llava(name: str, summary: str, hidden: int, ffn: int, layers: int, heads: i
         family="llava",
         config=config,
         arguments=FINETUNING | _PASS,
-        stages=VISION_STAGES,
-        default_stage="full",
+        stages=stages_of("images"),
     )

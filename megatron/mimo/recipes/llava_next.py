@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.mimo.models import load_family
-from megatron.mimo.recipes.pretrained import Task, pretrained
+from megatron.mimo.recipes.pretrained import pretrained
+from megatron.mimo.recipes.published import clip_large
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.recipes.settings import FINETUNING, VISION_STAGES
-from megatron.mimo.recipes.tiny.settings import TINY_ARGUMENTS, TINY_STAGES
+from megatron.mimo.recipes.settings import FINETUNING, stages_of
+from megatron.mimo.recipes.tiny.processors import llava_next_processor
+from megatron.mimo.recipes.tiny.tasks import say_digits
+from megatron.mimo.recipes.tiny.twin import twin
+
+# The encoder is trained as well, slowly, as LLaVA 1.6 does.
+_FULL: dict[str, object] = {"lr": 1e-5, "module_lr": [("images.encoders", 2e-6)]}
 
 
 def llava_next() -> Recipe:
@@ -21,48 +26,31 @@ def llava_next() -> Recipe:
         summary="LLaVA 1.6, CLIP on tiles + Mistral 7B",
         family="llava_next",
         config=_config,
-        # The encoder is trained as well, slowly, as LLaVA 1.6 does.
         arguments=FINETUNING | {"seq_length": 4096},
-        stages=VISION_STAGES | {"full": {"lr": 1e-5, "module_lr": [("images.encoders", 2e-6)]}},
-        default_stage="full",
+        stages=stages_of("images")
+        | {"full": {"lr": 1e-5, "module_lr": [("images.encoders", 2e-6)]}},
     )
 
 
 def llava_next_tiny() -> Recipe:
     """The same, small enough to learn digits in seconds."""
-    from megatron.mimo.recipes.tiny.processors import llava_next_processor
-    from megatron.mimo.recipes.tiny.tasks import Made, say_digits
-
-    return pretrained(
+    return twin(
         name="llava_next_tiny",
         summary="LLaVA 1.6 of 0.2 million parameters that reads scanned digits",
         family="llava_next",
-        config=load_family("llava_next").tiny,
-        arguments=TINY_ARGUMENTS | {"seq_length": 160},  # up to two images of five tiles
-        stages=TINY_STAGES,
-        default_stage="full",
         processor=llava_next_processor,
-        task=Task(
-            train=lambda: Made(say_digits, 4096, held_out=False),
-            valid=lambda: Made(say_digits, 32, held_out=True),
-            answer_tokens=6,
-        ),
+        make=say_digits,
+        questions=32,
+        answer_tokens=6,
+        seq_length=160,  # up to two images of five tiles
     )
 
 
 def _config() -> Any:
-    from transformers import CLIPVisionConfig, LlavaNextConfig, MistralConfig
+    from transformers import LlavaNextConfig, MistralConfig
 
     return LlavaNextConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-            projection_dim=768,
-        ),
+        vision_config=clip_large(),
         text_config=MistralConfig(
             hidden_size=4096,
             intermediate_size=14336,

@@ -66,7 +66,7 @@ def pretrained(
     config: Callable[[], Any],
     arguments: Mapping[str, object],
     stages: Mapping[str, Mapping[str, object]],
-    default_stage: str,
+    default_stage: str = "full",
     processor: Callable[[Any], Any] | None = None,
     task: Task | None = None,
 ) -> Recipe:

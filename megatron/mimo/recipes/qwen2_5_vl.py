@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.mimo.models import load_family
-from megatron.mimo.recipes.pretrained import Task, pretrained
+from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.recipes.settings import FINETUNING, VISION_STAGES
-from megatron.mimo.recipes.tiny.settings import TINY_ARGUMENTS, TINY_STAGES
+from megatron.mimo.recipes.settings import FINETUNING, stages_of
+from megatron.mimo.recipes.tiny.processors import qwen2_5_vl_processor
+from megatron.mimo.recipes.tiny.tasks import digits_or_clip
+from megatron.mimo.recipes.tiny.twin import twin
 
 
 def qwen2_5_vl_3b() -> Recipe:
@@ -39,23 +40,14 @@ def qwen2_5_vl_7b() -> Recipe:
 
 def qwen2_5_vl_tiny() -> Recipe:
     """The same, small enough to learn digits in seconds."""
-    from megatron.mimo.recipes.tiny.processors import qwen2_5_vl_processor
-    from megatron.mimo.recipes.tiny.tasks import Made, digits_or_clip
-
-    return pretrained(
+    return twin(
         name="qwen2_5_vl_tiny",
         summary="Qwen2.5-VL of 0.2 million parameters that reads digits in images and clips",
         family="qwen2_5_vl",
-        config=load_family("qwen2_5_vl").tiny,
-        arguments=TINY_ARGUMENTS,
-        stages=TINY_STAGES,
-        default_stage="full",
         processor=qwen2_5_vl_processor,
-        task=Task(
-            train=lambda: Made(digits_or_clip, 4096, held_out=False),
-            valid=lambda: Made(digits_or_clip, 32, held_out=True),
-            answer_tokens=6,
-        ),
+        make=digits_or_clip,
+        questions=32,
+        answer_tokens=6,
     )
 
 
@@ -103,6 +95,5 @@ def _qwen(name: str, summary: str, text: dict[str, int], *, tied: bool) -> Recip
         family="qwen2_5_vl",
         config=config,
         arguments=FINETUNING | {"lr": 1e-5, "seq_length": 4096},
-        stages=VISION_STAGES,
-        default_stage="full",
+        stages=stages_of("images"),
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.mimo.models import load_family
-from megatron.mimo.recipes.pretrained import Task, pretrained
+from megatron.mimo.recipes.pretrained import pretrained
+from megatron.mimo.recipes.published import WHISPER_LARGE
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.recipes.settings import AUDIO_STAGES, FINETUNING
-from megatron.mimo.recipes.tiny.settings import TINY_ARGUMENTS, TINY_STAGES
+from megatron.mimo.recipes.settings import FINETUNING, stages_of
+from megatron.mimo.recipes.tiny.processors import qwen2_audio_processor
+from megatron.mimo.recipes.tiny.tasks import say_tones
+from megatron.mimo.recipes.tiny.twin import twin
 
 
 def qwen2_audio_7b() -> Recipe:
@@ -19,30 +21,20 @@ def qwen2_audio_7b() -> Recipe:
         family="qwen2_audio",
         config=_config,
         arguments=FINETUNING | {"lr": 1e-5},
-        stages=AUDIO_STAGES,
-        default_stage="full",
+        stages=stages_of("audio"),
     )
 
 
 def qwen2_audio_tiny() -> Recipe:
     """The same, small enough to learn tones in seconds."""
-    from megatron.mimo.recipes.tiny.processors import qwen2_audio_processor
-    from megatron.mimo.recipes.tiny.tasks import Made, say_tones
-
-    return pretrained(
+    return twin(
         name="qwen2_audio_tiny",
         summary="Qwen2-Audio of 0.2 million parameters that names tones",
         family="qwen2_audio",
-        config=load_family("qwen2_audio").tiny,
-        arguments=TINY_ARGUMENTS,
-        stages=TINY_STAGES,
-        default_stage="full",
         processor=qwen2_audio_processor,
-        task=Task(
-            train=lambda: Made(say_tones, 4096, held_out=False),
-            valid=lambda: Made(say_tones, 32, held_out=True),
-            answer_tokens=12,
-        ),
+        make=say_tones,
+        questions=32,
+        answer_tokens=12,
     )
 
 
@@ -50,14 +42,7 @@ def _config() -> Any:
     from transformers import Qwen2AudioConfig, Qwen2AudioEncoderConfig, Qwen2Config
 
     return Qwen2AudioConfig(
-        audio_config=Qwen2AudioEncoderConfig(
-            num_mel_bins=128,
-            encoder_layers=32,
-            encoder_attention_heads=20,
-            encoder_ffn_dim=5120,
-            d_model=1280,
-            max_source_positions=1500,
-        ),
+        audio_config=Qwen2AudioEncoderConfig(**WHISPER_LARGE),
         text_config=Qwen2Config(
             hidden_size=4096,
             intermediate_size=11008,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["AUDIO_STAGES", "FINETUNING", "VISION_STAGES"]
+__all__ = ["FINETUNING", "stages_of"]
 
 FINETUNING: dict[str, object] = {
     "seq_length": 2048,
@@ -22,28 +22,25 @@ FINETUNING: dict[str, object] = {
 }
 
 
-def _stages(modality: str) -> dict[str, dict[str, object]]:
-    encoders = f"{modality}.encoders"
+def stages_of(*modalities: str) -> dict[str, dict[str, object]]:
+    """The stages of a model with encoders of these modalities; encoders are not trained."""
+    encoders = [f"{modality}.encoders" for modality in modalities]
     return {
-        # only the projection learns: what turns rows of the encoder into the language model's
+        # only the projections learn: what turns rows of an encoder into the language model's
         "projector": {
-            "freeze": [encoders, "language"],
+            "freeze": [*encoders, "language"],
             "lr": 1e-3,
             "global_batch_size": 256,
             "train_iters": 2200,
         },
-        "full": {"freeze": [encoders]},
-        # adapters in the language model, and the projection itself
+        "full": {"freeze": encoders},
+        # adapters in the language model, and the projections themselves
         "lora": {
-            "freeze": [encoders],
+            "freeze": encoders,
             "lora": ["language"],
             "lora_rank": 128,
             "lora_alpha": 256.0,
             "lr": 2e-4,
-            "module_lr": [(f"{modality}.projections", 2e-5)],
+            "module_lr": [(f"{modality}.projections", 2e-5) for modality in modalities],
         },
     }
-
-
-VISION_STAGES = _stages("images")
-AUDIO_STAGES = _stages("audio")
