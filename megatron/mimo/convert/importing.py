@@ -120,7 +120,9 @@ def meta_model(family: Any, config: Any) -> Iterator[Any]:
     from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
 
     with process_groups():
-        args = model_arguments(family, config, flags=["--transformer-impl=local"])
+        # Initialised for the CPU, parameters are made where torch is told: nowhere.
+        flags = ["--transformer-impl=local", "--use-cpu-initialization"]
+        args = model_arguments(family, config, flags=flags)
         yield build_model(family, config, args, device=torch.device("meta"))
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def _run_all(folder: Path, count: int) -> None:
     common = {
         "OMP_NUM_THREADS": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        **os.environ,
+        # of a launcher that this process may itself be under: rank 0 has to open the store
+        **{k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")},
         "WORLD_SIZE": str(count),
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
@@ -79,15 +81,30 @@ def _run_all(folder: Path, count: int) -> None:
             )
         )
     try:
-        codes = [process.wait(_TIMEOUT) for process in processes]
+        codes = _wait(processes)
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    if any(codes):
-        failed = next(rank for rank, code in enumerate(codes) if code)
+    failed = next((rank for rank, code in enumerate(codes) if code), None)
+    if failed is not None:
         lines = (folder / f"{failed}.log").read_text(errors="replace").splitlines()
         raise ConfigError(f"rank {failed} of {count} failed: " + "\n".join(lines[-15:]))
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
+    """Exit codes, once all have ended or one has failed (the others wait for it then)."""
+    ends = time.monotonic() + _TIMEOUT
+    while True:
+        codes = [process.poll() for process in processes]
+        if any(codes) or None not in codes:
+            return codes
+        if time.monotonic() > ends:
+            raise ConfigError(
+                f"{len(processes)} processes have not ended after {_TIMEOUT:.0f} s; the model is "
+                "too large for this machine: --weights-only compares the files"
+            )
+        time.sleep(0.1)
 
 
 def _main() -> None:

@@ -167,7 +167,7 @@ class WeightsFile:
         self._file = path.open("xb", buffering=0)
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
         end = max((place.start + place.size for place in self._places.values()), default=0)
-        self._file.truncate(max(end, 8 + len(encoded)))
+        os.posix_fallocate(self._file.fileno(), 0, max(end, 8 + len(encoded)))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor to its place; it must have the header's dtype and shape."""
