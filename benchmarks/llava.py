@@ -9,8 +9,8 @@ conversations (one image each, texts of very different lengths) in three ways:
 
 A step is forward, backward and AdamW, after which the weights have changed. Times are medians over
 rounds in which the three take turns in one process; ``memory_gb`` is what a step takes at its peak
-and the model's own weights and optimizer state, and is left out on CPU. ``same_loss`` says how far the three
-losses of the first step are apart, relatively: the same weights, the same batch.
+and the model's own weights and optimizer state, and is left out on CPU. ``same_loss`` says how far
+the three losses of the first step are apart, relatively: the same weights, the same batch.
 
 ``--size 2b`` (bf16) wants a GPU; ``--size tiny``, the default without one, is small enough for a
 laptop and says nothing about the GPU.
