@@ -7,7 +7,7 @@ from typing import Any
 __all__ = ["WHISPER_LARGE", "clip_large", "vicuna"]
 
 # The encoder of Whisper large, version 3, for ``WhisperConfig`` and ``Qwen2AudioEncoderConfig``.
-WHISPER_LARGE = {
+WHISPER_LARGE: dict[str, Any] = {
     "num_mel_bins": 128,
     "encoder_layers": 32,
     "encoder_attention_heads": 20,
