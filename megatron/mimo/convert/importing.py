@@ -172,6 +172,9 @@ def in_threads[Item, Result](
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None
 ) -> list[Result]:
     """Results of a function, in no particular order; after an error no further item is begun."""
+    # After a fork torch makes its own pool of threads anew when it is first asked for it, which
+    # several threads at once must not do.
+    torch.set_num_threads(torch.get_num_threads())
     with ThreadPoolExecutor(threads or default_threads()) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
