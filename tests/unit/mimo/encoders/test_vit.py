@@ -115,7 +115,7 @@ def reference(weights: dict[str, Tensor], pixels_NCHW: Tensor) -> Tensor:
         return F.linear(x, weights[f"{name}.weight"][layer], weights[f"{name}.bias"][layer])
 
     def norm(x: Tensor, name: str, *layer: int) -> Tensor:
-        weight, bias = weights[f"{name}.weight"][layer], weights[f"{name}.bias"][layer]
+        weight, bias = weights[f"{name}weight"][layer], weights[f"{name}bias"][layer]
         return F.layer_norm(x, (HIDDEN,), weight, bias)
 
     rows = []
@@ -128,7 +128,7 @@ def reference(weights: dict[str, Tensor], pixels_NCHW: Tensor) -> Tensor:
         x_PH = linear(torch.stack(patches), "patch_embedding") + weights["position_embedding"]
         for layer in range(LAYERS):
             name = "transformer.layers."
-            qkv = linear(norm(x_PH, name + "input_layernorm", layer),
+            qkv = linear(norm(x_PH, name + "self_attention.linear_qkv.layer_norm_", layer),
                          name + "self_attention.linear_qkv", layer)  # fmt: skip
             outputs = []
             for head in qkv.chunk(HEADS, dim=1):
@@ -137,10 +137,10 @@ def reference(weights: dict[str, Tensor], pixels_NCHW: Tensor) -> Tensor:
                 outputs.append(scores.softmax(dim=1) @ value)
             mixed = torch.cat(outputs, dim=1)
             x_PH = x_PH + linear(mixed, name + "self_attention.linear_proj", layer)
-            inner = linear(norm(x_PH, name + "pre_mlp_layernorm", layer),
+            inner = linear(norm(x_PH, name + "mlp.linear_fc1.layer_norm_", layer),
                            name + "mlp.linear_fc1", layer)  # fmt: skip
             x_PH = x_PH + linear(F.gelu(inner), name + "mlp.linear_fc2", layer)
-        rows.append(norm(x_PH, "transformer.final_layernorm"))
+        rows.append(norm(x_PH, "transformer.final_layernorm."))
     return torch.cat(rows)
 
 
