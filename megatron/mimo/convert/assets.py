@@ -18,6 +18,7 @@ from megatron.mimo.convert.weights import (
     INDEX_FILE,
     Weights,
     WeightsFile,
+    WeightSource,
     make_header,
     weights_of,
 )
@@ -94,7 +95,7 @@ def copy_assets(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def carry_weights(weights: Weights, names: tuple[str, ...], target: Path) -> None:
+def carry_weights(weights: WeightSource, names: tuple[str, ...], target: Path) -> None:
     """Write weights that our model does without into the folder ``target``, one by one."""
     if not names:
         return

@@ -20,6 +20,8 @@ _DESCRIPTION = """\
 Hugging Face directories to checkpoints of any parallel layout, and back, bit for bit.
 
   import  meta/llava-7b  checkpoints/llava      start training with --load checkpoints/llava
+  import  --family llava --part language=vicuna-7b --part images=clip-large  checkpoints/llava
+                                                the same, of separate models
   export  runs/llava/checkpoints  my-llava      loads in transformers
   verify  meta/llava-7b  checkpoints/llava      keys, shapes, dtypes, logits, gradients
   verify  --tiny llava                          the whole way there and back, on this machine
@@ -78,10 +80,25 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "import",
         help="a Hugging Face directory -> a checkpoint",
         description="Write a checkpoint that a run of any layout starts from (--load CHECKPOINT). "
-        "Configuration, processor and tokenizer go along into CHECKPOINT/hf.",
+        "Configuration, processor and tokenizer go along into CHECKPOINT/hf. With --family the "
+        "model is put together: a language model and encoders of your choice, and fresh "
+        "projectors.",
+        usage="%(prog)s [options] HF_DIR CHECKPOINT\n"
+        "       %(prog)s [options] --family FAMILY --part NAME=HF_DIR ... CHECKPOINT",
     )
     parser.add_argument("source", metavar="HF_DIR", type=Path, help="with safetensors weights")
-    parser.add_argument("target", metavar="CHECKPOINT", type=Path, help="a new directory")
+    parser.add_argument(
+        "target", metavar="CHECKPOINT", type=Path, nargs="?", help="a new directory"
+    )
+    parser.add_argument("--family", help="of a model of parts: llava, llava_next, llava_avlm")
+    parser.add_argument(
+        "--part",
+        action="append",
+        default=[],
+        type=_part,
+        metavar="NAME=HF_DIR",
+        help="language, images or audio",
+    )
     _add_common(parser)
     parser.set_defaults(run=_import)
 
@@ -145,16 +162,28 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _import(given: argparse.Namespace) -> tuple[str, int]:
+    from megatron.core.models.mimo.errors import ConfigError
     from megatron.mimo.convert.importing import import_model
+    from megatron.mimo.convert.parts import import_parts
 
-    done = import_model(
-        given.source,
-        given.target,
-        dtype=_dtype(given.dtype),
-        threads=given.threads,
-        shown=not given.quiet,
-    )
-    return done, 0
+    how: dict[str, Any] = {
+        "dtype": _dtype(given.dtype),
+        "threads": given.threads,
+        "shown": not given.quiet,
+    }
+    parts = dict(given.part)
+    if bool(parts) != (given.family is not None) or (parts and given.target is not None):
+        raise ConfigError(
+            "import takes HF_DIR and CHECKPOINT, or --family FAMILY, --part NAME=HF_DIR for each "
+            "part, and CHECKPOINT; see --help"
+        )
+    if len(parts) < len(given.part):
+        raise ConfigError("--part names a part twice; give each once")
+    if parts:
+        return import_parts(given.family, parts, given.source, **how), 0
+    if given.target is None:
+        raise ConfigError("import takes HF_DIR and CHECKPOINT; see --help")
+    return import_model(given.source, given.target, **how), 0
 
 
 def _export(given: argparse.Namespace) -> tuple[str, int]:
@@ -217,6 +246,13 @@ def _dtype(name: str | None) -> Any:
     import torch
 
     return None if name is None else getattr(torch, name)
+
+
+def _part(text: str) -> tuple[str, Path]:
+    name, separator, folder = text.partition("=")
+    if not (name and separator and folder):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=HF_DIR, such as images=clip")
+    return name, Path(folder)
 
 
 def _size(text: str) -> int:

@@ -32,11 +32,20 @@ from megatron.mimo.convert.match import Match, check_shapes, match_names
 from megatron.mimo.convert.meter import Meter
 from megatron.mimo.convert.slots import Slot, match_slots, model_objects, model_slots
 from megatron.mimo.convert.staging import check_target, whole_directory
-from megatron.mimo.convert.weights import Weights
+from megatron.mimo.convert.weights import Weights, WeightSource
 from megatron.mimo.models import family_of, read_hf_config
+from megatron.mimo.models.family import Family
 from megatron.mimo.training.checkpoints import RELEASE
 
-__all__ = ["Parameter", "import_model", "in_threads", "meta_model", "write_parameters"]
+__all__ = [
+    "Imported",
+    "Parameter",
+    "import_model",
+    "import_weights",
+    "in_threads",
+    "meta_model",
+    "write_parameters",
+]
 
 _FILE_BYTES = 2 * 10**9  # a file of a checkpoint is closed when it has these
 _MARGIN = 64 * 2**20  # bytes of everything that is not a weight
@@ -58,6 +67,27 @@ class Parameter:
     size: int
     order: tuple[str, int]
     make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """A model to be imported.
+
+    Attributes:
+        family: its family.
+        config: its Hugging Face configuration.
+        model: as :func:`meta_model` makes it.
+        weights: under Hugging Face's names, in any spelling that the family knows.
+        source: where they are from, for errors.
+        write_assets: writes everything that is not a weight into a new folder.
+    """
+
+    family: Family
+    config: Any
+    model: Any
+    weights: WeightSource
+    source: str
+    write_assets: Callable[[Path], None]
 
 
 def import_model(
@@ -90,21 +120,46 @@ def import_model(
     family = family_of(config)
     check_placeholders(source, family.media(config).special_token_ids)
     weights = Weights(source)
-    table = family.keys(config)
-    match = match_names(weights.by_name.keys(), table, source=str(source))
+
+    def write_assets(folder: Path) -> None:
+        copy_assets(source, folder)
+        write_name_index(weights, folder)
+
     with meta_model(family, config) as model:
-        slots = model_slots(model)
-        _check_shapes(slots, table, weights, match)
-        parameters = list(_parameters(slots, table, weights, match, dtype))
-        total = sum(parameter.size for parameter in parameters)
-        meter = Meter("import", total, shown=shown)
-        carried = weights.size(match.carried)
-        with whole_directory(target, size=total + carried + _MARGIN) as root:
-            write_parameters(root, parameters, model_objects(model), meter, threads=threads)
-            copy_assets(source, root / ASSETS)
-            carry_weights(weights, match.carried, root / ASSETS)
-            write_name_index(weights, root / ASSETS)
-    notes = [f"imported {family.name}: {len(parameters)} parameters, {meter.end()}"]
+        imported = Imported(
+            family=family,
+            config=config,
+            model=model,
+            weights=weights,
+            source=str(source),
+            write_assets=write_assets,
+        )
+        return import_weights(imported, target, dtype=dtype, threads=threads, shown=shown)
+
+
+def import_weights(
+    imported: Imported,
+    target: Path,
+    *,
+    dtype: torch.dtype | None,
+    threads: int | None,
+    shown: bool,
+) -> str:
+    """Write a checkpoint; arguments, result and errors are those of :func:`import_model`."""
+    weights, table = imported.weights, imported.family.keys(imported.config)
+    match = match_names(weights.by_name.keys(), table, source=imported.source)
+    slots = model_slots(imported.model)
+    _check_shapes(slots, table, weights, match, imported.source)
+    parameters = list(_parameters(slots, table, weights, match, dtype))
+    total = sum(parameter.size for parameter in parameters)
+    meter = Meter("import", total, shown=shown)
+    carried = weights.size(match.carried)
+    with whole_directory(target, size=total + carried + _MARGIN) as root:
+        objects = model_objects(imported.model)
+        write_parameters(root, parameters, objects, meter, threads=threads)
+        imported.write_assets(root / ASSETS)
+        carry_weights(weights, match.carried, root / ASSETS)
+    notes = [f"imported {imported.family.name}: {len(parameters)} parameters, {meter.end()}"]
     notes += _tied_copies_that_differ(weights, match)
     if match.carried:
         notes.append(
@@ -184,18 +239,20 @@ def in_threads[Item, Result](
             raise
 
 
-def _check_shapes(slots: list[Slot], table: KeyTable, weights: Weights, match: Match) -> None:
+def _check_shapes(
+    slots: list[Slot], table: KeyTable, weights: WeightSource, match: Match, source: str
+) -> None:
     expected: dict[str, tuple[int, ...]] = {}
     for slot, row in match_slots(slots, table):
         expected |= table.hf_shapes(row, slot.shape)
     shapes = {name: weights.by_name[match.given[name]].shape for name in expected}
-    check_shapes(expected, shapes, source=str(weights.folder))
+    check_shapes(expected, shapes, source=source)
 
 
 def _parameters(
     slots: list[Slot],
     table: KeyTable,
-    weights: Weights,
+    weights: WeightSource,
     match: Match,
     dtype: torch.dtype | None,
 ) -> Iterator[Parameter]:
@@ -214,7 +271,7 @@ def _parameters(
 
 
 def _maker(
-    row: Row, names: Mapping[str, str], weights: Weights, dtype: torch.dtype | None
+    row: Row, names: Mapping[str, str], weights: WeightSource, dtype: torch.dtype | None
 ) -> Callable[[], Tensor]:
     def make() -> Tensor:
         whole = make_parameter(row, {name: weights.read(file) for name, file in names.items()})
@@ -223,7 +280,7 @@ def _maker(
     return make
 
 
-def _tied_copies_that_differ(weights: Weights, match: Match) -> list[str]:
+def _tied_copies_that_differ(weights: WeightSource, match: Match) -> list[str]:
     """Words on weights that the configuration ties and the files do not."""
     notes = []
     for name, origin in match.copies.items():

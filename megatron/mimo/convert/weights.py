@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ __all__ = [
     "DTYPE_NAMES",
     "INDEX_FILE",
     "Weight",
+    "WeightSource",
     "Weights",
     "WeightsFile",
     "make_header",
@@ -71,6 +72,20 @@ class Weight:
     shape: tuple[int, ...]
     start: int
     size: int
+
+
+class WeightSource(Protocol):
+    """Weights to be imported."""
+
+    @property
+    def by_name(self) -> Mapping[str, Weight]:
+        """Every weight."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+
+    def size(self, names: Iterable[str]) -> int:
+        """Bytes of some weights."""
 
 
 class Weights:

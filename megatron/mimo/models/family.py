@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from megatron.mimo.data.collate import MediaFormat
 from megatron.mimo.data.sample import Sample
+from megatron.mimo.models.parts import Assembly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -97,6 +98,7 @@ class Family:
         example: one random conversation, in the form that ``sample`` takes, with other numbers
             and sizes of media at each call.
         reference: Hugging Face's model of a configuration, with random weights.
+        assembly: how a model is put together from separate ones; None where it cannot be.
     """
 
     name: str
@@ -108,3 +110,4 @@ class Family:
     tiny: Callable[[], Any]
     example: Callable[[Any, Generator], dict[str, Tensor]]
     reference: Callable[[Any], nn.Module] = transformers_model
+    assembly: Assembly | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from megatron.mimo.data import MediaFormat, MediaItem, Sample
 from megatron.mimo.encoders import Projector
 from megatron.mimo.models.family import Family, Media
 from megatron.mimo.models.language import language_arguments, language_rows, language_spec
+from megatron.mimo.models.llava_parts import LLAVA
 from megatron.mimo.models.vision_tower import (
     image_shape,
     rows_per_image,
@@ -33,6 +34,7 @@ __all__ = [
     "FAMILY",
     "TINY_TEXT",
     "TINY_VISION",
+    "example_text",
     "example_tokens",
     "key_table",
     "labels_or",
@@ -269,15 +271,22 @@ def example(config: Any, generator: Generator) -> dict[str, Tensor]:
     }
 
 
+def example_text(config: Any, placeholders: Sequence[int], generator: Generator) -> Tensor:
+    """[L]: one to seven random tokens, none of which is special."""
+    text = config.text_config
+    special = [*placeholders, text.pad_token_id, text.bos_token_id, text.eos_token_id]
+    is_word_V = torch.ones(text.vocab_size, dtype=torch.bool)
+    is_word_V[[token for token in special if isinstance(token, int)]] = False
+    words_V = is_word_V.nonzero().flatten()
+    length = int(torch.randint(1, 8, (), generator=generator))
+    return words_V[torch.randint(len(words_V), (length,), generator=generator)]
+
+
 def example_tokens(config: Any, rows: list[int], generator: Generator) -> Tensor:
     """[1, L]: random text around images of so many rows each."""
     parts = []
     for placeholders in [*rows, 0]:
-        length = int(torch.randint(1, 8, (), generator=generator))
-        above = config.image_token_index + 1  # special tokens are below
-        parts.append(
-            torch.randint(above, config.text_config.vocab_size, (length,), generator=generator)
-        )
+        parts.append(example_text(config, [config.image_token_index], generator))
         parts.append(torch.full((placeholders,), config.image_token_index))
     return torch.cat(parts)[None]
 
@@ -291,4 +300,5 @@ FAMILY = Family(
     sample=sample,
     tiny=tiny,
     example=example,
+    assembly=LLAVA,
 )

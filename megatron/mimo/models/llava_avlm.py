@@ -34,6 +34,7 @@ from megatron.mimo.models.llava_avlm_reference import (
     LlavaAvlmConfig,
     LlavaAvlmForConditionalGeneration,
 )
+from megatron.mimo.models.llava_parts import LLAVA_AVLM
 from megatron.mimo.models.vision_tower import image_shape, rows_per_image
 from megatron.mimo.recipes.recipe import Stage
 
@@ -177,11 +178,10 @@ def example(config: Any, generator: Generator) -> dict[str, Tensor]:
             torch.full((rows_of_clip(config.audio_config, length),), config.audio_token_index)
             for length in heard["feature_attention_mask"].sum(dim=1).tolist()
         ]
-    above = 1 + max(config.image_token_index, config.audio_token_index)
 
     def text() -> Tensor:
-        length = int(torch.randint(1, 8, (), generator=generator))
-        return torch.randint(above, config.text_config.vocab_size, (length,), generator=generator)
+        placeholders = [config.image_token_index, config.audio_token_index]
+        return llava.example_text(config, placeholders, generator)
 
     parts = [text()]
     while images or clips:
@@ -206,4 +206,5 @@ FAMILY = Family(
     tiny=tiny,
     example=example,
     reference=reference,
+    assembly=LLAVA_AVLM,
 )

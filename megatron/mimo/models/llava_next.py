@@ -28,6 +28,7 @@ from megatron.mimo.models.llava import (
     text_config,
     tower_of,
 )
+from megatron.mimo.models.llava_parts import LLAVA_NEXT
 from megatron.mimo.models.vision_tower import image_shape, rows_per_image, tower_name
 from megatron.mimo.recipes.recipe import Stage
 
@@ -248,4 +249,5 @@ FAMILY = Family(
     sample=sample,
     tiny=tiny,
     example=example,
+    assembly=LLAVA_NEXT,
 )
