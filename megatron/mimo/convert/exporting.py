@@ -12,12 +12,13 @@ from torch import Tensor
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.convert.assets import CARRIED_FILE, copy_assets, read_name_index
 from megatron.mimo.convert.checkpoint import ASSETS, CheckpointReader, locate
-from megatron.mimo.convert.importing import in_threads, meta_model
+from megatron.mimo.convert.importing import meta_model
 from megatron.mimo.convert.keys import KeyTable, Row
 from megatron.mimo.convert.meter import Meter
 from megatron.mimo.convert.output import Kind, Sink, data_size, plan_output
 from megatron.mimo.convert.slots import Slot, match_slots, model_slots
 from megatron.mimo.convert.staging import check_target, whole_directory
+from megatron.mimo.convert.threads import default_threads, in_threads
 from megatron.mimo.convert.weights import INDEX_FILE, read_header, read_tensor, weights_of
 from megatron.mimo.lora.merge import adapter_names, merge_adapter
 from megatron.mimo.lora.peft import export_adapters, module_names
@@ -95,10 +96,11 @@ def export_model(
                 for name, part in zip(row.hf, row.transform.to_hf(whole), strict=True):
                     sink.write(name, part)
 
-            in_threads(convert, pairs, threads=threads)
+            count = threads or default_threads()
+            in_threads(convert, sink.in_turn(pairs, _first_name, threads=count), threads=count)
             for name in carried:
                 sink.write(name, read_tensor(assets / CARRIED_FILE, name))
-            sink.close()
+            assert sink.is_complete, "every weight of the files comes from a row, or is carried"
     merged = "" if settings is None else ", adapters merged"
     source = f"{folder.parent.name}/{folder.name}"
     return f"exported {family.name} ({source}{merged}): {meter.end()}"
@@ -141,6 +143,10 @@ def _read(
         )
     start = (*piece.global_offset[:added], *(0 for _ in sizes))
     return reader.read(key, start, (*(1 for _ in range(added)), *sizes)).view(sizes)
+
+
+def _first_name(pair: tuple[Slot, Row]) -> str:
+    return pair[1].hf[0]
 
 
 def _kinds(

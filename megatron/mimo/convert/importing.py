@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from megatron.mimo.convert.match import Match, check_shapes, match_names
 from megatron.mimo.convert.meter import Meter
 from megatron.mimo.convert.slots import Slot, match_slots, model_objects, model_slots
 from megatron.mimo.convert.staging import check_target, whole_directory
+from megatron.mimo.convert.threads import default_threads, in_threads
 from megatron.mimo.convert.weights import Weights, WeightSource
 from megatron.mimo.models import family_of, read_hf_config
 from megatron.mimo.models.family import Family
@@ -42,7 +41,6 @@ __all__ = [
     "Parameter",
     "import_model",
     "import_weights",
-    "in_threads",
     "meta_model",
     "write_parameters",
 ]
@@ -216,27 +214,6 @@ def write_parameters(
     with without_checksums():
         files = in_threads(write, range(len(bins)), threads=count)
     finish_checkpoint(root, files, objects)
-
-
-def default_threads() -> int:
-    """How many threads read and write."""
-    return min(4, os.cpu_count() or 1)
-
-
-def in_threads[Item, Result](
-    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None
-) -> list[Result]:
-    """Results of a function, in no particular order; after an error no further item is begun."""
-    # After a fork torch makes its own pool of threads anew when it is first asked for it, which
-    # several threads at once must not do.
-    torch.set_num_threads(torch.get_num_threads())
-    with ThreadPoolExecutor(threads or default_threads()) as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            return [future.result() for future in as_completed(futures)]
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def _check_shapes(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import batched, zip_longest
 from pathlib import Path
 
 import torch
@@ -126,7 +129,7 @@ def data_size(header: str) -> int:
 
 
 class Sink:
-    """The files of an export, open for tensors from any thread."""
+    """The files of an export, open for tensors from any thread; the last tensor closes each."""
 
     def __init__(self, folder: Path, output: Output, meter: Meter) -> None:
         self._aliases = output.aliases
@@ -139,6 +142,13 @@ class Sink:
             for file, header in output.headers.items()
             for weight in weights_of(header, file=file, start=0)
         }
+        self._left = Counter(file for file, _ in self._places.values())
+        self._lock = threading.Lock()
+
+    @property
+    def is_complete(self) -> bool:
+        """All files have all of their tensors, and are on the disk."""
+        return not any(self._left.values())
 
     def write(self, canonical: str, tensor: Tensor) -> None:
         """Write a weight under every name that the files give it, in the files' dtype."""
@@ -146,8 +156,25 @@ class Sink:
             file, dtype = self._places[name]
             self._files[file].write(name, tensor.to(dtype))
             self._meter.add(tensor.numel() * dtype.itemsize)
+            with self._lock:
+                self._left[file] -= 1
+                is_last = not self._left[file]
+            if is_last:
+                self._files[file].close()
 
-    def close(self) -> None:
-        """Bring all files to the disk."""
-        for file in self._files.values():
-            file.close()
+    def in_turn[Item](
+        self, items: Iterable[Item], canonical: Callable[[Item], str], *, threads: int
+    ) -> list[Item]:
+        """An order in which threads write to files of their own: a file takes one at a time.
+
+        Args:
+            items: what is to be converted.
+            canonical: name of the first weight that an item becomes.
+            threads: how many take the next item, in turn.
+        """
+        by_file: dict[str, list[Item]] = defaultdict(list)
+        for item in items:
+            file, _ = self._places[self._aliases[canonical(item)][0]]
+            by_file[file].append(item)
+        together = [zip_longest(*several) for several in batched(by_file.values(), threads)]
+        return [item for rows in together for row in rows for item in row if item is not None]

@@ -16,11 +16,12 @@ from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.convert.checkpoint import ASSETS, CheckpointReader, locate
 from megatron.mimo.convert.compare import Comparison
 from megatron.mimo.convert.exporting import export_model, read_parameter
-from megatron.mimo.convert.importing import import_model, in_threads, meta_model
+from megatron.mimo.convert.importing import import_model, meta_model
 from megatron.mimo.convert.match import match_names
 from megatron.mimo.convert.processes import compare_on_processes
 from megatron.mimo.convert.reference import NEW_TOKENS, Expected, compute_expected
 from megatron.mimo.convert.slots import match_slots, model_slots
+from megatron.mimo.convert.threads import in_threads
 from megatron.mimo.convert.weights import Weights
 from megatron.mimo.lora.settings import saved_settings
 from megatron.mimo.models import family_of, load_family, read_hf_config
