@@ -35,7 +35,7 @@ def load_family(name: str) -> Family:
     """The family of this name.
 
     Raises:
-        ConfigError: unknown.
+        ConfigError: unknown, or transformers is not installed.
     """
     if name not in _ARCHITECTURES:
         near = difflib.get_close_matches(name, _ARCHITECTURES, n=1)
@@ -43,6 +43,7 @@ def load_family(name: str) -> Family:
         raise ConfigError(
             f"unknown model family {name!r}; {hint}known families: {', '.join(family_names())}"
         )
+    _check_installed()
     family: Family = importlib.import_module(f"{__name__}.{name}").FAMILY
     return family
 
@@ -73,13 +74,9 @@ def read_hf_config(folder: Path) -> Any:
     Raises:
         ConfigError: transformers is not installed, there is no config.json, or it cannot be read.
     """
-    try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise ConfigError(
-            "models in Hugging Face's format need transformers and safetensors; "
-            "pip install 'megatron-mimo[hf]'"
-        ) from error
+    _check_installed()
+    from transformers import AutoConfig
+
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json; expected a Hugging Face model's directory")
     try:
@@ -89,3 +86,14 @@ def read_hf_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder)
     except (AttributeError, ValueError, OSError, KeyError) as error:
         raise ConfigError(f"{folder / 'config.json'} cannot be read: {error}") from error
+
+
+def _check_installed() -> None:
+    for package in ("transformers", "safetensors"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ConfigError(
+                f"models of Hugging Face need {package}, which cannot be imported ({error}); "
+                "pip install 'megatron-mimo[hf]'"
+            ) from error

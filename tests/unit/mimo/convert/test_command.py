@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ def test_refuses_by_name(
         capsys, "export", empty_model, out, "--adapters-only", "--dtype", "float16"
     )
     assert not out.exists()
+
+
+@pytest.mark.parametrize("package", ["transformers", "safetensors"])
+def test_says_which_package_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    said = refused(capsys, "verify", "--tiny", "llava")
+    assert f"need {package}" in said
+    assert "pip install 'megatron-mimo[hf]'" in said
 
 
 def test_says_which_architectures_there_are(
