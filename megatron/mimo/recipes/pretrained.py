@@ -98,6 +98,7 @@ def pretrained(
         build_datasets=run.build_datasets,
         build_collator=run.build_collator,
         finish=None if task is None else run.finish,
+        hf_config=config,
         save_assets=run.save_assets,
     )
 

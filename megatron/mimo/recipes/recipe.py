@@ -98,6 +98,8 @@ class Recipe:
             ``(logits_BSV, batch) -> {metric: (sum, count)}`` with 0-d tensors, summed over the
             whole evaluation before the division; None for none.
         finish: evaluates and reports when training ends; returns the content of metrics.json.
+        hf_config: makes the Hugging Face configuration of the model that is trained where no folder
+            brings one; None for a model that is none of Hugging Face's.
         save_assets: puts what a checkpoint needs besides weights into the ``--save`` folder.
             Called on rank 0 before training.
     """
@@ -114,4 +116,5 @@ class Recipe:
     stages: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     default_stage: str | None = None
     describe: Callable[[Namespace], Mapping[str, object]] | None = None
+    hf_config: Callable[[], Any] | None = None
     save_assets: Callable[[Namespace, Path], None] | None = None

@@ -26,7 +26,9 @@ def match_on_meta(recipe: str) -> None:
     from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
     from megatron.mimo.recipes import load_recipe
 
-    config = load_recipe(recipe).build_model.__self__.config()  # type: ignore[attr-defined]
+    make_config = load_recipe(recipe).hf_config
+    assert make_config is not None
+    config = make_config()
     family, meta = family_of(config), torch.device("meta")
     with meta:
         theirs = family.reference(config).state_dict()

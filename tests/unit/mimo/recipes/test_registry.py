@@ -82,8 +82,9 @@ def test_sizes_are_those_that_were_published(name: str, millions: int, tmp_path:
 
     from megatron.mimo.models import family_of
 
-    run = load_recipe(name).build_model.__self__  # type: ignore[attr-defined]
-    config = run.config()
+    make_config = load_recipe(name).hf_config
+    assert make_config is not None
+    config = make_config()
     with torch.device("meta"):
         model = family_of(config).reference(config)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
