@@ -22,7 +22,7 @@ from megatron.mimo.convert.threads import default_threads, in_threads
 from megatron.mimo.convert.weights import INDEX_FILE, read_header, read_tensor, weights_of
 from megatron.mimo.lora.merge import adapter_names, merge_adapter
 from megatron.mimo.lora.peft import export_adapters, module_names
-from megatron.mimo.lora.settings import LoraSettings, saved_settings
+from megatron.mimo.lora.settings import LoraSettings, frozen_parts, saved_settings
 from megatron.mimo.models import family_of, read_hf_config
 
 __all__ = ["DEFAULT_SHARD_SIZE", "export_model", "read_parameter"]
@@ -207,14 +207,27 @@ def _export_adapters(
             f"{reader.folder} has no adapters: it was not trained with --lora; export the model "
             "without --adapters-only"
         )
-    tensors = {}
+    tensors, trained = {}, {}
     with meta_model(family, config) as model:
+        model.freeze(*frozen_parts(reader.folder), *settings.modules)
+        learns = {name for name, weight in model.named_parameters() if weight.requires_grad}
         for slot, row in match_slots(model_slots(model), table):
+            if slot.name in learns:
+                trained[slot.name] = read_parameter(reader, slot, None)
             for key, name in zip(adapter_names(slot.key), adapter_names(row.mimo), strict=True):
                 if key in reader:
                     tensors[name] = _read(reader, key, slot)
-    with whole_directory(target, size=_MARGIN) as out:
+    size = sum(tensor.nbytes for tensor in (*tensors.values(), *trained.values()))
+    with whole_directory(target, size=size + _MARGIN) as out:
         with torch.device("meta"):
             names = module_names(family.reference(config))
-        export_adapters(table, tensors, settings, out, names=names)
-    return f"exported {len(tensors) // 2} adapters of {family.name}"
+        left_out = export_adapters(table, tensors, settings, out, names=names, trained=trained)
+    notes = [f"exported {len(tensors) // 2} adapters of {family.name}"]
+    if trained:
+        notes.append(f"{len(trained)} other parameters were trained; whole modules have gone along")
+    if left_out:
+        notes.append(
+            f"left out, as PEFT has no place for them: {', '.join(left_out)}; export without "
+            "--adapters-only to keep what they have learned"
+        )
+    return "\n".join(notes)

@@ -32,8 +32,9 @@ def export_adapters(
     folder: Path,
     *,
     names: Mapping[str, str],
+    trained: Mapping[str, Tensor] | None = None,
     base_model: str | None = None,
-) -> None:
+) -> list[str]:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Args:
@@ -43,7 +44,13 @@ def export_adapters(
         settings: what the adapters were made with.
         folder: exists; files of these names are replaced.
         names: as ``module_names`` gives them.
+        trained: whole parameters that were trained without adapters, by the same names: PEFT's
+            ``modules_to_save``.
         base_model: what PEFT calls the model that the adapters belong to: a directory or name.
+
+    Returns:
+        Trained weights, by their names in the module tree, that PEFT's format has no place for: it
+        saves whole modules, and these belong to one that has others within.
 
     Raises:
         InputError: no adapter, or one of a weight that Hugging Face's format does not have.
@@ -53,12 +60,14 @@ def export_adapters(
     found = peft_tensors(table, tensors, names)
     if not found:
         raise InputError("there are no adapters to export; train with --lora, or export the model")
+    whole, left_out = _whole_modules(table, trained or {}, names)
     save_file(
-        {name: tensor.contiguous().clone() for name, tensor in found.items()},
+        {name: tensor.contiguous().clone() for name, tensor in (found | whole).items()},
         folder / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
     modules = sorted({name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in found})
+    saved = sorted({name.removeprefix(_PREFIX).rpartition(".")[0] for name in whole})
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -71,9 +80,29 @@ def export_adapters(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": saved or None,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return left_out
+
+
+def _whole_modules(
+    table: KeyTable, trained: Mapping[str, Tensor], names: Mapping[str, str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """PEFT's tensors of trained parameters, and the names of those that it cannot save."""
+    rows = {row.mimo: row for row in table.each()}
+    parents = {name.rpartition(".")[0] for name in names.values()}
+    found, left_out = {}, []
+    for parameter, tensor in trained.items():
+        row = rows[parameter]
+        for hf, part in zip(row.hf, row.transform.to_hf(tensor), strict=True):
+            name = names[hf]
+            module = name.rpartition(".")[0]
+            if any(parent.startswith(f"{module}.") for parent in parents):
+                left_out.append(name)
+            else:
+                found[_PREFIX + name] = part
+    return found, left_out
 
 
 def module_names(reference: Any) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.training.checkpoints import saved_arguments
 
-__all__ = ["TARGETS", "LoraSettings", "saved_settings", "settings_from"]
+__all__ = ["TARGETS", "LoraSettings", "frozen_parts", "saved_settings", "settings_from"]
 
 # Every linear layer of a Megatron transformer layer.
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -77,3 +77,8 @@ def saved_settings(checkpoint: Path) -> LoraSettings | None:
     """
     args = saved_arguments(checkpoint)
     return None if args is None else settings_from(args)
+
+
+def frozen_parts(checkpoint: Path) -> list[str]:
+    """The parts that the run which wrote a checkpoint did not train (``--freeze``)."""
+    return list(getattr(saved_arguments(checkpoint), "freeze", None) or [])

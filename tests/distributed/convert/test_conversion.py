@@ -219,6 +219,8 @@ def save_adapters(folder: Path) -> None:
     for number, (_, layer) in enumerate(adapted(model)):
         generator = torch.Generator().manual_seed(number)
         layer.adapter.up.data.normal_(std=0.2, generator=generator)
+    for weight in model.modality_submodules["images"].input_projections.parameters():
+        weight.data.mul_(1.1)  # trained as well, and not by adapters
     target = folder / "run" / "iter_0000003"
     if torch.distributed.get_rank() == 0:
         target.mkdir(parents=True)
@@ -226,6 +228,7 @@ def save_adapters(folder: Path) -> None:
         (folder / "run" / "latest_checkpointed_iteration.txt").write_text("3")
     torch.distributed.barrier()
     flags = Namespace(
+        freeze=["images.encoders"],
         lora=list(settings.modules),
         lora_rank=settings.rank,
         lora_alpha=settings.alpha,

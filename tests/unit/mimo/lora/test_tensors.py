@@ -93,6 +93,23 @@ def test_files(tmp_path: Path) -> None:
     assert all(torch.equal(written[name], expected[name]) for name in expected)
 
 
+def test_what_is_trained_without_adapters_goes_along(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    more = (Row(mimo="bias", hf=("o.bias",)), Row(mimo="newline", hf=("newline",)))
+    table = KeyTable(rows=(*TABLE.rows, *more))
+    names = NAMES | {"o.bias": "inside.o.bias", "newline": "inside.newline"}
+    tensors = _tensors()
+    trained = {"bias": torch.ones(12), "newline": torch.ones(3)}
+    left_out = export_adapters(table, tensors, SETTINGS, tmp_path, names=names, trained=trained)
+    assert left_out == ["inside.newline"]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["inside.o"]
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(written["base_model.model.inside.o.bias"], trained["bias"])
+    assert not [name for name in written if "newline" in name]
+
+
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there are no adapters to export; train with --lora"):
         export_adapters(TABLE, {"a.linear_qkv.weight": torch.ones(1)}, SETTINGS, tmp_path, names={})
