@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.convert.assets import (
     carry_weights,
     check_placeholders,
@@ -113,7 +114,7 @@ def import_model(
     Raises:
         ConfigError, UnsupportedError, InputError: see docs/conversion.md; nothing is left behind.
     """
-    check_target(target)
+    check_target(target, source=source)
     config = read_hf_config(source)
     family = family_of(config)
     check_placeholders(source, family.media(config).special_token_ids)
@@ -148,6 +149,7 @@ def import_weights(
     match = match_names(weights.by_name.keys(), table, source=imported.source)
     slots = model_slots(imported.model)
     _check_shapes(slots, table, weights, match, imported.source)
+    _check_dtypes(table, weights, match, imported.source)
     parameters = list(_parameters(slots, table, weights, match, dtype))
     total = sum(parameter.size for parameter in parameters)
     meter = Meter("import", total, shown=shown)
@@ -224,6 +226,18 @@ def _check_shapes(
         expected |= table.hf_shapes(row, slot.shape)
     shapes = {name: weights.by_name[match.given[name]].shape for name in expected}
     check_shapes(expected, shapes, source=source)
+
+
+def _check_dtypes(table: KeyTable, weights: WeightSource, match: Match, source: str) -> None:
+    """Refuse weights that are not numbers as they stand, such as 8-bit ones without their scale."""
+    names = [match.given[name] for row in table.each() for name in row.hf]
+    wrong = [name for name in names if weights.by_name[name].dtype not in (*_FLOATS, torch.float64)]
+    if wrong:
+        raise InputError(
+            f"{source}: {len(wrong)} weights, such as {wrong[0]}, are of "
+            f"{weights.by_name[wrong[0]].dtype}; expected floating-point numbers of 16 bits or "
+            "more: take the model as it was before it was quantised"
+        )
 
 
 def _parameters(

@@ -166,9 +166,12 @@ def _read_part(part: str, assembly: Assembly, folder: Path) -> Any:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         what = "tokenizer" if part == LANGUAGE else "processor"
         files = "tokenizer.json" if part == LANGUAGE else "preprocessor_config.json"
+        remedy = f"copy the model's {files} there"
+        if part == LANGUAGE and (folder / "tokenizer.model").is_file():
+            reason = "it has a tokenizer.model alone"  # transformers speaks of what it tried last
+            remedy = f"pip install sentencepiece protobuf, which read it, or {remedy}"
         raise ConfigError(
-            f"part {part}: {folder} has no {what} that can be read: {reason}; copy the model's "
-            f"{files} there"
+            f"part {part}: {folder} has no {what} that can be read: {reason}; {remedy}"
         ) from error
 
 

@@ -15,12 +15,20 @@ from megatron.mimo.training.failure import is_disk_full
 __all__ = ["check_target", "whole_directory"]
 
 
-def check_target(target: Path) -> None:
+def check_target(target: Path, *, source: Path | None = None) -> None:
     """Refuse an output directory that holds anything.
 
+    Args:
+        target: the directory.
+        source: a directory whose files are copied, which must not hold the target.
+
     Raises:
-        ConfigError: it exists and is not empty, or is a file.
+        ConfigError: it exists and is not empty, is a file, or lies in ``source``.
     """
+    if source is not None and source.resolve() in target.resolve().parents:
+        raise ConfigError(
+            f"{target} lies in {source}, whose files are copied; name a directory beside it"
+        )
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{target} is a file; expected the name of a new directory")
     if target.is_dir() and any(target.iterdir()):

@@ -50,6 +50,7 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_POINTER = {b"version ": "it is a pointer of git-lfs: run git lfs pull in its folder"}
 _MOST_HEADER_BYTES = 100 * 2**20  # the format's own limit
 
 
@@ -217,11 +218,12 @@ def read_header(path: Path) -> tuple[str, int]:
     """
     actual = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        begins = file.read(8)
+        length = int.from_bytes(begins, "little")
         if not 0 < length <= min(_MOST_HEADER_BYTES, actual - 8):
             raise InputError(
                 f"{path} is not a whole safetensors file (it has {actual} bytes and announces a "
-                f"header of {length}); fetch it again"
+                f"header of {length}); {_POINTER.get(begins, 'fetch it again')}"
             )
         raw = file.read(length)
     try:

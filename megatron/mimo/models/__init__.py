@@ -73,6 +73,7 @@ def read_hf_config(folder: Path) -> Any:
 
     Raises:
         ConfigError: transformers is not installed, there is no config.json, or it cannot be read.
+        UnsupportedError: its weights are quantised.
     """
     _check_installed()
     from transformers import AutoConfig
@@ -83,9 +84,15 @@ def read_hf_config(folder: Path) -> Any:
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
         if kind in _ARCHITECTURES:
             load_family(kind)  # one that transformers does not have registers its configuration
-        return AutoConfig.from_pretrained(folder)
-    except (AttributeError, ValueError, OSError, KeyError) as error:
-        raise ConfigError(f"{folder / 'config.json'} cannot be read: {error}") from error
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of whatever kind, for whatever value is wrong in it
+        reason = " ".join(line.strip() for line in str(error).partition("\n\n")[0].splitlines())
+        raise ConfigError(
+            f"{folder / 'config.json'} cannot be read: {reason or type(error).__name__}; correct "
+            "it, or fetch it again"
+        ) from error
+    _refuse_quantised(config, folder)
+    return config
 
 
 def _check_installed() -> None:
@@ -97,3 +104,15 @@ def _check_installed() -> None:
                 f"models of Hugging Face need {package}, which cannot be imported ({error}); "
                 "pip install 'megatron-mimo[hf]'"
             ) from error
+
+
+def _refuse_quantised(config: Any, folder: Path) -> None:
+    for part in (config, config.get_text_config()):
+        quantised = getattr(part, "quantization_config", None)
+        if quantised:
+            kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise UnsupportedError(
+                f"{folder} holds quantised weights ({kind}), which cannot be trained or converted; "
+                "take the model as it was before: its weights in float32, bfloat16 or float16, and "
+                "a config.json without quantization_config"
+            )

@@ -143,6 +143,7 @@ def import_and_fail(folder: Path) -> dict[str, str]:
         "unexpected": whole | {"lora.x": torch.zeros(1)},
         "shape": whole | {key: torch.zeros(3, 3)},
         "dtype": whole | {key: whole[key].half()},
+        "quantised": whole | {key: whole[key].to(torch.float8_e4m3fn)},
     }
     said = {}
     for case, tensors in cases.items():
@@ -163,6 +164,7 @@ def test_names_what_does_not_fit(ranks: RankPool, tmp_path: Path) -> None:
     assert "1 are not known: lora.x" in said["unexpected"]
     assert "q_proj.weight is [3, 3], expected [64, 64]" in said["shape"]
     assert "have the dtypes torch.float16, torch.float32" in said["dtype"]
+    assert f"q_proj.weight, are of {torch.float8_e4m3fn}; expected" in said["quantised"]
 
 
 def import_until_killed(folder: Path) -> int:

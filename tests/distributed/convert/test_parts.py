@@ -255,6 +255,8 @@ def refusals(folder: Path) -> dict[str, str]:
     run("processor", [*llava, *both])
     (language / "tokenizer.json").unlink()
     run("tokenizer", [*llava, *both])
+    (language / "tokenizer.model").touch()
+    run("sentencepiece", [*llava, *both])
     assert sorted(path.name for path in folder.iterdir()) == ["i", "l"]
     return said
 
@@ -273,3 +275,4 @@ def test_refuses_by_name_and_leaves_nothing(ranks: RankPool, tmp_path: Path) -> 
     assert "part images" in said["processor"]
     assert "copy the model's preprocessor_config.json there" in said["processor"]
     assert "copy the model's tokenizer.json there" in said["tokenizer"]
+    assert "a tokenizer.model alone; pip install sentencepiece protobuf" in said["sentencepiece"]

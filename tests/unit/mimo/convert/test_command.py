@@ -67,6 +67,30 @@ def test_says_which_architectures_there_are(
     assert "LlavaForConditionalGeneration" in said
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"vision_feature_select_strategy": "most"}, "('default', 'full'), got most; correct it"),
+        ({"text_config": {"num_attention_heads": 0}}, "config.json cannot be read: "),
+        ({"model_type": "foo"}, "does not recognize this architecture"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights (gptq)"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "weights (awq)"),
+    ],
+)
+def test_refuses_configurations(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    empty_model: Path,
+    changed: dict[str, object],
+    words: str,
+) -> None:
+    content = json.loads((empty_model / "config.json").read_text())
+    (empty_model / "config.json").write_text(json.dumps({**content, **changed}))
+    said = refused(capsys, "import", empty_model, tmp_path / "out")
+    assert words in said
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize("flags", [["--max-shard-size", "5TB"], ["--threads", "0"]])
 def test_refuses_values(flags: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -45,5 +45,7 @@ def test_refuses_what_is_there(tmp_path: Path) -> None:
         check_target(tmp_path / "file")
     with pytest.raises(ConfigError, match="is not empty"):
         check_target(tmp_path)
+    with pytest.raises(ConfigError, match="whose files are copied"):
+        check_target(tmp_path / "deep" / "out", source=tmp_path)
     (tmp_path / "empty").mkdir()
     check_target(tmp_path / "empty")

@@ -69,6 +69,10 @@ def cut_header(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:40])
 
 
+def leave_pointer(folder: Path) -> None:
+    (folder / "2.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+
+
 def spoil_header(folder: Path) -> None:
     path = folder / "2.safetensors"
     path.write_bytes(path.read_bytes().replace(b'"BF16"', b'"XX16"'))
@@ -103,6 +107,7 @@ def only_pickles(folder: Path) -> None:
     [
         (cut, ["2.safetensors has", "expected", "fetch it again"]),
         (cut_header, ["2.safetensors is not a whole safetensors file"]),
+        (leave_pointer, ["2.safetensors is not", "run git lfs pull"]),
         (spoil_header, ["2.safetensors has a damaged header", "XX16"]),
         (remove_shard, ["1 of 2 files", "2.safetensors"]),
         (remove_index, ["the index that says what is in which is missing"]),
