@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +81,14 @@ def export_model(
         pairs = list(match_slots(model_slots(model), table))
         kinds = _kinds(pairs, table, reader, dtype)
         carried = _carried_kinds(assets, dtype)
-        output = plan_output(table, kinds | carried, read_name_index(assets), max_shard_size)
+        known = read_name_index(assets)
+        output = plan_output(table, kinds | carried, known, max_shard_size)
         size = sum(len(header) + data_size(header) for header in output.headers.values())
         meter = Meter("export", size, shown=shown)
         with whole_directory(target, size=size + _MARGIN) as out:
             copy_assets(assets, out)
-            if dtype is not None:
-                _set_dtype(out / "config.json", dtype)
+            if dtype is not None or known is None or output.headers != known.headers:
+                _set_dtype(out / "config.json", dtype or _prevailing(kinds))
             if output.index is not None:
                 (out / INDEX_FILE).write_text(output.index)
             sink = Sink(out, output, meter)
@@ -177,6 +180,14 @@ def _carried_kinds(assets: Path, dtype: torch.dtype | None) -> dict[str, Kind]:
 
 def _converted(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return dtype if wanted is None or dtype not in _FLOATS else wanted
+
+
+def _prevailing(kinds: Mapping[str, Kind]) -> torch.dtype:
+    """The dtype that most numbers have."""
+    counts: Counter[torch.dtype] = Counter()
+    for dtype, shape in kinds.values():
+        counts[dtype] += torch.Size(shape).numel()
+    return counts.most_common(1)[0][0]
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:

@@ -105,9 +105,12 @@ def change_types(folder: Path) -> None:
 
     model = make_model(NAME, folder / "hf")
     import_model(folder / "hf", folder / "mimo", dtype=torch.bfloat16, shown=False)
+    export_model(folder / "mimo", folder / "other", shown=False)
+    assert AutoConfig.from_pretrained(folder / "other").dtype == torch.bfloat16
     (folder / "mimo" / "hf" / "mimo_weights.json").unlink()
     export_model(folder / "mimo", folder / "back", max_shard_size=100_000, shown=False)
     loaded = Llava.from_pretrained(folder / "back", dtype="auto").state_dict()
+    assert AutoConfig.from_pretrained(folder / "back").dtype == torch.bfloat16
     for name, tensor in model.state_dict().items():
         if "layers.2" not in name and "post_layernorm" not in name:
             assert torch.equal(loaded[name], tensor.to(torch.bfloat16)), name
