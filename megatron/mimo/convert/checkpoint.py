@@ -259,12 +259,15 @@ class _Window(io.RawIOBase):
         return total
 
 
-def locate(checkpoint: Path, *, iteration: int | None = None) -> tuple[Path, Path]:
+def locate(
+    checkpoint: Path, *, iteration: int | None = None, described: bool = True
+) -> tuple[Path, Path]:
     """The root of a checkpoint, and the folder with the weights to use.
 
     Args:
         checkpoint: a root, or one of its ``iter_...`` folders.
         iteration: another than the newest.
+        described: it has to have a folder ``hf``.
 
     Raises:
         ConfigError: there is none, or it has no folder ``hf``.
@@ -274,7 +277,7 @@ def locate(checkpoint: Path, *, iteration: int | None = None) -> tuple[Path, Pat
         root = checkpoint.parent
     else:
         folder = newest(checkpoint, iteration)
-    if not (root / ASSETS / "config.json").is_file():
+    if described and not (root / ASSETS / "config.json").is_file():
         raise ConfigError(
             f"{root} has no {ASSETS}/config.json, which says what model it is; copy the folder "
             f"{ASSETS} of the checkpoint that the run started from to {root / ASSETS}"

@@ -94,10 +94,7 @@ class Chat:
         Raises:
             InputError: as ``sample``.
         """
-        messages = [
-            {"role": turn.role, "content": [_described(part) for part in turn.parts]}
-            for turn in conversation.turns
-        ]
+        messages = _messages(conversation, _marks(self.processor, self._placeholders))
         text = self._rendered(messages, conversation.name, asks=True)
         return self._translated(conversation, text, spans=())
 
@@ -126,10 +123,7 @@ class Chat:
 
     def _written(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and where in it the assistant speaks (first character, end)."""
-        messages = [
-            {"role": turn.role, "content": [_described(part) for part in turn.parts]}
-            for turn in conversation.turns
-        ]
+        messages = _messages(conversation, _marks(self.processor, self._placeholders))
         text, raw = "", ""
         spans: list[tuple[int, int]] = []
         for number, message in enumerate(messages):
@@ -247,6 +241,28 @@ class Chat:
         return is_label_L
 
 
+def _messages(conversation: Conversation, marks: Sequence[str]) -> list[dict[str, Any]]:
+    """What chat templates take.
+
+    Args:
+        conversation: its media are only named here.
+        marks: texts of the tokens that stand for media; other text may not hold them.
+    """
+    for turn in conversation.turns:
+        for part in turn.parts:
+            found = [mark for mark in marks if part.kind == "text" and mark in part.value]
+            if found:
+                raise InputError(
+                    f"{conversation.name}: a text of the {turn.role} holds {found[0]!r}, which "
+                    "stands for a medium in this model; leave it out, and give the medium "
+                    "itself: as a part of the message, or with a flag such as --image"
+                )
+    return [
+        {"role": turn.role, "content": [_described(part) for part in turn.parts]}
+        for turn in conversation.turns
+    ]
+
+
 def _described(part: Part) -> dict[str, str]:
     """A part as chat templates read it; the media are read elsewhere."""
     return {"type": "text", "text": part.value} if part.kind == "text" else {"type": part.kind}
@@ -261,6 +277,13 @@ def _heard(path: Path, extractor: Any) -> Any:
             f"hears {extractor.n_samples / extractor.sampling_rate:.1f} s; cut it into clips"
         )
     return audio_L
+
+
+def _marks(processor: Any, placeholders: Mapping[str, int]) -> list[str]:
+    """Texts of the tokens that stand for media."""
+    tokens = sorted(_placeholder_tokens(processor, placeholders))
+    texts: list[str] = processor.tokenizer.convert_ids_to_tokens(tokens)
+    return texts
 
 
 def _placeholder_tokens(processor: Any, placeholders: Mapping[str, int]) -> set[int]:

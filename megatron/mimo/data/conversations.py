@@ -106,16 +106,16 @@ class ConversationFile(Sequence[Conversation]):
             file.seek(offset)
             line = file.readline()
         try:
-            entry = json.loads(line)
+            entry = json.loads(line.rstrip())
         except ValueError as error:
-            raise InputError(f"{name}: not valid JSON: {error}") from error
+            raise InputError(f"{name}: {_not_json(error)}; repair or delete it") from error
         return parse(entry, name, self.path.parent)
 
     def _read_list(self) -> list[Any]:
         try:
             entries = json.loads(self.path.read_bytes())
         except ValueError as error:
-            raise InputError(f"{self.path}: not valid JSON: {error}") from error
+            raise InputError(f"{self.path}: not valid JSON: {error}; repair it") from error
         if not isinstance(entries, list):
             raise InputError(
                 f"{self.path}: expected a list of conversations, got {type(entries).__name__}; "
@@ -147,6 +147,7 @@ def parse(entry: Any, name: str, folder: Path) -> Conversation:
     """
     if not isinstance(entry, dict):
         raise InputError(f"{name}: expected an object, got {type(entry).__name__}")
+    _refuse_ignored(entry, name)
     if "messages" in entry:
         turns = [
             _message(turn, f"{name}, message {number}", folder)
@@ -159,6 +160,22 @@ def parse(entry: Any, name: str, folder: Path) -> Conversation:
             f"{name}: has neither 'messages' nor 'conversations'; got the keys {sorted(entry)}"
         )
     return check(Conversation(name=name, turns=tuple(turns)))
+
+
+def _refuse_ignored(entry: Mapping[str, Any], name: str) -> None:
+    """Media under keys that are not read would be trained without."""
+    kinds = () if "messages" in entry else MEDIA_KINDS
+    names = [*MEDIA_KINDS, *(f"{kind}s" for kind in MEDIA_KINDS)]
+    ignored = [key for key in names if key not in kinds and entry.get(key)]
+    if ignored:
+        remedy = (
+            f"name the files under {', '.join(repr(kind) for kind in kinds)}, each as one path or "
+            "a list"
+            if kinds
+            else "media stand in the content of a message, as "
+            '{"type": "image" (video, audio), "path": ...}'
+        )
+        raise InputError(f"{name}: {ignored} would not be read; {remedy}")
 
 
 def check(conversation: Conversation) -> Conversation:
@@ -260,6 +277,13 @@ def _marked_parts(text: str, waiting: Mapping[str, list[Path]], name: str) -> tu
     if text[at:] or not parts:
         parts.append(Part(kind="text", value=text[at:]))
     return tuple(parts)
+
+
+def _not_json(error: ValueError) -> str:
+    """What is wrong with one line; the decoder's own words count lines from the line."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg} at character {error.pos + 1}"
+    return f"not valid JSON: {error}"
 
 
 def _list(entry: Mapping[str, Any], key: str, name: str) -> list[Any]:

@@ -100,6 +100,10 @@ def load_video(path: Path | str, *, fps: float | None = None) -> Video:
     try:
         if Path(path).is_dir():
             files = sorted(file for file in Path(path).iterdir() if file.is_file())
+            if not files:
+                raise InputError(
+                    f"video {path} is a folder without files; expected one image for each frame"
+                )
             video = Video(
                 frames_THWC=np.stack([np.asarray(load_image(file)) for file in files]),
                 fps=fps or 24.0,

@@ -103,7 +103,8 @@ def open_assistant(
         pp_size: pipeline-parallel size, of the groups.
         dtype: of the parameters.
         iteration: another than the newest.
-        hf: folder of the processor; the checkpoint's ``hf`` by default.
+        hf: folder of the processor, and of what else a checkpoint without ``hf`` lacks; the
+            checkpoint's ``hf`` by default.
         batch_size: conversations that are answered together.
 
     Raises:
@@ -115,8 +116,11 @@ def open_assistant(
     from megatron.mimo.models.standalone import build_model, model_arguments
     from megatron.mimo.recipes.assets import read_processor
 
-    root, folder = locate(checkpoint, iteration=iteration)
+    described = hf is None or not (hf / "config.json").is_file()
+    root, folder = locate(checkpoint, iteration=iteration, described=described)
     assets = root / ASSETS
+    if hf is not None and not (assets / "config.json").is_file():
+        assets = hf
     config = read_hf_config(assets)
     family = family_of(config)
     chat = Chat(family=family, config=config, processor=read_processor(hf or assets))

@@ -28,7 +28,7 @@ class SamplingOptions:
             layout and the batch size.
 
     Raises:
-        ConfigError: a value out of its range.
+        ConfigError: a value out of its range; ``top_p`` or ``top_k`` without a temperature.
     """
 
     max_new_tokens: int = 128
@@ -47,6 +47,11 @@ class SamplingOptions:
             raise ConfigError(f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1: all tokens)")
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}; expected 0 (all tokens) or more")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            raise ConfigError(
+                f"top_p is {self.top_p} and top_k is {self.top_k}, and temperature 0 always takes "
+                "the most probable token; give a temperature as well, such as 1"
+            )
 
     def ended_by(self, stop_tokens: Sequence[int]) -> SamplingOptions:
         """The same, with these stop tokens besides its own."""

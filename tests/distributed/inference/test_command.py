@@ -135,3 +135,6 @@ def test_what_is_missing_in_the_checkpoint_is_said(
         codes, printed = ask(ranks, tmp_path)
         assert codes == [2], printed
         assert message in printed
+    given = str(imported[0] / "checkpoint" / "hf")
+    codes, printed = ask(ranks, tmp_path, "--hf", given, "--max-new-tokens", "1")
+    assert codes == [0], printed

@@ -111,7 +111,8 @@ def test_errors_name_the_conversation_and_the_file(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_text("no image")
     refused(r"line 3: .*/bad.png does not decode", ("image", tmp_path / "bad.png"))
     refused(r"line 3: holds audio, which .*'llava' does not take; it takes image", ("audio", []))
-    refused(r"line 3: the processor refuses it", "a placeholder <image> without an image")
+    refused(r"line 3: a text of the user holds '<image>', .*; leave it out", "an <image>")
+    refused(r"line 3: the processor refuses it", ("image", "no picture"))
     wavfile.write(tmp_path / "long.wav", 8000, np.ones(16000, dtype=np.int16))
     long = talk(("user", [("audio", tmp_path / "long.wav")]), ("assistant", ["."]))
     with pytest.raises(InputError, match=r"lasts 2.0 s, and the model hears 1.0 s; cut it"):

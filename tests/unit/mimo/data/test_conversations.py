@@ -84,9 +84,14 @@ def changed(**changes: Any) -> dict[str, Any]:
 ASK = {"role": "user", "content": "?"}
 TELL = {"role": "assistant", "content": "!"}
 BAD: dict[str, tuple[Any, str]] = {
-    "not JSON": ('{"messages": [', r"line 2: not valid JSON"),
+    "not JSON": ('{"messages": [', r"line 2: not valid JSON: Expecting value at character 15"),
     "a list": ([], r"line 2: expected an object, got list"),
     "no turns": ({"text": "a"}, r"neither 'messages' nor 'conversations'; got the keys \['text'\]"),
+    "media beside messages": (
+        {**OURS, "image": "a.png"},
+        r"line 2: \['image'\] would not be read; ",
+    ),
+    "plural": (changed(images=["a.png"]), r"\['images'\] would not be read; name .* 'image'"),
     "unanswered": ({"messages": [ASK]}, r"line 2: the last turn is not the assistant's"),
     "empty": ({"messages": []}, r"'messages' is \[\]; expected a list of turns"),
     "role": (

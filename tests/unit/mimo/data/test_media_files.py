@@ -81,12 +81,13 @@ def test_what_does_not_decode_is_named(tmp_path: Path) -> None:
         ("a.mp3", lambda path: load_audio(path, sampling_rate=8000)),
         ("a.mp4", load_video),
         ("a.gif", load_video),
-        ("empty", load_video),
     ):
         with pytest.raises(InputError, match=rf"{name} does not decode as .*; replace the file"):
             read(tmp_path / name)
         with pytest.raises(InputError, match=r"none does not exist; correct the path"):
             read(tmp_path / "none")
+    with pytest.raises(InputError, match=r"empty is a folder without files; expected one image"):
+        load_video(tmp_path / "empty")
     wavfile.write(tmp_path / "silent.wav", 8000, np.zeros(0, dtype=np.int16))
     with pytest.raises(InputError, match=r"silent.wav has no samples"):
         load_audio(tmp_path / "silent.wav", sampling_rate=8000)

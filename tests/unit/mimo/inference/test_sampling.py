@@ -70,6 +70,8 @@ def test_draws_depend_on_seed_and_prompt_only() -> None:
         ({"top_p": 0.0}, "top_p is 0.0; expected 0 < top_p <= 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_k": -1}, "top_k is -1; expected 0"),
+        ({"top_p": 0.5}, "top_p is 0.5 .* temperature 0 .*; give a temperature"),
+        ({"top_k": 2}, "top_k is 2, and temperature 0"),
     ],
 )
 def test_values_out_of_range(given: dict[str, Any], message: str) -> None:
