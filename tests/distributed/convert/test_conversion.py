@@ -155,6 +155,16 @@ def import_and_fail(folder: Path) -> dict[str, str]:
             import_model(folder / "hf", folder / "out", shown=False)
         except MimoError as error:
             said[case] = str(error)
+    save_file(whole, folder / "hf" / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = folder / "hf" / "tokenizer.json"
+    for case in ("tokenizer", "truncated"):
+        tokenizer.write_text(json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": []}))
+        if case == "truncated":
+            tokenizer.unlink()
+            os.truncate(folder / "hf" / "model.safetensors", 200_000)
+        with pytest.raises(MimoError) as caught:
+            import_model(folder / "hf", folder / "out", shown=False)
+        said[case] = str(caught.value)
     assert sorted(path.name for path in folder.iterdir()) == ["hf", "index.json"], file
     return said
 
@@ -167,6 +177,8 @@ def test_names_what_does_not_fit(ranks: RankPool, tmp_path: Path) -> None:
     assert "1 are not known: lora.x" in said["unexpected"]
     assert "q_proj.weight is [3, 3], expected [64, 64]" in said["shape"]
     assert "have the dtypes torch.float16, torch.float32" in said["dtype"]
+    assert "has no token 4, which config.json gives as the placeholder" in said["tokenizer"]
+    assert "has 200000 bytes, expected" in said["truncated"]
     assert f"q_proj.weight, are of {torch.float8_e4m3fn}; expected" in said["quantised"]
 
 

@@ -51,6 +51,36 @@ def _copies(wanted: Expected) -> set[str]:
     return {"language_model.output_layer.weight"} if tied else set()
 
 
+def item_sizes(name: str, expected: Expected) -> list[list[tuple[str, int]]]:
+    """Modality and rows of every item of each sample."""
+    from megatron.mimo.models import load_family
+
+    family = load_family(name)
+    samples = [family.sample(expected.config, example) for example in expected.examples]
+    return [[(item.modality, item.rows) for item in sample.media] for sample in samples]
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_samples_differ_in_all_that_data_do(
+    ranks: RankPool, expected: Callable[[str], Expected], name: str
+) -> None:
+    """Several items in a sample, none in others; items of different sizes, where there are any."""
+    wanted = expected(name)
+    (samples,) = ranks(1)(item_sizes, name, wanted)
+    counts = {len(items) for items in samples}
+    assert 0 in counts
+    assert max(counts) > 1
+    assert len({len(logits_LV) for logits_LV in wanted.logits}) > 3  # so that batches are padded
+    sizes = {item for items in samples for item in items}
+    kinds = {modality for modality, _ in sizes}
+    assert kinds == {
+        "qwen2_audio": {"audio"},
+        "llava_avlm": {"images", "audio"},
+    }.get(name, {"images"})
+    if name != "llava":
+        assert len(sizes) > len(kinds)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("name", family_names())
 def test_equals_transformers(

@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
-    "factor": 8.0,
+    "factor": 32.0,  # not what megatron-core takes by default
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,

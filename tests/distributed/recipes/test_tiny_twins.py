@@ -62,6 +62,28 @@ def test_the_loss_falls_and_the_run_leaves_all_that_export_needs(
     assert {"tokenizer.json", "chat_template.jinja"} <= kept
 
 
+def export_and_verify(checkpoint: Path, target: Path) -> list[str]:
+    """What differs between the exported directory, in transformers, and the checkpoint, in ours."""
+    from transformers import AutoProcessor
+
+    from megatron.mimo.convert.exporting import export_model
+    from megatron.mimo.convert.verify import verify_checkpoint
+
+    export_model(checkpoint, target, shown=False)
+    findings = verify_checkpoint(target, checkpoint)
+    assert {"weights", "logits", "gradients", "generation"} <= {one.title for one in findings}
+    processor = AutoProcessor.from_pretrained(target)
+    assert processor.tokenizer.chat_template or processor.chat_template
+    return [str(one) for one in findings if not one.equal]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_was_trained_says_the_same_in_transformers(
+    ranks: RankPool, twins: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    assert ranks(1)(export_and_verify, twins[name] / "checkpoints", tmp_path / "hf") == [[]]
+
+
 @pytest.mark.parametrize(
     ("name", "layout"), [("llava_avlm_tiny", "tp2"), ("qwen2_5_vl_tiny", "pp2")]
 )

@@ -43,6 +43,12 @@ def test_the_largest_draw_is_not_past_the_end() -> None:
     assert choose_tokens(CHANCES.log()[None], options, nearly_one).tolist() == [3]
 
 
+def test_a_token_that_reaches_the_probability_alone_is_enough() -> None:
+    options = SamplingOptions(temperature=1.0, top_p=0.5)
+    late = torch.tensor([0.9], dtype=torch.float64)
+    assert choose_tokens(torch.zeros(1, 2), options, late).tolist() == [0]
+
+
 def test_greedy_takes_the_first_of_equals() -> None:
     assert choose_tokens(torch.tensor([[1.0, 3.0, 3.0]]), SamplingOptions()).tolist() == [1]
 

@@ -64,7 +64,7 @@ def test_rows_are_in_the_order_of_transformers() -> None:
         assert best_resolution(size, pinpoints) == tuple(select_best_resolution(size, pinpoints))
         rows, columns = tiles_of(config, size)
         assert rows * columns + 1 == image_size_to_num_patches(size, pinpoints, 24)
-    for size in [(1, 200), (200, 1), *sizes[:12]]:
+    for size in [(1, 200), (200, 1), (49, 147), *sizes[:12]]:  # 49: 1.9999999999999998 lines
         assert row_sources(config, size).tolist() == numbered_rows(config, size), size
 
 
