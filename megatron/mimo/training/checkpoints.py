@@ -112,7 +112,7 @@ def choose(args: Namespace, *, repair: bool) -> tuple[int | None, str | None]:
         if args.explicit_load and args.pretrained_checkpoint is None:
             raise ConfigError(
                 f"--load {folder}: there is no checkpoint; "
-                "leave --load away to start from scratch, or correct the path"
+                + (_what_else(folder) or "leave --load away to start from scratch, or correct it")
             )
         return None, None
     wanted = int(tracked) if tracked and tracked.isdigit() else None
@@ -141,6 +141,18 @@ def choose(args: Namespace, *, repair: bool) -> tuple[int | None, str | None]:
     return newest, f"{what}; using the newest complete one, iteration {newest}"
 
 
+def _what_else(folder: Path) -> str | None:
+    """What a folder without checkpoints is, and the remedy; None where that is not known."""
+    if (folder / "config.json").is_file():
+        return (
+            "it is a Hugging Face model's directory, which has to be imported first: "
+            f"python -m megatron.mimo.convert import {folder} CHECKPOINT"
+        )
+    if (folder / "checkpoints").is_dir():
+        return f"it is a run's directory: name {folder / 'checkpoints'}"
+    return None
+
+
 def newest(folder: Path, iteration: int | None = None) -> Path:
     """The directory of the newest complete checkpoint in ``folder``, or of the one asked for.
 
@@ -161,8 +173,11 @@ def newest(folder: Path, iteration: int | None = None) -> Path:
     if not complete:
         damaged = f" but {len(available)} damaged ones" if available else ""
         raise ConfigError(
-            f"{folder} holds no checkpoint{damaged}; expected a directory with {TRACKER}, as "
-            "--save and convert import write it"
+            f"{folder} holds no checkpoint{damaged}; "
+            + (
+                _what_else(folder)
+                or f"expected a directory with {TRACKER}, as --save and convert import write it"
+            )
         )
     return complete[-1]
 

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.training.checkpoints import TRACKER, checkpoints, choose, problem, prune
+from megatron.mimo.training.checkpoints import TRACKER, checkpoints, choose, newest, problem, prune
 from megatron.mimo.training.curve import LossCurve
 
 
@@ -57,6 +57,12 @@ def test_nothing_there_is_a_fresh_start_unless_it_was_asked_for(tmp_path: Path) 
     assert choose(_args(tmp_path / "none"), repair=True) == (None, None)
     with pytest.raises(ConfigError, match=r"--load .*: there is no checkpoint"):
         choose(_args(tmp_path / "none", explicit_load=True), repair=True)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match=r"a run's directory: name .*/checkpoints"):
+        choose(_args(tmp_path, explicit_load=True), repair=True)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ConfigError, match=r"holds no checkpoint; .* to be imported first"):
+        newest(tmp_path)
 
 
 def test_the_tracker_is_believed_when_its_checkpoint_is_whole(tmp_path: Path) -> None:
