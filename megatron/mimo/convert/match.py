@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.convert.keys import KeyTable
 
-__all__ = ["Match", "check_shapes", "match_names"]
+__all__ = ["Match", "check_shapes", "check_spellings", "match_names"]
 
 _SHOWN = 5
 
@@ -69,6 +69,30 @@ def match_names(names: Collection[str], table: KeyTable, *, source: str) -> Matc
     if missing or unexpected:
         raise InputError(_complaint(source, missing, unexpected))
     return Match(given=given, carried=tuple(carried), copies=copies)
+
+
+def check_spellings(names: Collection[str], table: KeyTable) -> None:
+    """Refuse a table that does not know how the module tree of transformers names parameters.
+
+    Args:
+        names: of parameters in that tree; what ``save_pretrained`` writes may differ from it.
+        table: of the model's family.
+
+    Raises:
+        InputError: some are in no row, under no known spelling.
+    """
+    known = {name for row in table.each() for name in row.hf} | {name for name, _ in table.tied}
+    unknown = [
+        name
+        for name in names
+        if (canonical := table.canonical(name)) not in known and not table.is_carried(canonical)
+    ]
+    if unknown:
+        raise InputError(
+            f"{len(unknown)} parameters of the module tree of transformers are in no row of the "
+            f"family's key table: {_some(unknown)}; add the prefixes by which it calls them to "
+            "the aliases of its KeyTable, or add rows"
+        )
 
 
 def check_shapes(

@@ -17,7 +17,7 @@ from megatron.mimo.convert.checkpoint import ASSETS, CheckpointReader, locate
 from megatron.mimo.convert.compare import Comparison
 from megatron.mimo.convert.exporting import export_model, read_parameter
 from megatron.mimo.convert.importing import import_model, meta_model
-from megatron.mimo.convert.match import match_names
+from megatron.mimo.convert.match import check_spellings, match_names
 from megatron.mimo.convert.processes import compare_on_processes
 from megatron.mimo.convert.reference import NEW_TOKENS, Expected, compute_expected
 from megatron.mimo.convert.slots import match_slots, model_slots
@@ -108,6 +108,7 @@ def verify_checkpoint(
     model = type(described).from_pretrained(source, dtype=torch.float32).eval()
     for name, parameter in described.named_parameters():  # loading makes fixed tables trainable
         model.get_parameter(name).requires_grad_(parameter.requires_grad)
+    check_spellings([name for name, _ in described.named_parameters()], family.keys(config))
     expected = compute_expected(model, family, config, samples=samples, seed=_SEED)
     del model
     found = compare_on_processes(family, config, folder, expected, tp_size=tp_size, pp_size=pp_size)

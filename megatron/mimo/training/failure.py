@@ -67,13 +67,22 @@ def end_run(error: BaseException, rank: int) -> NoReturn:
 def describe(error: BaseException) -> str:
     """The error's kind and message; one line for what users can cause."""
     if isinstance(error, MimoError):
-        return str(error)
+        return _said_in_worker(error)
     text = f"{type(error).__name__}: {error}"
     if not str(error) and error.__traceback__ is not None:  # a bare assert: show what it says
         text = f"{type(error).__name__}: {traceback.extract_tb(error.__traceback__)[-1].line}"
     if is_disk_full(error):
         return f"the disk is full ({text}); make room, and the same command continues"
     return text
+
+
+def _said_in_worker(error: MimoError) -> str:
+    """What an error says, without the traceback into which a process that reads data puts it."""
+    text = str(error)
+    if not text.startswith("Caught ") or "in DataLoader worker process" not in text:
+        return text
+    kind = type(error)
+    return text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -4,7 +4,7 @@ import pytest
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.convert.keys import Concatenated, KeyTable, Row
-from megatron.mimo.convert.match import check_shapes, match_names
+from megatron.mimo.convert.match import check_shapes, check_spellings, match_names
 
 TABLE = KeyTable(
     rows=(
@@ -64,3 +64,9 @@ def test_compares_shapes() -> None:
     check_shapes({"a": (2, 3)}, {"a": (2, 3)}, source="it")
     with pytest.raises(InputError, match=r"a is \[3, 2\], expected \[2, 3\]"):
         check_shapes({"a": (2, 3)}, {"a": (3, 2)}, source="it")
+
+
+def test_the_module_tree_has_to_be_known_too() -> None:
+    check_spellings(["old.embed.weight", "head.weight", "tower.last.bias"], TABLE)
+    with pytest.raises(InputError, match=r"1 parameters .*: model.embed.weight; add .* aliases"):
+        check_spellings(["embed.weight", "model.embed.weight"], TABLE)
