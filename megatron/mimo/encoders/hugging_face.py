@@ -9,6 +9,7 @@ Shape legend: N items, S positions of an item, H hidden.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from megatron.core.models.mimo.errors import ConfigError, InputError, UnsupportedError
+from megatron.core.models.mimo.errors import (
+    ConfigError,
+    InputError,
+    MimoError,
+    UnsupportedError,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -99,7 +105,7 @@ class HuggingFaceEncoder(nn.Module):
         self.model.eval()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         with torch.set_grad_enabled(bool(trained)):
-            rows_NH = self(**self.blank_inputs())
+            rows_NH = self._rows_of_blank()
         if trained:
             total = rows_NH.float().square().sum()
             gradients = torch.autograd.grad(total, trained, allow_unused=True)
@@ -112,6 +118,21 @@ class HuggingFaceEncoder(nn.Module):
             )
         self.train(self.training)
         return len(rows_NH)
+
+    def _rows_of_blank(self) -> Tensor:
+        try:
+            rows_NH: Tensor = self(**self.blank_inputs())
+        except MimoError:
+            raise
+        except Exception as error:  # models raise nearly every kind
+            shapes = {name: [*self._blank[name].shape] for name in sorted(self._tensors)}
+            takes = [*inspect.signature(self.model.forward).parameters]
+            raise ConfigError(
+                f"{type(self.model).__name__} refuses the blank item, tensors of shapes {shapes}: "
+                f"{type(error).__name__}: {error}; name and size them as its forward takes them, "
+                f"{takes}"
+            ) from error
+        return rows_NH
 
     def train(self, mode: bool = True) -> HuggingFaceEncoder:
         """Set the mode; without trained parameters, it is evaluation."""

@@ -194,6 +194,8 @@ def test_computed_buffers_keep_their_precision() -> None:
         ({"part": "tower"}, "Dinov2Model has no part 'tower'"),
         ({"blank": {"pixel_values": torch.zeros(2, 3, 8, 8)}}, "one item along dimension 0"),
         ({"blank": {}}, "expected at least one"),
+        ({"blank": {"pixels": IMAGE["pixel_values"]}}, r"Dinov2Model refuses .*\['pixel_values'"),
+        ({"blank": {"pixel_values": torch.zeros(1, 5, 8, 8)}}, r"refuses .*\[1, 5, 8, 8\]}: "),
         ({"feature": lambda output: output.pooler_output[0]}, r"has shape \[32\]"),
     ],
 )
