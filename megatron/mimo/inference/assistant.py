@@ -58,7 +58,9 @@ class Assistant:
             InputError: a medium cannot be read or is of a kind that the model does not take; a
                 conversation is too long.
         """
-        options = options or SamplingOptions(stop_tokens=self.stop_tokens)
+        options = options or SamplingOptions()
+        if not options.stop_tokens:
+            options = options.ended_by(self.stop_tokens)
         tokenizer = self._chat.processor.tokenizer
 
         def live_stream(number: int) -> TextStream:
