@@ -102,6 +102,7 @@ def change_types(folder: Path) -> None:
 
     from megatron.mimo.convert.exporting import export_model
     from megatron.mimo.convert.importing import import_model
+    from megatron.mimo.convert.weights import Weights
 
     model = make_model(NAME, folder / "hf")
     import_model(folder / "hf", folder / "mimo", dtype=torch.bfloat16, shown=False)
@@ -116,6 +117,9 @@ def change_types(folder: Path) -> None:
             assert torch.equal(loaded[name], tensor.to(torch.bfloat16)), name
     export_model(folder / "mimo", folder / "half", dtype=torch.float16, shown=False)
     assert AutoConfig.from_pretrained(folder / "half").dtype == torch.float16
+    halves = Weights(folder / "half")
+    for name in halves.by_name:
+        assert torch.equal(halves.read(name), Weights(folder / "back").read(name).half()), name
     index = json.loads((folder / "back" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
     for file in set(index["weight_map"].values()):

@@ -60,21 +60,23 @@ def verify_other(folder: Path) -> tuple[int, dict[str, str]]:
 def test_finds_a_single_wrong_value(ranks: RankPool, tmp_path: Path) -> None:
     ((code, wrong),) = ranks(1)(verify_other, tmp_path)
     assert code == 1
-    assert wrong.keys() >= {"weights", "logits", "gradients"}
+    assert wrong.keys() == {"weights", "logits", "gradients", "generation"}
     assert "layers.1.mlp.gate_proj.weight: largest difference 1.00e+00" in wrong["weights"]
 
 
 def verify_types(folder: Path) -> str:
     from megatron.mimo.convert.exporting import export_model
-    from megatron.mimo.convert.verify import verify_checkpoint
+    from megatron.mimo.convert.verify import _compare_files, verify_checkpoint
 
     make_and_import("llava", folder)
     export_model(folder / "mimo", folder / "half", dtype=torch.bfloat16, shown=False)
     findings = verify_checkpoint(folder / "half", folder / "mimo", weights_only=True)
-    return "\n".join(map(str, findings))
+    return "\n".join(map(str, [*findings, _compare_files(folder / "hf", folder / "half")]))
 
 
 def test_finds_another_dtype(ranks: RankPool, tmp_path: Path) -> None:
     (text,) = ranks(1)(verify_types, tmp_path)
     assert "FAIL  weights     0 of 62" in text
     assert "torch.bfloat16 / torch.float32" in text
+    assert "FAIL  export" in text
+    assert "model.safetensors.index.json" in text

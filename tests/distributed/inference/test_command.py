@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 
 from megatron.mimo.models import load_family
 from tests.rank_pool import RankPool
@@ -48,9 +50,9 @@ def import_tiny(folder: Path) -> str:
         max_new_tokens=NEW_TOKENS,
         suppress_tokens=[config.image_token_index],
     )
-    answer: str = processor.tokenizer.decode(
-        whole[0, inputs["input_ids"].size(1) :], skip_special_tokens=True
-    )
+    tokens = whole[0, inputs["input_ids"].size(1) :].tolist()
+    (folder / "tokens.json").write_text(json.dumps(tokens))
+    answer: str = processor.tokenizer.decode(tokens, skip_special_tokens=True)
     return answer
 
 
@@ -96,6 +98,24 @@ def test_an_answer_ends_at_a_stop_text(ranks: RankPool, imported: tuple[Path, st
     )
     assert codes == [0]
     assert printed == answer[: answer.index(stop)] + "\n"
+
+
+def test_an_answer_ends_at_a_token_of_the_generation_config(
+    ranks: RankPool, imported: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder, _ = imported
+    tokens = json.loads((folder / "tokens.json").read_text())
+    shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
+    config = tmp_path / "checkpoint/hf/generation_config.json"
+    config.write_text(json.dumps({"eos_token_id": [2, tokens[5]]}))
+    image = str(folder / "a.png")
+    codes, printed = ask(
+        ranks, tmp_path, "--image", image, image, "--max-new-tokens", str(NEW_TOKENS)
+    )
+    assert codes == [0]
+    tokenizer = Tokenizer.from_file(str(folder / "llava/tokenizer.json"))
+    assert printed == tokenizer.decode(tokens[: tokens.index(tokens[5])]) + "\n"
+    assert len(printed) > 1
 
 
 def test_what_is_wrong_is_said(ranks: RankPool, imported: tuple[Path, str]) -> None:

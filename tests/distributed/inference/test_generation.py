@@ -205,6 +205,8 @@ def stop_in_several_ways() -> None:
     ]
     warm = [generator(prompts, replace(WARM, seed=seed)) for seed in (1, 1, 2)]
     assert warm[0] == warm[1] != warm[2]
+    one, other = generator([prompts[0], prompts[0]], WARM)
+    assert one != other  # each draws its own
     model.config.multi_latent_attention = True
     with pytest.raises(UnsupportedError, match=r"multi-latent attention; give use_cache=False"):
         build_generator([model], Design())

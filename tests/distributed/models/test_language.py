@@ -77,7 +77,7 @@ def compare(settings: dict[str, Any]) -> None:
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.1)  # biases and norms begin at 0 and 1
     family = text_family()
-    ids_BS = torch.randint(0, config.vocab_size, (2, 40))
+    ids_BS = torch.randint(0, config.vocab_size, (2, 300))  # far enough for any kind of RoPE
     with process_groups() as device:
         args = model_arguments(family, config)
         model = build_model(family, config, args, device=device)
@@ -86,7 +86,7 @@ def compare(settings: dict[str, Any]) -> None:
             del weights["lm_head.weight"]
         table = family.keys(config)
         load_hugging_face(model, weights, table)
-        logits, _ = model(input_ids=ids_BS, position_ids=torch.arange(40).expand(2, -1))
+        logits, _ = model(input_ids=ids_BS, position_ids=torch.arange(300).expand(2, -1))
         logits = logits[..., : config.vocab_size]
         expected = reference(ids_BS).logits
         assert (logits - expected).abs().max() < 1e-4
