@@ -239,6 +239,6 @@ def _require(folder: Path, step: int, available: dict[int, Path]) -> None:
     trouble = problem(path)
     if trouble is not None:
         raise ConfigError(
-            f"--ckpt-step {step}: checkpoint {path} cannot be used: {trouble}; "
+            f"iteration {step} was asked for: checkpoint {path} cannot be used: {trouble}; "
             f"available: {', '.join(map(str, available)) or 'none'}"
         )

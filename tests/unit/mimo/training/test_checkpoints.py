@@ -107,7 +107,7 @@ def test_a_step_that_was_asked_for_has_to_be_whole(tmp_path: Path) -> None:
     _write(tmp_path, 3)
     _track(tmp_path, "3")
     assert choose(_args(tmp_path, ckpt_step=3), repair=True) == (3, None)
-    with pytest.raises(ConfigError, match=r"--ckpt-step 5: .* does not exist; available: 3"):
+    with pytest.raises(ConfigError, match=r"iteration 5 was .*: .* does not exist; available: 3"):
         choose(_args(tmp_path, ckpt_step=5), repair=True)
 
 
