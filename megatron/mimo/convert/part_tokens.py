@@ -50,8 +50,10 @@ def add_tokens(
 
     known = set(tokenizer.get_vocab())
     missing = [token for token in placeholders.values() if token not in known]
-    if missing:
-        added = [AddedToken(token, special=True, normalized=False) for token in missing]
+    # One that is a word of the vocabulary keeps its number; texts would be split into others.
+    plain = [token for token in placeholders.values() if token not in tokenizer.get_added_vocab()]
+    if plain:
+        added = [AddedToken(token, special=True, normalized=False) for token in plain]
         tokenizer.add_tokens(added, special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})

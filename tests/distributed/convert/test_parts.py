@@ -216,6 +216,27 @@ def test_other_families_of_parts(ranks: RankPool, tmp_path: Path, put_together: 
     ranks(1)(put_together, tmp_path)
 
 
+def read_a_word_as_placeholder(folder: Path) -> None:
+    """The vocabulary has the placeholder among its words, of which a text gets the letters."""
+    from transformers import AutoTokenizer
+
+    from megatron.mimo.convert.part_tokens import add_tokens
+
+    make_tokenizer({"<unk>": 0, "<s>": 1, "</s>": 2}).save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["<image>"] = 313
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert 313 not in tokenizer("a <image>").input_ids
+    growth, notes = add_tokens(tokenizer, {"images": "<image>"}, 320)
+    assert tokenizer("a <image>").input_ids.count(313) == 1
+    assert (growth.rows, growth.tokens, notes) == (320, (), [])
+
+
+def test_placeholders_that_are_words_become_tokens(ranks: RankPool, tmp_path: Path) -> None:
+    ranks(1)(read_a_word_as_placeholder, tmp_path)
+
+
 def refusals(folder: Path) -> dict[str, str]:
     """What is said of wrong command lines and directories."""
     import contextlib
