@@ -168,8 +168,8 @@ def _read_part(part: str, assembly: Assembly, folder: Path) -> Any:
         files = "tokenizer.json" if part == LANGUAGE else "preprocessor_config.json"
         remedy = f"copy the model's {files} there"
         if part == LANGUAGE and (folder / "tokenizer.model").is_file():
-            reason = "it has a tokenizer.model alone"  # transformers speaks of what it tried last
-            remedy = f"pip install sentencepiece protobuf, which read it, or {remedy}"
+            reason = "its tokenizer.model"  # transformers speaks of what it tried last
+            remedy = f"pip install 'megatron-mimo[hf]', where sentencepiece reads it, or {remedy}"
         raise ConfigError(
             f"part {part}: {folder} has no {what} that can be read: {reason}; {remedy}"
         ) from error

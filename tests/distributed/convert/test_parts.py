@@ -178,14 +178,33 @@ def test_llava_of_parts_is_its_parts_and_trains(ranks: RankPool, tmp_path: Path)
     assert config["image_token_index"] == 313
 
 
+def make_sentencepiece(folder: Path) -> None:
+    """The tokenizer of a folder in the form that Vicuna has: no tokenizer.json."""
+    import sentencepiece
+
+    (folder / "tokenizer.json").unlink()
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(f"question {i}: {i * 7}" for i in range(99)),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=60,
+            minloglevel=2,
+        )
+    config = {"tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>"}
+    config |= {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
 def put_llava_next_together(folder: Path) -> None:
     language = make_language(folder / "l", rows=400, tied=True)
+    make_sentencepiece(folder / "l")
     make_images(folder / "i", "SiglipVisionModel")
     said, model = exported("llava_next", folder, language=folder / "l", images=folder / "i")
     assert "image_newline" in said
     assert model.config.vision_feature_select_strategy == "full"
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    check_vocabulary(model, language, rows=400, new=[313, 314])
+    check_vocabulary(model, language, rows=400, new=[60, 61])
 
 
 def put_llava_avlm_together(folder: Path) -> None:
@@ -296,4 +315,4 @@ def test_refuses_by_name_and_leaves_nothing(ranks: RankPool, tmp_path: Path) -> 
     assert "part images" in said["processor"]
     assert "copy the model's preprocessor_config.json there" in said["processor"]
     assert "copy the model's tokenizer.json there" in said["tokenizer"]
-    assert "a tokenizer.model alone; pip install sentencepiece protobuf" in said["sentencepiece"]
+    assert "its tokenizer.model; pip install 'megatron-mimo[hf]'" in said["sentencepiece"]
