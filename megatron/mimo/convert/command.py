@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,8 @@ Hugging Face directories to checkpoints of any parallel layout, and back, bit fo
   verify  meta/llava-7b  checkpoints/llava      keys, shapes, dtypes, logits, gradients
   verify  --tiny llava                          the whole way there and back, on this machine
 
-Exit codes: 0 done; 1 verify found a difference; 2 refused, with the reason and the remedy.
+Exit codes: 0 done; 1 verify found a difference; 2 refused, with the reason and the remedy;
+130 stopped by Ctrl-C or SIGTERM.
 """
 
 
@@ -37,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: command line without the program's name; None for the process's own.
 
     Returns:
-        The exit code: 0 done, 1 differences found by ``verify``, 2 refused.
+        The exit code: 0 done, 1 differences found by ``verify``, 2 refused, 130 stopped.
     """
     parser = _parser()
     given = parser.parse_args(argv)
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with quiet_imports():
         from megatron.core.models.mimo.errors import MimoError
     try:
-        with quiet_imports(), warnings_shown(shown=False), stdout(shown=False):
+        with _stoppable(), quiet_imports(), warnings_shown(shown=False), stdout(shown=False):
             _quiet_transformers()
             done, code = run(given)
     except MimoError as error:
@@ -60,6 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not getattr(given, "quiet", False):
         sys.stdout.write(f"{done}\n")
     return code
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM, which schedulers send, end the block as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows is cleaning up
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

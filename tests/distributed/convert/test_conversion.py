@@ -186,9 +186,9 @@ def test_names_what_does_not_fit(ranks: RankPool, tmp_path: Path) -> None:
     assert f"q_proj.weight, are of {torch.float8_e4m3fn}; expected" in said["quantised"]
 
 
-def import_until_killed(folder: Path) -> int:
-    """The signal that ended a process which dies after it has written its first parameter."""
-    from megatron.mimo.convert import checkpoint, importing
+def import_until(folder: Path, number: signal.Signals) -> int:
+    """How a process ends (as ``os.wait`` says) that gets a signal after its first parameter."""
+    from megatron.mimo.convert import checkpoint, command
 
     make_model(NAME, folder / "hf")
     child = os.fork()
@@ -197,24 +197,28 @@ def import_until_killed(folder: Path) -> int:
 
         def write_and_die(file: Any, piece: Any) -> None:
             write(file, piece)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
         checkpoint.CheckpointFile.write = write_and_die  # type: ignore[method-assign]
-        importing.import_model(folder / "hf", folder / "out", shown=False)
-        os._exit(0)
-    return os.WTERMSIG(os.waitpid(child, 0)[1])
+        os._exit(command.main(["import", str(folder / "hf"), str(folder / "out")]))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_killed_import_leaves_nothing_that_looks_complete(
     ranks: RankPool, tmp_path: Path
 ) -> None:
-    assert ranks(1)(import_until_killed, tmp_path) == [signal.SIGKILL]
+    assert ranks(1)(import_until, tmp_path, signal.SIGKILL) == [-signal.SIGKILL]
     assert not (tmp_path / "out").exists()
     left = [path for path in tmp_path.iterdir() if path.name != "hf"]
     assert left
     assert all(path.name.startswith("out.unfinished-") for path in left)
     assert not list(tmp_path.rglob(".metadata"))
     assert not list(tmp_path.rglob("latest_checkpointed_iteration.txt"))
+
+
+def test_a_stopped_import_leaves_nothing(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks(1)(import_until, tmp_path, signal.SIGTERM) == [130]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def save_adapters(folder: Path) -> None:
