@@ -1,10 +1,11 @@
-"""Configuration of the transformers that most pretrained encoders are: CLIP, SigLIP, Whisper."""
+"""Configuration of pretrained encoders, most of which are plain: CLIP, SigLIP, Whisper."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,7 +15,7 @@ from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.encoders.vit import encoder_config
 
-__all__ = ["activation_function", "plain_encoder_config"]
+__all__ = ["activation_function", "plain_encoder_config", "pretrained_encoder_config"]
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -43,6 +44,55 @@ def activation_function(name: str) -> Activation:
     return _ACTIVATIONS[name]
 
 
+def pretrained_encoder_config(
+    language: TransformerConfig,
+    *,
+    num_layers: int,
+    hidden_size: int,
+    num_attention_heads: int,
+    ffn_hidden_size: int,
+    **architecture: Any,
+) -> TransformerConfig:
+    """An encoder with biases everywhere, and without dropout and Megatron's variants of layers.
+
+    Only precision, recomputation, initialisation and tensor parallelism are the language model's,
+    as :func:`encoder_config` says; nothing of its architecture is.
+
+    Args:
+        language: configuration of the language model.
+        num_layers: layers that are built.
+        hidden_size: width of the residual stream.
+        num_attention_heads: heads of each layer.
+        ffn_hidden_size: width inside the MLP.
+        architecture: fields that this encoder has otherwise, its norm and its MLP among them.
+
+    Raises:
+        ConfigError: the sizes do not fit each other or the tensor-parallel size.
+    """
+    encoder = encoder_config(
+        language,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_attention_heads=num_attention_heads,
+        ffn_hidden_size=ffn_hidden_size,
+    )
+    plain: dict[str, Any] = {
+        "layernorm_zero_centered_gamma": False,
+        "add_bias_linear": True,
+        "add_qkv_bias": True,
+        "activation_func_clamp_value": None,
+        "glu_linear_offset": 0.0,
+        "use_te_activation_func": False,
+        "qk_layernorm": False,
+        "qk_l2_norm": False,
+        "window_size": None,
+        "softmax_type": "vanilla",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    return replace(encoder, **plain | architecture)
+
+
 def plain_encoder_config(
     language: TransformerConfig,
     *,
@@ -56,11 +106,8 @@ def plain_encoder_config(
 ) -> TransformerConfig:
     """An encoder with LayerNorm, biases everywhere and an MLP without a gate.
 
-    Only precision, recomputation, initialisation and tensor parallelism are the language model's,
-    as :func:`encoder_config` says; nothing of its architecture is.
-
     Args:
-        language: configuration of the language model.
+        language: as for :func:`pretrained_encoder_config`, and so the sizes.
         num_layers: layers that are built.
         hidden_size: width of the residual stream.
         num_attention_heads: heads of each layer.
@@ -73,31 +120,17 @@ def plain_encoder_config(
         ConfigError: the sizes do not fit each other or the tensor-parallel size.
         UnsupportedError: unknown activation.
     """
-    encoder = encoder_config(
+    return pretrained_encoder_config(
         language,
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_attention_heads=num_attention_heads,
         ffn_hidden_size=ffn_hidden_size,
-    )
-    return replace(
-        encoder,
         normalization="LayerNorm",
         layernorm_epsilon=layernorm_epsilon,
-        layernorm_zero_centered_gamma=False,
-        add_bias_linear=True,
-        add_qkv_bias=True,
         gated_linear_unit=False,
         activation_func=activation_function(activation),
-        activation_func_clamp_value=None,
-        glu_linear_offset=0.0,
         # Megatron's fused kernel for "gelu" is its tanh approximation.
         bias_activation_fusion=False,
-        use_te_activation_func=False,
-        qk_layernorm=False,
-        qk_l2_norm=False,
-        window_size=None,
-        softmax_type="vanilla",
-        hidden_dropout=0.0,
         attention_dropout=attention_dropout,
     )

@@ -10,7 +10,6 @@ of all items, P = merge * merge, H hidden, O output width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.mimo.encoders.plain import pretrained_encoder_config
 from megatron.mimo.encoders.projectors import Projector
 from megatron.mimo.encoders.qwen2_5_vl_layout import (
     Grid,
@@ -30,7 +30,7 @@ from megatron.mimo.encoders.qwen2_5_vl_layout import (
     PatchSequence,
     patch_sequence,
 )
-from megatron.mimo.encoders.vit import check_runs_whole, encoder_config
+from megatron.mimo.encoders.vit import check_runs_whole
 from megatron.mimo.layers import uses_transformer_engine
 from megatron.mimo.layers.norm import Norm
 
@@ -49,50 +49,18 @@ def window_encoder_config(
 ) -> TransformerConfig:
     """The encoder's configuration: RMSNorm, SwiGLU, biases everywhere.
 
-    Only precision, recomputation, initialisation and tensor parallelism are the language model's,
-    as :func:`encoder_config` says; nothing of its architecture is.
-
-    Args:
-        language: configuration of the language model.
-        num_layers: layers.
-        hidden_size: width of the residual stream.
-        num_attention_heads: heads of each layer.
-        ffn_hidden_size: width inside the MLP.
-
-    Raises:
-        ConfigError: the sizes do not fit each other or the tensor-parallel size.
+    Arguments and errors are those of :func:`pretrained_encoder_config`.
     """
-    tp_size = language.tensor_model_parallel_size
-    if ffn_hidden_size < 1 or ffn_hidden_size % tp_size:
-        raise ConfigError(
-            f"the encoder's MLP has width {ffn_hidden_size}, which is not divisible by the "
-            f"tensor-parallel size {tp_size}; change either"
-        )
-    encoder = encoder_config(
+    return pretrained_encoder_config(
         language,
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_attention_heads=num_attention_heads,
         ffn_hidden_size=ffn_hidden_size,
-    )
-    return replace(
-        encoder,
         normalization="RMSNorm",
         layernorm_epsilon=_EPSILON,
-        layernorm_zero_centered_gamma=False,
-        add_bias_linear=True,
-        add_qkv_bias=True,
         gated_linear_unit=True,
         activation_func=F.silu,
-        activation_func_clamp_value=None,
-        glu_linear_offset=0.0,
-        use_te_activation_func=False,
-        qk_layernorm=False,
-        qk_l2_norm=False,
-        window_size=None,
-        softmax_type="vanilla",
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
     )
 
 

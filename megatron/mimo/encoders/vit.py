@@ -57,6 +57,11 @@ def encoder_config(
             f"the encoder's hidden size {hidden_size} is not divisible by its "
             f"{num_attention_heads} attention heads"
         )
+    if ffn_hidden_size is not None and (ffn_hidden_size < 1 or ffn_hidden_size % tp_size):
+        raise ConfigError(
+            f"the encoder's MLP has width {ffn_hidden_size}, which is not divisible by the "
+            f"tensor-parallel size {tp_size}; change either"
+        )
     return replace(
         language,
         num_layers=num_layers,

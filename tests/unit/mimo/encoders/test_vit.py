@@ -241,6 +241,21 @@ def test_sizes_that_do_not_fit(sizes: tuple[int, int, int], message: str) -> Non
         )
 
 
+def test_the_width_of_the_mlp_has_to_fit() -> None:
+    from megatron.mimo.encoders import plain_encoder_config
+
+    with pytest.raises(ConfigError, match=r"MLP has width 31, .* tensor-parallel size 2"):
+        plain_encoder_config(
+            language_config(tensor_model_parallel_size=2),
+            num_layers=2,
+            hidden_size=32,
+            num_attention_heads=4,
+            ffn_hidden_size=31,
+            activation="gelu",
+            layernorm_epsilon=1e-5,
+        )
+
+
 def test_encoder_config_drops_what_splits_the_sequence_and_the_layers() -> None:
     from megatron.mimo.encoders import encoder_config
 
