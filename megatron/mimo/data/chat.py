@@ -9,7 +9,7 @@ Legend: L tokens of a conversation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,7 +65,7 @@ class Chat:
                 f"the {kind} has no chat template, which says how a conversation is written; put "
                 "a chat_template.jinja beside its tokenizer"
             )
-        for modality, token in self._placeholders.items():
+        for modality, token in self.family.media(self.config).special_token_ids.items():
             if token >= len(tokenizer):
                 raise ConfigError(
                     f"the tokenizer has {len(tokenizer)} tokens and none for the placeholder of "
@@ -74,8 +74,15 @@ class Chat:
                 )
 
     @cached_property
-    def _placeholders(self) -> Mapping[str, int]:
-        return self.family.media(self.config).special_token_ids
+    def _media_tokens(self) -> Mapping[int, str]:
+        """All tokens that stand for media in the processor's text: their texts by id."""
+        names = (f"{kind}_token_id" for kind in MEDIA_KINDS)
+        found = (getattr(self.processor, name, None) for name in names)
+        known = {token for token in found if token is not None}
+        tokens = sorted(known | set(self.family.media(self.config).special_token_ids.values()))
+        return dict(
+            zip(tokens, self.processor.tokenizer.convert_ids_to_tokens(tokens), strict=True)
+        )
 
     def sample(self, conversation: Conversation) -> Sample:
         """Read the media and translate.
@@ -94,7 +101,7 @@ class Chat:
         Raises:
             InputError: as ``sample``.
         """
-        messages = _messages(conversation, _marks(self.processor, self._placeholders))
+        messages = _messages(conversation, self._media_tokens.values())
         text = self._rendered(messages, conversation.name, asks=True)
         return self._translated(conversation, text, spans=())
 
@@ -123,7 +130,7 @@ class Chat:
 
     def _written(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and where in it the assistant speaks (first character, end)."""
-        messages = _messages(conversation, _marks(self.processor, self._placeholders))
+        messages = _messages(conversation, self._media_tokens.values())
         text, raw = "", ""
         spans: list[tuple[int, int]] = []
         for number, message in enumerate(messages):
@@ -219,7 +226,7 @@ class Chat:
             text, return_offsets_mapping=True, add_special_tokens=self._adds(text)
         )
         is_text_L = torch.ones_like(tokens_L, dtype=torch.bool)
-        for token in _placeholder_tokens(self.processor, self._placeholders):
+        for token in self._media_tokens:
             is_text_L &= tokens_L != token
         held = set(tokens_L[~is_text_L].tolist())
         pairs = [
@@ -241,7 +248,7 @@ class Chat:
         return is_label_L
 
 
-def _messages(conversation: Conversation, marks: Sequence[str]) -> list[dict[str, Any]]:
+def _messages(conversation: Conversation, marks: Iterable[str]) -> list[dict[str, Any]]:
     """What chat templates take.
 
     Args:
@@ -277,17 +284,3 @@ def _heard(path: Path, extractor: Any) -> Any:
             f"hears {extractor.n_samples / extractor.sampling_rate:.1f} s; cut it into clips"
         )
     return audio_L
-
-
-def _marks(processor: Any, placeholders: Mapping[str, int]) -> list[str]:
-    """Texts of the tokens that stand for media."""
-    tokens = sorted(_placeholder_tokens(processor, placeholders))
-    texts: list[str] = processor.tokenizer.convert_ids_to_tokens(tokens)
-    return texts
-
-
-def _placeholder_tokens(processor: Any, placeholders: Mapping[str, int]) -> set[int]:
-    """Ids of all tokens that stand for media in the processor's text."""
-    names = (f"{kind}_token_id" for kind in MEDIA_KINDS)
-    found = (getattr(processor, name, None) for name in names)
-    return {token for token in found if token is not None} | set(placeholders.values())
