@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from megatron.mimo.convert.load import load_hugging_face
-from megatron.mimo.data import SampleCollator
 from megatron.mimo.inference import Generator, SamplingOptions
 from megatron.mimo.models import load_family
+from megatron.mimo.models.family import sample_collator
 from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
 
 Tokens = list[list[int]]
@@ -84,13 +84,7 @@ def make_sides(
         for i in range(args.batch)
     ]
     media = family.media(config)
-    collate = SampleCollator(
-        seq_length=2048,
-        vocab_size=arguments.vocab_size,
-        pad_id=0,
-        special_token_ids=media.special_token_ids,
-        media_formats=media.formats,
-    )
+    collate = sample_collator(family, config, seq_length=2048, vocab_size=arguments.vocab_size)
 
     def generator(*, use_cache: bool) -> Callable[[int], Tokens]:
         generate = Generator(

@@ -28,8 +28,8 @@ from megatron.mimo.convert.keys import KeyTable
 from megatron.mimo.convert.load import load_weights, make_parameter
 from megatron.mimo.convert.reference import NEW_TOKENS, Expected
 from megatron.mimo.convert.slots import match_slots, model_slots
-from megatron.mimo.data import SampleCollator
 from megatron.mimo.inference import Generator, SamplingOptions
+from megatron.mimo.models.family import sample_collator
 from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
 
 __all__ = ["Comparison", "Difference", "compare_model"]
@@ -85,7 +85,10 @@ def compare_model(
         args = model_arguments(family, config, tp_size=tp_size, pp_size=pp_size)
         model = build_model(family, config, args, device=device)
         load_weights(model, checkpoint)
-        collate = _collator(family, config, expected, args.vocab_size)
+        longest = max(example["input_ids"].size(1) for example in expected.examples)
+        collate = sample_collator(
+            family, config, seq_length=longest + 5, vocab_size=args.vocab_size
+        )
         samples = [family.sample(config, example) for example in expected.examples]
         generator = Generator(model, collate, vocab_size=args.vocab_size)
         found.answers = generator(samples, SamplingOptions(max_new_tokens=NEW_TOKENS))
@@ -93,19 +96,6 @@ def compare_model(
         _step(model, _on(device, batch), expected, args, found)
         found.gradients = _compare_gradients(model, family.keys(config), expected)
     return found
-
-
-def _collator(family: Any, config: Any, expected: Expected, vocab_size: int) -> SampleCollator:
-    media = family.media(config)
-    longest = max(example["input_ids"].size(1) for example in expected.examples)
-    return SampleCollator(
-        seq_length=longest + 5,
-        vocab_size=vocab_size,
-        pad_id=0,
-        special_token_ids=media.special_token_ids,
-        media_formats=media.formats,
-        mrope=media.mrope,
-    )
 
 
 def _on(device: torch.device, value: Any) -> Any:

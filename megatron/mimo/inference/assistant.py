@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.data import SampleCollator
 from megatron.mimo.data.chat import Chat
 from megatron.mimo.data.conversations import Conversation
 from megatron.mimo.inference.generator import Generator
@@ -115,6 +114,7 @@ def open_assistant(
     """
     from megatron.mimo.convert.checkpoint import ASSETS, locate
     from megatron.mimo.models import family_of, read_hf_config
+    from megatron.mimo.models.family import sample_collator
     from megatron.mimo.models.standalone import build_model, model_arguments
     from megatron.mimo.recipes.assets import read_processor
 
@@ -137,17 +137,8 @@ def open_assistant(
     )
     model = build_model(family, config, args, device=device)
     _load(model, folder)
-    media = family.media(config)
-    taken = set(media.special_token_ids.values())
     limit = args.max_position_embeddings
-    collate = SampleCollator(
-        seq_length=limit,
-        vocab_size=args.vocab_size,
-        pad_id=next(token for token in range(args.vocab_size) if token not in taken),
-        special_token_ids=media.special_token_ids,
-        media_formats=media.formats,
-        mrope=media.mrope,
-    )
+    collate = sample_collator(family, config, seq_length=limit, vocab_size=args.vocab_size)
     generator = Generator(
         model, collate, vocab_size=args.vocab_size, max_length=limit, batch_size=batch_size
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Generator, Tensor, nn
 
-from megatron.mimo.data.collate import MediaFormat
+from megatron.mimo.data.collate import MediaFormat, SampleCollator
 from megatron.mimo.data.sample import Sample
 from megatron.mimo.models.parts import Assembly
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megatron.mimo.convert.keys import KeyTable
     from megatron.mimo.recipes.recipe import Stage
 
-__all__ = ["Family", "Media", "ToSample", "transformers_model"]
+__all__ = ["Family", "Media", "ToSample", "sample_collator", "transformers_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,3 +111,32 @@ class Family:
     example: Callable[[Any, Generator], dict[str, Tensor]]
     reference: Callable[[Any], nn.Module] = transformers_model
     assembly: Assembly | None = None
+
+
+def sample_collator(
+    family: Family, config: Any, *, seq_length: int, vocab_size: int
+) -> SampleCollator:
+    """The collator of a model; it pads with the model's padding token.
+
+    Where that stands for a medium, or there is none, it pads with the first token that stands for
+    none.
+
+    Args:
+        family: the model's.
+        config: its configuration.
+        seq_length: tokens of a row.
+        vocab_size: tokens of the model, without padding.
+    """
+    media = family.media(config)
+    taken = set(media.special_token_ids.values())
+    pad_id = getattr(config.get_text_config(), "pad_token_id", None)
+    if pad_id is None or pad_id in taken or not 0 <= pad_id < vocab_size:
+        pad_id = next(token for token in range(vocab_size) if token not in taken)
+    return SampleCollator(
+        seq_length=seq_length,
+        vocab_size=vocab_size,
+        pad_id=pad_id,
+        special_token_ids=media.special_token_ids,
+        media_formats=media.formats,
+        mrope=media.mrope,
+    )

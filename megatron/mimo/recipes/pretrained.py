@@ -175,23 +175,11 @@ class _Run:
 
     def build_collator(self, args: Namespace) -> SampleCollator:
         """Pads to ``--seq-length``."""
-        from megatron.mimo.data import SampleCollator
+        from megatron.mimo.models.family import sample_collator
 
         config, family = self._config(args), load_family(self.family)
-        media = family.media(config)
         vocab_size = int(str(family.arguments(config)["vocab_size"]))
-        pad_id = getattr(config.get_text_config(), "pad_token_id", None)
-        taken = set(media.special_token_ids.values())
-        if pad_id is None or pad_id in taken or not 0 <= pad_id < vocab_size:
-            pad_id = next(token for token in range(vocab_size) if token not in taken)
-        return SampleCollator(
-            seq_length=args.seq_length,
-            vocab_size=vocab_size,
-            pad_id=pad_id,
-            special_token_ids=media.special_token_ids,
-            media_formats=media.formats,
-            mrope=media.mrope,
-        )
+        return sample_collator(family, config, seq_length=args.seq_length, vocab_size=vocab_size)
 
     def finish(self, run: FinishedRun) -> dict[str, Any]:
         """Answer the task's held-out questions by generation."""
