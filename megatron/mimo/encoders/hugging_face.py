@@ -23,6 +23,7 @@ from megatron.core.models.mimo.errors import (
     MimoError,
     UnsupportedError,
 )
+from megatron.mimo.packages import require_hugging_face
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -239,13 +240,9 @@ class HuggingFaceEncoder(nn.Module):
 
 
 def _make_model(source: Any, model_class: Any, part: str, dtype: torch.dtype) -> nn.Module:
-    try:
-        from transformers import AutoConfig, AutoModel
-    except ImportError as error:
-        raise ConfigError(
-            "encoders of Hugging Face need transformers and safetensors; "
-            "pip install 'megatron-mimo[hf]'"
-        ) from error
+    require_hugging_face("encoders of Hugging Face")
+    from transformers import AutoConfig, AutoModel
+
     is_directory = isinstance(source, str | Path)
     if is_directory and not (Path(source) / "config.json").is_file():
         raise ConfigError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
+from megatron.mimo.packages import require_hugging_face
 
 if TYPE_CHECKING:
     from megatron.mimo.models.family import Family
@@ -43,7 +44,7 @@ def load_family(name: str) -> Family:
         raise ConfigError(
             f"unknown model family {name!r}; {hint}known families: {', '.join(family_names())}"
         )
-    _check_installed()
+    require_hugging_face("models of Hugging Face")
     family: Family = importlib.import_module(f"{__name__}.{name}").FAMILY
     return family
 
@@ -75,7 +76,7 @@ def read_hf_config(folder: Path) -> Any:
         ConfigError: transformers is not installed, there is no config.json, or it cannot be read.
         UnsupportedError: its weights are quantised.
     """
-    _check_installed()
+    require_hugging_face("models of Hugging Face")
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
@@ -93,17 +94,6 @@ def read_hf_config(folder: Path) -> Any:
         ) from error
     _refuse_quantised(config, folder)
     return config
-
-
-def _check_installed() -> None:
-    for package in ("transformers", "safetensors"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ConfigError(
-                f"models of Hugging Face need {package}, which cannot be imported ({error}); "
-                "pip install 'megatron-mimo[hf]'"
-            ) from error
 
 
 def _refuse_quantised(config: Any, folder: Path) -> None:
