@@ -21,7 +21,13 @@ from megatron.mimo.convert.output import Kind, Sink, data_size, plan_output
 from megatron.mimo.convert.slots import Slot, match_slots, model_slots
 from megatron.mimo.convert.staging import check_target, whole_directory
 from megatron.mimo.convert.threads import default_threads, in_threads
-from megatron.mimo.convert.weights import INDEX_FILE, read_header, read_tensor, weights_of
+from megatron.mimo.convert.weights import (
+    FLOATS,
+    INDEX_FILE,
+    read_header,
+    read_tensor,
+    weights_of,
+)
 from megatron.mimo.lora.merge import adapter_names, merge_adapter
 from megatron.mimo.lora.peft import export_adapters, module_names
 from megatron.mimo.lora.settings import LoraSettings, frozen_parts, saved_settings
@@ -31,7 +37,6 @@ __all__ = ["DEFAULT_SHARD_SIZE", "export_model", "read_parameter"]
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 _MARGIN = 64 * 2**20
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def export_model(
@@ -179,7 +184,7 @@ def _carried_kinds(assets: Path, dtype: torch.dtype | None) -> dict[str, Kind]:
 
 
 def _converted(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    return dtype if wanted is None or dtype not in _FLOATS else wanted
+    return dtype if wanted is None or dtype not in FLOATS else wanted
 
 
 def _prevailing(kinds: Mapping[str, Kind]) -> torch.dtype:

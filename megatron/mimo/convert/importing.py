@@ -32,7 +32,7 @@ from megatron.mimo.convert.meter import Meter
 from megatron.mimo.convert.slots import Slot, match_slots, model_objects, model_slots
 from megatron.mimo.convert.staging import check_target, whole_directory
 from megatron.mimo.convert.threads import default_threads, in_threads
-from megatron.mimo.convert.weights import Weights, WeightSource
+from megatron.mimo.convert.weights import FLOATS, Weights, WeightSource
 from megatron.mimo.models import family_of, read_hf_config
 from megatron.mimo.models.family import Family
 from megatron.mimo.training.checkpoints import RELEASE
@@ -48,7 +48,6 @@ __all__ = [
 
 _FILE_BYTES = 2 * 10**9  # a file of a checkpoint is closed when it has these
 _MARGIN = 64 * 2**20  # bytes of everything that is not a weight
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +230,7 @@ def _check_shapes(
 def _check_dtypes(table: KeyTable, weights: WeightSource, match: Match, source: str) -> None:
     """Refuse weights that are not numbers as they stand, such as 8-bit ones without their scale."""
     names = [match.given[name] for row in table.each() for name in row.hf]
-    wrong = [name for name in names if weights.by_name[name].dtype not in (*_FLOATS, torch.float64)]
+    wrong = [name for name in names if weights.by_name[name].dtype not in (*FLOATS, torch.float64)]
     if wrong:
         raise InputError(
             f"{source}: {len(wrong)} weights, such as {wrong[0]}, are of "
@@ -251,7 +250,7 @@ def _parameters(
         names = {name: match.given[name] for name in row.hf}
         first = weights.by_name[names[row.hf[0]]]
         size = weights.size(names.values())
-        if dtype is not None and first.dtype in _FLOATS:
+        if dtype is not None and first.dtype in FLOATS:
             size = size // first.dtype.itemsize * dtype.itemsize
         yield Parameter(
             slot=slot,
@@ -266,7 +265,7 @@ def _maker(
 ) -> Callable[[], Tensor]:
     def make() -> Tensor:
         whole = make_parameter(row, {name: weights.read(file) for name, file in names.items()})
-        return whole.to(dtype) if dtype is not None and whole.dtype in _FLOATS else whole
+        return whole.to(dtype) if dtype is not None and whole.dtype in FLOATS else whole
 
     return make
 

@@ -22,6 +22,7 @@ from megatron.core.models.mimo.errors import InputError
 
 __all__ = [
     "DTYPE_NAMES",
+    "FLOATS",
     "INDEX_FILE",
     "Weight",
     "WeightSource",
@@ -49,6 +50,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what --dtype converts, and to
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _POINTER = {b"version ": "it is a pointer of git-lfs: run git lfs pull in its folder"}
 _MOST_HEADER_BYTES = 100 * 2**20  # the format's own limit
