@@ -1,4 +1,5 @@
-"""The audio towers of Whisper and Qwen2-Audio, from their Hugging Face configuration.
+"""The audio towers of Whisper and Qwen2-Audio, from their Hugging Face configuration, and what
+models with such a tower have in common.
 
 Shape legend: M mel bins, F frames.
 """
@@ -11,31 +12,77 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.core.models.mimo import AudioModalitySubmodules
 from megatron.core.models.mimo.errors import InputError, UnsupportedError
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.convert.keys import FusedQKV, Row
 from megatron.mimo.data import MediaFormat, MediaItem
-from megatron.mimo.encoders import WhisperEncoder, plain_encoder_config
+from megatron.mimo.encoders import Projector, WhisperEncoder, plain_encoder_config
 from megatron.mimo.encoders.whisper import frames_needed, stem_length
 from megatron.mimo.layers import encoder_layer_spec
 from megatron.mimo.recipes.recipe import Stage
 
 __all__ = [
+    "AUDIO",
     "ENCODER",
+    "TINY_AUDIO",
     "audio_format",
     "audio_items",
+    "audio_modality",
     "audio_rows",
     "audio_spec",
     "example_audio",
     "rows_of_clip",
 ]
 
+AUDIO = "modality_submodules.audio."  # where the modality is in the model
 ENCODER = "whisper"  # what the encoder is called
+TINY_AUDIO: dict[str, Any] = {
+    "num_mel_bins": 16,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "d_model": 32,
+    "max_source_positions": 30,
+}
 
 # Whether silence is attended to, and how many positions make a row.
 _KINDS = {"whisper": (True, 1), "qwen2_audio_encoder": (False, 2)}
 _DROPOUTS = ("dropout", "activation_dropout", "encoder_layerdrop")
+
+
+def audio_modality(
+    audio: Any, language: TransformerConfig, stage: Stage, **projector: Any
+) -> ModuleSpec:
+    """The modality: the encoder and a projector.
+
+    Args:
+        audio: the encoder's Hugging Face configuration.
+        language: Megatron's configuration of the language model.
+        stage: this rank's part.
+        projector: further arguments of :class:`Projector`.
+
+    Raises:
+        ConfigError, UnsupportedError: see :func:`audio_spec` and :class:`Projector`.
+    """
+    projection = ModuleSpec(
+        module=Projector,
+        params={
+            "config": language,
+            "input_size": audio.d_model,
+            "output_size": language.hidden_size,
+            "pg_collection": stage.pg_collection,
+            **projector,
+        },
+    )
+    return ModuleSpec(
+        module=AudioModalitySubmodules,
+        submodules={
+            "encoders": {ENCODER: audio_spec(audio, language, stage)},
+            "input_projections": [projection],
+        },
+    )
 
 
 def audio_spec(audio: Any, language: TransformerConfig, stage: Stage) -> ModuleSpec:

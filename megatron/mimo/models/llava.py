@@ -32,12 +32,14 @@ from megatron.mimo.recipes.recipe import Stage
 
 __all__ = [
     "FAMILY",
+    "MODULE_TREE",
     "TINY_TEXT",
     "TINY_VISION",
     "example_text",
     "example_tokens",
     "key_table",
     "labels_or",
+    "projector_rows",
     "projector_spec",
     "read_tokens",
     "text_config",
@@ -45,6 +47,12 @@ __all__ = [
 ]
 
 _IMAGES = "modality_submodules.images."
+MODULE_TREE = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.", ""),
+)
+"""Aliases: what transformers 5 calls parts in its module tree, and does not write itself."""
 
 
 def text_config(config: Any) -> Any:
@@ -101,6 +109,16 @@ def projector_spec(config: Any, language: TransformerConfig, stage: Stage) -> Mo
     )
 
 
+def projector_rows(config: Any, *, mimo: str, hf: str) -> tuple[Row, ...]:
+    """Parameter names of an MLP of a LLaVA-like configuration, below these prefixes."""
+    kinds = ("weight", "bias") if config.multimodal_projector_bias else ("weight",)
+    return tuple(
+        Row(mimo=f"{mimo}linear_fc{number}.{kind}", hf=(f"{hf}linear_{number}.{kind}",))
+        for number in (1, 2)
+        for kind in kinds
+    )
+
+
 def key_table(config: Any, *, projector: str = "", more: tuple[Row, ...] = ()) -> KeyTable:
     """Parameter names of a LLaVA-like model.
 
@@ -111,14 +129,8 @@ def key_table(config: Any, *, projector: str = "", more: tuple[Row, ...] = ()) -
     """
     vision, layer = config.vision_config, config.vision_feature_layer
     encoder = f"{_IMAGES}encoders.{tower_name(vision)}."
-    kinds = ("weight", "bias") if config.multimodal_projector_bias else ("weight",)
-    projections = tuple(
-        Row(
-            mimo=f"{_IMAGES}input_projections.0.{projector}linear_fc{number}.{kind}",
-            hf=(f"multi_modal_projector.linear_{number}.{kind}",),
-        )
-        for number in (1, 2)
-        for kind in kinds
+    projections = projector_rows(
+        config, mimo=f"{_IMAGES}input_projections.0.{projector}", hf="multi_modal_projector."
     )
     language = language_rows(
         text_config(config), model="language_model.model.", head="language_model."
@@ -132,10 +144,7 @@ def key_table(config: Any, *, projector: str = "", more: tuple[Row, ...] = ()) -
         ),
         carried=tower_carried(vision, feature_layer=layer, hf="vision_tower."),
         aliases=(
-            # The module tree of transformers 5, which it does not write itself.
-            ("model.language_model.", "language_model.model."),
-            ("lm_head.", "language_model.lm_head."),
-            ("model.", ""),
+            *MODULE_TREE,
             # What transformers 4 wrote.
             ("vision_tower.vision_model.", "vision_tower."),
         ),

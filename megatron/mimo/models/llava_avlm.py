@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from megatron.core.models.mimo import AudioModalitySubmodules, MimoModelConfig
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.mimo.convert.keys import KeyTable, Row
+from megatron.core.models.mimo import MimoModelConfig
+from megatron.mimo.convert.keys import KeyTable
 from megatron.mimo.data import MediaItem, Sample
-from megatron.mimo.encoders import Projector
 from megatron.mimo.models import llava
 from megatron.mimo.models.audio_tower import (
+    AUDIO,
     ENCODER,
+    TINY_AUDIO,
     audio_format,
     audio_items,
+    audio_modality,
     audio_rows,
-    audio_spec,
     example_audio,
     rows_of_clip,
 )
@@ -40,30 +40,16 @@ from megatron.mimo.recipes.recipe import Stage
 
 __all__ = ["FAMILY", "LlavaAvlmProcessor"]  # the processor registers itself
 
-_AUDIO = "modality_submodules.audio."
-
 
 def build(config: Any, args: Namespace, stage: Stage) -> MimoModelConfig:
     """The model for one stage: LLaVA's, and a second modality."""
     seeing = llava.build(config, args, stage)
-    transformer = seeing.language_model_spec.params["config"]
-    projector = ModuleSpec(
-        module=Projector,
-        params={
-            "config": transformer,
-            "input_size": config.audio_config.d_model,
-            "output_size": transformer.hidden_size,
-            "activation": config.projector_hidden_act,
-            "bias": config.multimodal_projector_bias,
-            "pg_collection": stage.pg_collection,
-        },
-    )
-    audio = ModuleSpec(
-        module=AudioModalitySubmodules,
-        submodules={
-            "encoders": {ENCODER: audio_spec(config.audio_config, transformer, stage)},
-            "input_projections": [projector],
-        },
+    audio = audio_modality(
+        config.audio_config,
+        seeing.language_model_spec.params["config"],
+        stage,
+        activation=config.projector_hidden_act,
+        bias=config.multimodal_projector_bias,
     )
     return MimoModelConfig(
         language_model_spec=seeing.language_model_spec,
@@ -74,16 +60,10 @@ def build(config: Any, args: Namespace, stage: Stage) -> MimoModelConfig:
 
 def key_table(config: Any) -> KeyTable:
     """Parameter names: LLaVA's, those of the audio tower and of its projector."""
-    kinds = ("weight", "bias") if config.multimodal_projector_bias else ("weight",)
-    projector = tuple(
-        Row(
-            mimo=f"{_AUDIO}input_projections.0.linear_fc{number}.{kind}",
-            hf=(f"audio_projector.linear_{number}.{kind}",),
-        )
-        for number in (1, 2)
-        for kind in kinds
+    projector = llava.projector_rows(
+        config, mimo=f"{AUDIO}input_projections.0.", hf="audio_projector."
     )
-    tower = audio_rows(config.audio_config, mimo=f"{_AUDIO}encoders.{ENCODER}.", hf="audio_tower.")
+    tower = audio_rows(config.audio_config, mimo=f"{AUDIO}encoders.{ENCODER}.", hf="audio_tower.")
     return llava.key_table(config, more=(*tower, *projector))
 
 
@@ -145,15 +125,7 @@ def tiny() -> Any:
 
     return LlavaAvlmConfig(
         vision_config=CLIPVisionConfig(**llava.TINY_VISION),
-        audio_config=WhisperConfig(
-            num_mel_bins=16,
-            encoder_layers=2,
-            encoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            d_model=32,
-            max_source_positions=30,
-            init_std=0.2,
-        ),
+        audio_config=WhisperConfig(**TINY_AUDIO, init_std=0.2),
         text_config=LlamaConfig(**llava.TINY_TEXT),
         image_token_index=4,
         audio_token_index=5,

@@ -15,7 +15,7 @@ from megatron.mimo.convert.keys import KeyTable
 from megatron.mimo.data import MediaFormat
 from megatron.mimo.models.family import Family, Media
 from megatron.mimo.models.language import language_arguments, language_rows, language_spec
-from megatron.mimo.models.llava import text_config
+from megatron.mimo.models.llava import TINY_TEXT, example_text, text_config
 from megatron.mimo.models.qwen2_5_vl_sample import sample
 from megatron.mimo.models.qwen2_5_vl_vision import (
     ENCODER,
@@ -106,18 +106,8 @@ def tiny() -> Any:
             "initializer_range": 0.2,
         },
         text_config={
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 500,  # not what Megatron pads a vocabulary to
-            "max_position_embeddings": 256,
+            **TINY_TEXT,
             "rms_norm_eps": 1e-6,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "initializer_range": 0.1,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1_000_000.0,
@@ -134,18 +124,17 @@ def tiny() -> Any:
 
 def example(config: Any, generator: Generator) -> dict[str, Tensor]:
     """One to three images and clips with text before, between and behind them."""
-    above = max(config.image_token_id, config.video_token_id) + 1  # special tokens are below
+    placeholders = [config.image_token_id, config.video_token_id]
+    around = [config.vision_start_token_id, config.vision_end_token_id]
 
     def number(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 
     def text() -> Tensor:
-        return torch.randint(
-            above, config.text_config.vocab_size, (number(1, 8),), generator=generator
-        )
+        return example_text(config, [*placeholders, *around], generator)
 
     tokens = [text()]
-    grids: dict[int, list[list[int]]] = {config.image_token_id: [], config.video_token_id: []}
+    grids: dict[int, list[list[int]]] = {token: [] for token in placeholders}
     for _ in range(number(1, 4)):
         is_video = number(0, 2) == 1
         placeholder = config.video_token_id if is_video else config.image_token_id
@@ -155,9 +144,9 @@ def example(config: Any, generator: Generator) -> dict[str, Tensor]:
         merge = config.vision_config.spatial_merge_size
         grids[placeholder].append([frames, down * merge, across * merge])
         tokens += [
-            torch.tensor([config.vision_start_token_id]),
+            torch.tensor(around[:1]),
             torch.full((frames * down * across,), placeholder),
-            torch.tensor([config.vision_end_token_id]),
+            torch.tensor(around[1:]),
             text(),
         ]
     tokens_1L = torch.cat(tokens)[None]

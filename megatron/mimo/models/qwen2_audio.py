@@ -10,28 +10,32 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from megatron.core.models.mimo import AudioModalitySubmodules, MimoModelConfig
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.models.mimo import MimoModelConfig
 from megatron.mimo.convert.keys import KeyTable, Row
 from megatron.mimo.data import Sample
-from megatron.mimo.encoders import Projector
 from megatron.mimo.models.audio_tower import (
+    AUDIO,
     ENCODER,
+    TINY_AUDIO,
     audio_format,
     audio_items,
+    audio_modality,
     audio_rows,
-    audio_spec,
     example_audio,
     rows_of_clip,
 )
 from megatron.mimo.models.family import Family, Media
 from megatron.mimo.models.language import language_arguments, language_rows, language_spec
-from megatron.mimo.models.llava import labels_or, read_tokens
+from megatron.mimo.models.llava import (
+    MODULE_TREE,
+    TINY_TEXT,
+    example_text,
+    labels_or,
+    read_tokens,
+)
 from megatron.mimo.recipes.recipe import Stage
 
 __all__ = ["FAMILY"]
-
-_AUDIO = "modality_submodules.audio."
 
 
 def text_config(config: Any) -> Any:
@@ -44,24 +48,7 @@ def text_config(config: Any) -> Any:
 def build(config: Any, args: Namespace, stage: Stage) -> MimoModelConfig:
     """The model for one stage."""
     language = language_spec(args, stage)
-    transformer = language.params["config"]
-    projector = ModuleSpec(
-        module=Projector,
-        params={
-            "config": transformer,
-            "input_size": config.audio_config.d_model,
-            "output_size": transformer.hidden_size,
-            "num_layers": 1,
-            "pg_collection": stage.pg_collection,
-        },
-    )
-    audio = ModuleSpec(
-        module=AudioModalitySubmodules,
-        submodules={
-            "encoders": {ENCODER: audio_spec(config.audio_config, transformer, stage)},
-            "input_projections": [projector],
-        },
-    )
+    audio = audio_modality(config.audio_config, language.params["config"], stage, num_layers=1)
     return MimoModelConfig(
         language_model_spec=language,
         modality_submodules_spec={"audio": audio},
@@ -73,7 +60,7 @@ def key_table(config: Any) -> KeyTable:
     """Parameter names."""
     projector = tuple(
         Row(
-            mimo=f"{_AUDIO}input_projections.0.linear_fc1.{kind}",
+            mimo=f"{AUDIO}input_projections.0.linear_fc1.{kind}",
             hf=(f"multi_modal_projector.linear.{kind}",),
         )
         for kind in ("weight", "bias")
@@ -83,17 +70,10 @@ def key_table(config: Any) -> KeyTable:
             *language_rows(
                 text_config(config), model="language_model.model.", head="language_model."
             ),
-            *audio_rows(
-                config.audio_config, mimo=f"{_AUDIO}encoders.{ENCODER}.", hf="audio_tower."
-            ),
+            *audio_rows(config.audio_config, mimo=f"{AUDIO}encoders.{ENCODER}.", hf="audio_tower."),
             *projector,
         ),
-        aliases=(
-            # The module tree of transformers 5, which it does not write itself.
-            ("model.language_model.", "language_model.model."),
-            ("lm_head.", "language_model.lm_head."),
-            ("model.", ""),
-        ),
+        aliases=MODULE_TREE,
     )
 
 
@@ -127,28 +107,8 @@ def tiny() -> Any:
     from transformers import Qwen2AudioConfig, Qwen2AudioEncoderConfig, Qwen2Config
 
     return Qwen2AudioConfig(
-        audio_config=Qwen2AudioEncoderConfig(
-            num_mel_bins=16,
-            encoder_layers=2,
-            encoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            d_model=32,
-            max_source_positions=30,
-            initializer_range=0.2,
-        ),
-        text_config=Qwen2Config(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=500,  # not what Megatron pads a vocabulary to
-            max_position_embeddings=256,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            initializer_range=0.1,
-        ),
+        audio_config=Qwen2AudioEncoderConfig(**TINY_AUDIO, initializer_range=0.2),
+        text_config=Qwen2Config(**TINY_TEXT),
         audio_token_index=4,
         architectures=["Qwen2AudioForConditionalGeneration"],
     )
@@ -163,9 +123,7 @@ def example(config: Any, generator: Generator) -> dict[str, Tensor]:
     clips["feature_attention_mask"][0, : config.audio_config.max_source_positions] = 1
     token, parts = config.audio_token_index, []
     for length in [*clips["feature_attention_mask"].sum(dim=1).tolist(), None]:
-        words = int(torch.randint(1, 8, (), generator=generator))
-        vocabulary = config.text_config.vocab_size
-        parts.append(torch.randint(token + 1, vocabulary, (words,), generator=generator))
+        parts.append(example_text(config, [token], generator))
         if length is not None:
             parts.append(torch.full((rows_of_clip(config.audio_config, length),), token))
     return {"input_ids": torch.cat(parts)[None], **clips}
