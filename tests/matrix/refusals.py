@@ -49,7 +49,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
 
 def messages_of_flags() -> dict[str, str]:
     """Of ``FLAGS`` with the default recipe, on CPU."""
-    from megatron.mimo.backend import cpu, select_backend
+    from megatron.mimo.backend import capabilities, select_backend
     from megatron.mimo.recipes import load_recipe
 
     select_backend("cpu")
@@ -58,8 +58,7 @@ def messages_of_flags() -> dict[str, str]:
     def parse(argv: tuple[str, ...]) -> Callable[[], object]:
         return lambda: parse_arguments(
             load_recipe("digits"),
-            backend="cpu",
-            backend_defaults=cpu.ARGUMENT_DEFAULTS,
+            machine=capabilities(),
             config={},
             argv=(*argv, "--no-output"),
         )

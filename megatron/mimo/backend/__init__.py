@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["select_backend"]
+from megatron.mimo.backend.capabilities import (
+    Capabilities,
+    capabilities,
+    usable_transformer_engine,
+)
+
+__all__ = ["Capabilities", "capabilities", "select_backend"]
 
 
 def select_backend(name: str | None = None) -> str:
@@ -39,5 +45,6 @@ def select_backend(name: str | None = None) -> str:
             "backend 'cuda' asked for, but torch sees no usable CUDA device; check the driver and "
             "CUDA_VISIBLE_DEVICES, or use 'cpu'"
         )
+    usable_transformer_engine()  # hides one that does not load, before Megatron meets it
     cpu.apply_defect_patches()
     return "cuda"

@@ -13,10 +13,11 @@ import torch
 import torch.distributed
 
 from megatron.mimo.backend import torch_view
+from megatron.mimo.backend.capabilities import hide_cuda_packages
 from megatron.mimo.backend.patching import Patch, Patcher
-from megatron.mimo.backend.table import ARGUMENT_DEFAULTS, PATCHES
+from megatron.mimo.backend.table import PATCHES
 
-__all__ = ["ARGUMENT_DEFAULTS", "PATCHES", "Patch", "apply", "apply_defect_patches", "is_applied"]
+__all__ = ["PATCHES", "Patch", "apply", "apply_defect_patches", "is_applied"]
 
 _PATCHER = Patcher()
 _applied = False
@@ -40,6 +41,7 @@ def apply() -> None:
     if _applied:
         return
     _refuse_live_cuda()
+    hide_cuda_packages()
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     _PATCHER.apply(PATCHES, torch_view.build_view())
     _applied = True

@@ -32,6 +32,16 @@ def do_nothing(*_: object, **__: object) -> None:
     """Accepts anything."""
 
 
+def taken_from(source: str) -> Callable[[Any], Any]:
+    """What stands at ``module:name``, whatever the original is."""
+
+    def replacement(_: Any) -> Any:
+        module, _, name = source.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    return replacement
+
+
 def accept_cpu_types(original: Any) -> Any:
     """``original`` with every literal ``"torch.cuda.*Tensor"`` turned into ``"torch.*Tensor"``.
 
@@ -62,9 +72,9 @@ def _cpu_type(constant: Any) -> Any:
 
 
 def with_default_arguments(
-    defaults: Mapping[str, object],
+    defaults: Callable[[], Mapping[str, object]],
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A ``parse_args`` whose parser has ``defaults``; the script's own defaults and flags win."""
+    """A ``parse_args`` whose parser has ``defaults()``; the script's own defaults and flags win."""
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -73,7 +83,7 @@ def with_default_arguments(
             ignore_unknown_args: bool = False,
         ) -> Any:
             def provider(parser: ArgumentParser) -> ArgumentParser:
-                parser.set_defaults(**defaults)
+                parser.set_defaults(**defaults())
                 return extra_args_provider(parser) if extra_args_provider else parser
 
             return original(provider, ignore_unknown_args)

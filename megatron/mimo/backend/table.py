@@ -7,20 +7,9 @@ from typing import Any
 
 from megatron.mimo.backend import gloo, stock
 from megatron.mimo.backend import torch_view as view
+from megatron.mimo.backend.capabilities import capabilities
+from megatron.mimo.backend.defaults import argument_defaults
 from megatron.mimo.backend.patching import VIEW, Patch
-
-ARGUMENT_DEFAULTS: dict[str, object] = {
-    "distributed_backend": "gloo",
-    "transformer_impl": "local",
-    "gradient_accumulation_fusion": False,
-    "no_persist_layer_norm": True,
-    "masked_softmax_fusion": False,
-    "apply_rope_fusion": False,
-    "use_cpu_initialization": True,
-    "disable_jit_fuser": True,
-}
-"""Megatron arguments (argparse destinations) that a run without CUDA needs. ``apply`` makes them
-the defaults of ``megatron.training``'s parser; what a script or the command line sets wins."""
 
 
 def _always(value: Any) -> Callable[[Any], Any]:
@@ -131,6 +120,11 @@ _RANDOM = (
     ),
 )
 
+_LOCAL = "megatron.core.utils:local_multi_tensor_"
+_APPLIER = {"multi_tensor_applier": _LOCAL + "applier"}
+_SCALE = {"multi_tensor_scale_impl": _LOCAL + "scale"}
+_TORCH_NORM = "megatron.core.transformer.torch_norm:WrappedTorchNorm"
+
 _CPU_TYPES = tuple(
     Patch(
         name=f"tensor types of {attribute}",
@@ -157,6 +151,34 @@ _AUTOCAST = tuple(
     for method in ("forward", "backward")
 )
 
+_TAKEN = (
+    ("core.optimizer.optimizer", _APPLIER | _SCALE),
+    ("core.optimizer.clip_grads", _APPLIER | _SCALE | {"l2_norm_impl": _LOCAL + "l2_norm"}),
+    ("training.utils.common_utils", _APPLIER | {"multi_tensor_l2norm": _LOCAL + "l2_norm"}),
+    ("core.transformer.transformer_block", {"LayerNormImpl": _TORCH_NORM}),
+    ("core.models.gpt.gpt_layer_specs", {"LNImpl": _TORCH_NORM}),
+    ("core.models.vision.vit_layer_specs", {"LNImpl": _TORCH_NORM}),
+)
+
+_WITHOUT_TE = (
+    *(
+        Patch(
+            name=f"{name} of {module}",
+            target=f"megatron.{module}:{name}",
+            reason="taken from Transformer Engine or apex where they are installed: CUDA kernels",
+            replacement=stock.taken_from(source),
+        )
+        for module, names in _TAKEN
+        for name, source in names.items()
+    ),
+    Patch(
+        name="multi_tensor_scale_tensor_impl of core.optimizer.clip_grads",
+        target="megatron.core.optimizer.clip_grads:multi_tensor_scale_tensor_impl",
+        reason="taken from Transformer Engine, which alone has it; None where it is absent",
+        replacement=_always(None),
+    ),
+)
+
 _GLOO = (
     Patch(
         name="one gloo device",
@@ -176,6 +198,13 @@ _GLOO = (
 )
 
 _DEFECTS = (
+    Patch(
+        name="argument defaults",
+        target="megatron.training.arguments:parse_args",
+        reason="the parser's defaults are for CUDA with Transformer Engine and apex",
+        replacement=stock.with_default_arguments(lambda: argument_defaults(capabilities())),
+        needs_no_cuda=False,
+    ),
     Patch(
         name="token count of auxiliary losses",
         target="megatron.core.transformer.moe.router:get_tokens_per_expert_and_token_count",
@@ -226,12 +255,6 @@ PATCHES: tuple[Patch, ...] = (
         reason="draws from the generator of the initial weights, how much depends on batch and TP",
         replacement=_answer(None),
     ),
-    Patch(
-        name="argument defaults",
-        target="megatron.training.arguments:parse_args",
-        reason="the parser's defaults are for CUDA with Transformer Engine and apex",
-        replacement=stock.with_default_arguments(ARGUMENT_DEFAULTS),
-    ),
     *_DEVICES,
     *_FACTORIES,
     *_STREAM_PATCHES,
@@ -239,6 +262,7 @@ PATCHES: tuple[Patch, ...] = (
     *_RANDOM,
     *_CPU_TYPES,
     *_AUTOCAST,
+    *_WITHOUT_TE,
     Patch(
         name="splits of the expert dispatcher",
         target="megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",

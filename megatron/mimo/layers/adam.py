@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from megatron.mimo.backend import capabilities
+
 __all__ = ["Adam", "install_adam"]
 
 
 def install_adam() -> bool:
-    """Makes ``megatron.core.optimizer`` use :class:`Adam` where neither TE nor apex is installed.
+    """Makes ``megatron.core.optimizer`` use :class:`Adam` where neither TE's nor apex's works.
 
     Also mends the loading of fp32 weights in the format "dp_reshardable", which copies into leaves
     of the autograd graph and raises, whichever Adam is in use.
@@ -36,8 +38,11 @@ def install_adam() -> bool:
         distrib_optimizer.DistributedOptimizer.load_parameter_state_from_dp_reshardable = (
             torch.no_grad()(load)
         )
-    if optimizer.USING_PYTORCH_OPTIMIZER:
+    machine = capabilities()
+    if not machine.has_transformer_engine() and not machine.has_apex("amp_C"):
         optimizer.Adam = distrib_optimizer.Adam = Adam
+        optimizer.SGD = torch.optim.SGD
+        distrib_optimizer.USING_TE_OPTIMIZER = False
         # Both mean, wherever they are read: the class takes ``adam_w_mode``, and its groups hold
         # the step. There is no flag that says only that.
         optimizer.USING_PYTORCH_OPTIMIZER = False

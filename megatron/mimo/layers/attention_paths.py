@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.mimo.backend import capabilities
 from megatron.mimo.layers.attention_tiles import Document, plan_tiles
 from megatron.mimo.layers.context_parallel import Tiling, attend_tiles
 from megatron.mimo.layers.packed_lengths import boundaries_with_padding, packed_documents
@@ -149,6 +150,12 @@ def _packed_fused(
     from torch.nn.attention.varlen import varlen_attn
 
     behind, ahead = rule.visibility.behind, rule.visibility.ahead
+    shared = q_THD.size(1) // k_TGD.size(1)
+    gqa: dict[str, bool] = {}
+    if shared > 1 and "enable_gqa" in capabilities().varlen_arguments:
+        gqa = {"enable_gqa": True}
+    elif shared > 1:  # before torch 2.12
+        k_TGD, v_TGD = (t.repeat_interleave(shared, dim=1) for t in (k_TGD, v_TGD))
     q_bounds, k_bounds = boundaries_with_padding(
         packed, query_tokens=q_THD.size(0), key_tokens=k_TGD.size(0)
     )
@@ -162,7 +169,7 @@ def _packed_fused(
         k_TGD.size(0),
         scale=rule.scale,
         window_size=(-1 if behind is None else behind, -1 if ahead is None else ahead),
-        enable_gqa=q_THD.size(1) != k_TGD.size(1),
+        **gqa,
     )
     assert isinstance(out, Tensor)  # a pair only where the log-sum-exp is asked for
     return out

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.mimo.errors import ConfigError
@@ -24,6 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.mimo.backend import capabilities
 from megatron.mimo.layers.attention import CoreAttention
 from megatron.mimo.layers.norm import Norm
 from megatron.mimo.layers.self_attention import CachingSelfAttention
@@ -42,7 +42,8 @@ def uses_transformer_engine(config: TransformerConfig) -> bool:
             f"transformer_impl is {config.transformer_impl!r}; expected 'local' or "
             "'transformer_engine'"
         )
-    return bool(HAVE_TE) and config.transformer_impl == "transformer_engine"
+    has_te = capabilities().has_transformer_engine()
+    return has_te and config.transformer_impl == "transformer_engine"
 
 
 def language_layer_spec(
@@ -121,9 +122,13 @@ def _block_spec(
 
 
 def _replacements(config: TransformerConfig) -> dict[type, type]:
-    """What takes the place of megatron-core's: apex's LayerNorm stays, but it is no RMSNorm."""
+    """What takes the place of megatron-core's.
+
+    apex's LayerNorm stays where its kernel is there; it is no RMSNorm.
+    """
     replacements: dict[type, type] = {WrappedTorchNorm: Norm}
-    if config.normalization != "LayerNorm":
+    has_kernel = capabilities().has_apex("fused_layer_norm_cuda")
+    if config.normalization != "LayerNorm" or not has_kernel:
         replacements[FusedLayerNorm] = Norm
     if config.softmax_type == "vanilla":  # megatron-core's knows the others, on one CP rank
         replacements[DotProductAttention] = CoreAttention

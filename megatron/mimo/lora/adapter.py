@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -38,6 +37,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
+from megatron.mimo.backend import capabilities
 from megatron.mimo.lora.merge import merge_adapter
 from megatron.mimo.lora.settings import LoraSettings
 
@@ -276,7 +276,7 @@ def _kinds() -> dict[Split, tuple[type, ...]]:
         "column": (ColumnParallelLinear,),
         "row": (RowParallelLinear,),
     }
-    if HAVE_TE:
+    if capabilities().has_transformer_engine():
         from megatron.core.extensions import transformer_engine as te
 
         kinds["column"] += (te.TEColumnParallelLinear, te.TELayerNormColumnParallelLinear)

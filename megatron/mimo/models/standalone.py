@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.backend import select_backend
+from megatron.mimo.backend import capabilities, select_backend
 from megatron.mimo.models.family import Family
 
 __all__ = ["build_model", "model_arguments", "process_groups"]
@@ -104,18 +104,13 @@ def model_arguments(
     Raises:
         ConfigError: Megatron refuses the combination.
     """
-    backend = select_backend()
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-    from megatron.mimo.backend import cpu
+    machine = capabilities()
     from megatron.mimo.recipes.recipe import Recipe
     from megatron.mimo.training.arguments import parse_arguments
     from megatron.mimo.training.quiet import stdout
     from megatron.training.models.gpt import calculate_padded_vocab_size
 
     arguments = family.arguments(config)
-    defaults: dict[str, object] = dict(cpu.ARGUMENT_DEFAULTS) if backend == "cpu" else {}
-    if backend == "cuda" and not HAVE_TE:
-        defaults["transformer_impl"] = "local"
     recipe = Recipe(
         name=family.name,
         summary="a model without a run",
@@ -131,8 +126,7 @@ def model_arguments(
     with stdout(shown=False):
         args = parse_arguments(
             recipe,
-            backend=backend,
-            backend_defaults=defaults,
+            machine=machine,
             config={},
             argv=["--no-output", "--train-iters=1", *layout, _DTYPES[dtype], *flags],
         )

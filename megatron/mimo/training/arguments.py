@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.backend import Capabilities
+from megatron.mimo.backend.defaults import argument_defaults, check_arguments
 from megatron.mimo.recipes import DEFAULT_RECIPE, recipe_summaries
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.training.parts import add_part_arguments, check_parts
@@ -147,8 +149,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def parse_arguments(
     recipe: Recipe,
     *,
-    backend: str,
-    backend_defaults: Mapping[str, object],
+    machine: Capabilities,
     config: Mapping[str, Any],
     argv: Sequence[str] | None = None,
 ) -> argparse.Namespace:
@@ -156,8 +157,7 @@ def parse_arguments(
 
     Args:
         recipe: its ``arguments`` become defaults, its ``add_arguments`` extends the parser.
-        backend: ``"cpu"`` or ``"cuda"``.
-        backend_defaults: Megatron argument values the backend needs.
+        machine: what the run has to compute with, as ``capabilities()`` says.
         config: content of the configuration file, as ``read_config`` returns it.
         argv: command line without the program's name; None for the process's own.
 
@@ -173,7 +173,7 @@ def parse_arguments(
         add_mimo_arguments(parser)
         if recipe.add_arguments is not None:
             recipe.add_arguments(parser)
-        weak = {**_PROJECT_DEFAULTS, **backend_defaults}
+        weak = {**_PROJECT_DEFAULTS, **argument_defaults(machine)}
         for action in parser._actions:
             if action.dest == "yaml_cfg":
                 action.type = _no_yaml_cfg
@@ -186,7 +186,8 @@ def parse_arguments(
 
     with _command_line(argv):
         args = parse_args(extend)
-    _derive(args, backend)
+    _derive(args, machine)
+    check_arguments(args, machine)
     check_layout(args)
     check_parts(args)
     try:
@@ -272,10 +273,10 @@ def _no_yaml_cfg(_: str) -> NoReturn:
     raise argparse.ArgumentTypeError("not supported; use --config, which takes every flag")
 
 
-def _derive(args: argparse.Namespace, backend: str) -> None:
+def _derive(args: argparse.Namespace, machine: Capabilities) -> None:
     """Fill in what depends on other arguments."""
     args.explicit_load = args.load is not None
-    if backend == "cuda" and not (args.fp16 or args.fp32 or args.bf16):
+    if machine.device == "cuda" and not (args.fp16 or args.fp32 or args.bf16):
         args.bf16 = True
     if args.fp32 and (args.fp16 or args.bf16):
         raise ConfigError("--fp32 excludes --fp16 and --bf16; give one of the three")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.models.mimo.errors import MimoError
+from megatron.mimo.backend import capabilities
 from megatron.mimo.recipes import load_recipe, locate_recipe
 from megatron.mimo.recipes.recipe import FinishedRun, Recipe
 from megatron.mimo.training import failure
@@ -32,6 +33,7 @@ from megatron.mimo.training.start import choose_start, loading_weights
 __all__ = ["main"]
 
 METRICS = "metrics.json"
+_BACKENDS = {"nccl": "NCCL"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,25 +76,17 @@ def _arguments(
     early: EarlyArguments, argv: Sequence[str] | None, rank: int
 ) -> tuple[Recipe, Namespace]:
     """Select the backend, load the recipe and parse; Megatron is imported here."""
-    from megatron.mimo.backend import cpu, select_backend
-
-    backend = select_backend()
+    machine = capabilities()
     from megatron.mimo.layers import install_adam
 
     install_adam()
     recipe = load_recipe(early.recipe)
-    if backend == "cpu":
-        defaults: dict[str, object] = {**cpu.ARGUMENT_DEFAULTS, "num_workers": 0}
-    else:
-        defaults = {} if _has_transformer_engine() else {"transformer_impl": "local"}
     shown = "--verbose" in (sys.argv[1:] if argv is None else argv)
     wants_help = {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)
     _single_process_environment()
     importlib.import_module("megatron.training.training")  # the rest, while warnings are off
     with stdout(shown=(shown or bool(wants_help)) and rank == 0):
-        args = parse_arguments(
-            recipe, backend=backend, backend_defaults=defaults, config=early.config, argv=argv
-        )
+        args = parse_arguments(recipe, machine=machine, config=early.config, argv=argv)
     return recipe, args
 
 
@@ -210,7 +204,7 @@ def _opening(recipe: Recipe, args: Namespace) -> str:
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     dtype = str(args.params_dtype).removeprefix("torch.")
     stage = f", stage {args.stage}" if args.stage else ""
-    where = "CPU, gloo" if args.distributed_backend == "gloo" else "CUDA, NCCL"
+    where = f"{capabilities()}, {_BACKENDS.get(args.distributed_backend, args.distributed_backend)}"
     processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
     return (
         f"recipe {recipe.name}{stage}: {processes} "
@@ -261,12 +255,6 @@ def _single_process_environment() -> None:
         port = probe.getsockname()[1]
     single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ.update(single | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
-
-
-def _has_transformer_engine() -> bool:
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    return bool(HAVE_TE)
 
 
 def _flush_writers() -> None:

@@ -66,7 +66,11 @@ def test_view_replaces_torch_in_megatron_only(package: Path) -> None:
     view = ModuleType("torch")
     patch = Patch(name="n", target=f"{VIEW}:n", reason="test", replacement=lambda _: 3)
     early = importlib.import_module(f"{PACKAGE}.defines")
-    before = {name: vars(module).get("torch") for name, module in list(sys.modules.items())}
+    before = {
+        name: vars(module).get("torch")
+        for name, module in list(sys.modules.items())
+        if module is not None  # a package that is hidden
+    }
     patcher = Patcher()
     patcher.view = view
     patcher._install(patch, view)

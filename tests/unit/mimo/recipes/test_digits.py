@@ -14,13 +14,11 @@ from megatron.mimo.data import Sample, decode_image
 
 def arguments(**changes: Any) -> Namespace:
     """The recipe's arguments as a CPU run without flags has them."""
-    from megatron.mimo.backend.cpu import ARGUMENT_DEFAULTS
+    from megatron.mimo.backend import capabilities
     from megatron.mimo.recipes.digits import digits
     from megatron.mimo.training.arguments import parse_arguments
 
-    parsed = parse_arguments(
-        digits(), backend="cpu", backend_defaults=ARGUMENT_DEFAULTS, config={}, argv=["--no-output"]
-    )
+    parsed = parse_arguments(digits(), machine=capabilities(), config={}, argv=["--no-output"])
     vars(parsed).update({"padded_vocab_size": 40} | changes)
     return parsed
 

@@ -34,13 +34,12 @@ def given(**changes: Any) -> Namespace:
 
 
 def parsed(recipe: str, *flags: str) -> Namespace:
-    from megatron.mimo.backend.cpu import ARGUMENT_DEFAULTS
+    from megatron.mimo.backend import capabilities
     from megatron.mimo.training.arguments import parse_arguments
 
     return parse_arguments(
         load_recipe(recipe),
-        backend="cpu",
-        backend_defaults=ARGUMENT_DEFAULTS,
+        machine=capabilities(),
         config={},
         argv=["--no-output", *flags],
     )

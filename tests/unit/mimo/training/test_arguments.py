@@ -47,13 +47,12 @@ def _recipe(**arguments: object) -> Recipe:
 def _parse(
     *argv: str, config: dict[str, object] | None = None, recipe: Recipe | None = None
 ) -> argparse.Namespace:
-    from megatron.mimo.backend import cpu, select_backend
+    from megatron.mimo.backend import capabilities, select_backend
 
     select_backend("cpu")
     return parse_arguments(
         recipe or _recipe(),
-        backend="cpu",
-        backend_defaults=cpu.ARGUMENT_DEFAULTS,
+        machine=capabilities(),
         config=config or {},
         argv=argv,
     )
