@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron.core.models.mimo.submodules.state import WITHOUT_EXTRA_STATE
 from megatron.mimo.backend import torch_view
 
 _CUDA_TYPE = "torch.cuda."
@@ -136,6 +137,19 @@ def _without_strides(entry: Any) -> Any:
     entry.properties = copy.copy(entry.properties)
     vars(entry.properties).pop("strides", None)
     return entry
+
+
+def without_extra_state(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``_build_sharded_state_dict_metadata`` that leaves extra state out without FP8 and FP4."""
+
+    @functools.wraps(original)
+    def build_metadata(args: Any, *others: Any, **keywords: Any) -> Any:
+        metadata = original(args, *others, **keywords)
+        if not args.fp8 and not args.fp4:
+            metadata[WITHOUT_EXTRA_STATE] = True
+        return metadata
+
+    return build_metadata
 
 
 def collecting_in_process(original: Callable[..., Any]) -> Callable[..., Any]:

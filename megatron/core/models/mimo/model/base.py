@@ -52,7 +52,7 @@ from megatron.core.models.mimo.model.rotary import own_the_cut, refuse_mrope, ro
 from megatron.core.models.mimo.model.streams import EmbedsStreams, Rows
 from megatron.core.models.mimo.model.wrapped_modules import WrappedModules
 from megatron.core.models.mimo.partition.packing import check_one_row, packed_params
-from megatron.core.models.mimo.submodules.state import Offsets, descended_state
+from megatron.core.models.mimo.submodules.state import Offsets, descended_state, forgive_extra_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -133,6 +133,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         self._rotates_in_3d = own_the_cut(self.language_model)
         self._takes_loss_mask = accepts(self.language_model.forward, "loss_mask")
         self._refuse_scattering_embedding()
+        self.register_load_state_dict_post_hook(forgive_extra_state)
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the language model where Megatron asks the outermost module."""

@@ -74,6 +74,17 @@ def descended_state(
     return state
 
 
+def forgive_extra_state(_: torch.nn.Module, incompatible: Any) -> None:
+    """Hook of ``load_state_dict``: a layer's extra state may be missing, or there without a layer.
+
+    It is what Transformer Engine's layers keep for FP8. Weights that were trained or converted
+    without it have none, and Megatron saves none for attention; Transformer Engine forgives that
+    only to attention of one name, which one in a wrapper does not have.
+    """
+    for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
+        keys[:] = [key for key in keys if not key.endswith("._extra_state")]
+
+
 def _kept_out(name: str, value: Any) -> Any:
     """A layer's extra state as one that no checkpoint has and that stays as it is."""
     if name.endswith("._extra_state") and isinstance(value, ShardedObject):
