@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
 
@@ -12,6 +13,7 @@ _POOL = pytest.StashKey[RankPool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # equality is claimed in fp32, products of TE included
     config.addinivalue_line("markers", "gpu: needs a usable CUDA device; skipped without one")
     config.addinivalue_line("markers", "te: needs Transformer Engine; skipped without it")
     config.stash[_POOL] = RankPool()

@@ -31,7 +31,9 @@ def encoder_config(
 
     Precision, activation, initialisation, dropout, recomputation and tensor parallelism are the
     language model's. The encoder has no experts, and runs whole on each tensor-parallel group that
-    has it: no pipeline, no context or sequence parallelism.
+    has it: no pipeline, no context or sequence parallelism. Its rows are as many as a micro-batch's
+    media give, which neither FP8 and FP4 (tokens by the eight) nor CUDA graphs (fixed shapes) take:
+    it runs in the language model's ``params_dtype``, uncaptured.
 
     Args:
         language: configuration of the language model.
@@ -86,6 +88,11 @@ def encoder_config(
         expert_tensor_parallel_size=None,
         num_moe_experts=None,
         mtp_num_layers=None,
+        fp8=None,
+        fp4=None,
+        cuda_graph_impl="none",
+        cuda_graph_modules=[],
+        inference_cuda_graph_scope=None,
         **_settings_of_experts(language),
     )
 

@@ -1,7 +1,8 @@
-"""Whole sequences on every rank, in a model that was built to cut them.
+"""Whole sequences on every rank, of any length, in a model that was built for training's.
 
 A step of generation has one token for each sequence, which neither sequence nor context
-parallelism can cut. Their weights are whole on every rank that shares a sequence (or cut by
+parallelism can cut, nor can FP8's matrix products take it: they want tokens by the eight. Their
+weights are whole on every rank that shares a sequence (or cut by
 tensor parallelism alone), so that the same model runs uncut: the ranks of a context-parallel group
 then do the same work.
 """
@@ -24,7 +25,7 @@ _FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_e
 
 @contextmanager
 def whole_sequences(chunks: Sequence[MimoModel]) -> Iterator[None]:
-    """Switch sequence and context parallelism off for the time of the block.
+    """Switch sequence and context parallelism and FP8 off for the time of the block.
 
     Args:
         chunks: this rank's; every rank of the sequence's groups enters with its own.
@@ -42,6 +43,9 @@ def whole_sequences(chunks: Sequence[MimoModel]) -> Iterator[None]:
         for module in chunk.language_model.modules()
         if hasattr(module, "inv_freq")
     ]
+    for config in {id(c.config): c.config for c in _with_low_precision(chunks)}.values():
+        put(config, "fp8", None)
+        put(config, "fp4", None)
     cut = any(chunk.partition_adapter is not None for chunk in chunks)
     if cut:
         for chunk in chunks:
@@ -58,6 +62,14 @@ def whole_sequences(chunks: Sequence[MimoModel]) -> Iterator[None]:
             layer.set_context_parallel_group(*groups)
         if cut:
             _forget_rotations(rotary)
+
+
+def _with_low_precision(chunks: Sequence[MimoModel]) -> Iterator[Any]:
+    for chunk in chunks:
+        for module in chunk.language_model.modules():
+            config = getattr(module, "config", None)
+            if getattr(config, "fp8", None) or getattr(config, "fp4", None):
+                yield module
 
 
 def _make_whole(module: Any, put: Any, te_layers: list[tuple[Any, Any]]) -> None:

@@ -26,6 +26,8 @@ def check_layout(args: Namespace) -> None:
     _check_batch(args)
     check_interleaving(args)
     check_experts(args)
+    _check_low_precision(args)
+    _check_graphs(args)
     if not args.calculate_per_token_loss:
         raise ConfigError("calculate_per_token_loss must stay on: the loss is a sum over tokens")
     if args.dataloader_type != "external":
@@ -149,6 +151,38 @@ def _check_batch(args: Namespace) -> None:
                 f"{kind}global batch size {total} is not divisible by {kind}micro batch size "
                 f"{micro} * data-parallel size {dp} = {micro * dp}"
             )
+
+
+def _check_low_precision(args: Namespace) -> None:
+    """Transformer Engine's products in FP8 and FP4 take tokens and widths in whole blocks."""
+    if not args.fp8 and not args.fp4:
+        return
+    flag = "--fp8-format" if args.fp8 else "--fp4-format"
+    block = 32 if args.fp4 or args.fp8_recipe == "mxfp8" else 16
+    tokens_in = 32 if block == 32 else 8
+    tp = args.tensor_model_parallel_size
+    cut = args.context_parallel_size * (tp if args.sequence_parallel else 1)
+    tokens = (args.seq_length or 0) * args.micro_batch_size // cut
+    if tokens % tokens_in:
+        raise ConfigError(
+            f"{flag}: {tokens} tokens of a micro-batch on each rank are not divisible by "
+            f"{tokens_in}; change --seq-length {args.seq_length} or --micro-batch-size "
+            f"{args.micro_batch_size}"
+        )
+    width = args.hidden_size
+    inner = args.ffn_hidden_size or 4 * width
+    for title, size in (("--hidden-size", width), ("--ffn-hidden-size / tp", inner // tp)):
+        if size % block:
+            raise ConfigError(f"{flag}: {title} is {size}; it has to be divisible by {block}")
+
+
+def _check_graphs(args: Namespace) -> None:
+    if args.cuda_graph_impl in ("none", "local"):
+        return
+    raise ConfigError(
+        f"--cuda-graph-impl {args.cuda_graph_impl} is not supported: encoders run uncaptured "
+        "beside the language model's layers; use local"
+    )
 
 
 def _divides(total: int | None, part: int, what: str, by: str) -> None:
