@@ -233,7 +233,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--beside", type=Path, metavar="FILE", help="what --side transformers wrote, if it did"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.side != "ours" and arguments.beside:
+        parser.error("--beside goes with --side ours; leave it away")
+    if arguments.side == "transformers" and arguments.transformer_impl:
+        parser.error("--transformer-impl is of our model; leave it away")
+    return arguments
 
 
 def main() -> None:
@@ -253,9 +258,10 @@ def main() -> None:
         report = measure_ours(size, arguments.rounds, flags, beside=both and not has_gpu)
         if arguments.beside is not None and arguments.beside.is_file():
             other = json.loads(arguments.beside.read_text())
-        report |= {} if other is None else {"transformers": other["transformers"]}
-        if "transformers" in report:
-            compare(report, report)
+        if both:
+            report["transformers"] = (other or report)["transformers"]
+        if both or other is not None:
+            compare(report, other or report)
     report |= {"size": size, "torch": torch.__version__}
     text = json.dumps(report, indent=2)
     if arguments.output is not None:

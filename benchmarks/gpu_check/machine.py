@@ -55,11 +55,12 @@ def missing(machine: Mapping[str, Any], needs: Sequence[str]) -> str:
 
     Args:
         machine: what :func:`facts` found.
-        needs: any of "gpu", "te", "fp8" and "pytest".
+        needs: any of "gpu", "te", "fp8", "graphs" and "pytest".
     """
     packages = machine.get("packages", {})
     reasons = {
         "gpu": "" if machine.get("gpu") else "no GPU",
+        "graphs": "" if machine.get("gpu") else "no GPU to capture CUDA graphs on",
         "te": "" if packages.get("transformer_engine") else "Transformer Engine does not import",
         "pytest": "" if packages.get("pytest") else "pytest is not installed",
         "fp8": ""

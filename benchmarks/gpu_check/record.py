@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ _SHOWN = 160  # characters of a reason in the table
 class Record:
     """The files of a check in a folder: ``gpu_check.json``, ``gpu_check.md``, ``gpu_check.log``."""
 
-    def __init__(self, folder: Path, *, command: Sequence[str], budget: float) -> None:
+    def __init__(self, folder: Path, *, command: str, budget: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.json, self.table, self.log = (
             folder / f"gpu_check.{ending}" for ending in ("json", "md", "log")
@@ -27,7 +27,7 @@ class Record:
         self.log.write_text("")
         self.machine: dict[str, Any] = {}
         self.outcomes: dict[str, tuple[Step, Outcome]] = {}
-        self._command = " ".join(command)
+        self._command = command
         self._budget = budget
         self._start = time.monotonic()
         self._date = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -81,7 +81,7 @@ class Record:
             "|---|---|---|---|---|",
         ]
         for step, outcome in ran:
-            words = short_figures(outcome.figures)
+            words = short_figures(outcome.figures, step.shown)
             if outcome.reason:
                 words = f"{_cell(outcome.reason)[:_SHOWN]}{'; ' + words if words else ''}"
             lines.append(
@@ -94,15 +94,16 @@ class Record:
         return "\n".join(lines) + "\n"
 
 
-def short_figures(figures: Mapping[str, Any], prefix: str = "") -> str:
-    """Figures in one line; names of nested ones are joined by dots."""
+def short_figures(figures: Mapping[str, Any], shown: Iterable[str] = (), prefix: str = "") -> str:
+    """Figures in one line, only those that ``shown`` names if it does; nested ones after a colon."""
     parts = []
     for name, value in figures.items():
         if isinstance(value, Mapping):
-            parts.append(short_figures(value, f"{prefix}{name}."))
-        else:
-            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-            parts.append(f"{prefix}{name} {shown}")
+            nested = short_figures(value, shown)
+            parts.append(f"{name}: {nested}" if nested else "")
+        elif not shown or name in shown:
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            parts.append(f"{name} {text}")
     return ", ".join(part for part in parts if part)
 
 

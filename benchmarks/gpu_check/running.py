@@ -104,7 +104,9 @@ class Runner:
         with self._lock:
             self.record.add(step, outcome, text=text)
             done = len(self.record.outcomes)
-            words = "; ".join(filter(None, [outcome.reason, short_figures(outcome.figures)]))
+            words = "; ".join(
+                filter(None, [outcome.reason, short_figures(outcome.figures, step.shown)])
+            )
             self.say(
                 f"{done:3d}/{self.total}  {step.name:<24} {outcome.result:<8}"
                 f"{outcome.seconds:5.0f} s  {words}"

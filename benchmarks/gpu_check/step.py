@@ -33,6 +33,7 @@ class Step:
         may_refuse: a refusal by name (exit code 2) is a result as good as any.
         figures: reads the folder and the output of a command that ended with exit code 0; raises
             ``StepError`` where they are wrong.
+        shown: names of the figures that the table shows; all if there are none.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Step:
     alone: bool = False
     may_refuse: bool = False
     figures: Callable[[Path, str], Figures] | None = None
+    shown: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

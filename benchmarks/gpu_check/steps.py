@@ -18,8 +18,21 @@ _KINDS = {
 _TRAIN = "examples/mimo/pretrain_mimo.py"
 _TWIN = ("--recipe", "llava_1_5_7b_tiny", "--micro-batch-size", "1", "--global-batch-size", "4")
 _PACKED = (*_TWIN, "--pack", "--seq-length", "384", "--max-position-embeddings", "384")
-_DIGITS = ("--recipe", "digits", "--micro-batch-size", "128", "--lr-warmup-iters", "5")
+_DIGITS = (
+    *("--recipe", "digits", "--micro-batch-size", "128", "--lr-warmup-iters", "5"),
+    *("--eval-iters", "0"),
+)
 _OUTPUT = ("--output", "{work}/run")
+_MERGING = (
+    *("forward_speedup", "forward_backward_speedup", "host_syncs_forward", "host_syncs_backward"),
+    *("forward_device_ms", "stock_forward_device_ms", "copy_device_ms", "forward_host_ms"),
+    *("forward_backward_device_ms", "stock_forward_backward_device_ms"),
+    *("peak_extra_bytes_forward", "stock_peak_extra_bytes_forward"),
+)
+_STEP = (
+    *("step_ms", "speedup", "busy_ms", "memory_gb", "host_waits", "tflops", "of_matmul"),
+    *("attention", "matmul_tflops", "same_loss"),
+)
 
 
 def build_steps(*, cpu: bool = False, full: bool = False) -> list[Step]:
@@ -112,7 +125,7 @@ def _formats(length: tuple[str, ...], longer: dict[str, float]) -> list[Step]:
                     *(_TRAIN, *_PACKED, "--cuda-graph-impl", "local"),
                     *("--transformer-impl", layers, *length),
                 ),
-                needs=("gpu", "te") if kind == "te" else ("gpu",),
+                needs=("graphs", "te") if kind == "te" else ("graphs",),
                 may_refuse=True,
                 figures=reading.training,
                 **longer,
@@ -171,6 +184,7 @@ def _benchmarks(*, cpu: bool, full: bool) -> list[Step]:
         expected=30.0,
         limit=120.0 if full else 80.0,
         figures=reading.json_object,
+        shown=_STEP,
     )
     return [
         replace(
@@ -178,6 +192,7 @@ def _benchmarks(*, cpu: bool, full: bool) -> list[Step]:
             name="alignment",
             title="merging rows, beside megatron-core's MIMO",
             command=("benchmarks/alignment.py", "--json", *(small if cpu else ())),
+            shown=_MERGING,
         ),
         replace(
             alone,
