@@ -97,11 +97,11 @@ def check(runner: Runner, steps: Sequence[Step], *, cpu: bool) -> int:
     runner.record.machine = dict(machine)
     if not machine.get("gpu") and not cpu:
         runner.record.write()
-        _say("torch sees no GPU on this machine; --cpu tries the check itself with small work")
+        runner.say("torch sees no GPU on this machine; --cpu tries the check itself with small work")
         return _NO_GPU
     runner.run_all(steps, machine)
     results = [outcome.result for _, outcome in runner.record.outcomes.values()]
-    _say(", ".join(f"{results.count(kind)} {kind}" for kind in dict.fromkeys(results)))
+    runner.say(", ".join(f"{results.count(kind)} {kind}" for kind in dict.fromkeys(results)))
     return int(FAILED in results)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class Record:
         for step, outcome in ran:
             words = short_figures(outcome.figures, step.shown)
             if outcome.reason:
-                words = f"{_cell(outcome.reason)[:_SHOWN]}{'; ' + words if words else ''}"
+                words = "; ".join(filter(None, [outcome.reason[:_SHOWN], words]))
             lines.append(
                 f"| `{step.name}` | {_cell(step.title)} | {outcome.result} | {_cell(words)} "
                 f"| {outcome.seconds:.0f} |"
@@ -94,8 +94,8 @@ class Record:
         return "\n".join(lines) + "\n"
 
 
-def short_figures(figures: Mapping[str, Any], shown: Iterable[str] = (), prefix: str = "") -> str:
-    """Figures in one line, only those that ``shown`` names if it does; nested ones after a colon."""
+def short_figures(figures: Mapping[str, Any], shown: Collection[str] = ()) -> str:
+    """Figures in one line, those that ``shown`` names if it names any; nested ones by group."""
     parts = []
     for name, value in figures.items():
         if isinstance(value, Mapping):
@@ -114,7 +114,7 @@ def _machine_line(machine: Mapping[str, Any]) -> str:
     memory = f", {machine['memory_gib']} GiB" if machine.get("memory_gib") else ""
     driver = f", driver {machine['driver']}" if machine.get("driver") else ""
     versions = ", ".join(
-        f"{name} {machine['packages'].get(name) or 'absent'}" for name in _PACKAGES
+        f"{name} {machine.get('packages', {}).get(name) or 'absent'}" for name in _PACKAGES
     )
     return f"{device}{memory}{driver}; Python {machine.get('python')}; {versions}."
 

@@ -87,7 +87,10 @@ class Runner:
             return outcome
         folder = self.work / step.name
         folder.mkdir(parents=True)
-        words = [word.format(work=folder, shared=self.work) for word in step.command]
+        words = [
+            word.replace("{work}", str(folder)).replace("{shared}", str(self.work))
+            for word in step.command
+        ]
         ended = run_limited(
             [sys.executable, *words],
             limit=min(step.limit, left),
@@ -119,6 +122,7 @@ def judge(step: Step, folder: Path, ended: Ended) -> Outcome:
     figures: dict[str, Any] = {}
     result, reason = FAILED, ""
     if ended.reason:
+        result = NOT_RUN if ended.reason == "stopped" else FAILED
         reason = f"{ended.reason}, after {ended.seconds:.0f} s"
     elif ended.code == _REFUSAL and step.may_refuse:
         result = REFUSED

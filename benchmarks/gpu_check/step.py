@@ -25,7 +25,8 @@ class Step:
     Attributes:
         name: for ``--only`` and ``--skip``; a prefix up to a dot names a group.
         title: what is checked, for the table.
-        command: what follows the Python interpreter; ``{work}`` is a folder of the step's own.
+        command: what follows the Python interpreter; ``{work}`` is a folder of the step's own,
+            ``{shared}`` one of all steps.
         expected: seconds that it takes, roughly; with less time left it is not begun.
         limit: seconds after which it is stopped.
         needs: what the machine must have, by the names of ``machine.missing``.
