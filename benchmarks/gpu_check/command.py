@@ -97,7 +97,9 @@ def check(runner: Runner, steps: Sequence[Step], *, cpu: bool) -> int:
     runner.record.machine = dict(machine)
     if not machine.get("gpu") and not cpu:
         runner.record.write()
-        runner.say("torch sees no GPU on this machine; --cpu tries the check itself with small work")
+        runner.say(
+            "torch sees no GPU on this machine; --cpu tries the check itself with small work"
+        )
         return _NO_GPU
     runner.run_all(steps, machine)
     results = [outcome.result for _, outcome in runner.record.outcomes.values()]
@@ -129,7 +131,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--full", action="store_true", help="more work, in ten minutes")
     parser.add_argument("--list", action="store_true", help="list the steps and exit")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="steps, or groups such as verify"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="steps, such as verify.llava.te, or verify",
     )
     parser.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="the same, left out")
     parser.add_argument(

@@ -3,48 +3,45 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["facts", "missing"]
 
-_DISTRIBUTIONS = (
-    ("torch", "torch"),
-    ("megatron-core", "megatron-core"),
-    ("transformer_engine", "transformer-engine"),
-    ("apex", "apex"),
-    ("transformers", "transformers"),
-    ("pytest", "pytest"),
-)
 _FP8 = (8, 9)  # the compute capability that FP8 begins with
 
 
 def facts() -> dict[str, Any]:
-    """Python, packages, GPU; torch is imported, and Transformer Engine where there is one."""
+    """Python, packages, GPU; what is installed and cannot be used counts as absent."""
     import torch
 
+    from megatron.mimo.backend.capabilities import capabilities
+
+    can = capabilities()
     found: dict[str, Any] = {
+        "gpu": can.card,
         "python": platform.python_version(),
         "cpus": len(os.sched_getaffinity(0)),
-        "packages": {name: _version(name, of) for name, of in _DISTRIBUTIONS},
-        "torch_cuda": torch.version.cuda,
-        "gpu": None,
+        "packages": {
+            "torch": torch.__version__,
+            "megatron-core": _version("megatron-core"),
+            "transformer_engine": can.transformer_engine,
+            "apex": ", ".join(sorted(can.apex)) or None,
+            "flash-attn": can.flash_attn,
+            "transformers": _version("transformers"),
+            "pytest": _version("pytest"),
+        },
     }
-    found["packages"]["torch"] = torch.__version__
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+    if can.device != "cpu":
         found |= {
-            "gpu": properties.name,
+            "memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
             "gpus": torch.cuda.device_count(),
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "capability": [properties.major, properties.minor],
+            "capability": list(can.compute_capability or ()),
             "driver": _driver(),
         }
     return found
@@ -61,7 +58,7 @@ def missing(machine: Mapping[str, Any], needs: Sequence[str]) -> str:
     reasons = {
         "gpu": "" if machine.get("gpu") else "no GPU",
         "graphs": "" if machine.get("gpu") else "no GPU to capture CUDA graphs on",
-        "te": "" if packages.get("transformer_engine") else "Transformer Engine does not import",
+        "te": "" if packages.get("transformer_engine") else "no usable Transformer Engine",
         "pytest": "" if packages.get("pytest") else "pytest is not installed",
         "fp8": ""
         if tuple(machine.get("capability") or ()) >= _FP8
@@ -70,23 +67,11 @@ def missing(machine: Mapping[str, Any], needs: Sequence[str]) -> str:
     return "; ".join(reasons[need] for need in needs if reasons[need])
 
 
-def _version(module: str, distribution: str) -> str | None:
-    """The version of what imports; None where it does not."""
-    if module in ("transformer_engine", "apex"):  # installed is not yet usable
-        try:
-            imported = importlib.import_module(f"{module}.pytorch" if module[0] == "t" else module)
-        except Exception as error:  # noqa: BLE001 - whatever its import raises, it is not there
-            if importlib.util.find_spec(module) is not None:
-                sys.stderr.write(f"{module} does not import: {type(error).__name__}: {error}\n")
-            return None
-        del imported
+def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        found = importlib.util.find_spec(module) if module.isidentifier() else None
-        if found is None:
-            return None
-        return str(getattr(importlib.import_module(module), "__version__", "unknown version"))
+        return None
 
 
 def _driver() -> str | None:

@@ -23,7 +23,7 @@ class Step:
     """A command, and how its result is read.
 
     Attributes:
-        name: for ``--only`` and ``--skip``; a prefix up to a dot names a group.
+        name: for ``--only`` and ``--skip``, which take it up to any of its dots.
         title: what is checked, for the table.
         command: what follows the Python interpreter; ``{work}`` is a folder of the step's own,
             ``{shared}`` one of all steps.

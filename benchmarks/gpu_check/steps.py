@@ -50,18 +50,18 @@ def build_steps(*, cpu: bool = False, full: bool = False) -> list[Step]:
 
 
 def choose(steps: Sequence[Step], only: Sequence[str], skip: Sequence[str]) -> list[Step]:
-    """The steps that are asked for; a group's name stands for all of its steps.
+    """The steps that are asked for; a name up to a dot stands for all that begin so.
 
     Raises:
-        ValueError: a name that no step and no group has.
+        ValueError: a name that no step has.
     """
-    known = {one.name for one in steps} | {one.name.split(".")[0] for one in steps}
-    unknown = [name for name in (*only, *skip) if name not in known]
-    if unknown:
-        raise ValueError(f"no step is called {unknown[0]!r}; there are {', '.join(sorted(known))}")
 
     def named(step: Step, names: Sequence[str]) -> bool:
-        return step.name in names or step.name.split(".")[0] in names
+        return any(f"{step.name}.".startswith(f"{name}.") for name in names)
+
+    for name in (*only, *skip):
+        if not any(named(one, [name]) for one in steps):
+            raise ValueError(f"no step is called {name!r}; --list lists them")
 
     return [one for one in steps if (not only or named(one, only)) and not named(one, skip)]
 

@@ -137,7 +137,7 @@ def test_goes_on_after_failures_and_records_everything(tmp_path: Path) -> None:
     (good,) = (line for line in table if line.startswith("| `good`"))
     assert good.startswith("| `good` | what good does | passed | ms 1.25, deep: ms 2 |")
     assert any("error: FP8 \\| not here" in line for line in table)
-    assert table[-1] == "- `te` (what te does): Transformer Engine does not import"
+    assert table[-1] == "- `te` (what te does): no usable Transformer Engine"
     assert "ValueError: wrong" in run.record.log.read_text()
     assert len(list((tmp_path / "out").iterdir())) == 3
     assert len(said) == 7
@@ -203,7 +203,7 @@ def test_says_that_there_is_no_gpu(tmp_path: Path, monkeypatch: Any) -> None:
 def test_needs() -> None:
     assert missing(MACHINE, ("gpu",)) == ""
     assert missing(MACHINE, ("te", "fp8")) == (
-        "Transformer Engine does not import; FP8 needs compute capability 8.9"
+        "no usable Transformer Engine; FP8 needs compute capability 8.9"
     )
     assert missing(MACHINE | {"capability": [9, 0]}, ("fp8",)) == ""
     assert missing({"gpu": None}, ("gpu",)) == "no GPU"
@@ -215,6 +215,12 @@ def test_chooses_steps_and_groups(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(set(names)) == len(names)
     chosen = steps.choose(every, ["digits", "fp8"], ["digits.te"])
     assert [one.name for one in chosen] == ["digits.local", "fp8"]
+    verifications = steps.choose(every, ["verify.llava", "verify.qwen2_audio.te"], [])
+    assert [one.name for one in verifications] == [
+        "verify.llava.te",
+        "verify.llava.local",
+        "verify.qwen2_audio.te",
+    ]
     assert main(["--list", "--only", "llava"]) == 0
     listed = capsys.readouterr().out
     assert [line.split()[0] for line in listed.splitlines()] == [
