@@ -110,7 +110,7 @@ def check(runner: Runner, steps: Sequence[Step], *, cpu: bool) -> int:
 def _environment(jobs: int, *, cpu: bool) -> dict[str, str]:
     """The environment of the steps: this checkout first, no network."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    threads = max(1, len(os.sched_getaffinity(0)) // (2 * jobs))
+    threads = max(1, min(4, len(os.sched_getaffinity(0)) // (2 * jobs)))
     found = {
         "OMP_NUM_THREADS": str(threads),
         **os.environ,
