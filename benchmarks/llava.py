@@ -7,13 +7,17 @@ conversations (one image each, texts of very different lengths) in three ways:
 - ``padded``: ours, one conversation per row, padded to the longest;
 - ``transformers``: theirs, padded in the same way, with ``attention_mask``.
 
-A step is forward, backward and AdamW, after which the weights have changed. Times are medians over
-rounds in which the three take turns in one process; ``memory_gb`` is what a step takes at its peak
-and the model's own weights and optimizer state, and is left out on CPU. ``same_loss`` says how far
-the three losses of the first step are apart, relatively: the same weights, the same batch.
+A step is forward, backward and AdamW. Times are medians over rounds in which what is measured in
+one process takes turns. ``same_loss`` says how far the losses of the first step are apart,
+relatively: the same weights, the same batch.
 
-``--size 2b`` (bf16) wants a GPU; ``--size tiny``, the default without one, is small enough for a
-laptop and says nothing about the GPU.
+``--size tiny``, the default without a GPU, is measured in one process and says nothing about a GPU.
+``--size 2b`` (bf16) wants a GPU, where the model is made. There transformers is measured in a
+process of its own, without Transformer Engine and with the fastest of PyTorch's attentions.
+``memory_gb`` is a step's peak with weights and optimizer state, ``busy_ms`` the time in which the
+GPU works in forward and backward, ``host_waits`` how often the host waits for it in forward.
+``tflops`` counts the arithmetic of real tokens only, and ``of_matmul`` is its share of the rate of
+a product of two matrices.
 """
 
 from __future__ import annotations
@@ -21,117 +25,33 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron.mimo.backend import select_backend
+from benchmarks import device as on_device
+from benchmarks.llava_model import (
+    SIZES,
+    Loss,
+    configuration,
+    conversations,
+    our_losses,
+    real_flops,
+    reference,
+    theirs,
+)
 
-# Text lengths of the conversations, in tokens; an image's rows come on top.
-_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "vision": (128, 512, 4, 4, 56, 14),  # hidden, ffn, layers, heads, image, patch
-        "text": (256, 704, 4, 8, 8, 2000),  # hidden, ffn, layers, heads, groups, vocabulary
-        "lengths": (16, 24, 40, 48, 64, 96, 160, 240),
-        "dtype": torch.float32,
-    },
-    "2b": {
-        "vision": (1024, 4096, 24, 16, 336, 14),
-        "text": (2048, 5632, 32, 16, 16, 32064),
-        "lengths": (64, 96, 128, 192, 256, 384, 768, 1440),
-        "dtype": torch.bfloat16,
-    },
-}
-_IMAGE_TOKEN = 4
+_WARM_UP = 2  # steps that are not timed
+_SAME = 0.02  # losses of the first step that are further apart are of two models
 
 
-def configuration(size: str) -> Any:
-    """The ``LlavaConfig`` of a size."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-
-    sizes = _SIZES[size]
-    hidden, ffn, layers, heads, image, patch = sizes["vision"]
-    vision = CLIPVisionConfig(
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        image_size=image,
-        patch_size=patch,
-    )
-    hidden, ffn, layers, heads, groups, vocabulary = sizes["text"]
-    text = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        vocab_size=vocabulary,
-        max_position_embeddings=4096,
-    )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=_IMAGE_TOKEN,
-        architectures=["LlavaForConditionalGeneration"],
-    )
-
-
-def conversations(config: Any, lengths: tuple[int, ...]) -> list[dict[str, Tensor]]:
-    """One image and some text each, in the form that Hugging Face's model takes."""
-    vision, generator = config.vision_config, torch.Generator().manual_seed(1)
-    rows = (vision.image_size // vision.patch_size) ** 2
-    shape = (1, 3, vision.image_size, vision.image_size)
-    found = []
-    for length in lengths:
-        text = torch.randint(5, config.text_config.vocab_size, (length,), generator=generator)
-        tokens = torch.cat([text[:4], torch.full((rows,), _IMAGE_TOKEN), text[4:]])
-        pixels = torch.randn(shape, generator=generator)
-        found.append({"input_ids": tokens[None], "pixel_values": pixels})
-    return found
-
-
-def theirs(model: Any, given: list[dict[str, Tensor]], device: Any, dtype: Any) -> Any:
-    """A function that gives transformers' loss of the padded conversations."""
-    longest = max(one["input_ids"].size(1) for one in given)
-    shape = (len(given), longest)
-    ids, mask, labels = torch.zeros(shape, dtype=torch.long), torch.zeros(shape), None
-    for row, one in enumerate(given):
-        length = one["input_ids"].size(1)
-        ids[row, :length], mask[row, :length] = one["input_ids"][0], 1
-    labels = ids.masked_fill((ids == _IMAGE_TOKEN) | (mask == 0), -100).to(device)
-    pixels = torch.cat([one["pixel_values"] for one in given]).to(device, dtype)
-    ids, mask = ids.to(device), mask.long().to(device)
-
-    def loss() -> Tensor:
-        output = model(input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=labels)
-        value: Tensor = output.loss
-        return value
-
-    return loss
-
-
-def ours(model: Any, batch: dict[str, Any], device: Any, dtype: Any) -> Callable[[], Tensor]:
-    """A function that gives our loss of a collated micro-batch."""
-    from megatron.mimo.training.broadcast import move
-    from megatron.mimo.training.data import stage_part
-    from megatron.mimo.training.step import model_inputs
-
-    batch = move(stage_part(batch, pre_process=True, post_process=True, dtype=dtype), device)
-
-    def loss() -> Tensor:
-        losses_BS, mask_BS = model(**model_inputs(batch, labels=batch["labels"]))
-        value: Tensor = (losses_BS.float() * mask_BS).sum() / mask_BS.sum()
-        return value
-
-    return loss
-
-
-def step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, device: Any) -> Any:
+def step(loss: Loss, optimizer: torch.optim.Optimizer, device: Any) -> Any:
     """One training step: its loss, seconds, and bytes above those before it (0 on CPU)."""
     accelerated = device.type != "cpu"
     before = 0
@@ -148,7 +68,7 @@ def step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, device: A
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() - before if accelerated else 0
-    return float(value), seconds, peak
+    return value.item(), seconds, peak
 
 
 def held(optimizer: torch.optim.Optimizer) -> int:
@@ -158,94 +78,201 @@ def held(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.nbytes for tensor in (*weights, *kept))
 
 
-def measure(size: str, rounds: int) -> dict[str, Any]:
-    """The report of one size."""
+def adam(model: Any, device: Any) -> torch.optim.Optimizer:
+    """The optimizer of every side."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type != "cpu")
+
+
+def measure_ours(size: str, rounds: int, flags: list[str], *, beside: bool) -> dict[str, Any]:
+    """Our report; with ``beside``, transformers' too, measured in turn in this process."""
     from megatron.mimo.convert.load import load_hugging_face
-    from megatron.mimo.data import PackingCollator, SampleCollator
     from megatron.mimo.models import load_family
     from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
 
-    family, config = load_family("llava"), configuration(size)
-    dtype = _SIZES[size]["dtype"]
-    given = conversations(config, _SIZES[size]["lengths"])
-    samples = [family.sample(config, one) for one in given]
-    lengths = [len(sample.token_ids) for sample in samples]
-    media = family.media(config)
-    settings: dict[str, Any] = {
-        "vocab_size": config.text_config.vocab_size,
-        "pad_id": 0,
-        "special_token_ids": media.special_token_ids,
-        "media_formats": media.formats,
-    }
-    batches = {
-        "packed": PackingCollator(seq_length=sum(lengths), **settings)(samples),
-        "padded": SampleCollator(seq_length=max(lengths), **settings)(samples),
-    }
+    family, config, dtype = load_family("llava"), configuration(size), SIZES[size]["dtype"]
     with process_groups() as device:
-        args = model_arguments(family, config, dtype=dtype)
-        torch.manual_seed(1)
-        reference = family.reference(config).to(device, dtype).train()
-        models: dict[str, Any] = {"transformers": reference}
-        losses = {"transformers": theirs(reference, given, device, dtype)}
-        for name, batch in batches.items():
-            models[name] = build_model(family, config, args, device=device).train()
-            load_hugging_face(models[name], reference.state_dict(), family.keys(config))
-            losses[name] = ours(models[name], batch, device, dtype)
-        optimizers = {
-            name: torch.optim.AdamW(model.parameters(), lr=1e-5) for name, model in models.items()
-        }
-        return _report(losses, optimizers, lengths, rounds, device) | {
-            "parameters": sum(parameter.numel() for parameter in reference.parameters()),
-            "dtype": str(dtype).removeprefix("torch."),
-        }
+        args = model_arguments(family, config, dtype=dtype, flags=flags)
+        original: Any = reference(config, device, dtype)
+        model = build_model(family, config, args, device=device).train()
+        load_hugging_face(model, original.state_dict(), family.keys(config))
+        losses = our_losses(size, model, device)
+        optimizers = dict.fromkeys(losses, adam(model, device))
+        if beside:
+            given = conversations(config, SIZES[size]["lengths"])
+            losses = {"transformers": theirs(original, given, device, dtype)} | losses
+            optimizers["transformers"] = adam(original, device)
+        del original
+        return _report(size, losses, optimizers, rounds, device) | {"layers": args.transformer_impl}
 
 
-def _report(losses: Any, optimizers: Any, lengths: list[int], rounds: int, device: Any) -> Any:
+def measure_theirs(size: str, rounds: int) -> dict[str, Any]:
+    """The report of transformers, in a process that holds nothing of Megatron."""
+    config, dtype = configuration(size), SIZES[size]["dtype"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = reference(config, device, dtype)
+    plain = theirs(model, conversations(config, SIZES[size]["lengths"]), device, dtype)
+    with torch.no_grad():
+        first = plain().item()  # before the weights change
+    optimizer = adam(model, device)
+    kind, loss = _fastest_attention(plain, optimizer, device)
+    report = _report(size, {"transformers": loss}, {"transformers": optimizer}, rounds, device)
+    report["transformers"] |= {"first_loss": first, "attention": kind}
+    return report
+
+
+def _fastest_attention(loss: Loss, optimizer: Any, device: Any) -> tuple[str, Loss]:
+    """The loss under the fastest of PyTorch's fused attentions, and its name."""
+    if device.type == "cpu":
+        return "default", loss
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    flash = SDPBackend.FLASH_ATTENTION  # takes no mask, but the encoder has none
+
+    def under(*kinds: SDPBackend) -> Loss:
+        def run() -> Tensor:
+            with sdpa_kernel(list(kinds)) if kinds else nullcontext():
+                return loss()
+
+        return run
+
+    choices = {
+        "default": under(),
+        "cudnn": under(SDPBackend.CUDNN_ATTENTION, flash),
+        "efficient": under(SDPBackend.EFFICIENT_ATTENTION, flash),
+    }
+    seconds = {}
+    for name, run in choices.items():
+        try:
+            seconds[name] = min(step(run, optimizer, device)[1] for _ in range(3))
+        except RuntimeError as error:
+            optimizer.zero_grad(set_to_none=True)
+            sys.stderr.write(f"attention {name}: {error}\n")
+    if not seconds:
+        raise RuntimeError("transformers trains with none of PyTorch's attentions")
+    best = min(seconds, key=lambda name: seconds[name])
+    return best, choices[best]
+
+
+def _report(
+    size: str, losses: dict[str, Loss], optimizers: Any, rounds: int, device: Any
+) -> dict[str, Any]:
+    config = configuration(size)
+    lengths = [one["input_ids"].size(1) for one in conversations(config, SIZES[size]["lengths"])]
+    with torch.no_grad():
+        first = {name: loss().item() for name, loss in losses.items()}
     steps: dict[str, list[Any]] = {name: [] for name in losses}
-    for _ in range(rounds + 1):
+    for _ in range(rounds + _WARM_UP):
         for name, loss in losses.items():
             steps[name].append(step(loss, optimizers[name], device))
-    first = [made[0][0] for made in steps.values()]
     report: dict[str, Any] = {
         "tokens": sum(lengths),
         "padded_tokens": len(lengths) * max(lengths),
-        "same_loss": max(abs(value / first[0] - 1) for value in first),
+        "dtype": str(SIZES[size]["dtype"]).removeprefix("torch."),
     }
-    baseline = [seconds for _, seconds, _ in steps["transformers"][1:]]
+    if device.type != "cpu":
+        report["matmul_tflops"] = round(on_device.matmul_tflops(), 1)
     for name, made in steps.items():
-        timed = made[1:]
-        row = {
-            "step_ms": round(1e3 * statistics.median(seconds for _, seconds, _ in timed), 2),
-            "speedup": round(
-                statistics.median(
-                    other / seconds for other, (_, seconds, _) in zip(baseline, timed, strict=True)
-                ),
-                2,
-            ),
-        }
+        timed = made[_WARM_UP:]
+        median = statistics.median(seconds for _, seconds, _ in timed)
+        report[name] = {"first_loss": first[name], "step_ms": round(1e3 * median, 2)}
         if device.type != "cpu":
             peak = max(peak for *_, peak in timed) + held(optimizers[name])
-            row["memory_gb"] = round(peak / 1e9, 2)
-        report[name] = row
+            tflops = real_flops(config, lengths) / median / 1e12
+            report[name] |= {"memory_gb": round(peak / 1e9, 2), "tflops": round(tflops, 1)}
+            report[name]["of_matmul"] = round(tflops / report["matmul_tflops"], 3)
+            report[name] |= _on_device(losses[name], optimizers[name])
     return report
+
+
+def _on_device(loss: Loss, optimizer: Any) -> dict[str, Any]:
+    """What the device and the host do in forward and backward."""
+    kept: list[Tensor] = []
+    waits = on_device.host_waits(lambda: kept.append(loss()))
+    waits_backward = on_device.host_waits(lambda: kept.pop().backward())
+    busy = on_device.busy_ms(lambda: loss().backward())
+    optimizer.zero_grad(set_to_none=True)
+    return {
+        "busy_ms": None if busy is None else round(busy, 1),
+        "host_waits": len(waits),
+        "host_waits_backward": len(waits_backward),
+        "waits_at": sorted({*waits, *waits_backward})[:8],
+    }
+
+
+def compare(report: dict[str, Any], other: dict[str, Any]) -> None:
+    """Add to our report how it stands to transformers'.
+
+    Raises:
+        SystemExit: the losses of the first step are of different models.
+    """
+    row = other["transformers"]
+    ours = [report[name] for name in ("padded", "packed")]
+    for one in ours:
+        one["speedup"] = round(row["step_ms"] / one["step_ms"], 2)
+    report["same_loss"] = max(abs(one["first_loss"] / row["first_loss"] - 1) for one in ours)
+    if not report["same_loss"] < _SAME:
+        sys.exit(f"not the same model: first losses differ by {report['same_loss']:.1%}, {report}")
+
+
+def _theirs_elsewhere(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--side", "transformers", "--json", "--size", size]
+    command += ["--rounds", str(arguments.rounds)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+    return found
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--size", choices=SIZES, help="tiny without a GPU, 2b with one")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--side", choices=("both", "ours", "transformers"), default="both")
+    parser.add_argument("--transformer-impl", help="layers of our model; default: as in training")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here as well")
+    parser.add_argument(
+        "--beside", type=Path, metavar="FILE", help="what --side transformers wrote, if it did"
+    )
+    arguments = parser.parse_args()
+    if arguments.side != "ours" and arguments.beside:
+        parser.error("--beside goes with --side ours; leave it away")
+    if arguments.side == "transformers" and arguments.transformer_impl:
+        parser.error("--transformer-impl is of our model; leave it away")
+    return arguments
 
 
 def main() -> None:
     """Prints a table, or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--size", choices=_SIZES, help="tiny without a GPU, 2b with one")
-    parser.add_argument("--rounds", type=int, default=10)
-    arguments = parser.parse_args()
-    backend = select_backend()
-    size = arguments.size or ("tiny" if backend == "cpu" else "2b")
-    report = measure(size, arguments.rounds) | {"size": size, "torch": torch.__version__}
+    arguments = _parse()
+    if arguments.side == "transformers":
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # as if not there
+    has_gpu = torch.cuda.is_available()
+    size = arguments.size or ("2b" if has_gpu else "tiny")
+    name, given = "--transformer-impl", arguments.transformer_impl
+    flags = [f"{name}={given}"] if given else []
+    if arguments.side == "transformers":
+        report = measure_theirs(size, arguments.rounds)
+    else:
+        both = arguments.side == "both"
+        other = _theirs_elsewhere(arguments, size) if both and has_gpu else None
+        report = measure_ours(size, arguments.rounds, flags, beside=both and not has_gpu)
+        if arguments.beside is not None and arguments.beside.is_file():
+            other = json.loads(arguments.beside.read_text())
+        if both:
+            report["transformers"] = (other or report)["transformers"]
+        if both or other is not None:
+            compare(report, other or report)
+    report |= {"size": size, "torch": torch.__version__}
+    text = json.dumps(report, indent=2)
+    if arguments.output is not None:
+        arguments.output.write_text(text)
     if arguments.json:
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        print(text)
         return
     for name in ("transformers", "padded", "packed"):
-        sys.stdout.write(f"{name:<14}{report[name]['step_ms']:>10.1f} ms")
-        sys.stdout.write(f"{report[name]['speedup']:>8.2f} x transformers\n")
+        if name in report:
+            row = report[name]
+            print(f"{name:<14}{row['step_ms']:>10.1f} ms{row.get('speedup', 1):>8.2f} x")
 
 
 if __name__ == "__main__":

@@ -174,6 +174,11 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--pp", type=_count, default=1, metavar="N", help="pipeline parallelism")
     parser.add_argument("--samples", type=_count, default=2, metavar="N", help="default 2")
     parser.add_argument(
+        "--transformer-impl",
+        choices=("local", "transformer_engine"),
+        help="layers of our model; default: those that training takes on this machine",
+    )
+    parser.add_argument(
         "--weights-only", action="store_true", help="compare files; build neither model"
     )
     parser.add_argument("--logits", type=float, default=1e-4, metavar="X", help="allowed, absolute")
@@ -237,8 +242,11 @@ def _verify(given: argparse.Namespace) -> tuple[str, int]:
     named = [path for path in (given.source, given.checkpoint) if path is not None]
     if len(named) != (0 if given.tiny else 2):
         raise ConfigError("verify takes HF_DIR and CHECKPOINT, or --tiny FAMILY; see --help")
+    if given.weights_only and given.transformer_impl:
+        raise ConfigError("--transformer-impl has no effect on --weights-only; leave it away")
+    flags = [f"--transformer-impl={given.transformer_impl}"] if given.transformer_impl else []
     if given.tiny:
-        findings = verify_tiny(given.tiny, tp_size=given.tp, pp_size=given.pp)
+        findings = verify_tiny(given.tiny, tp_size=given.tp, pp_size=given.pp, flags=flags)
     else:
         findings = verify_checkpoint(
             given.source,
@@ -248,6 +256,7 @@ def _verify(given: argparse.Namespace) -> tuple[str, int]:
             samples=given.samples,
             weights_only=given.weights_only,
             allowed=Allowed(logits=given.logits, gradients=given.gradients),
+            flags=flags,
         )
     good = all(finding.equal for finding in findings)
     lines = [*map(str, findings), "equal" if good else "NOT equal"]

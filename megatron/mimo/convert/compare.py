@@ -5,7 +5,7 @@ Legend: B micro-batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -66,7 +66,14 @@ class Comparison:
 
 
 def compare_model(
-    family: Any, config: Any, checkpoint: Path, expected: Expected, *, tp_size: int, pp_size: int
+    family: Any,
+    config: Any,
+    checkpoint: Path,
+    expected: Expected,
+    *,
+    tp_size: int,
+    pp_size: int,
+    flags: Sequence[str] = (),
 ) -> Comparison:
     """Load a checkpoint in fp32 and compare; every rank of the job takes part.
 
@@ -79,10 +86,11 @@ def compare_model(
         expected: what transformers computes.
         tp_size: tensor-parallel size.
         pp_size: pipeline-parallel size; both together are the number of processes.
+        flags: of ``pretrain_mimo.py``, for our model.
     """
     found = Comparison()
     with process_groups(tp_size=tp_size, pp_size=pp_size) as device:
-        args = model_arguments(family, config, tp_size=tp_size, pp_size=pp_size)
+        args = model_arguments(family, config, tp_size=tp_size, pp_size=pp_size, flags=flags)
         model = build_model(family, config, args, device=device)
         load_weights(model, checkpoint)
         longest = max(example["input_ids"].size(1) for example in expected.examples)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,17 @@ def compare_on_processes(
     *,
     tp_size: int,
     pp_size: int,
+    flags: Sequence[str] = (),
 ) -> list[Comparison]:
     """What each rank finds; arguments as for ``compare_model``.
 
     Raises:
         ConfigError: a process failed, or there are fewer GPUs than processes.
     """
-    sizes = {"tp_size": tp_size, "pp_size": pp_size}
+    how: dict[str, Any] = {"tp_size": tp_size, "pp_size": pp_size, "flags": tuple(flags)}
     count = tp_size * pp_size
     if count == 1:
-        return [compare_model(family, config, checkpoint, expected, **sizes)]
+        return [compare_model(family, config, checkpoint, expected, **how)]
     if torch.cuda.is_available() and torch.cuda.device_count() < count:
         raise ConfigError(
             f"--tp {tp_size} --pp {pp_size} needs {count} GPUs, there are "
@@ -49,7 +51,7 @@ def compare_on_processes(
         )
     with tempfile.TemporaryDirectory(prefix="mimo-verify-") as name:
         folder = Path(name)
-        job = (family.name, config, checkpoint, expected, sizes)
+        job = (family.name, config, checkpoint, expected, how)
         (folder / _JOB).write_bytes(pickle.dumps(job))
         _run_all(folder, count)
         results = [folder / f"{rank}.pickle" for rank in range(count)]
@@ -112,8 +114,8 @@ def _main() -> None:
     from megatron.mimo.models import load_family
 
     folder = Path(sys.argv[1])
-    name, config, checkpoint, expected, sizes = pickle.loads((folder / _JOB).read_bytes())
-    found = compare_model(load_family(name), config, checkpoint, expected, **sizes)
+    name, config, checkpoint, expected, how = pickle.loads((folder / _JOB).read_bytes())
+    found = compare_model(load_family(name), config, checkpoint, expected, **how)
     (folder / f"{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(found))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ def verify_checkpoint(
     samples: int = 2,
     weights_only: bool = False,
     allowed: Allowed | None = None,
+    flags: Sequence[str] = (),
 ) -> list[Finding]:
     """Compare a checkpoint with a Hugging Face directory.
 
@@ -86,6 +87,7 @@ def verify_checkpoint(
         samples: random conversations that both models read, in fp32.
         weights_only: compare the files only; neither model is built.
         allowed: what passes.
+        flags: of ``pretrain_mimo.py``, for our model (``["--transformer-impl", "local"]``).
 
     Raises:
         ConfigError, UnsupportedError, InputError: one of both cannot be read.
@@ -111,11 +113,15 @@ def verify_checkpoint(
     check_spellings([name for name, _ in described.named_parameters()], family.keys(config))
     expected = compute_expected(model, family, config, samples=samples, seed=_SEED)
     del model
-    found = compare_on_processes(family, config, folder, expected, tp_size=tp_size, pp_size=pp_size)
+    found = compare_on_processes(
+        family, config, folder, expected, tp_size=tp_size, pp_size=pp_size, flags=flags
+    )
     return [*findings, *_compare_runs(expected, found, allowed or Allowed())]
 
 
-def verify_tiny(name: str, *, tp_size: int = 1, pp_size: int = 1) -> list[Finding]:
+def verify_tiny(
+    name: str, *, tp_size: int = 1, pp_size: int = 1, flags: Sequence[str] = ()
+) -> list[Finding]:
     """Take a small random model of a family all the way there and back.
 
     Makes a Hugging Face directory, imports it, compares under the layout, exports it, compares the
@@ -125,6 +131,7 @@ def verify_tiny(name: str, *, tp_size: int = 1, pp_size: int = 1) -> list[Findin
         name: of the family.
         tp_size: tensor-parallel size.
         pp_size: pipeline-parallel size.
+        flags: of ``pretrain_mimo.py``, for our model.
     """
     family = load_family(name)
     config: Any = family.tiny()
@@ -138,7 +145,7 @@ def verify_tiny(name: str, *, tp_size: int = 1, pp_size: int = 1) -> list[Findin
         size = sum(parameter.nbytes for parameter in model.parameters())
         model.save_pretrained(made, max_shard_size=max(size // 3, 1))
         import_model(made, imported, shown=False)
-        findings = verify_checkpoint(made, imported, tp_size=tp_size, pp_size=pp_size)
+        findings = verify_checkpoint(made, imported, tp_size=tp_size, pp_size=pp_size, flags=flags)
         export_model(imported, exported, shown=False)
         findings.append(_compare_files(made, exported))
         findings.append(_reload(model, exported))

@@ -25,6 +25,23 @@ def test_every_family_goes_there_and_back(ranks: RankPool, name: str) -> None:
     assert found == dict.fromkeys(titles, True)
 
 
+def verify_with_a_wrong_flag() -> str:
+    from megatron.core.models.mimo.errors import ConfigError
+    from megatron.mimo.convert.verify import verify_tiny
+
+    try:
+        verify_tiny("llava", flags=["--transformer-implx=local"])
+    except ConfigError as error:
+        return str(error)
+    return "not refused"
+
+
+def test_flags_reach_our_model(ranks: RankPool) -> None:
+    assert ranks(1)(verify_with_a_wrong_flag) == [
+        "unknown flag --transformer-implx=local; did you mean --transformer-impl?"
+    ]
+
+
 def verify_on_processes(folder: Path) -> list[str]:
     from megatron.mimo.convert.verify import verify_checkpoint
 

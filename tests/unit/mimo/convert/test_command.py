@@ -44,6 +44,9 @@ def test_refuses_by_name(
     assert "--dtype has no effect" in refused(
         capsys, "export", empty_model, out, "--adapters-only", "--dtype", "float16"
     )
+    assert "--transformer-impl has no effect" in refused(
+        capsys, "verify", empty_model, out, "--weights-only", "--transformer-impl", "local"
+    )
     assert not out.exists()
 
 
