@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.backend.exact import forbid_tf32
 from megatron.mimo.convert.checkpoint import ASSETS, CheckpointReader, locate
 from megatron.mimo.convert.compare import Comparison
 from megatron.mimo.convert.exporting import export_model, read_parameter
@@ -92,6 +93,7 @@ def verify_checkpoint(
     Raises:
         ConfigError, UnsupportedError, InputError: one of both cannot be read.
     """
+    forbid_tf32()
     root, folder = locate(checkpoint)
     config = read_hf_config(source)
     family = family_of(config)
@@ -133,6 +135,7 @@ def verify_tiny(
         pp_size: pipeline-parallel size.
         flags: of ``pretrain_mimo.py``, for our model.
     """
+    forbid_tf32()
     family = load_family(name)
     config: Any = family.tiny()
     with tempfile.TemporaryDirectory(prefix="mimo-verify-") as temporary:
