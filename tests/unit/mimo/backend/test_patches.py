@@ -23,8 +23,12 @@ from torch.distributed.checkpoint.metadata import (
 from megatron.mimo.backend import cpu, select_backend
 from megatron.mimo.backend.patching import VIEW, Patch
 
-select_backend("cpu")
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what fails without CUDA")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_cpu() -> None:
+    select_backend("cpu")
 
 
 def _original(name: str) -> Any:
