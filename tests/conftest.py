@@ -1,15 +1,26 @@
-"""The fixture ``ranks`` and the markers ``gpu`` and ``te``; see ``tests/rank_pool``."""
+"""The fixture ``ranks`` (see ``rank_pool``), the markers ``gpu`` and ``te`` (``gpu_session``)."""
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import os
 
 import pytest
 
-from tests.rank_pool import RankPool
+from tests import gpu_session
+from tests.gpu_session import GpuSession
+from tests.rank_pool import RankPool, RanksFailedError
 
 _POOL = pytest.StashKey[RankPool]()
+_GPU = pytest.StashKey[GpuSession]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu",
+        action="store_true",
+        help="run the tests that need a GPU or Transformer Engine, and no others, in this process",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -17,29 +28,71 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a usable CUDA device; skipped without one")
     config.addinivalue_line("markers", "te: needs Transformer Engine; skipped without it")
     config.stash[_POOL] = RankPool()
+    if not config.option.gpu:
+        config.stash[_GPU] = GpuSession(config)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if needs_gpu and not _has_gpu():
-        for item in needs_gpu:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU: torch sees no CUDA device"))
-    if importlib.util.find_spec("transformer_engine") is None:
-        for item in items:
-            if item.get_closest_marker("te"):
-                item.add_marker(pytest.mark.skip(reason="needs Transformer Engine: not installed"))
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    special = [item for item in items if gpu_session.needs_gpu(item)]
+    if config.option.gpu:
+        others = [item for item in items if item not in special]
+        config.hook.pytest_deselected(items=others)
+        items[:] = special
+        gpu_session.mark_skips(special, gpu=bool(special) and gpu_session.has_gpu())
+    elif gpu_session.has_driver():
+        items.sort(key=gpu_session.needs_gpu)  # a session of their own comes last
+    else:
+        gpu_session.mark_skips(special, gpu=False)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Starts the pool's imports while tests that do not need it run."""
     if session.config.option.collectonly:
         return
-    if any("ranks" in getattr(item, "fixturenames", ()) for item in session.items):
+    if any(_needs_ranks(item) for item in session.items):
         session.config.stash[_POOL].start()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> object:
+    """Hands a test that needs a GPU to the session that sees it."""
+    gpu = item.config.stash.get(_GPU, None)
+    if gpu is None or not gpu_session.needs_gpu(item) or not gpu_session.has_driver():
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    items = item.session.items
+    for report in gpu.reports(item, items[items.index(item) :]):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Says why there are no ranks with the first test that needs them, and only there."""
+    pool = item.config.stash[_POOL]
+    if _needs_ranks(item):
+        if pool.failure is not None:
+            pytest.skip("there are no ranks: the first error of a test with ranks says why")
+        with contextlib.suppress(RanksFailedError):
+            pool.wait_until_ready()
+        if pool.failure is not None:
+            pytest.fail(f"the rank pool cannot serve: {pool.failure}", pytrace=False)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Names the threads beside which ranks were forked, for where something went wrong."""
+    threads = config.stash[_POOL].threads
+    if threads and terminalreporter.stats.keys() & {"failed", "error"}:
+        terminalreporter.write_line(f"ranks were forked beside idle threads: {'; '.join(threads)}")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     config.stash[_POOL].close()
+    if _GPU in config.stash:
+        config.stash[_GPU].close()
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +101,5 @@ def ranks(pytestconfig: pytest.Config) -> RankPool:
     return pytestconfig.stash[_POOL]
 
 
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+def _needs_ranks(item: pytest.Item) -> bool:
+    return "ranks" in getattr(item, "fixturenames", ())

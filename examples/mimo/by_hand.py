@@ -13,8 +13,14 @@ from megatron.mimo.backend import select_backend
 
 # "cuda", or "cpu" made ready for Megatron: the one line that stock MIMO does not know.
 device = select_backend()
-backend, store = {"cuda": "nccl", "cpu": "gloo"}[device], torch.distributed.HashStore()
-torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+backend = {"cuda": "nccl", "cpu": "gloo"}[device]
+torch.distributed.init_process_group(
+    backend,
+    store=torch.distributed.HashStore(),
+    rank=0,
+    world_size=1,
+    device_id=torch.device("cuda", 0) if device == "cuda" else None,
+)
 parallel_state.initialize_model_parallel()
 model_parallel_cuda_manual_seed(1)
 

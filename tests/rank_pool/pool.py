@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import socket
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from tests.rank_pool.messages import FunctionJob, Request, ScriptJob, dumps
 from tests.rank_pool.outcome import RankExit, RanksFailedError, values_or_failure
 from tests.rank_pool.run import Run, ScriptRun
+from tests.rank_pool.server import PRELOAD
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _START_SECONDS = 180.0
@@ -26,7 +28,10 @@ _MASTER = "127.0.0.1"
 # For the server and its ranks: no GPU, and no thread of a numerical library.
 _ALONE = {
     "CUDA_VISIBLE_DEVICES": "",
-    **{f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")},
+    **{
+        f"{library}_NUM_THREADS": "1"
+        for library in ("OMP", "MKL", "OPENBLAS", "BLIS", "NUMEXPR", "NUMBA")
+    },
 }
 
 
@@ -34,9 +39,19 @@ class RankPool:
     """Runs functions and scripts on N fresh rank processes; the fixture ``ranks`` is one.
 
     The server starts at the first ``start`` or request, and stops with ``close``.
+
+    Args:
+        imports: what the server imports; each rank has it already.
+
+    Attributes:
+        failure: why there are no ranks to be had from this pool, once that is known.
+        threads: words for each idle thread beside which ranks are forked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, imports: Sequence[str] = PRELOAD) -> None:
+        self.failure: str | None = None
+        self.threads: list[str] = []
+        self._imports = imports
         self._server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._ready = False
@@ -121,7 +136,8 @@ class RankPool:
         if self._server is not None:
             return
         mine, theirs = socket.socketpair()
-        command = f"from tests.rank_pool.server import main; main({theirs.fileno()})"
+        arguments = f"{theirs.fileno()}, {','.join(self._imports)!r}"
+        command = f"from tests.rank_pool.server import main; main({arguments})"
         environment = os.environ | _ALONE
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(_REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -172,21 +188,46 @@ class RankPool:
         )
         return Run(self._ready_control(), request, store)
 
-    def _ready_control(self) -> socket.socket:
+    def wait_until_ready(self) -> None:
+        """Starts the server if need be and waits for its imports.
+
+        Raises:
+            RanksFailedError: there are no ranks to be had; the message says why.
+        """
         self.start()
         assert self._control is not None
-        if not self._ready:
-            self._control.settimeout(_START_SECONDS)
-            answer = b""
-            while answer != b"ready":
-                chunk = self._control.recv(65536)
-                if not chunk:
-                    reason = answer.decode() or "it died without a word; see its stderr"
-                    raise RanksFailedError(f"the rank pool's server could not start\n{reason}")
-                answer += chunk
-            self._control.settimeout(None)
-            self._ready = True
+        assert self._server is not None
+        if self.failure is None and not self._ready:
+            answer = _first_line(self._control)
+            self.failure = answer.get("failure")
+            self.threads = answer.get("threads", [])
+            self._ready = self.failure is None
+        if self.failure is None and self._server.poll() is not None:
+            self.failure = f"it died with code {self._server.returncode}; see its stderr"
+        if self.failure is not None:
+            raise RanksFailedError(f"the rank pool cannot serve: {self.failure}")
+
+    def _ready_control(self) -> socket.socket:
+        self.wait_until_ready()
+        assert self._control is not None
         return self._control
+
+
+def _first_line(control: socket.socket) -> dict[str, Any]:
+    """What the server says once it has imported all, or that it does not."""
+    control.settimeout(_START_SECONDS)
+    line = b""
+    try:
+        while not line.endswith(b"\n"):
+            chunk = control.recv(65536)
+            if not chunk:
+                return {"failure": "it died without a word; see its stderr"}
+            line += chunk
+    except TimeoutError:
+        return {"failure": f"its imports did not end within {_START_SECONDS:g} s"}
+    control.settimeout(None)
+    answer: dict[str, Any] = json.loads(line)
+    return answer
 
 
 def _check_world_size(world_size: int) -> None:

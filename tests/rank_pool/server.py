@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import os
 import socket
 import sys
 import traceback
 from multiprocessing.connection import Connection
+
+from tests.rank_pool.threads import BusyThreadsError, come_to_rest, describe, other_threads
 
 PRELOAD = (
     "numpy",
@@ -47,29 +50,37 @@ PRELOAD = (
 _MAX_DESCRIPTORS = 250  # of one message on a Unix socket
 
 
-def main(control_fd: int) -> None:
-    """Serves and leaves without the interpreter's slow and chatty unloading of modules."""
+def main(control_fd: int, imports: str) -> None:
+    """Serves and leaves without the interpreter's slow and chatty unloading of modules.
+
+    Args:
+        control_fd: this end of the control socket.
+        imports: names of modules, with commas between.
+    """
     try:
-        _serve(socket.socket(fileno=control_fd))
+        _serve(socket.socket(fileno=control_fd), imports.split(","))
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(0)
 
 
-def _serve(control: socket.socket) -> None:
+def _serve(control: socket.socket, imports: list[str]) -> None:
     """Preloads, says so on the control socket, and serves until the test process goes.
 
-    The first message is b"ready", or the traceback of the import that failed. Each request is one
-    message from the test process that carries descriptors: the run's own socket, then
-    the files of its ranks.
+    The first message is a line of JSON: ``{"threads": [words for each idle thread]}``, or
+    ``{"failure": why}``. Each request is one message from the test process that carries
+    descriptors: the run's own socket, then the files of its ranks.
     """
     try:
-        _preload()
-    except BaseException:
-        control.sendall(traceback.format_exc().encode())
+        threads = _preload(imports)
+    except BusyThreadsError as error:
+        _say(control, {"failure": str(error)})
         return
-    control.sendall(b"ready")
+    except BaseException:
+        _say(control, {"failure": traceback.format_exc()})
+        return
+    _say(control, {"threads": threads})
     while True:
         data, descriptors, _, _ = socket.recv_fds(control, 1, _MAX_DESCRIPTORS)
         if not data:
@@ -77,34 +88,60 @@ def _serve(control: socket.socket) -> None:
         _reap_supervisors()
         sys.stdout.flush()
         sys.stderr.flush()
-        if os.fork() == 0:
-            control.close()
-            from tests.rank_pool.supervisor import supervise
-
-            supervise(Connection(descriptors[0]), descriptors[1:])
+        _fork_supervisor(control, descriptors)
         for fd in descriptors:
             os.close(fd)
 
 
-def _preload() -> None:
+def _fork_supervisor(control: socket.socket, descriptors: list[int]) -> None:
+    from tests.rank_pool.messages import Refusal, send
+    from tests.rank_pool.supervisor import supervise
+
+    try:
+        come_to_rest()
+    except BusyThreadsError as error:
+        with Connection(os.dup(descriptors[0])) as run:
+            send(run, Refusal(reason=str(error)))
+        return
+    if os.fork() == 0:
+        control.close()
+        supervise(Connection(descriptors[0]), descriptors[1:])
+
+
+def _say(control: socket.socket, message: dict[str, object]) -> None:
+    control.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _preload(imports: list[str]) -> list[str]:
+    """Imports what ranks need; what there is to say about threads that this left, all idle.
+
+    Raises:
+        BusyThreadsError: the imports left a thread that keeps running.
+    """
     import torch
 
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
     from megatron.mimo.backend import select_backend
 
+    started_by: dict[int, str] = {thread.number: "torch" for thread in other_threads()}
     select_backend("cpu")
-    for name in PRELOAD:
+    for name in imports:
         importlib.import_module(name)
-    from tests.rank_pool.supervisor import count_threads
-
-    if count_threads() != 1:
-        raise RuntimeError(
-            f"the rank pool's imports left {count_threads()} threads, expected 1: forking such a "
-            "process is unsafe; find the import that starts a thread"
-        )
+        for thread in other_threads():
+            started_by.setdefault(thread.number, name)
+    try:
+        left = come_to_rest()
+    except BusyThreadsError as error:
+        culprits = ", ".join(sorted({started_by.get(t.number, "?") for t in other_threads()}))
+        raise BusyThreadsError(
+            f"importing {culprits} left threads: {error}. Ranks are forked, which is sound only "
+            "beside threads that sleep; find the import that starts them (PRELOAD in "
+            "tests/rank_pool/server.py lists all), or run the tests in an environment without it"
+        ) from None
     gc.collect()
     gc.freeze()  # the collector of a rank never touches, and so never copies, these pages
+    return [f"{describe(t)}, started by {started_by.get(t.number, '?')}" for t in left]
 
 
 def _reap_supervisors() -> None:

@@ -27,6 +27,7 @@ from tests.rank_pool.messages import (
 )
 from tests.rank_pool.processes import adopt_orphans, send_signal, sweep
 from tests.rank_pool.rank import STACK_SIGNAL, run_rank
+from tests.rank_pool.threads import BusyThreadsError, come_to_rest
 
 _POLL_SECONDS = 0.005
 _DUMP_SECONDS = 0.2  # what a rank gets to write its stacks before it is killed
@@ -164,7 +165,7 @@ def _import_test_module(job: FunctionJob) -> None:
     """Imports the function's module once for all ranks.
 
     Raises:
-        RuntimeError: the import started a thread, which a fork would lose together with its locks.
+        RuntimeError: the import left a thread that keeps running.
     """
     if job.module not in sys.modules:
         try:
@@ -177,16 +178,10 @@ def _import_test_module(job: FunctionJob) -> None:
             assert spec.loader is not None
             sys.modules[job.module] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-    threads = count_threads()
-    if threads != 1:
+    try:
+        come_to_rest()
+    except BusyThreadsError as error:
         raise RuntimeError(
-            f"importing {job.module} left {threads} threads running, expected 1: ranks are forked "
-            "after the import; start threads inside the function instead"
-        )
-
-
-def count_threads() -> int:
-    """Threads of this process, those of C libraries included."""
-    import psutil
-
-    return psutil.Process().num_threads()
+            f"importing {job.module} left threads: {error}. Ranks are forked after the import; "
+            "start threads inside the function instead"
+        ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron.mimo.backend import gloo, stock
+from megatron.mimo.backend import gloo, job, stock
 from megatron.mimo.backend import torch_view as view
 from megatron.mimo.backend.capabilities import capabilities
 from megatron.mimo.backend.defaults import argument_defaults
@@ -241,6 +241,16 @@ _DEFECTS = (
         reason="passes strides, a tensor property since torch 2.15, to torch.empty: TypeError",
         replacement=stock.without_strides,
         needs_no_cuda=False,
+    ),
+    *(
+        Patch(
+            name=f"{module}.barrier",
+            target=f"{module}:barrier",
+            reason="NCCL guesses the device from the rank, and can hang where the guess is wrong",
+            replacement=job.naming_the_device,
+            needs_no_cuda=False,
+        )
+        for module in ("torch.distributed.distributed_c10d", "torch.distributed")
     ),
 )
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.backend import capabilities, select_backend
+from megatron.mimo.backend.job import end_job, leave_job
 from megatron.mimo.models.family import Family
 
 __all__ = ["build_model", "model_arguments", "process_groups"]
@@ -75,11 +76,15 @@ def process_groups(*, tp_size: int = 1, pp_size: int = 1, seed: int = 1) -> Iter
             )
         model_parallel_cuda_manual_seed(seed)
         yield device
+    except BaseException:
+        if made_job:
+            leave_job()
+        raise
     finally:
         if made_groups and parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
-        if made_job and dist.is_initialized():
-            dist.destroy_process_group()
+        if made_job:
+            end_job()
 
 
 def model_arguments(

@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if _already_finished(args, start, console):
         return 0
     try:
-        return _train(recipe, args, console)
+        code = _train(recipe, args, console)
+        _end_together()
+        return code
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - reported, then the end
         console.end_progress()
         _flush_writers()
@@ -147,8 +149,6 @@ def _finish(
     output: Path | None,
 ) -> None:
     """Evaluate and report; the checkpoint is on disk, so a signal may end this at any time."""
-    import torch.distributed as dist
-
     from megatron.mimo.training.generate import greedy_generation
 
     leave_on_signal(args, console)
@@ -175,8 +175,20 @@ def _finish(
     console.say(_figures(metrics))
     if output is not None:
         console.say(f"run directory: {output}/")
-    dist.barrier()
-    dist.destroy_process_group()
+
+
+def _end_together() -> None:
+    """Ends the process groups of a run that every rank leaves alike, finished or stopped.
+
+    A rank that left while another still waits for it would break that one's connection.
+    """
+    import torch.distributed as dist
+
+    from megatron.mimo.backend.job import end_job
+
+    if dist.is_initialized():
+        dist.barrier()
+    end_job()
 
 
 def _already_finished(args: Namespace, start: int | None, console: Console) -> bool:

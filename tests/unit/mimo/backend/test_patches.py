@@ -20,14 +20,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron.mimo.backend import capabilities, cpu, select_backend
+from megatron.mimo.backend import Capabilities, cpu, select_backend
 from megatron.mimo.backend.defaults import argument_defaults
 from megatron.mimo.backend.patching import VIEW, Patch
 from megatron.mimo.backend.stock import taken_from
 
-select_backend("cpu")
-DEFAULTS = argument_defaults(capabilities())
+DEFAULTS = argument_defaults(Capabilities(device="cpu"))
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what fails without CUDA")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_cpu() -> None:
+    select_backend("cpu")
 
 
 def _original(name: str) -> Any:

@@ -1,0 +1,134 @@
+"""How the rank pool starts beside threads of what it imports, and what it says where it cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.rank_pool import RankPool
+from tests.rank_pool.threads import BusyThreadsError, come_to_rest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# What libraries leave: a Python thread at a queue, a native one asleep, OpenMP's workers, and one
+# thread that will end by itself.
+PARKED = """
+    import ctypes, queue, threading, time
+
+    threading.Thread(target=queue.Queue().get, name="waiter", daemon=True).start()
+    threading.Thread(target=time.sleep, args=(0.2,), daemon=True).start()
+    libc = ctypes.CDLL(None)
+    libc.pthread_create(ctypes.byref(ctypes.c_ulong()), None, libc.pause, None)
+
+    import torch
+
+    torch.set_num_threads(3)
+    torch.ones(300, 300).matmul(torch.ones(300, 300))
+    torch.ones(10**6).exp().sum()
+    torch.set_num_threads(1)
+"""
+SPINNING = """
+    import threading
+
+    def spin():
+        while True:
+            pass
+
+    threading.Thread(target=spin, name="spinner", daemon=True).start()
+"""
+
+
+CONFTEST = """
+    import tests.conftest
+    from tests.conftest import *
+    from tests.rank_pool import RankPool
+
+    tests.conftest.RankPool = lambda: RankPool(imports=["imported_by_server"])
+"""
+TESTS_WITH_RANKS = """
+    import os
+    import pytest
+
+    def test_without_ranks():
+        pass
+
+    @pytest.mark.parametrize("number", range(20))
+    def test_with_ranks(ranks, number):
+        ranks(1)(os.getpid)
+"""
+
+
+def write(folder: Path, **sources: str) -> None:
+    for name, source in sources.items():
+        (folder / f"{name}.py").write_text(textwrap.dedent(source))
+
+
+def work_in_every_way() -> tuple[float, float, list[str]]:
+    """Collectives, kernels, gradients, threads, a library that has not been loaded before."""
+    import scipy.fft
+
+    weight = torch.ones(300, 300, requires_grad=True)
+    (weight @ torch.ones(300, 300)).sum().backward()
+    assert weight.grad is not None
+    dist.all_reduce(weight.grad)
+    said: list[str] = []
+    worker = threading.Thread(target=said.append, args=("from a thread",))
+    worker.start()
+    worker.join()
+    return weight.grad.mean().item(), float(scipy.fft.fft([1.0, 2.0])[0].real), said
+
+
+def test_ranks_work_beside_idle_threads_of_the_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    write(tmp_path, imported_by_server=PARKED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    pool = RankPool(imports=["imported_by_server"])
+    request.addfinalizer(pool.close)
+    for _ in range(3):
+        assert pool(2)(work_in_every_way) == [(600.0, 3.0, ["from a thread"])] * 2
+    assert any("thread 'waiter' of Python" in words for words in pool.threads), pool.threads
+    assert sum("native thread" in words for words in pool.threads) >= 3, pool.threads
+    assert all(words.endswith("started by imported_by_server") for words in pool.threads)
+
+
+def test_a_thread_that_keeps_running_is_refused_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, imported_by_server=SPINNING, conftest=CONFTEST, test_ranks=TESTS_WITH_RANKS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(REPOSITORY)]))
+    command = [sys.executable, "-m", "pytest", "-ra", f"--rootdir={tmp_path}", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert ended.returncode == pytest.ExitCode.TESTS_FAILED, ended.stdout
+    assert "1 passed, 19 skipped, 1 error" in ended.stdout
+    body, summary = ended.stdout.split("short test summary info")
+    assert body.count("importing imported_by_server left threads: 1 of 1 other threads") == 1
+    assert body.count("thread 'spinner' of Python (in spin, ") == 1
+    assert "SKIPPED [19]" in summary
+    assert len(ended.stdout.splitlines()) < 40, ended.stdout
+
+
+def test_coming_to_rest_waits_for_a_thread_that_ends() -> None:
+    stop = threading.Event()
+
+    def spin() -> None:
+        while not stop.is_set():
+            pass
+
+    spinner = threading.Thread(target=spin, name="spinner")
+    spinner.start()
+    try:
+        with pytest.raises(BusyThreadsError, match=r"thread 'spinner' of Python \(in "):
+            come_to_rest(patience=0.1)
+        threading.Timer(0.1, stop.set).start()
+        assert spinner.native_id not in {left.number for left in come_to_rest(patience=60)}
+    finally:
+        stop.set()
