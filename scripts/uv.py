@@ -1,4 +1,4 @@
-"""uv, which resolves and installs for `make lock` and `make versions`, in an environment of its own.
+"""uv, which resolves and installs for `make lock` and `make versions`, in its own environment.
 
 Everything lies in ``.versions/``, which git ignores and which may be removed at any time. uv reads
 its own settings (UV_DEFAULT_INDEX, UV_INDEX, UV_FIND_LINKS), not those of pip.

@@ -39,7 +39,8 @@ import zipfile
 from pathlib import Path
 {write_wheel}
 def build_editable(folder, config_settings=None, metadata_directory=None):
-    needs = "Provides-Extra: dev\\nRequires-Dist: torch\\nRequires-Dist: torchvision; extra == 'dev'\\n"
+    needs = "Requires-Dist: torch\\nRequires-Dist: torchvision; extra == 'dev'\\n"
+    needs += "Provides-Extra: dev\\n"
     return write_wheel(folder, "project", "1", needs, module="megatron/core/__init__.py")
 """
 
