@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.time_limits import HANG
+
 ROOT = Path(__file__).resolve().parents[3]
 HAS_GPU_DRIVER = any(
     Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -105,7 +107,7 @@ class Project:
             env=kept | settings | given,
             capture_output=True,
             text=True,
-            timeout=600,  # pip and ensurepip on a busy machine
+            timeout=HANG,
         )
 
     def run(self, **given: str) -> str:
@@ -180,6 +182,6 @@ def test_half_a_cpu_build_is_none(tmp_path: Path, offered: str) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=300,
+        timeout=HANG,
     )
     assert done.stdout == ""
