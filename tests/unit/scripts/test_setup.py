@@ -132,7 +132,8 @@ def test_versions_are_those_asked_for(tmp_path: Path) -> None:
 
     told = project.run()
     assert project.versions() == ("2.0", "1.0")
-    assert told.index("3.2 GB to download, 6.2 GB on disk") < told.index("Looking in links")
+    assert told.index("setup: 3.2 GB to download") < told.index("Looking in links")
+    assert "6.2 GB in .venv" in told
     assert "about 6 minutes at 100 Mbit/s" in told
     assert ("offer no CPU build" in told) == (not HAS_GPU_DRIVER)
     assert project.run() == ""
@@ -166,7 +167,8 @@ def test_a_cpu_build_is_taken_where_there_is_one(tmp_path: Path) -> None:
         write_wheel(project.index, name, version)
     told = project.run()
     assert project.versions() == ("2.0+cpu", "1.0+cpu")
-    assert "0.4 GB to download, 1.4 GB on disk" in told
+    assert "setup: 0.4 GB to download" in told
+    assert "1.4 GB in .venv" in told
     assert "taking the CPU build" in told
 
 
