@@ -8,14 +8,17 @@ export OMP_NUM_THREADS
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test matrix check
+.PHONY: help setup train test matrix check lock versions
 
 help:
-	@echo 'make setup   prepare .venv (PYTHON=/path/to/python3.12 to choose the interpreter)'
+	@echo 'make setup   prepare .venv (PYTHON=/path/to/python3.12 to choose the interpreter; LATEST=1 for the'
+	@echo '             newest versions allowed, LATEST=0 for the tested ones of requirements.lock again)'
 	@echo 'make train   train the default recipe: all GPUs, or two processes on CPU (NPROC=n, ARGS="...")'
 	@echo 'make test    run the test suite (ARGS="...")'
 	@echo 'make matrix  hold 300 parallel layouts against one process (ARGS="tp2 cp2", "--list", "--help")'
 	@echo 'make check   format, lint, types and structure: what CI checks besides the tests'
+	@echo 'make lock      write requirements.lock anew, from the ranges of pyproject.toml'
+	@echo 'make versions  run the core of the suite on the oldest and the newest versions allowed (ARGS="--help")'
 
 setup:
 	@scripts/setup
@@ -31,3 +34,10 @@ matrix: setup
 
 check: setup
 	@scripts/check
+
+# These two make environments of their own, in .versions/.
+lock:
+	@"$$(scripts/find_python)" -m scripts.lock $(ARGS)
+
+versions:
+	@"$$(scripts/find_python)" -m scripts.versions $(ARGS)

@@ -21,6 +21,8 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
+from tests.time_limits import HANG
+
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = Path(__file__).with_name("probe.py")
 SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
@@ -39,7 +41,7 @@ def run(
         env=clean | (environment or {}),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
     )
     assert result.returncode == 0, f"{command} failed:\n{result.stdout}\n{result.stderr}"
     return result.stdout

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.overlay.environment import ROOT
+from tests.time_limits import HANG
 
 
 def run_bare(code: str, *path: Path | str, switch: str | None = None) -> str:
@@ -22,7 +23,7 @@ def run_bare(code: str, *path: Path | str, switch: str | None = None) -> str:
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG,
     )
     return (result.stdout if result.returncode == 0 else result.stderr).strip()
 

@@ -10,6 +10,7 @@ import torch
 from megatron.mimo.models import family_names
 from tests.distributed.convert.models import make_and_import
 from tests.rank_pool import RankPool
+from tests.time_limits import HANG
 
 
 def verify_tiny(name: str) -> dict[str, bool]:
@@ -50,7 +51,7 @@ def verify_on_processes(folder: Path) -> list[str]:
 
 
 def test_starts_the_processes_of_a_layout(ranks: RankPool, tmp_path: Path) -> None:
-    (lines,) = ranks(1, timeout=200)(verify_on_processes, tmp_path)
+    (lines,) = ranks(1, timeout=HANG)(verify_on_processes, tmp_path)
     assert len(lines) == 5
     assert all(line.startswith("ok") for line in lines), lines
 

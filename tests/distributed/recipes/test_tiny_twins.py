@@ -13,6 +13,7 @@ from PIL import Image
 from megatron.mimo.recipes import recipe_names
 from tests.distributed.training.launch import LAYOUTS, SCRIPT, losses
 from tests.rank_pool import RankPool, ScriptRun
+from tests.time_limits import HANG
 
 TINY = [name for name in recipe_names() if name.endswith("_tiny")]
 ITERATIONS = 12
@@ -23,7 +24,7 @@ def start(ranks: RankPool, recipe: str, output: Path, layout: str, *flags: str) 
     # 504 rows in every layout: those beyond the vocabulary take part in the loss
     rows = ("--make-vocab-size-divisible-by", "4" if layout == "tp2" else "8")
     argv = [SCRIPT, "--recipe", recipe, "--output", output, *layout_flags, *rows, *flags]
-    return ranks.start_script(world_size, argv, timeout=120)
+    return ranks.start_script(world_size, argv, timeout=HANG)
 
 
 def finished(run: ScriptRun) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.rank_pool import RankExit, RankPool, ScriptRun
+from tests.time_limits import HANG
 
 SCRIPT = Path(__file__).parents[3] / "examples/mimo/pretrain_mimo.py"
 RECIPE = ("--recipe", "tests.distributed.training.tiny:tiny")
@@ -40,7 +41,7 @@ def start(ranks: RankPool, output: Path, layout: str, *flags: str) -> ScriptRun:
     """Start the example script in ``layout``."""
     world_size, layout_flags = {**LAYOUTS, **SEQUENCE_LAYOUTS}[layout]
     argv = [SCRIPT, *RECIPE, "--output", output, *layout_flags, *flags]
-    return ranks.start_script(world_size, argv, timeout=60)
+    return ranks.start_script(world_size, argv, timeout=HANG)
 
 
 def train(ranks: RankPool, output: Path, layout: str, *flags: str) -> list[RankExit]:
@@ -64,7 +65,7 @@ def losses(output: Path) -> dict[int, str]:
     return {int(number): loss for number, loss in (line.split(",") for line in lines[1:])}
 
 
-def wait_for(run: ScriptRun, condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_for(run: ScriptRun, condition: Callable[[], bool], seconds: float = HANG) -> None:
     """Poll until ``condition`` holds, while the run goes on."""
     end = time.monotonic() + seconds
     while not condition():

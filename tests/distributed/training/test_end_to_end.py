@@ -26,6 +26,7 @@ from tests.distributed.training.launch import (
     wait_for,
 )
 from tests.rank_pool import RankPool
+from tests.time_limits import HANG
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_torchrun_itself(tmp_path: Path) -> None:
         env=environment | {"PYTHONPATH": str(SCRIPT.parents[2])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.startswith("recipe tiny: 2 processes (CPU, gloo), tp 1 pp 1 dp 2")

@@ -11,6 +11,7 @@ import pytest
 
 from tests.distributed.training.launch import losses, start, succeed, train, wait_for
 from tests.rank_pool import RankExit, RankPool
+from tests.time_limits import SOON
 
 LONG = ("--train-iters", "100000", "--save-interval", "100000")
 
@@ -41,7 +42,7 @@ def test_a_rank_that_dies_takes_the_others_with_it(
     run.signal(signal.SIGKILL, rank=1)
     begin = time.monotonic()
     exits = run.wait()
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < SOON
     assert exits[1].exit_code == -signal.SIGKILL
     assert exits[0].exit_code != 0
     assert exits[0].stopped != "timeout"
@@ -64,9 +65,10 @@ def test_a_signal_saves_and_leaves(
     begin = time.monotonic()
     run.signal(number)
     exits = run.wait()
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < SOON
     assert [exit_.exit_code for exit_ in exits] == [0] * len(exits), printed(exits)
     last = max(losses(tmp_path))
+    assert last < 100000
     assert f"checkpoint of iteration {last}" in exits[0].stdout
     assert "Traceback" not in printed(exits)
     assert f"iteration {last + 2}/" in succeed(

@@ -131,7 +131,11 @@ def tensors_of(state: dict[str, Any]) -> list[Any]:
 def test_rows_are_those_of_transformers(ranks: RankPool, tp: int) -> None:
     for from_reference, from_alone, all_saved in ranks(tp)(compare_rows, tp):
         assert from_reference < 1e-4
-        assert from_alone < 1e-5
+        # Four patches alone go through another kernel than among 272, which rounds the embedding of
+        # the faint item 1.5e-8 differently; its first norm makes 7e-7 of that, three layers 1.3e-5.
+        # Both are within 1e-5 of fp64, as transformers is, so they differ by up to 2e-5 (the rows
+        # reach 16, where fp32 steps by 1e-6). Rows that saw another item would differ by 0.1.
+        assert from_alone < 3e-5
         assert all_saved
 
 

@@ -88,3 +88,33 @@ def test_boundaries_are_copied_to_the_host_once() -> None:
     assert packed_lengths._host_values(sums) is packed_lengths._host_values(sums)
     sums[1] = 4
     assert packed_lengths._host_values(sums) == [0, 4, 9]
+
+
+KERNELS = {
+    "_scaled_dot_product_flash_attention_for_cpu": (
+        "query key value dropout_p is_causal attn_mask scale",
+        "output logsumexp",
+    ),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": (
+        "grad_out query key value out logsumexp dropout_p is_causal attn_mask scale",
+        "grad_query grad_key grad_value",
+    ),
+    "_scaled_dot_product_flash_attention": (
+        "query key value dropout_p is_causal return_debug_mask scale",
+        "output logsumexp cum_seq_q cum_seq_k max_q max_k rng_state unused debug_attn_mask",
+    ),
+    "_scaled_dot_product_flash_attention_backward": (
+        "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p "
+        "is_causal philox_seed philox_offset scale",
+        "grad_query grad_key grad_value",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_take_and_return_what_is_passed(name: str) -> None:
+    """They are torch's own business, and a new torch may change them: CUDA's too, seen on CPU."""
+    schema = getattr(torch.ops.aten, name).default._schema
+    arguments = " ".join(argument.name for argument in schema.arguments)
+    results = " ".join(result.name for result in schema.returns)
+    assert (arguments, results) == KERNELS[name]
