@@ -53,7 +53,7 @@ class Generator:
         batch_size: prompts of a micro-batch; as many micro-batches as pipeline stages are under
             way at once.
         use_cache: False runs the whole sequence again for each token: slower, and with the
-            memory of no cache. So does a model that runs in CUDA graphs.
+            memory of no cache.
 
     Raises:
         ConfigError: sizes below 1.
@@ -83,8 +83,7 @@ class Generator:
                 "a cache of keys and values with multi-latent attention; give use_cache=False, "
                 "which runs whole sequences for each token"
             )
-        # Captured graphs are of training's shapes, and megatron-core wants flash decoding in them.
-        self._use_cache = use_cache and config.cuda_graph_impl == "none"
+        self._use_cache = use_cache
         self._groups = self._chunks[0].pg_collection
         self._pipeline = Pipeline(self._chunks)
         language = self._chunks[0].language_model

@@ -1,10 +1,10 @@
 """Whole sequences on every rank, of any length, in a model that was built for training's.
 
 A step of generation has one token for each sequence, which neither sequence nor context
-parallelism can cut, nor can FP8's matrix products take it: they want tokens by the eight. Their
-weights are whole on every rank that shares a sequence (or cut by
-tensor parallelism alone), so that the same model runs uncut: the ranks of a context-parallel group
-then do the same work.
+parallelism can cut, nor can FP8's matrix products (tokens by the eight) or CUDA graphs (training's
+shapes) take it. Weights are whole on every rank that shares a sequence (or cut by tensor
+parallelism alone), so that the same model runs uncut: the ranks of a context-parallel group then do
+the same work.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["whole_sequences"]
 
+_OFF: dict[str, object] = {"fp8": None, "fp4": None, "cuda_graph_impl": "none"}
+_GRAPHS = "cudagraph_manager"
 _FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
 
 @contextmanager
 def whole_sequences(chunks: Sequence[MimoModel]) -> Iterator[None]:
-    """Switch sequence and context parallelism and FP8 off for the time of the block.
+    """Switch sequence and context parallelism, FP8 and CUDA graphs off for the time of the block.
 
     Args:
         chunks: this rank's; every rank of the sequence's groups enters with its own.
@@ -37,39 +39,35 @@ def whole_sequences(chunks: Sequence[MimoModel]) -> Iterator[None]:
         undo.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
-    rotary = [
-        module
-        for chunk in chunks
-        for module in chunk.language_model.modules()
-        if hasattr(module, "inv_freq")
-    ]
-    for config in {id(c.config): c.config for c in _with_low_precision(chunks)}.values():
-        put(config, "fp8", None)
-        put(config, "fp4", None)
+    modules = [module for chunk in chunks for module in chunk.language_model.modules()]
+    configs = [module.config for module in modules if hasattr(module, "config")]
+    for config in {id(config): config for config in configs}.values():
+        for name, off in _OFF.items():
+            if getattr(config, name, off) != off:
+                put(config, name, off)
+    rotary = [module for module in modules if hasattr(module, "inv_freq")]
+    captured = [module for module in modules if hasattr(module, _GRAPHS)]
+    graphs = [(module, getattr(module, _GRAPHS)) for module in captured]
+    for module in captured:
+        delattr(module, _GRAPHS)
     cut = any(chunk.partition_adapter is not None for chunk in chunks)
     if cut:
         for chunk in chunks:
             put(chunk, "partition_adapter", None)
-            for module in chunk.language_model.modules():
-                _make_whole(module, put, te_layers)
+        for module in modules:
+            _make_whole(module, put, te_layers)
         _forget_rotations(rotary)
     try:
         yield
     finally:
         for owner, name, value in reversed(undo):
             setattr(owner, name, value)
+        for module, graph in graphs:
+            setattr(module, _GRAPHS, graph)
         for layer, groups in te_layers:
             layer.set_context_parallel_group(*groups)
         if cut:
             _forget_rotations(rotary)
-
-
-def _with_low_precision(chunks: Sequence[MimoModel]) -> Iterator[Any]:
-    for chunk in chunks:
-        for module in chunk.language_model.modules():
-            config = getattr(module, "config", None)
-            if getattr(config, "fp8", None) or getattr(config, "fp4", None):
-                yield module
 
 
 def _make_whole(module: Any, put: Any, te_layers: list[tuple[Any, Any]]) -> None:

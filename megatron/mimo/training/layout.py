@@ -177,12 +177,31 @@ def _check_low_precision(args: Namespace) -> None:
 
 
 def _check_graphs(args: Namespace) -> None:
-    if args.cuda_graph_impl in ("none", "local"):
+    """CUDA graphs replay one shape: whole layers of the language model, on padded rows."""
+    impl = args.cuda_graph_impl
+    if impl == "none":
         return
-    raise ConfigError(
-        f"--cuda-graph-impl {args.cuda_graph_impl} is not supported: encoders run uncaptured "
-        "beside the language model's layers; use local"
-    )
+    flag = f"--cuda-graph-impl {impl}"
+    if impl != "local":
+        raise ConfigError(
+            f"{flag} is not supported: encoders run uncaptured beside the language model's layers; "
+            "use local"
+        )
+    if args.cuda_graph_modules:
+        raise ConfigError(
+            f"{flag} with --cuda-graph-modules is not supported: whole layers are captured; leave "
+            "--cuda-graph-modules out"
+        )
+    if args.pack:
+        raise ConfigError(
+            f"{flag} with --pack is not supported: a graph replays fixed shapes, and the number of "
+            "documents changes from row to row; leave one of the two out"
+        )
+    if args.eval_iters and (args.eval_micro_batch_size or 0) not in (0, args.micro_batch_size):
+        raise ConfigError(
+            f"{flag} with --eval-micro-batch-size {args.eval_micro_batch_size}: a graph replays "
+            f"fixed shapes; use that of training, {args.micro_batch_size}"
+        )
 
 
 def _divides(total: int | None, part: int, what: str, by: str) -> None:

@@ -136,6 +136,48 @@ def test_what_cannot_work_is_refused_by_name(
         parse("digits", MACHINES[machine], **config)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--fp8-format hybrid --seq-length 30 --micro-batch-size 1 --global-batch-size 1",
+            r"--fp8-format: 30 tokens of a micro-batch on each rank are not divisible by 8; change",
+        ),
+        (
+            "--fp8-format hybrid --hidden-size 104 --num-attention-heads 4",
+            r"--fp8-format: --hidden-size is 104; it has to be divisible by 16",
+        ),
+        ("--cuda-graph-impl full_iteration", r"full_iteration is not supported: .*; use local"),
+        ("--cuda-graph-impl local --cuda-graph-modules mlp", r"whole layers are captured"),
+        (
+            "--cuda-graph-impl local --pack --micro-batch-size 1",
+            r"with --pack is not supported: a graph replays fixed shapes",
+        ),
+        (
+            "--cuda-graph-impl local --eval-iters 1 --eval-micro-batch-size 2 "
+            "--eval-global-batch-size 2",
+            r"--eval-micro-batch-size 2: a graph replays fixed shapes; use that of training, 16",
+        ),
+    ],
+)
+def test_low_precision_and_graphs_take_whole_blocks_of_one_shape(flags: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse("digits", MACHINES["cuda te"], *flags.split())
+
+
+@pytest.mark.parametrize("flags", ["--fp8-format hybrid", "--cuda-graph-impl local"])
+def test_encoders_stay_out_of_low_precision_and_graphs(flags: str) -> None:
+    """Their rows are as many as the media of a micro-batch give."""
+    from megatron.mimo.encoders.vit import encoder_config
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    args = parse("digits", MACHINES["cuda te of long ago"], *flags.split())
+    language = core_transformer_config_from_args(args)
+    assert (language.fp8, language.cuda_graph_impl) != (None, "none")
+    encoder = encoder_config(language, num_layers=1, hidden_size=32, num_attention_heads=2)
+    assert (encoder.fp8, encoder.fp4, encoder.cuda_graph_impl) == (None, None, "none")
+
+
 def test_the_opening_line_says_what_was_found() -> None:
     assert str(MACHINES["cpu"]) == "CPU"
     assert str(MACHINES["cuda te"]) == "NVIDIA H200, Transformer Engine 2.20.2, no apex"
