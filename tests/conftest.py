@@ -26,7 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # equality is claimed in fp32, products of TE included
     config.addinivalue_line("markers", "gpu: needs a usable CUDA device; skipped without one")
-    config.addinivalue_line("markers", "te: needs Transformer Engine; skipped without it")
+    config.addinivalue_line(
+        "markers", "te: needs Transformer Engine on such a device; skipped without it"
+    )
     config.stash[_POOL] = RankPool()
     if not config.option.gpu:
         config.stash[_GPU] = GpuSession(config)

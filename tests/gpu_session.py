@@ -49,7 +49,7 @@ def mark_skips(items: Sequence[pytest.Item], *, gpu: bool) -> None:
     """Marks what cannot run with the reason, ``gpu`` being whether there is one."""
     has_te = importlib.util.find_spec("transformer_engine") is not None
     for item in items:
-        if item.get_closest_marker("gpu") and not gpu:
+        if needs_gpu(item) and not gpu:  # Transformer Engine counts as absent on the CPU
             item.add_marker(pytest.mark.skip(reason="needs a GPU: torch sees no CUDA device"))
         if item.get_closest_marker("te") and not has_te:
             item.add_marker(pytest.mark.skip(reason="needs Transformer Engine: not installed"))
