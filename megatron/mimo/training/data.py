@@ -22,6 +22,7 @@ from megatron.core.models.mimo.model.embedding import cut_for_rank
 from megatron.core.models.mimo.partition.packing import packed_params
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.mimo.data import PackedDataset, PackingCollator, SampleCollator
+from megatron.mimo.data.packing import rows_of
 from megatron.mimo.recipes.recipe import Batch, Collator, Recipe
 from megatron.mimo.training.broadcast import broadcast_batch
 
@@ -282,18 +283,21 @@ def pack_training_set(
     Which samples share a row does not depend on the context-parallel size, up to
     ``_ROW_MULTIPLE / 2`` ranks, so that a run can go on in another layout.
 
-    A dataset that has as many samples as it is asked for is asked for more, so that packing does
-    not make a run repeat samples.
+    Row i is a function of data and seed alone: a run that is made longer reads the same rows
+    first. A dataset that has as many samples as it is asked for is asked for more until its rows
+    suffice; another ends, and its rows are read again from the first, pass by pass.
     """
     multiple = math.lcm(collate.multiple, _ROW_MULTIPLE)
-    packed = PackedDataset(dataset, seq_length=args.seq_length, multiple=multiple)
-    samples: int = len(dataset)  # type: ignore[arg-type]
-    if samples != counts[0] or len(packed) >= samples:
-        return packed
-    wanted = samples * -(-samples // len(packed))
-    larger = recipe.build_datasets(args, (wanted, *counts[1:])).train
-    assert larger is not None, "the recipe has a training dataset"
-    return PackedDataset(larger, seq_length=args.seq_length, multiple=multiple)
+
+    def larger(count: int) -> Dataset[Any]:
+        train = dataset
+        if count > len(dataset):  # type: ignore[arg-type]
+            built = recipe.build_datasets(args, (count, *counts[1:])).train
+            assert built is not None, "the recipe has a training dataset"
+            train = built
+        return train
+
+    return rows_of(larger, counts[0], seq_length=args.seq_length, multiple=multiple)
 
 
 def _loader(batches: MicroBatches, numbers: SampleRange, workers: int) -> DataLoader[Batch]:
