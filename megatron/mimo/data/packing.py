@@ -7,7 +7,7 @@ borders. Shape legend: T tokens of a row, padding included.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.data.collate import Place, SampleCollator
 from megatron.mimo.data.sample import Sample
 
-__all__ = ["PackedDataset", "PackingCollator", "Row", "first_fit"]
+__all__ = ["FirstFit", "PackedDataset", "PackingCollator", "Row", "first_fit", "rows_of"]
 
 Row = tuple[Sample, ...]
 
@@ -109,45 +109,75 @@ def _borders(lengths: Sequence[int], rooms: Sequence[int]) -> dict[str, Any]:
     return borders
 
 
-def first_fit(lengths: Sequence[int], capacity: int, *, open_rows: int = 64) -> list[list[int]]:
-    """Put items into rows: each into the oldest open row that has room.
+class FirstFit:
+    """Puts items into rows, one after the other: each into the oldest open row that has room.
+
+    A row that is closed stays as it is, whatever follows: the first ``closed`` rows are a function
+    of the items so far alone.
 
     Args:
-        lengths: of the items, in order.
         capacity: of a row.
         open_rows: when more rows than this are open, the oldest is closed: bounds the work, and
             how far items are moved.
 
-    Returns:
-        Rows of item numbers, ascending in each row, in the order in which rows were opened.
+    Attributes:
+        rows: rows of item numbers, ascending in each row, in the order in which rows were opened.
+    """
+
+    def __init__(self, capacity: int, *, open_rows: int = 64) -> None:
+        self.rows: list[list[int]] = []
+        self._capacity = capacity
+        self._open_rows = open_rows
+        self._free: dict[int, int] = {}  # open row -> room in it, oldest first
+        self._count = 0
+
+    @property
+    def closed(self) -> int:
+        """How many rows, from the first, are final."""
+        return next(iter(self._free), len(self.rows))
+
+    def add(self, length: int) -> None:
+        """Place the next item.
+
+        Raises:
+            InputError: it is longer than a row.
+        """
+        if length > self._capacity:
+            raise InputError(
+                f"sample {self._count} takes {length} tokens, more than a row of "
+                f"{self._capacity}; raise --seq-length or shorten the sample"
+            )
+        row = next((row for row, room in self._free.items() if room >= length), None)
+        if row is None:
+            row = len(self.rows)
+            self.rows.append([])
+            self._free[row] = self._capacity
+            if len(self._free) > self._open_rows:
+                del self._free[next(iter(self._free))]
+        self.rows[row].append(self._count)
+        self._count += 1
+        self._free[row] -= length
+        if not self._free[row]:
+            del self._free[row]
+
+
+def first_fit(lengths: Sequence[int], capacity: int, *, open_rows: int = 64) -> list[list[int]]:
+    """The rows of ``FirstFit`` for items of these lengths.
 
     Raises:
         InputError: an item that is longer than a row.
     """
-    rows: list[list[int]] = []
-    free: dict[int, int] = {}  # open row -> room in it, oldest first
-    for number, length in enumerate(lengths):
-        if length > capacity:
-            raise InputError(
-                f"sample {number} takes {length} tokens, more than a row of {capacity}; raise "
-                "--seq-length or shorten the sample"
-            )
-        row = next((row for row, room in free.items() if room >= length), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            free[row] = capacity
-            if len(free) > open_rows:
-                del free[next(iter(free))]
-        rows[row].append(number)
-        free[row] -= length
-        if not free[row]:
-            del free[row]
-    return rows
+    fit = FirstFit(capacity, open_rows=open_rows)
+    for length in lengths:
+        fit.add(length)
+    return fit.rows
 
 
 class PackedDataset(Dataset[Row]):
     """Rows of a dataset's samples, by first fit; row i is a function of the lengths alone.
+
+    All samples are in some row: one pass over the dataset. ``rows_of`` gives those of a dataset
+    that goes on as long as a run asks for samples.
 
     Every rank computes the same rows, and a run resumes at any row by its number.
 
@@ -156,6 +186,7 @@ class PackedDataset(Dataset[Row]):
         seq_length: T.
         multiple: places are multiples of this; ``PackingCollator.multiple``.
         lengths: tokens of each sample; None reads every sample once for its length.
+        rows: sample numbers of each row, where they are known already.
     """
 
     def __init__(
@@ -165,8 +196,12 @@ class PackedDataset(Dataset[Row]):
         seq_length: int,
         multiple: int = 1,
         lengths: Sequence[int] | None = None,
+        rows: list[list[int]] | None = None,
     ) -> None:
         self._dataset = dataset
+        if rows is not None:
+            self._rows = rows
+            return
         count: int = len(dataset)  # type: ignore[arg-type]
         if lengths is None:
             lengths = [len(dataset[index].token_ids) for index in range(count)]
@@ -180,3 +215,38 @@ class PackedDataset(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         return tuple(self._dataset[number] for number in self._rows[index])
+
+
+def rows_of(
+    larger: Callable[[int], Dataset[Sample]], rows: int, *, seq_length: int, multiple: int = 1
+) -> PackedDataset:
+    """The first ``rows`` rows of samples that go on for as long as they are asked for.
+
+    Row i is a function of the samples alone: asking for more rows adds rows behind those there
+    are. A row counts once no later sample can join it, so that some 64 rows more are read for
+    their lengths. Where the dataset ends, rows are those of one pass over it.
+
+    Args:
+        larger: gives a dataset of this many samples, or fewer where there are no more; sample i is
+            the same in each.
+        rows: how many are needed.
+        seq_length: T.
+        multiple: as ``PackedDataset`` takes it.
+    """
+    fit = FirstFit(seq_length)
+    count, wanted = 0, max(rows, 1)
+    while True:
+        dataset = larger(wanted)
+        available: int = len(dataset)  # type: ignore[arg-type]
+        while count < available and fit.closed < rows:
+            length = len(dataset[count].token_ids)
+            fit.add(-(-length // multiple) * multiple)
+            count += 1
+        if fit.closed >= rows:
+            done = fit.rows[:rows]
+        elif available < wanted:
+            done = fit.rows
+        else:
+            wanted *= 2
+            continue
+        return PackedDataset(dataset, seq_length=seq_length, rows=done)

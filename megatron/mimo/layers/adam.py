@@ -18,12 +18,19 @@ from megatron.mimo.backend import capabilities
 
 __all__ = ["Adam", "install_adam"]
 
+_COPYING_INTO_LEAVES = (
+    "load_parameter_state_from_dp_reshardable",
+    "load_parameter_state_from_dp_zero",
+    "load_parameter_state_from_dp_zero_legacy",
+)
+
 
 def install_adam() -> bool:
     """Makes ``megatron.core.optimizer`` use :class:`Adam` where neither TE's nor apex's works.
 
-    Also mends the loading of fp32 weights in the format "dp_reshardable", which copies into leaves
-    of the autograd graph and raises, whichever Adam is in use.
+    Also mends the loading of fp32 weights of the distributed optimizer in the format
+    "dp_reshardable" and in ``--ckpt-format torch``, which copies into leaves of the autograd graph
+    and raises, whichever Adam is in use.
 
     Call it before optimizers are built; a second call does nothing.
 
@@ -33,11 +40,10 @@ def install_adam() -> bool:
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    load = distrib_optimizer.DistributedOptimizer.load_parameter_state_from_dp_reshardable
-    if not hasattr(load, "__wrapped__"):
-        distrib_optimizer.DistributedOptimizer.load_parameter_state_from_dp_reshardable = (
-            torch.no_grad()(load)
-        )
+    for name in _COPYING_INTO_LEAVES:
+        load = getattr(distrib_optimizer.DistributedOptimizer, name)
+        if not hasattr(load, "__wrapped__"):
+            setattr(distrib_optimizer.DistributedOptimizer, name, torch.no_grad()(load))
     machine = capabilities()
     if not machine.has_transformer_engine() and not machine.has_apex("amp_C"):
         optimizer.Adam = distrib_optimizer.Adam = Adam

@@ -22,6 +22,7 @@ from megatron.mimo.backend.defaults import argument_defaults, check_arguments
 from megatron.mimo.recipes import DEFAULT_RECIPE, recipe_summaries
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.training.parts import add_part_arguments, check_parts
+from megatron.mimo.training.saving_flags import check_saving
 
 __all__ = ["EarlyArguments", "list_recipes", "parse_arguments", "parse_early"]
 
@@ -190,6 +191,7 @@ def parse_arguments(
     check_arguments(args, machine)
     check_layout(args)
     check_parts(args)
+    check_saving(args)
     try:
         validate_args(args)
     except (AssertionError, ValueError, RuntimeError) as error:
@@ -280,6 +282,8 @@ def _derive(args: argparse.Namespace, machine: Capabilities) -> None:
         args.bf16 = True
     if args.fp32 and (args.fp16 or args.bf16):
         raise ConfigError("--fp32 excludes --fp16 and --bf16; give one of the three")
+    if args.rerun_mode == "report_stats":  # the flag's word; the machine knows another
+        args.rerun_mode = "report_determinism_stats"
     if args.num_experts and not args.swiglu:
         args.bias_gelu_fusion = False  # Megatron's experts do not have it, and raise
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:

@@ -98,6 +98,10 @@ def choose(args: Namespace, *, repair: bool) -> tuple[int | None, str | None]:
     folder = Path(args.load)
     tracked = _read_tracker(folder)
     available = checkpoints(folder)
+    if args.ckpt_step and args.pretrained_checkpoint is not None and tracked is None:
+        origin = Path(args.pretrained_checkpoint)
+        _require(origin, args.ckpt_step, checkpoints(origin))
+        return None, None
     if args.ckpt_step:
         _require(folder, args.ckpt_step, available)
         return args.ckpt_step, None
@@ -191,10 +195,31 @@ def saved_arguments(checkpoint: Path) -> Namespace | None:
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     if not (checkpoint / "metadata.json").is_file():
-        return None  # not a distributed checkpoint
+        return _saved_with_torch(checkpoint)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group: none is needed
         args: Namespace | None = load_common_state_dict(str(checkpoint)).get("args")
+    return args
+
+
+def _saved_with_torch(checkpoint: Path) -> Namespace | None:
+    """The arguments in a checkpoint of ``--ckpt-format torch``; tensors are not read."""
+    import torch
+
+    from megatron.core.safe_globals import register_safe_globals
+
+    file = next(iter(sorted(checkpoint.glob("mp_rank_0*/model_optim_rng.pt"))), None)
+    if file is None:
+        return None
+    register_safe_globals()
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise ConfigError(
+            f"checkpoint {checkpoint} is damaged: {file.name} cannot be read: "
+            f"{type(error).__name__}; choose another one with --ckpt-step, or another --output"
+        ) from error
+    args: Namespace | None = content.get("args")
     return args
 
 

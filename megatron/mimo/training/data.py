@@ -22,8 +22,10 @@ from megatron.core.models.mimo.model.embedding import cut_for_rank
 from megatron.core.models.mimo.partition.packing import packed_params
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.mimo.data import PackedDataset, PackingCollator, SampleCollator
+from megatron.mimo.data.packing import rows_of
 from megatron.mimo.recipes.recipe import Batch, Collator, Recipe
 from megatron.mimo.training.broadcast import broadcast_batch
+from megatron.mimo.training.origins import SampleFinder
 
 _ROW_MULTIPLE = 8  # tokens; samples are planned into rows as if padded to a multiple of it
 
@@ -75,18 +77,23 @@ class MicroBatches(Dataset[Batch]):
         if self._length == 0:
             raise ConfigError(f"the {split} dataset is empty; expected at least one sample")
 
+    def __len__(self) -> int:
+        """Samples, or packed rows, of one pass."""
+        return self._length
+
     def __getitem__(self, first: int) -> Batch:
-        samples = []
-        for number in range(first, first + self._micro_batch):
-            index = number % self._length
-            try:
-                samples.append(self._dataset[index])
-            except Exception as error:
-                raise InputError(
-                    f"sample {index} of the {self._split} dataset cannot be read: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-        return self._collate(samples)
+        numbers = range(first, first + self._micro_batch)
+        return self._collate([self.read(number % self._length) for number in numbers])
+
+    def read(self, index: int) -> Any:
+        """Sample, or packed row, ``index``."""
+        try:
+            return self._dataset[index]
+        except Exception as error:
+            raise InputError(
+                f"sample {index} of the {self._split} dataset cannot be read: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 class BatchStream:
@@ -166,11 +173,14 @@ def training_device() -> torch.device:
     return torch.device("cpu")
 
 
-def dataset_provider(recipe: Recipe, args: Namespace) -> Callable[..., tuple[Any, Any, Any]]:
+def dataset_provider(
+    recipe: Recipe, args: Namespace, samples: SampleFinder | None = None
+) -> Callable[..., tuple[Any, Any, Any]]:
     """What Megatron's ``pretrain`` calls on every rank to get its three data iterators.
 
-    Ranks of the middle pipeline stages get None where they take hidden states only: attention to
-    packed samples or to spans, and multimodal RoPE, read the batch on every stage.
+    ``samples`` learns from where the training stream reads. Ranks of the middle pipeline stages get
+    None where they take hidden states only: attention to packed samples or to spans, and multimodal
+    RoPE, read the batch on every stage.
     """
     from megatron.core import mpu
 
@@ -182,12 +192,10 @@ def dataset_provider(recipe: Recipe, args: Namespace) -> Callable[..., tuple[Any
         collate = recipe.build_collator(args)
         if not first and not last and not _every_stage_reads(args, collate):
             return None, None, None
-        train_count, valid_count, test_count = counts
-        counts = (train_count, valid_count or 0, test_count or 0)
+        counts = (counts[0], counts[1] or 0, counts[2] or 0)
         datasets = recipe.build_datasets(args, counts)
         pack = packing_collator(recipe.name, args, collate) if args.pack else None
         dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-        device = training_device()
         keep = partial(
             stage_part,
             pre_process=first,
@@ -214,10 +222,12 @@ def dataset_provider(recipe: Recipe, args: Namespace) -> Callable[..., tuple[Any
             if training and pack is not None:
                 dataset, fill = pack_training_set(recipe, args, counts, dataset, pack), pack
             batches = MicroBatches(split, dataset, fill, micro_batch)
+            if training and samples is not None:
+                samples.stream = batches, numbers
             return BatchStream(
                 lambda: iter(_loader(batches, numbers, args.num_workers if training else 0)),
                 group=mpu.get_tensor_model_parallel_group(),
-                device=device,
+                device=training_device(),
                 keep=keep,
             )
 
@@ -282,18 +292,21 @@ def pack_training_set(
     Which samples share a row does not depend on the context-parallel size, up to
     ``_ROW_MULTIPLE / 2`` ranks, so that a run can go on in another layout.
 
-    A dataset that has as many samples as it is asked for is asked for more, so that packing does
-    not make a run repeat samples.
+    Row i is a function of data and seed alone: a run that is made longer reads the same rows
+    first. A dataset that has as many samples as it is asked for is asked for more until its rows
+    suffice; another ends, and its rows are read again from the first, pass by pass.
     """
     multiple = math.lcm(collate.multiple, _ROW_MULTIPLE)
-    packed = PackedDataset(dataset, seq_length=args.seq_length, multiple=multiple)
-    samples: int = len(dataset)  # type: ignore[arg-type]
-    if samples != counts[0] or len(packed) >= samples:
-        return packed
-    wanted = samples * -(-samples // len(packed))
-    larger = recipe.build_datasets(args, (wanted, *counts[1:])).train
-    assert larger is not None, "the recipe has a training dataset"
-    return PackedDataset(larger, seq_length=args.seq_length, multiple=multiple)
+
+    def larger(count: int) -> Dataset[Any]:
+        train = dataset
+        if count > len(dataset):  # type: ignore[arg-type]
+            built = recipe.build_datasets(args, (count, *counts[1:])).train
+            assert built is not None, "the recipe has a training dataset"
+            train = built
+        return train
+
+    return rows_of(larger, counts[0], seq_length=args.seq_length, multiple=multiple)
 
 
 def _loader(batches: MicroBatches, numbers: SampleRange, workers: int) -> DataLoader[Batch]:

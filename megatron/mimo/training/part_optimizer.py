@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from megatron.mimo.training.optimizer_state import keep_state_whole
 from megatron.mimo.training.unstacked import keep_layers_apart, load_nothing
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def part_optimizer(args: Namespace, builder: ModelBuilder) -> Iterator[None]:
     def make_with_gaps(*positional: Any, **keywords: Any) -> Any:
         optimizer = make(*positional, **keywords)
         load_nothing(optimizer)
+        keep_state_whole(optimizer)
         assert builder.trained is not None, "the model is built first"
         if builder.trained.has_gaps:
             keep_layers_apart(optimizer)

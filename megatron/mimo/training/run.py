@@ -97,6 +97,8 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     from megatron.mimo.training.curve import LossCurve
     from megatron.mimo.training.data import dataset_provider
     from megatron.mimo.training.model import ModelBuilder
+    from megatron.mimo.training.nonfinite import ResultWatch
+    from megatron.mimo.training.origins import SampleFinder
     from megatron.mimo.training.part_optimizer import part_optimizer
     from megatron.mimo.training.step import build_forward_step
     from megatron.mimo.training.watch import LoopWatch
@@ -108,6 +110,8 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     curve = LossCurve(output / "loss.csv" if output else None, writes=args.rank == 0)
     watch = LoopWatch(args, console, curve)
     builder = ModelBuilder(recipe, args, console.say)
+    samples = SampleFinder(args)
+    results = ResultWatch(args, builder.chunks, samples)
     console.say(_opening(recipe, args))
     if recipe.save_assets is not None and args.save and args.rank == 0:
         recipe.save_assets(args, Path(args.save))
@@ -120,16 +124,19 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
             with (
                 loading_weights(args, builder.chunks),
                 watch.installed(),
+                results.installed(),
                 part_optimizer(args, builder),
             ):
                 pretrain(
                     pretrain_cfg_container_from_args(args),
-                    dataset_provider(recipe, args),
+                    dataset_provider(recipe, args, samples),
                     ModelType.encoder_or_decoder,
                     build_forward_step(recipe, args),
                     model_provider=builder,
                 )
         except SystemExit as leaving:  # how pretrain ends early
+            if results.verdict is not None:
+                return _rejected(leaving, args, console, results.verdict)
             return _stopped(leaving, args, console, watch, stopped_by)
     console.end_progress()
     curve.close()
@@ -237,6 +244,13 @@ def _figures(metrics: dict[str, Any]) -> str:
         elif isinstance(value, int):
             parts.append(f"{name} {value}")
     return "  ".join(parts)
+
+
+def _rejected(leaving: SystemExit, args: Namespace, console: Console, verdict: str) -> int:
+    console.end_progress()
+    if args.rank == 0:
+        print(f"error: {verdict}", file=sys.stderr, flush=True)
+    return int(leaving.code or 0)
 
 
 def _stopped(

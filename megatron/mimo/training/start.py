@@ -10,26 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.training.checkpoints import choose, newest, problem, saved_arguments
+from megatron.mimo.training.mismatch import check_command, what_moved
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
 
 __all__ = ["choose_start", "loading_weights"]
 
-_RATES = {
-    "lr": "--lr",
-    "min_lr": "--min-lr",
-    "module_lr": "--module-lr",
-    "module_wd": "--module-wd",
-}
-
 
 def choose_start(args: Namespace, *, repair: bool) -> tuple[int | None, str | None]:
     """``choose``, for a run that may have begun from another one's checkpoint.
 
-    With ``--load`` of another run, the run's own checkpoints come first, so that the same command
-    continues it. A checkpoint without adapters gives a run with ``--lora`` its weights, and nothing
-    else: the run begins at step 0. ``args`` are changed accordingly.
+    With ``--load`` or ``--pretrained-checkpoint`` of another run, the run's own checkpoints come
+    first, so that the same command continues it: ``--ckpt-step`` is one of the other run. A
+    checkpoint without adapters gives a run with ``--lora`` its weights, and nothing else: the run
+    begins at step 0. ``args`` are changed accordingly.
 
     Args:
         args: parsed arguments.
@@ -39,24 +34,42 @@ def choose_start(args: Namespace, *, repair: bool) -> tuple[int | None, str | No
         As ``choose``.
 
     Raises:
-        ConfigError: what ``choose`` raises; adapters or learning rates that differ from those of
-            the checkpoint.
+        ConfigError: what ``choose`` raises; adapters, model, optimizer or format that differ from
+            those of the checkpoint.
     """
     args.loads_adapters = True
     began_elsewhere = args.save is not None and Path(args.load) != Path(args.save)
-    message = None
-    if began_elsewhere and not args.ckpt_step and _is_complete(Path(args.save)):
-        message = (
-            f"continuing the run in {args.save}; it began from --load {args.load}, "
+    origin = args.load if began_elsewhere else args.pretrained_checkpoint
+    said = []
+    if origin is not None and args.save is not None and _is_complete(Path(args.save)):
+        flag = "--load" if began_elsewhere else "--pretrained-checkpoint"
+        said.append(
+            f"continuing the run in {args.save}; it began from {flag} {origin}, "
             "which is not read again"
         )
-        args.load, args.finetune, began_elsewhere = args.save, False, False
+        args.load, args.finetune, args.ckpt_step = args.save, False, None
+        began_elsewhere = False
+    elif args.ckpt_step and not began_elsewhere and args.pretrained_checkpoint is None:
+        said.append(
+            f"--ckpt-step: going back to iteration {args.ckpt_step}, at each start of this command"
+        )
     start, warning = choose(args, repair=repair)
+    said.append(warning)
     folder = _folder(args, start)
+    args.checkpoint = None if folder is None else str(folder)
+    if folder is None and args.exit_on_missing_checkpoint:
+        raise ConfigError(
+            f"--exit-on-missing-checkpoint: there is no checkpoint in {args.load}; leave the flag "
+            "away to start from scratch"
+        )
     if folder is not None:
         _check_adapters(args, folder, is_own=not began_elsewhere and start is not None)
-        _check_rates(args, folder, start)
-    return start, "; ".join(filter(None, (message, warning))) or None
+        saved = saved_arguments(folder)
+        if saved is not None:
+            goes_on = bool(start) and not args.finetune
+            said.append(check_command(args, saved, folder, goes_on=goes_on))
+            said.append(what_moved(args, saved) if goes_on else None)
+    return start, "; ".join(filter(None, said)) or None
 
 
 @contextmanager
@@ -97,7 +110,7 @@ def _folder(args: Namespace, start: int | None) -> Path | None:
     if start is not None:
         return newest(Path(args.load), start or None)
     if args.pretrained_checkpoint is not None:
-        return newest(Path(args.pretrained_checkpoint))
+        return newest(Path(args.pretrained_checkpoint), args.ckpt_step or None)
     return None
 
 
@@ -136,26 +149,5 @@ def _check_adapters(args: Namespace, folder: Path, *, is_own: bool) -> None:
             )
 
 
-def _check_rates(args: Namespace, folder: Path, start: int | None) -> None:
-    """Megatron tells groups of parameters by their rates, and finds no state for others."""
-    if not start or args.finetune or args.no_load_optim:
-        return
-    saved = saved_arguments(folder)
-    for name, flag in _RATES.items():
-        if saved is None or not hasattr(saved, name):
-            continue
-        ours, theirs = getattr(args, name), getattr(saved, name)
-        if sorted(ours) != sorted(theirs) if isinstance(ours, list) else ours != theirs:
-            raise ConfigError(
-                f"{flag} is {_text(ours)} and the optimizer in {folder} was made with "
-                f"{_text(theirs)}; give the same, or take the weights alone for another run that "
-                f"begins at step 0: --finetune --load {args.load} --output ..."
-            )
-
-
 def _text(value: Any) -> str:
-    if not isinstance(value, list):
-        return f"{value:g}"
-    if not value:
-        return "not given"
-    return " ".join(f"{v[0]}={v[1]:g}" if isinstance(v, tuple) else str(v) for v in value)
+    return " ".join(map(str, value)) if isinstance(value, list) else f"{value:g}"

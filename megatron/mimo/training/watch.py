@@ -21,6 +21,7 @@ from megatron.core.models.mimo.errors import ConfigError, MimoError
 from megatron.mimo.training.checkpoints import prune
 from megatron.mimo.training.curve import LossCurve
 from megatron.mimo.training.data import training_device
+from megatron.mimo.training.mismatch import explain
 from megatron.mimo.training.progress import Console, Pace, format_progress
 from megatron.mimo.training.saving import atomic_tracker, save_error
 from megatron.mimo.training.step import LOSS
@@ -149,21 +150,17 @@ class LoopWatch:
         return watched
 
     def _around_load(self, load: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        from megatron.core.utils import unwrap_model
+
+        def watched(model: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                iteration, flops = load(*args, **kwargs)
-            except (MimoError, SystemExit):
+                iteration, flops = load(model, *args, **kwargs)
+            except MimoError:
                 raise
             except BaseException as error:
-                experts = (
-                    "; or it was trained with another expert-parallel size, between which "
-                    "megatron-core moves weights and no optimizer state: add --no-load-optim"
-                )
                 raise ConfigError(
                     f"the checkpoint in {self._args.load} cannot be loaded: "
-                    f"{type(error).__name__}: {error}; it is damaged or of another model: choose "
-                    "another one with --ckpt-step, or another --output"
-                    + (experts if self._args.num_experts else "")
+                    + explain(error, unwrap_model(model), self._args.checkpoint)
                 ) from error
             self.iteration = iteration
             self._consumed = self._args.consumed_train_samples

@@ -19,6 +19,8 @@ from megatron.mimo.recipes.recipe import Batch, Datasets, FinishedRun, Recipe, S
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 IMAGE, STOP, PAD, PIXELS = 20, 21, 22, 6
+# pixels that break a run: themselves, what the encoder makes of them, or its gradient
+FAULTS = {"nan": float("nan"), "overflow": 3e38, "gradient": 77.0}
 
 ARGUMENTS: dict[str, object] = {
     "num_layers": 2,
@@ -61,6 +63,8 @@ class _Linear(nn.Linear):
 
     def forward(self, pixels: Tensor) -> Tensor:
         rows: Tensor = super().forward(pixels)
+        if rows.requires_grad and bool((pixels == FAULTS["gradient"]).any()):
+            rows.register_hook(lambda gradient: gradient * float("nan"))
         return rows
 
 
@@ -71,6 +75,8 @@ class _Colours(torch.utils.data.Dataset[Sample]):
         self._count = count
         self._bad = args.tiny_bad_sample
         self._disk_full_from = args.tiny_disk_full_from
+        kind, _, broken = args.tiny_fault.partition(":")
+        self._fault, self._broken = FAULTS.get(kind), int(broken or -1)
 
     def __len__(self) -> int:
         return self._count
@@ -82,6 +88,8 @@ class _Colours(torch.utils.data.Dataset[Sample]):
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
         generator = torch.Generator().manual_seed(index)
         images = torch.randn(index % 4, PIXELS, generator=generator)
+        if self._fault is not None and index == self._broken:
+            images[:] = self._fault
         answer = images.argmax(dim=1).tolist()
         ids = [7] + [IMAGE] * len(images) + [8, *answer, STOP]
         labels = [False] * (2 + len(images)) + [True] * (len(answer) + 1)
@@ -99,6 +107,7 @@ class _Colours(torch.utils.data.Dataset[Sample]):
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--tiny-bad-sample", type=int, default=-1)
     parser.add_argument("--tiny-disk-full-from", type=int, default=-1)
+    parser.add_argument("--tiny-fault", default="", metavar="KIND:SAMPLE")
     parser.add_argument("--tiny-die-at-finish", action="store_true")
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,3 +82,42 @@ def test_a_dataset_that_cannot_grow_is_read_again() -> None:
     packing = packing_collator("texts", arguments(), collator())
     rows = pack_training_set(recipe(10), arguments(), (20, 0, 0), Texts(10), packing)
     assert [len(rows[number]) for number in range(len(rows))] == [4, 4, 2]
+
+
+class Mixed(Texts):
+    """Long samples first, as in a file sorted by length: 5 rows of one each, then 60 in a row."""
+
+    def __getitem__(self, index: int) -> Sample:
+        ids_L = torch.zeros(60 - index if index < 5 else 8 + index % 5, dtype=torch.long)
+        return Sample(name=str(index), token_ids=ids_L, is_label=ids_L >= 0)
+
+
+def mixed_rows(count: int, most: int = 10**6) -> list[list[str]]:
+    run = replace(
+        recipe(most),
+        build_datasets=lambda _, counts: Datasets(
+            train=Mixed(min(counts[0], most)), valid=None, test=None
+        ),
+    )
+    dataset = Mixed(min(count, most))
+    rows = pack_training_set(
+        run, arguments(), (count, 0, 0), dataset, packing_collator("texts", arguments(), collator())
+    )
+    return [[sample.name for sample in rows[number]] for number in range(len(rows))]
+
+
+@pytest.mark.parametrize("count", [1, 7, 20, 33])
+def test_a_longer_run_reads_the_same_rows_first(count: int) -> None:
+    rows = mixed_rows(count)
+    assert len(rows) == count  # none is read twice
+    assert mixed_rows(200)[:count] == rows
+    names = [name for row in rows for name in row]
+    assert len(set(names)) == len(names)
+
+
+def test_a_pass_over_data_that_end_holds_every_sample_once() -> None:
+    rows = mixed_rows(200, most=50)
+    assert sorted(int(name) for row in rows for name in row) == list(range(50))
+    assert len(rows) < 50
+    assert mixed_rows(500, most=50) == rows  # what is read again is the same
+    assert mixed_rows(3, most=50) == rows[:3]
