@@ -92,6 +92,7 @@ def measure_ours(size: str, rounds: int, flags: list[str], *, beside: bool) -> d
     family, config, dtype = load_family("llava"), configuration(size), SIZES[size]["dtype"]
     with process_groups() as device:
         args = model_arguments(family, config, dtype=dtype, flags=flags)
+        args.gradient_accumulation_fusion = False  # it adds to main_grad, which a DDP wrapper makes
         original: Any = reference(config, device, dtype)
         model = build_model(family, config, args, device=device).train()
         load_hugging_face(model, original.state_dict(), family.keys(config))

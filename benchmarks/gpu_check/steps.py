@@ -102,6 +102,16 @@ def _trainings(*, cpu: bool, full: bool) -> list[Step]:
                 **longer,
             ),
         ]
+    steps.append(
+        Step(
+            name="lora",
+            title="adapters on LLaVA's twin, with Transformer Engine",
+            command=(_TRAIN, *_TWIN, "--stage", "lora", *length),
+            needs=("gpu", "te"),
+            figures=reading.training,
+            **longer,
+        )
+    )
     return [*steps, *_formats(length, longer)]
 
 

@@ -40,7 +40,7 @@ def quiet_imports() -> Iterator[None]:
 
 @contextmanager
 def warnings_shown(*, shown: bool) -> Iterator[None]:
-    """Megatron's and torch's warnings while a run goes on, on the screen or nowhere.
+    """Megatron's, torch's and Transformer Engine's warnings while a run goes on, on the screen or nowhere.
 
     What this project's own modules log stays on the screen.
     """
@@ -54,6 +54,7 @@ def warnings_shown(*, shown: bool) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"megatron\.(core|training)\b")
         warnings.filterwarnings("ignore", module=r"torch\b")
+        warnings.filterwarnings("ignore", module=r"transformer_engine\b")
         try:
             yield
         finally:

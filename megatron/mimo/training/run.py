@@ -176,7 +176,8 @@ def _finish(
             loss_curve=curve.points,
             output=output,
         )
-        metrics |= recipe.finish(run)
+        with warnings_shown(shown=args.verbose):
+            metrics |= recipe.finish(run)
     if output is not None and args.rank == 0:
         write_text(output / METRICS, json.dumps(metrics, indent=2) + "\n")
     console.say(_figures(metrics))
