@@ -40,7 +40,7 @@ def quiet_imports() -> Iterator[None]:
 
 @contextmanager
 def warnings_shown(*, shown: bool) -> Iterator[None]:
-    """Megatron's, torch's and Transformer Engine's warnings while a run goes on, on the screen or nowhere.
+    """Warnings of Megatron, torch and Transformer Engine during a run: on the screen or nowhere.
 
     What this project's own modules log stays on the screen.
     """
