@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from megatron.mimo.backend import capabilities as ask
 from megatron.mimo.backend.capabilities import (
     APEX_EXTENSIONS,
     hide,
+    hide_cuda_packages,
     usable_transformer_engine,
 )
 from megatron.mimo.backend.defaults import argument_defaults
@@ -215,6 +217,20 @@ def test_an_engine_that_does_not_load_is_left_out_with_its_reason(
     with pytest.raises(ImportError):
         importlib.import_module("transformer_engine")
     monkeypatch.setitem(sys.modules, "transformer_engine", sys.modules["transformer_engine"])
+
+
+def test_modules_that_asked_before_are_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU with Transformer Engine and apex installed: `import megatron.core` asks for both."""
+    module = ModuleType("megatron.probe_of_packages")
+    module.HAVE_TE, module.HAVE_APEX = True, True  # type: ignore[attr-defined]
+    for name in ("transformer_engine", "transformer_engine.pytorch", "apex"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    hide_cuda_packages()
+    assert (vars(module)["HAVE_TE"], vars(module)["HAVE_APEX"]) == (False, False)
+    for name in ("transformer_engine", "transformer_engine.pytorch", "apex"):
+        with pytest.raises(ImportError):
+            importlib.import_module(name)
 
 
 def test_a_hidden_package_is_absent_though_it_was_loaded(
