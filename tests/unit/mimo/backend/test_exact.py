@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,13 @@ def test_products_are_in_fp32() -> None:
 
 
 @pytest.mark.usefixtures("with_tf32")
-@pytest.mark.parametrize("how", ["checkpoint", "tiny"])
-def test_verify_forbids_tf32_before_anything_else(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "verify",
+    [lambda here: verify_tiny("no such family"), lambda here: verify_checkpoint(here, here)],
+)
+def test_verify_forbids_tf32_before_anything_else(
+    verify: Callable[[Path], object], tmp_path: Path
+) -> None:
     with pytest.raises(MimoError):
-        if how == "tiny":
-            verify_tiny("no such family")
-        else:
-            verify_checkpoint(tmp_path, tmp_path)
+        verify(tmp_path)
     assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
