@@ -97,16 +97,16 @@ def run(combination: dict[str, str], whole: bool) -> dict[str, Any]:
     constraints.write_text("".join(f"{name}=={version}\n" for name, version in combination.items()))
     resolved = resolve(f"--python={sys.executable}", f"--constraint={constraints}")
     versions = {name: pins(resolved)[name] for name in PACKAGES}
-    environment = prepare("_".join(f"{name}-{versions[name]}" for name in PACKAGES), resolved)
-    print(f"== {versions}: {'the whole suite' if whole else 'core'}", flush=True)
+    names = {**versions, "python": platform.python_version()}
+    environment = prepare("_".join(map("-".join, names.items())), resolved)
+    print(f"== {names}: {'the whole suite' if whole else 'core'}", flush=True)
     report = environment / "report.xml"
     report.unlink(missing_ok=True)
     suite = [environment / "bin/python", "-m", "pytest", "-q", f"--junitxml={report}"]
     settings = {"OMP_NUM_THREADS": "1"} | os.environ
     subprocess.run([*suite, *(() if whole else CORE)], cwd=ROOT, env=settings)
     return {
-        **versions,
-        "python": platform.python_version(),
+        **names,
         "ran": "whole suite" if whole else "core",
         **counts(report),
         "date": datetime.date.today().isoformat(),
@@ -150,8 +150,8 @@ def merge(kept: Iterable[dict[str, Any]], new: dict[str, Any]) -> list[dict[str,
     """The results with a new one, newest versions first; one for each combination and set."""
 
     def key(result: dict[str, Any]) -> tuple[Any, ...]:
-        numbers = [[int(part) for part in re.findall(r"\d+", result[name])] for name in PACKAGES]
-        return (*numbers, result["ran"])
+        numbers = [re.findall(r"\d+", result[name]) for name in (*PACKAGES, "python")]
+        return (*([int(part) for part in number] for number in numbers), result["ran"])
 
     others = [result for result in kept if key(result) != key(new)]
     return sorted([*others, new], key=key, reverse=True)

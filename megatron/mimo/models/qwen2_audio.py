@@ -73,7 +73,8 @@ def key_table(config: Any) -> KeyTable:
             *audio_rows(config.audio_config, mimo=f"{AUDIO}encoders.{ENCODER}.", hf="audio_tower."),
             *projector,
         ),
-        aliases=MODULE_TREE,
+        # transformers 5.20 saves its language model under one `model.` too many.
+        aliases=(*MODULE_TREE, ("language_model.model.model.", "language_model.model.")),
     )
 
 
