@@ -34,7 +34,7 @@ CORE = (
     "tests/unit",
     "tests/overlay",
     "tests/distributed/backend",
-    "tests/distributed/convert/test_conversion.py",
+    "tests/distributed/convert",
     "tests/distributed/core/test_documents.py",
     "tests/distributed/core/test_equivalence.py",
     "tests/distributed/core/test_graphs_and_waits.py",
