@@ -14,13 +14,14 @@ from itertools import combinations
 from typing import Any
 
 from tests.distributed.core.layouts import Layout
+from tests.distributed.core.recompute import RECOMPUTED
 from tests.distributed.core.reference import MEDIA, Design
 
 Cell = tuple[Layout, Design]
 Values = dict[str, Any]
 
 MAX_RANKS = 8
-FULL_SIZE = 312
+_DRAWN = 312
 _CANDIDATES = 24  # drawn for each cell that is chosen
 _DRY = 60
 _SAMPLES = len(MEDIA[0])
@@ -45,6 +46,15 @@ FROZEN: dict[str, Values] = {
     "first-half": {"frozen_start": True},
 }
 
+# Kinds of layers that only the listed cells have.
+LAYERS: dict[str, Values] = {
+    "plain": {},
+    "no-biases": {"biases": False},
+    "shared-experts": {"shared_experts": True},
+    "latent": {"latent": True},
+}
+# Of ``RECOMPUTED``, what is listed and not drawn.
+LISTED = tuple(name for name in RECOMPUTED if name != "selective")
 AXES: dict[str, tuple[Any, ...]] = {
     "tp": (1, 2, 4),
     "sp": (False, True),
@@ -57,7 +67,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "ep": (1, 2, 4),
     "etp": (None, 1),
     "reduction": tuple(REDUCTIONS),
-    "recompute": ("", "selective", "uniform", "block", "projections"),
+    "recompute": ("", "selective", "uniform", "block", "projections", *LISTED),
     "positions": ("rope", "learned", "mrope"),
     "packing": ("no", "packed"),
     "attention": ("causal", "spans"),
@@ -66,7 +76,31 @@ AXES: dict[str, tuple[Any, ...]] = {
     "frozen": tuple(FROZEN),
     "media": ("some", "none"),
     "micro_batch": (2, 1),
+    "layers": tuple(LAYERS),
 }
+_SHARED: Values = {"experts": "allgather", "layers": "shared-experts"}
+# Not drawn: modules recomputed one by one need layers that have them.
+_MODULES: tuple[Values, ...] = (
+    {"recompute": "mlp"},
+    {"recompute": "mlp", "tp": 2},
+    {"recompute": "mlp", "tp": 2, "sp": True, "layers": "no-biases"},
+    {"recompute": "mlp", "pp": 2, "embeddings": "tied", "frozen": "encoders"},
+    {"recompute": "layernorm"},
+    {"recompute": "layernorm", "tp": 2, "sp": True},
+    {"recompute": "layernorm", "cp": 2, "packing": "packed", "layers": "no-biases"},
+    {"recompute": "dense-modules", "tp": 2, "sp": True, "frozen": "first-half"},
+    {"recompute": "dense-modules", "dp": 2, "reduction": "distributed-overlap"},
+    {"recompute": "dense-modules", "tp": 2, "precision": "bf16"},
+    {"recompute": "moe", "experts": "allgather"},
+    {"recompute": "moe", "experts": "alltoall", "dp": 2, "ep": 2},
+    {"recompute": "shared_experts", **_SHARED},
+    {"recompute": "shared_experts", **_SHARED, "tp": 2, "sp": True},
+    {"recompute": "moe-modules", **_SHARED, "tp": 2, "sp": True},
+    {"recompute": "mla_up_proj", "layers": "latent"},
+    {"recompute": "mla-modules", "layers": "latent"},
+    {"recompute": "mla-modules", "layers": "latent", "pp": 2, "embeddings": "tied"},
+)
+FULL_SIZE = _DRAWN + len(_MODULES)
 
 
 def is_valid(v: Values) -> bool:
@@ -133,6 +167,7 @@ def make_cell(v: Values) -> Cell:
         spans=v["attention"] == "spans",
         media=v["media"] == "some",
         **FROZEN[v["frozen"]],
+        **LAYERS[v["layers"]],
     )
     return layout, design
 
@@ -148,7 +183,7 @@ def features(v: Values) -> list[str]:
 
 
 def _word(axis: str, value: Any) -> str:
-    if axis in ("frozen", "recompute", "stages"):
+    if axis in ("frozen", "layers", "recompute", "stages"):
         return f"{axis}:{value}"
     if axis == "media":
         return "no-media"
@@ -162,13 +197,28 @@ def _word(axis: str, value: Any) -> str:
 
 
 def pair_cells() -> list[Values]:
-    """Few cells in which every two values that go together do so once; the smaller axes only."""
+    """Few cells in which every two values that go together do so once; the smaller axes only.
+
+    And those that recompute modules one by one.
+    """
+    return [*_drawn_pairs(), *listed_cells()]
+
+
+def listed_cells() -> list[Values]:
+    """Of layers and recomputed modules that need each other: listed, not drawn."""
+    first = {axis: values[0] for axis, values in AXES.items()}
+    return [first | values for values in _MODULES]
+
+
+def _drawn_pairs() -> list[Values]:
     return list(_cover(2, _SMALL, limit=None))
 
 
 @cache
 def _all_cells() -> tuple[Values, ...]:
-    return tuple(_cover(3, AXES, limit=FULL_SIZE))
+    pairs = _drawn_pairs()
+    drawn = list(_cover(3, AXES, limit=_DRAWN))
+    return (*pairs, *listed_cells(), *drawn[len(pairs) :])
 
 
 def all_cells() -> list[Values]:
@@ -189,7 +239,7 @@ _WEIGHTS: dict[str, tuple[int, ...]] = {
     "precision": (3, 1),
     "media": (5, 1),
     "frozen": (6, 1, 1, 1, 1),
-    "recompute": (4, 1, 1, 1, 1),
+    "recompute": (4, 1, 1, 1, 1, *(0 for _ in LISTED)),
 }
 
 
@@ -198,7 +248,7 @@ def _cover(strength: int, axes: dict[str, tuple[Any, ...]], limit: int | None) -
     generator = random.Random(20)
     covered: set[tuple[Any, ...]] = set()
     names: set[str] = set()
-    for cell in pair_cells() if limit else ():
+    for cell in _drawn_pairs() if limit else ():
         covered |= _combinations(cell, strength)
         names.add(name_of(cell))
         yield cell
@@ -222,6 +272,9 @@ def _draw(axes: dict[str, tuple[Any, ...]], generator: random.Random) -> Values:
     while True:
         values: Values = {}
         for axis, choices in axes.items():
+            if axis == "layers":
+                values[axis] = choices[0]
+                continue
             only_first = (
                 (axis == "sp" and values["tp"] == 1)
                 or (axis in ("vpp", "stages") and values["pp"] == 1)
@@ -235,4 +288,5 @@ def _draw(axes: dict[str, tuple[Any, ...]], generator: random.Random) -> Values:
 
 
 def _combinations(cell: Values, strength: int) -> set[tuple[Any, ...]]:
-    return set(combinations(cell.items(), strength))
+    drawn = [item for item in cell.items() if item[0] != "layers"]
+    return set(combinations(drawn, strength))

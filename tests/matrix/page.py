@@ -8,7 +8,8 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 
-from tests.matrix.cells import Values
+from tests.distributed.core.recompute import RECOMPUTED
+from tests.matrix.cells import LISTED, Values
 from tests.matrix.refusals import FLAGS
 from tests.matrix.runner import BF16, FP32, Verdict
 
@@ -28,6 +29,8 @@ FEATURES: dict[str, tuple[str, tuple[object, ...]]] = {
     "select": ("recompute", ("selective",)),
     "full": ("recompute", ("uniform", "block")),
     "project": ("recompute", ("projections",)),
+    "modules": ("recompute", LISTED),
+    "layers": ("layers", ("no-biases", "shared-experts", "latent")),
     "learned": ("positions", ("learned",)),
     "mRoPE": ("positions", ("mrope",)),
     "packed": ("packing", ("packed",)),
@@ -52,6 +55,8 @@ MEANING = {
     "select": "recomputed core attention",
     "full": "recomputed layers, methods uniform and block",
     "project": "recomputed projections",
+    "modules": "recomputed modules, one by one and together",
+    "layers": "dense layers without biases, shared experts, multi-latent attention",
     "learned": "learned absolute positions (others: RoPE, multimodal RoPE)",
     "mRoPE": "multimodal RoPE, 3-D positions",
     "packed": "a micro-batch is one row of documents",
@@ -70,6 +75,7 @@ def page(verdicts: Sequence[Verdict], refused: Mapping[str, str]) -> str:
             *_opening(verdicts),
             *_feature_table(verdicts),
             *_pair_table(verdicts),
+            *_recomputation(verdicts),
             *_refusals(refused),
             *_running(),
             "",
@@ -156,6 +162,22 @@ def _pair_table(verdicts: Sequence[Verdict]) -> list[str]:
             for column, count in zip(names, counts, strict=True)
         ]
         lines.append(f"| **{row}** | {' | '.join(shown)} |")
+    return [*lines, ""]
+
+
+def _recomputation(verdicts: Sequence[Verdict]) -> list[str]:
+    lines = [
+        "## Recomputed modules",
+        "",
+        "`--recompute-granularity selective --recompute-modules ...`; what is not here is refused.",
+        "",
+        "| modules | cells |",
+        "|---|---|",
+    ]
+    for name, modules in RECOMPUTED.items():
+        cells = [one for one in verdicts if one.values["recompute"] == name]
+        shown = ", ".join(f"`{one.name}`" for one in cells) if name in LISTED else len(cells)
+        lines.append(f"| {' '.join(modules)} | {shown} |")
     return [*lines, ""]
 
 

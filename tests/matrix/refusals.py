@@ -13,6 +13,8 @@ from tests.rank_pool import RankPool, model_parallel
 
 WORLD_SIZE = 8
 
+SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules")
+
 # What it is about -> flags of a run of eight processes.
 FLAGS: dict[str, tuple[str, ...]] = {
     "TP and attention heads": ("--tensor-model-parallel-size", "8"),
@@ -43,6 +45,24 @@ FLAGS: dict[str, tuple[str, ...]] = {
         *("--num-experts", "4", "--tensor-model-parallel-size", "2", "--sequence-parallel"),
         *("--moe-token-dispatcher-type", "alltoall"),
     ),
+    "latent attention and TP": (
+        *("--multi-latent-attention", "--tensor-model-parallel-size", "2"),
+    ),
+    "recomputed modules without granularity": ("--recompute-modules", "mlp"),
+    "recomputed modules and whole layers": (
+        *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+        *("--recompute-num-layers", "1", "--recompute-modules", "mlp"),
+    ),
+    "recomputed modules that do not exist": (*SELECTIVE, "core_attention"),
+    "recomputed layers without a method": ("--recompute-granularity", "full"),
+    "recomputing moe": (*SELECTIVE, "moe"),
+    "recomputing shared_experts": (*SELECTIVE, "shared_experts"),
+    "recomputing moe_act": (
+        *("--num-experts", "4", "--disable-bias-linear", "--moe-grouped-gemm"),
+        *(*SELECTIVE, "moe_act"),
+    ),
+    "recomputing mla_up_proj": (*SELECTIVE, "mla_up_proj"),
+    "recomputing gdn_norm_out": (*SELECTIVE, "gdn_norm_out"),
     "packing and micro-batch size": ("--pack", "--micro-batch-size", "2"),
 }
 

@@ -209,6 +209,26 @@ def counting_tokens_of_the_group(original: Callable[..., Any]) -> Callable[..., 
     return count
 
 
+def without_fp8_state(original: Callable[..., None]) -> Callable[..., None]:
+    """A ``CheckpointWithoutOutput.__init__`` that knows of FP8 only with Transformer Engine."""
+
+    @functools.wraps(original)
+    def initialise(self: Any, *args: Any, **keywords: Any) -> None:
+        from megatron.core.tensor_parallel.random import HAVE_TE
+
+        original(self, *args, **keywords)
+        self.fp8 = self.fp8 and HAVE_TE
+
+    return initialise
+
+
+def refill_storage(emptied: torch.Tensor, recomputed: torch.Tensor) -> None:
+    """Put what was recomputed into the storage that was emptied: one copy, unseen by autograd."""
+    storage, source = emptied.untyped_storage(), recomputed.untyped_storage()
+    storage.resize_(source.nbytes())
+    storage.copy_(source)
+
+
 def drawing_from_host(original: Callable[..., Any]) -> Callable[..., Any]:
     """``original`` with its random draws taken from the host's generator."""
 

@@ -214,6 +214,13 @@ _DEFECTS = (
         needs_no_cuda=False,
     ),
     Patch(
+        name="recomputation without Transformer Engine",
+        target="megatron.core.tensor_parallel.random:CheckpointWithoutOutput.__init__",
+        reason="its default asks for Transformer Engine's FP8 state, a NameError where it is not",
+        replacement=stock.without_fp8_state,
+        needs_no_cuda=False,
+    ),
+    Patch(
         name="token count of auxiliary losses",
         target="megatron.core.transformer.moe.router:get_tokens_per_expert_and_token_count",
         reason="with padding, the count of the whole group stands for this rank's, under TP or CP",
@@ -286,6 +293,12 @@ PATCHES: tuple[Patch, ...] = (
         target="megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
         reason="leaves a tensor that is on the CPU a tensor; all_to_all wants integers",
         replacement=stock.as_numpy_on_cpu,
+    ),
+    Patch(
+        name="recomputed storage",
+        target="megatron.core.tensor_parallel.random:_get_share_storage",
+        reason="compiles C++ in the first backward pass, where a compiler and ninja may be missing",
+        replacement=_answer(stock.refill_storage),
     ),
     *_GLOO,
     Patch(

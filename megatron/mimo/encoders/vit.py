@@ -18,6 +18,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+# Of --recompute-modules, what an encoder's dense layers with ordinary attention have.
+_RECOMPUTED = ("core_attn", "layernorm", "mlp")
+
 
 def encoder_config(
     language: TransformerConfig,
@@ -93,6 +96,9 @@ def encoder_config(
         cuda_graph_impl="none",
         cuda_graph_modules=[],
         inference_cuda_graph_scope=None,
+        recompute_modules=[
+            name for name in language.recompute_modules or () if name in _RECOMPUTED
+        ],
         **_settings_of_experts(language),
     )
 

@@ -10,6 +10,7 @@ from argparse import Namespace
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.training.chunks import check_experts, check_interleaving
+from megatron.mimo.training.recompute import check_recomputation
 
 __all__ = ["check_layout"]
 
@@ -28,6 +29,7 @@ def check_layout(args: Namespace) -> None:
     check_experts(args)
     _check_low_precision(args)
     _check_graphs(args)
+    check_recomputation(args)
     if not args.calculate_per_token_loss:
         raise ConfigError("calculate_per_token_loss must stay on: the loss is a sum over tokens")
     if args.dataloader_type != "external":
@@ -69,6 +71,12 @@ def _check_model(args: Namespace) -> None:
             raise ConfigError(
                 f"{groups} query groups and tensor-parallel size {tp}: one must divide the other"
             )
+    if args.multi_latent_attention and tp > 1 and args.transformer_impl == "local":
+        raise ConfigError(
+            f"--multi-latent-attention with tensor-parallel size {tp} on megatron-core's local "
+            "layers: they do not sum the gradient of the keys' positions, which all heads share, "
+            "over the ranks; use --tensor-model-parallel-size 1"
+        )
     _divides(args.hidden_size, tp, "hidden size", "tensor-parallel size")
     if args.ffn_hidden_size:
         _divides(args.ffn_hidden_size, tp, "feed-forward size", "tensor-parallel size")

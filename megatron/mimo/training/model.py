@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.models.vocabulary import leave_out_padding
 from megatron.mimo.recipes.recipe import Recipe, Stage
 from megatron.mimo.training.parts import Trained, apply_parts, survey_parts
 
@@ -73,9 +74,24 @@ class ModelBuilder:
                 "take it from the arguments (core_transformer_config_from_args does)"
             )
         model.pg_collection = pg_collection
+        leave_out_padding(
+            model.language_model,
+            tokens=_vocabulary(self._args),
+            rows=self._args.padded_vocab_size,
+            tp_group=pg_collection.tp,
+        )
         self._adapters += apply_parts(model, self._args)
         self.chunks.append(model)
         if len(self.chunks) == (self._args.virtual_pipeline_model_parallel_size or 1):
             self.trained = survey_parts(self.chunks, self._args, self._adapters)
             self._say(self.trained.text)
         return model
+
+
+def _vocabulary(args: Namespace) -> int:
+    """Tokens without padding, from where Megatron takes them to pad."""
+    if args.tokenizer_type == "NullTokenizer":
+        return int(args.vocab_size)
+    from megatron.training.global_vars import get_tokenizer
+
+    return int(get_tokenizer().vocab_size)

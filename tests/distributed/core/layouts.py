@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.distributed.core.recompute import recompute_settings
 from tests.distributed.core.reference import (
     MICRO_BATCH,
     PLACEHOLDERS,
@@ -54,7 +55,7 @@ class Layout:
     Attributes:
         vpp: chunks of each pipeline stage, under the interleaved schedule.
         stages: which layers each chunk holds, as ``pipeline_model_parallel_layout``; "" for even.
-        recompute: "", "selective" (core attention), "uniform", "block" or "projections".
+        recompute: what is recomputed; see ``recompute_settings``.
         etp: tensor-parallel size of the experts; None for ``tp``.
         dispatcher: how tokens reach their experts, "alltoall" or "allgather".
         micro_batch: samples of a micro-batch.
@@ -191,21 +192,6 @@ def run_training(layout: Layout, design: Design, reference: Outcome) -> Deviatio
 
 def config_changes(layout: Layout) -> dict[str, Any]:
     """What a layout changes in the transformer's configuration."""
-    recompute: dict[str, Any] = {
-        "": {},
-        "projections": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        "uniform": {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        },
-        "block": {
-            "recompute_granularity": "full",
-            "recompute_method": "block",
-            "recompute_num_layers": 1,
-        },
-    }[layout.recompute]
     return {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
@@ -222,7 +208,7 @@ def config_changes(layout: Layout) -> dict[str, Any]:
         # What Megatron's training loop sets with the distributed optimizer: outputs of a
         # stage are freed once they are sent.
         "deallocate_pipeline_outputs": True,
-        **recompute,
+        **recompute_settings(layout.recompute),
     }
 
 

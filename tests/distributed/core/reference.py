@@ -55,6 +55,9 @@ class Design:
     Attributes:
         layers: of the language model.
         experts: of each of its layers; 0 for a dense model.
+        shared_experts: experts that every token takes, beside those that are chosen.
+        latent: multi-latent attention.
+        biases: of the linear layers of a dense model, the encoder's among them.
         bf16: weights and activations in bf16, main weights and gradients in fp32.
         frozen: names for ``MimoModel.freeze``.
         frozen_start: freeze the embedding side: encoders, embedding, first half of the layers.
@@ -65,6 +68,9 @@ class Design:
 
     layers: int = 2
     experts: int = 0
+    shared_experts: bool = False
+    latent: bool = False
+    biases: bool = True
     bf16: bool = False
     tied: bool = False
     learned_positions: bool = False
@@ -107,7 +113,10 @@ def _make_sample(images: int, sounds: int, generator: torch.Generator) -> Sample
 
 def transformer_config(design: Design | None = None, **changes: Any) -> Any:
     """The language model's configuration; ``changes`` are the layout's."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import (
+        MLATransformerConfig,
+        TransformerConfig,
+    )
 
     design = design or Design()
     dtype = torch.bfloat16 if design.bf16 else torch.float32
@@ -124,6 +133,7 @@ def transformer_config(design: Design | None = None, **changes: Any) -> Any:
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "calculate_per_token_loss": True,
+        "add_bias_linear": design.biases,
         "bf16": design.bf16,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -139,6 +149,12 @@ def transformer_config(design: Design | None = None, **changes: Any) -> Any:
             "moe_router_load_balancing_type": "none",
             "add_bias_linear": False,
         }
+    if design.shared_experts:
+        settings |= {"moe_shared_expert_intermediate_size": 16}
+    if design.latent:
+        sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_head_dim": 4, "v_head_dim": 4}
+        settings |= {"multi_latent_attention": True, "qk_pos_emb_head_dim": 4, **sizes}
+        return MLATransformerConfig(**(settings | {"rope_type": "rope"} | changes))
     return TransformerConfig(**(settings | changes))
 
 

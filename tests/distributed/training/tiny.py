@@ -30,7 +30,7 @@ ARGUMENTS: dict[str, object] = {
     "untie_embeddings_and_output_weights": True,
     "seq_length": 12,
     "max_position_embeddings": 12,
-    "vocab_size": 24,
+    "vocab_size": 23,
     "make_vocab_size_divisible_by": 8,
     "micro_batch_size": 2,
     "global_batch_size": 8,
@@ -144,7 +144,7 @@ def _build_model(args: Namespace, stage: Stage) -> MimoModelConfig:
 def _build_collator(args: Namespace) -> SampleCollator:
     return SampleCollator(
         seq_length=args.seq_length,
-        vocab_size=24,
+        vocab_size=23,
         pad_id=PAD,
         special_token_ids={"images": IMAGE},
         media_formats={

@@ -50,6 +50,44 @@ def check_lookup_equals_torchs_embedding() -> None:
         handle.remove()
 
 
+def check_gradient_of_a_frequent_token_in_bf16() -> None:
+    """Summed in fp32 and rounded once, whether hooks observe the table or not."""
+    from megatron.core.models.mimo.alignment import build_alignment_plan
+    from megatron.core.models.mimo.model.lookup import look_up_text
+
+    module = table().bfloat16()
+    plan = build_alignment_plan(torch.randint(0, 2, (4, 1024)), TOKENS)
+    gradient_NH = (torch.rand(4096, 16) + 0.5).bfloat16()
+    sums_VH = torch.zeros(VOCABULARY, 16, dtype=torch.float64)
+    sums_VH.index_add_(0, plan.text_ids_N, gradient_NH.double())
+    for register in (None, module.register_forward_pre_hook, module.register_full_backward_hook):
+        calls: list[Any] = []
+        handle = register(lambda *_, calls=calls: calls.append(1)) if register else None
+        module.weight.grad = None
+        look_up_text(module, plan).backward(gradient_NH)
+        assert torch.equal(module.weight.grad, sums_VH.bfloat16())
+        assert len(calls) == bool(handle)
+        if handle:
+            handle.remove()
+
+
+def check_a_hook_may_fill_the_table() -> None:
+    """As gathering parameters does: the weights are read after it."""
+    from megatron.core.models.mimo.alignment import build_alignment_plan
+    from megatron.core.models.mimo.model.lookup import look_up_text
+
+    module = table()
+    gathered_VH = torch.randn_like(module.weight)
+
+    def gather(*_: Any) -> None:
+        module.weight.data.copy_(gathered_VH)
+
+    module.register_forward_pre_hook(gather)
+    plan = build_alignment_plan(IDS_BS, TOKENS)
+    assert torch.equal(look_up_text(module, plan), gathered_VH[plan.text_ids_N])
+    assert "forward" not in vars(module)
+
+
 def check_lookup_of_a_frozen_table() -> None:
     from megatron.core.models.mimo.alignment import build_alignment_plan
     from megatron.core.models.mimo.model.lookup import look_up_text

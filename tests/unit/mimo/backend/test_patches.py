@@ -333,6 +333,24 @@ def test_tensors_received_while_loading_fail_unpatched() -> None:
         _original("tensors loaded in parallel")(tensor, "cuda")
 
 
+def test_recomputation_knows_of_fp8_only_with_transformer_engine() -> None:
+    from megatron.core.tensor_parallel.random import HAVE_TE, CheckpointWithoutOutput
+
+    assert CheckpointWithoutOutput().fp8 is HAVE_TE
+    assert CheckpointWithoutOutput(fp8=None).fp8 is False
+
+
+def test_recomputed_storage_is_seen_by_all_views() -> None:
+    from megatron.core.tensor_parallel.random import _get_share_storage
+
+    emptied = torch.zeros(2, 3)
+    view, version = emptied[1], emptied._version
+    emptied.untyped_storage().resize_(0)
+    _get_share_storage()(emptied, torch.arange(6.0).view(2, 3))
+    assert view.tolist() == [3, 4, 5]
+    assert emptied._version == version
+
+
 LATE = """
 import megatron.core.optimizer, megatron.core.utils, torch
 from megatron.core.fusions import fused_bias_dropout, fused_bias_gelu

@@ -48,6 +48,7 @@ from megatron.core.models.mimo.model.inputs import (
     refuse_row_order,
     require_token_id,
 )
+from megatron.core.models.mimo.model.recomputation import prepare_recomputation
 from megatron.core.models.mimo.model.rotary import own_the_cut, refuse_mrope, rotary_positions
 from megatron.core.models.mimo.model.streams import EmbedsStreams, Rows
 from megatron.core.models.mimo.model.wrapped_modules import WrappedModules
@@ -134,6 +135,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         self._takes_loss_mask = accepts(self.language_model.forward, "loss_mask")
         self._refuse_scattering_embedding()
         self.register_load_state_dict_post_hook(forgive_extra_state)
+        prepare_recomputation(self)
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the language model where Megatron asks the outermost module."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.mimo.alignment import (
@@ -26,7 +25,7 @@ from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import InputError
 from megatron.core.models.mimo.model.host_memory import empty_like_rows
 from megatron.core.models.mimo.model.inputs import check_rows
-from megatron.core.models.mimo.model.lookup import look_up_text, run_forward_pre_hooks
+from megatron.core.models.mimo.model.lookup import call_as, look_up_rows, look_up_text
 from megatron.core.models.mimo.partition.positions import sequence_parallel_positions
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
@@ -90,12 +89,14 @@ def _position_rows(
     if plan.positions_S is not None:
         positions_BS = positions_BS.index_select(1, plan.positions_S)
     positions_SB, table = positions_BS.t(), embedding.position_embeddings
-    if not plan.pieces:
-        rows_SBH: torch.Tensor = table(positions_SB)
-        return rows_SBH
-    run_forward_pre_hooks(table, positions_SB)
-    weight_PH = copy_to_tensor_model_parallel_region(table.weight, group=embedding.tp_group)
-    return F.embedding(positions_SB, weight_PH)
+
+    def forward(positions_SB: torch.Tensor) -> torch.Tensor:
+        weight_PH: torch.Tensor = table.weight
+        if plan.pieces:
+            weight_PH = copy_to_tensor_model_parallel_region(weight_PH, group=embedding.tp_group)
+        return look_up_rows(weight_PH, positions_SB)
+
+    return call_as(table, forward, positions_SB)
 
 
 def cut_for_rank(plan: AlignmentPlan, adapter: PartitionAdapter, packed: Any) -> AlignmentPlan:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from megatron.core.distributed import DistributedDataParallel
@@ -118,32 +117,6 @@ def freeze_parts(model: Any, names: Iterable[str], *, frozen: bool) -> None:
             raise no_such_part("cannot freeze", name, known, (own[0] for own in paths.values()))
         for parameter in selected:
             parameter.requires_grad_(not frozen)
-    keep_recomputed_gradients(model)
-
-
-def keep_recomputed_gradients(model: nn.Module) -> None:
-    """Let layers that are recomputed get gradients where nothing before them is trained.
-
-    Megatron's recomputation records nothing for a layer whose input needs no gradient, and what is
-    trained inside the layer would be left out without a word.
-    """
-    for block in model.modules():
-        if not isinstance(block, TransformerBlock) or block.config.recompute_granularity is None:
-            continue
-        if _ask_for_gradient not in block._forward_pre_hooks.values():
-            block.register_forward_pre_hook(_ask_for_gradient, with_kwargs=True)
-
-
-def _ask_for_gradient(
-    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    hidden = args[0] if args else kwargs.get("hidden_states")
-    if not torch.is_tensor(hidden) or hidden.requires_grad or not torch.is_grad_enabled():
-        return None
-    if not any(parameter.requires_grad for parameter in block.parameters()):
-        return None
-    asked = hidden.detach().requires_grad_()
-    return ((asked, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": asked})
 
 
 def _renumbered(name: str, numbers: Mapping[str, str]) -> str:
