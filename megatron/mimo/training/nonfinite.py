@@ -111,7 +111,7 @@ class ResultWatch:
         machine.failed_validation_call = machine.initial_result = None
         machine.suspicious_node = machine.suspicious_device = None
         machine.rerun_requested = machine.checkpoint_requested = False
-        return reproduced and self._done > 0, True, _FAILED
+        return reproduced and self._done > 0 and bool(self._args.save), True, _FAILED
 
     @property
     def _done(self) -> int:

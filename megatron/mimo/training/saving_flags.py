@@ -9,7 +9,7 @@ from megatron.core.models.mimo.errors import ConfigError
 
 __all__ = ["check_saving"]
 
-_EMERGING = ("muon", "dist_muon", "lion")  # from the package emerging_optimizers
+_EMERGING = ("muon", "lion")  # from the package emerging_optimizers
 
 
 def check_saving(args: Namespace) -> None:
@@ -31,10 +31,10 @@ def check_saving(args: Namespace) -> None:
 
 def _check_optimizer(args: Namespace) -> None:
     name = args.optimizer
-    if name == "sgd" and args.use_distributed_optimizer:
+    if name != "adam" and args.use_distributed_optimizer:
         raise ConfigError(
-            "--optimizer sgd with --use-distributed-optimizer: Megatron cannot save its state; "
-            "leave one of them away"
+            f"--optimizer {name} with --use-distributed-optimizer: megatron-core 0.19 cannot build "
+            "it for this model; leave one of them away"
         )
     if name in ("adam", "sgd"):
         return

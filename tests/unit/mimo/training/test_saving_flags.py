@@ -28,6 +28,8 @@ ZERO = {"use_distributed_optimizer": True}
     ("changes", "message"),
     [
         (ZERO | {"optimizer": "sgd"}, "--optimizer sgd with --use-distributed-optimizer"),
+        (ZERO | {"optimizer": "muon"}, "--optimizer muon with --use-distributed-optimizer"),
+        ({"optimizer": "dist_muon"}, "--optimizer dist_muon does not train and save"),
         ({"optimizer": "soap"}, "--optimizer soap does not train and save"),
         ({"optimizer": "adaptive_muon"}, "--optimizer adaptive_muon does not train and save"),
         ({"ckpt_format": "torch_dcp"}, "--ckpt-format torch_dcp belongs to FSDP"),
@@ -44,7 +46,7 @@ def test_refused(changes: dict[str, object], message: str) -> None:
         check_saving(Namespace(**(ARGUMENTS | changes)))
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "dist_muon", "lion"])
+@pytest.mark.parametrize("optimizer", ["muon", "lion"])
 def test_optimizers_of_another_package(optimizer: str) -> None:
     args = Namespace(**(ARGUMENTS | {"optimizer": optimizer, "fp16": True}))
     missing = find_spec("emerging_optimizers") is None
