@@ -96,9 +96,7 @@ def encoder_config(
         cuda_graph_impl="none",
         cuda_graph_modules=[],
         inference_cuda_graph_scope=None,
-        recompute_modules=[
-            name for name in language.recompute_modules or () if name in _RECOMPUTED
-        ],
+        recompute_modules=[n for n in language.recompute_modules or () if n in _RECOMPUTED],
         **_settings_of_experts(language),
     )
 

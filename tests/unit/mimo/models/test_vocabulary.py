@@ -29,7 +29,7 @@ def build_tied(tp: int, multiple: int) -> tuple[Any, int]:
 def build_recipe(tp: int, multiple: int, *flags: str, **config: object) -> tuple[Any, int]:
     """A run's model, of a recipe that describes a plain GPTModel, and its vocabulary."""
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.mimo.backend import cpu
+    from megatron.mimo.backend.capabilities import capabilities
     from megatron.mimo.recipes import load_recipe
     from megatron.mimo.training.arguments import parse_arguments
     from megatron.mimo.training.model import ModelBuilder
@@ -40,8 +40,7 @@ def build_recipe(tp: int, multiple: int, *flags: str, **config: object) -> tuple
     size = f"--make-vocab-size-divisible-by={multiple}"
     args = parse_arguments(
         recipe,
-        backend="cpu",
-        backend_defaults=cpu.ARGUMENT_DEFAULTS,
+        machine=capabilities(),
         config=config,
         argv=(*layout, size, *flags),
     )
