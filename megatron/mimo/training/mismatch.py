@@ -28,6 +28,7 @@ _MODEL = {
         "num_attention_heads",
         "num_query_groups",
         "kv_channels",
+        "vocab_size",
         "swiglu",
         "normalization",
         "add_qkv_bias",

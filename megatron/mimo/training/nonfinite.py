@@ -69,6 +69,7 @@ class ResultWatch:
 
     def _run(self, original: Callable[..., bool], machine: Any, *args: Any) -> bool:
         from megatron.core.rerun_state_machine import RerunMode, RerunState
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
         # Megatron lets the first iteration of a process pass unchecked, because it could not write
         # a checkpoint then; an update by NaN is worse
@@ -80,7 +81,10 @@ class ResultWatch:
         if runs:
             again = machine.state == RerunState.RERUNNING_IN_PLACE
             self._search.begin(looks=again and machine.mode == RerunMode.VALIDATE_RESULTS)
-            if not again:
+            if again:  # what Megatron restored is what it will restore once more: keep it
+                tracker = get_cuda_rng_tracker()
+                tracker.set_states(tracker.get_states())
+            else:
                 self._rejected = None
         return runs
 

@@ -40,7 +40,7 @@ def choose_start(args: Namespace, *, repair: bool) -> tuple[int | None, str | No
     args.loads_adapters = True
     began_elsewhere = args.save is not None and Path(args.load) != Path(args.save)
     origin = args.load if began_elsewhere else args.pretrained_checkpoint
-    said = []
+    said: list[str | None] = []
     if origin is not None and args.save is not None and _is_complete(Path(args.save)):
         flag = "--load" if began_elsewhere else "--pretrained-checkpoint"
         said.append(
