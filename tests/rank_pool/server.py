@@ -59,6 +59,8 @@ def main(control_fd: int, imports: str) -> None:
     """
     try:
         _serve(socket.socket(fileno=control_fd), imports.split(","))
+    except BrokenPipeError:
+        pass  # the test process went before the imports were done
     except BaseException:
         traceback.print_exc()
     finally:

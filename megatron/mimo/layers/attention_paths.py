@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -151,7 +152,7 @@ def _packed_fused(
 
     behind, ahead = rule.visibility.behind, rule.visibility.ahead
     shared = q_THD.size(1) // k_TGD.size(1)
-    gqa: dict[str, bool] = {}
+    gqa: dict[str, Any] = {}
     if shared > 1 and "enable_gqa" in capabilities().varlen_arguments:
         gqa = {"enable_gqa": True}
     elif shared > 1:  # before torch 2.12

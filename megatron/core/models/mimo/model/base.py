@@ -134,7 +134,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         self._rotates_in_3d = own_the_cut(self.language_model)
         self._takes_loss_mask = accepts(self.language_model.forward, "loss_mask")
         self._refuse_scattering_embedding()
-        self.register_load_state_dict_post_hook(forgive_extra_state)
+        self.register_load_state_dict_post_hook(forgive_extra_state)  # type: ignore[no-untyped-call]
         prepare_recomputation(self)
 
     def __getattr__(self, name: str) -> Any:

@@ -38,6 +38,7 @@ def look_up_text(word_embeddings: torch.nn.Module, plan: AlignmentPlan) -> torch
     pieces = tuple(piece.text_ids_N for piece in plan.pieces)
 
     def forward(ids_1N: torch.Tensor) -> torch.Tensor:
+        assert isinstance(word_embeddings, VocabParallelEmbedding)
         weight_VH, first = word_embeddings.weight, word_embeddings.vocab_start_index
         group = word_embeddings.tp_group
         if pieces:
