@@ -164,3 +164,18 @@ def _imports(tree: ast.Module, module: str) -> Iterator[tuple[int, str, bool]]:
 
 def _is_within(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
+
+
+def backend_on_import(source: str, where: str) -> list[str]:
+    """Complains about a test file that selects the CPU as it is imported.
+
+    A GPU's tests are collected by a process that imports all files.
+    """
+    return [
+        f"{where}: select_backend() at import; call it in a fixture or a test"
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Call)
+        and isinstance(node.value.func, ast.Name)
+        and node.value.func.id == "select_backend"
+    ]

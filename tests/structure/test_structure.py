@@ -51,6 +51,10 @@ def test_sizes(rule: Callable[[str, str], list[str]]) -> None:
     assert complaints_about(rule, FILES) == []
 
 
+def test_no_test_file_selects_a_backend_on_import() -> None:
+    assert complaints_about(rules.backend_on_import, sorted((ROOT / "tests").rglob("*.py"))) == []
+
+
 def test_library_imports_one_way() -> None:
     def rule(source: str, where: str) -> list[str]:
         return rules.import_direction(source, where, where.removesuffix(".py").replace("/", "."))

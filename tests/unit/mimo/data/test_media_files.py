@@ -5,15 +5,16 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
-import soundfile
 from PIL import Image
 from scipy.io import wavfile
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.media_files import load_audio, load_image, load_video
+
+av = pytest.importorskip("av")
+soundfile = pytest.importorskip("soundfile")
 
 TIME = np.arange(8000) / 8000
 WAVE = (0.5 * np.sin(2 * np.pi * 440 * TIME)).astype(np.float32)  # one second at 8 kHz

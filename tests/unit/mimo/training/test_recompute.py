@@ -10,8 +10,6 @@ import pytest
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.backend import select_backend
 
-select_backend("cpu")
-
 DENSE: dict[str, Any] = {
     "recompute_activations": False,
     "recompute_granularity": "selective",
@@ -28,6 +26,11 @@ SHARED = {**EXPERTS, "moe_shared_expert_intermediate_size": 16}
 GROUPED = {**EXPERTS, "moe_grouped_gemm": True}
 LATENT = {"multi_latent_attention": True}
 DELTA = {"experimental_attention_variant": "gated_delta_net"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_cpu() -> None:
+    select_backend("cpu")
 
 
 def check(modules: str, *, with_te: bool, **changes: Any) -> None:
