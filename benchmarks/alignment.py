@@ -32,6 +32,7 @@ import torch
 
 from benchmarks import device as on_device
 from megatron.mimo.backend import select_backend
+from megatron.mimo.backend.job import end_job
 from megatron.mimo.backend.host_sync import HostSyncCounter
 
 IMAGE, AUDIO = 32766, 32767
@@ -360,6 +361,7 @@ def main() -> None:
     images = make_case({"images": (IMAGE, 2, length)}, args)
     two = make_case({"images": (IMAGE, 2, length // 2), "audio": (AUDIO, 2, length // 2)}, args)
     result = {**compare(images, args), "two_modalities": compare(two, args), "device": args.device}
+    end_job()
     if args.json:
         print(json.dumps(result, indent=2))
         return
