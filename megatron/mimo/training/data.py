@@ -25,6 +25,7 @@ from megatron.mimo.data import PackedDataset, PackingCollator, SampleCollator
 from megatron.mimo.data.packing import rows_of
 from megatron.mimo.recipes.recipe import Batch, Collator, Recipe
 from megatron.mimo.training.broadcast import broadcast_batch
+from megatron.mimo.training.children import left_to_parent, start_reading
 from megatron.mimo.training.origins import SampleFinder
 
 _ROW_MULTIPLE = 8  # tokens; samples are planned into rows as if padded to a multiple of it
@@ -225,7 +226,7 @@ def dataset_provider(
             if training and samples is not None:
                 samples.stream = batches, numbers
             return BatchStream(
-                lambda: iter(_loader(batches, numbers, args.num_workers if training else 0)),
+                lambda: read_batches(batches, numbers, args.num_workers if training else 0),
                 group=mpu.get_tensor_model_parallel_group(),
                 device=training_device(),
                 keep=keep,
@@ -309,16 +310,17 @@ def pack_training_set(
     return rows_of(larger, counts[0], seq_length=args.seq_length, multiple=multiple)
 
 
-def _loader(batches: MicroBatches, numbers: SampleRange, workers: int) -> DataLoader[Batch]:
-    return DataLoader(
+def read_batches(batches: MicroBatches, numbers: SampleRange, workers: int) -> Iterator[Batch]:
+    """Micro-batches in order, read by ``workers`` processes ahead of time, or by this one."""
+    loader: DataLoader[Batch] = DataLoader(
         batches,
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=_one_thread if workers > 0 else None,
+        worker_init_fn=start_reading if workers > 0 else None,
     )
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
+    if workers == 0:
+        return iter(loader)
+    with left_to_parent():
+        return iter(loader)

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import json
 import os
-import socket
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -85,7 +84,6 @@ def _arguments(
     recipe = load_recipe(early.recipe)
     shown = "--verbose" in (sys.argv[1:] if argv is None else argv)
     wants_help = {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)
-    _single_process_environment()
     importlib.import_module("megatron.training.training")  # the rest, while warnings are off
     with stdout(shown=(shown or bool(wants_help)) and rank == 0):
         args = parse_arguments(recipe, machine=machine, config=early.config, argv=argv)
@@ -271,17 +269,6 @@ def _stopped(
         kept = f"checkpoint of iteration {watch.saved} in {args.save}; the same command continues"
     console.say(f"stopped at iteration {watch.iteration}{by}: {kept}")
     return 0
-
-
-def _single_process_environment() -> None:
-    """Without a launcher this process is a job of its own."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ.update(single | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
 
 
 def _flush_writers() -> None:

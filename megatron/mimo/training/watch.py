@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import ConfigError, MimoError
 from megatron.mimo.training.checkpoints import prune
+from megatron.mimo.training.children import left_to_parent
 from megatron.mimo.training.curve import LossCurve
 from megatron.mimo.training.data import training_device
 from megatron.mimo.training.mismatch import explain
@@ -130,7 +131,8 @@ class LoopWatch:
             self._curve.sync()
             try:
                 if self._args.async_save:
-                    result = save(iteration, *args, **kwargs)
+                    with left_to_parent():  # its writers
+                        result = save(iteration, *args, **kwargs)
                 else:
                     with atomic_tracker(folder):
                         result = save(iteration, *args, **kwargs)
