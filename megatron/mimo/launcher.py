@@ -96,7 +96,9 @@ def join_job(environment: Environment | None = None) -> None:
 def set_threads(environment: Environment | None = None) -> None:
     """Set ``OMP_NUM_THREADS``, unless it is: the cores of this process, shared with its job.
 
-    Before PyTorch is imported; after ``join_job``.
+    Before PyTorch is imported; after ``join_job``. Threads that wait for one another give their
+    core away: the default, to wait in a loop, makes a small model many times slower as soon as
+    another process wants a core.
     """
     environment = os.environ if environment is None else environment
     if environment.get("OMP_NUM_THREADS"):
@@ -105,6 +107,7 @@ def set_threads(environment: Environment | None = None) -> None:
     local = environment.get("LOCAL_WORLD_SIZE") or environment.get("WORLD_SIZE") or "1"
     cores = int(own) if own.isdigit() and own != "0" else _cores() // int(local)
     environment["OMP_NUM_THREADS"] = str(max(1, cores))
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "torch" in sys.modules:  # it has read the variable
         sys.modules["torch"].set_num_threads(max(1, cores))
 

@@ -11,7 +11,7 @@ import difflib
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +21,9 @@ from megatron.mimo.backend import Capabilities
 from megatron.mimo.backend.defaults import argument_defaults, check_arguments
 from megatron.mimo.recipes import DEFAULT_RECIPE, recipe_summaries
 from megatron.mimo.recipes.recipe import Recipe
+from megatron.mimo.training.given import check_effect, given_by_user, settle_rivals
 from megatron.mimo.training.parts import add_part_arguments, check_parts
+from megatron.mimo.training.prerequisites import check_prerequisites
 from megatron.mimo.training.saving_flags import check_saving
 
 __all__ = ["EarlyArguments", "list_recipes", "parse_arguments", "parse_early"]
@@ -178,24 +180,33 @@ def parse_arguments(
         for action in parser._actions:
             if action.dest == "yaml_cfg":
                 action.type = _no_yaml_cfg
-        _set_defaults(parser, weak, source="project defaults")
+        parser.set_defaults(**weak)
         from_file = config_values(parser, config)
+        given = given_by_user(parser, sys.argv[1:], from_file)
+        told.extend(check_effect(parser, recipe, given))
         recipe_values = _recipe_defaults(recipe, parser, from_file)
-        _set_defaults(parser, recipe_values, source=f"recipe {recipe.name!r}")
+        known = {action.dest for action in parser._actions}
+        _check_names(recipe_values, known, source=f"recipe {recipe.name!r}")
+        parser.set_defaults(**settle_rivals(parser, recipe_values, given))
         parser.set_defaults(**from_file)
         return parser
 
+    told: list[str] = []
     with _command_line(argv):
         args = parse_args(extend)
     _derive(args, machine)
     check_arguments(args, machine)
+    check_prerequisites(args, machine)
     check_layout(args)
     check_parts(args)
     check_saving(args)
+    if recipe.check is not None:
+        recipe.check(args)
     try:
         validate_args(args)
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"Megatron refuses these arguments: {_reason(error)}") from error
+    args.read_over = told
     return args
 
 
@@ -259,16 +270,12 @@ def _recipe_defaults(
     return {**described, **recipe.arguments, **preset, "stage": stage}
 
 
-def _set_defaults(
-    parser: argparse.ArgumentParser, values: Mapping[str, object], *, source: str
-) -> None:
-    known = {action.dest for action in parser._actions}
+def _check_names(values: Mapping[str, object], known: Collection[str], *, source: str) -> None:
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{source}: Megatron has no argument {name!r}{hint}")
-    parser.set_defaults(**values)
 
 
 def _no_yaml_cfg(_: str) -> NoReturn:

@@ -23,7 +23,7 @@ from megatron.core.models.mimo.partition.packing import packed_params
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.mimo.data import PackedDataset, PackingCollator, SampleCollator
 from megatron.mimo.data.packing import rows_of
-from megatron.mimo.recipes.recipe import Batch, Collator, Recipe
+from megatron.mimo.recipes.recipe import Batch, Collator, Datasets, Recipe
 from megatron.mimo.training.broadcast import broadcast_batch
 from megatron.mimo.training.children import left_to_parent, start_reading
 from megatron.mimo.training.origins import SampleFinder
@@ -195,6 +195,7 @@ def dataset_provider(
             return None, None, None
         counts = (counts[0], counts[1] or 0, counts[2] or 0)
         datasets = recipe.build_datasets(args, counts)
+        _demand(recipe, args, datasets, counts)
         pack = packing_collator(recipe.name, args, collate) if args.pack else None
         dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         keep = partial(
@@ -240,6 +241,19 @@ def dataset_provider(
 
     provide.is_distributed = True  # type: ignore[attr-defined]
     return provide
+
+
+def _demand(
+    recipe: Recipe, args: Namespace, datasets: Datasets, counts: tuple[int, int, int]
+) -> None:
+    """Refuses a run whose recipe has not the data that its flags ask for."""
+    if datasets.train is None and counts[0] and not args.skip_train:
+        raise ConfigError(f"recipe {recipe.name!r} gave no training dataset; expected one")
+    if datasets.valid is None and counts[1]:
+        raise ConfigError(
+            f"--eval-iters {args.eval_iters}: recipe {recipe.name!r} gave no validation dataset; "
+            "give --valid-data-path, if the recipe reads it, or --eval-iters 0"
+        )
 
 
 def _every_stage_reads(args: Namespace, collate: Collator) -> bool:

@@ -68,7 +68,10 @@ class LoopWatch:
     def _around_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.pace.start()
-            return train(*args, **kwargs)
+            self._consumed = self._trained()
+            result = train(*args, **kwargs)
+            self.iteration = max(self.iteration, result[0])  # the last ones may have been skipped
+            return result
 
         return watched
 
@@ -86,9 +89,9 @@ class LoopWatch:
             )
             loss = self._loss_everywhere(loss_dict.get(LOSS))
             self.iteration = iteration
-            self.pace.step(self._args.consumed_train_samples - self._consumed)
-            self._consumed = self._args.consumed_train_samples
-            self._curve.append(iteration, loss)
+            self.pace.step(self._trained() - self._consumed)
+            self._consumed = self._trained()
+            self._curve.append(iteration, math.nan if loss is None else loss)
             self._show(loss, learning_rate)
             return result
 
@@ -165,7 +168,6 @@ class LoopWatch:
                     + explain(error, unwrap_model(model), self._args.checkpoint)
                 ) from error
             self.iteration = iteration
-            self._consumed = self._args.consumed_train_samples
             if iteration and self._args.load == self._args.save:
                 self.saved = iteration
             self._curve.begin(iteration)
@@ -177,19 +179,29 @@ class LoopWatch:
     def _split(prefix: str) -> str:
         return "test" if "test set" in prefix else "validation"
 
-    def _loss_everywhere(self, loss: torch.Tensor | None) -> float:
-        """The loss of the last pipeline stage on every stage; collective over the pipeline."""
+    def _trained(self) -> int:
+        """Samples that the model has learned from; what --iterations-to-skip names is none."""
+        args = self._args
+        return int(args.consumed_train_samples - args.skipped_train_samples)
+
+    def _loss_everywhere(self, loss: torch.Tensor | None) -> float | None:
+        """The loss of the last pipeline stage on every stage; collective over the pipeline.
+
+        None where the iteration had none: a step that fp16 skipped. A loss may be NaN.
+        """
         from megatron.core import mpu
 
         group = mpu.get_pipeline_model_parallel_group()
-        value = torch.full((1,), math.nan, device=training_device())
+        value = torch.zeros(2, dtype=torch.float64, device=training_device())  # the loss, whether
         if loss is not None:
-            value[0] = loss.detach().float().reshape(())
+            value[0] = loss.detach().double().reshape(())
+            value[1] = 1.0
         if group.size() > 1:
             dist.broadcast(value, group_src=group.size() - 1, group=group)
-        return value.item()
+        number, there = value.tolist()
+        return number if there else None
 
-    def _show(self, loss: float, learning_rate: float | None) -> None:
+    def _show(self, loss: float | None, learning_rate: float | None) -> None:
         args, pace = self._args, self.pace
         total = args.train_iters
         extra = {} if learning_rate is None else {"lr": f"{learning_rate:.1e}"}
@@ -197,7 +209,7 @@ class LoopWatch:
             format_progress(
                 iteration=self.iteration,
                 total=total,
-                loss=None if math.isnan(loss) else loss,
+                loss=loss,
                 samples_per_second=pace.samples_per_second,
                 tokens_per_second=pace.samples_per_second * args.seq_length,
                 seconds_left=pace.seconds_per_iteration * (total - self.iteration),
