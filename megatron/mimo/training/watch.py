@@ -70,7 +70,10 @@ class LoopWatch:
             self.pace.start()
             self._consumed = self._trained()
             result = train(*args, **kwargs)
-            self.iteration = max(self.iteration, result[0])  # the last ones may have been skipped
+            if result[0] > self.iteration:  # --iterations-to-skip names the last one
+                self.iteration = result[0]
+                if self._args.save and self.saved != self.iteration:
+                    _save_last(result, *args)
             return result
 
         return watched
@@ -219,6 +222,21 @@ class LoopWatch:
         )
         if self.iteration == total:
             self._console.end_progress()
+
+
+def _save_last(result: tuple[int, Any], *of_train: Any) -> None:
+    """Save after a last iteration that was skipped: Megatron counts on the loop to have done it.
+
+    Args:
+        result: what Megatron's ``train`` has returned.
+        of_train: what it was called with.
+    """
+    from megatron.training import training
+
+    _, model, optimizer, scheduler, data = of_train[:5]
+    training.save_checkpoint_and_time(
+        result[0], model, optimizer, scheduler, result[1], of_train[8], train_data_iterator=data
+    )
 
 
 def _from_last_stage(figures: dict[str, float]) -> dict[str, float]:

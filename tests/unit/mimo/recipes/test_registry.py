@@ -197,9 +197,9 @@ def test_megatron_takes_the_settings_of_every_stage(name: str, stage: str, tmp_p
 def test_an_evaluation_needs_conversations_and_these_an_evaluation(tmp_path: Path) -> None:
     (tmp_path / "processor_config.json").touch()
     given = ("llava_1_5_7b", "--hf", str(tmp_path), "--data-path", "a.jsonl")
-    with pytest.raises(ConfigError, match="--eval-iters 2: .* give --valid-data-path"):
+    with pytest.raises(ConfigError, match=r"--eval-iters 2: .* give --valid-data-path"):
         parsed(*given, "--eval-iters", "2")
-    with pytest.raises(ConfigError, match="--valid-data-path b.jsonl is never read"):
+    with pytest.raises(ConfigError, match=r"--valid-data-path b\.jsonl is never read"):
         parsed(*given, "--valid-data-path", "b.jsonl")
     with pytest.raises(ConfigError, match="--test-data-path has no effect"):
         parsed(*given, "--test-data-path", "b.jsonl")
