@@ -86,7 +86,13 @@ def join_job(environment: Environment | None = None) -> None:
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     if visible:  # Slurm may show each task its own device only
         local_rank %= len(visible.split(","))
-    environment.setdefault("MASTER_PORT", str(_port(environment)))
+    if "MASTER_PORT" not in environment:
+        environment["MASTER_PORT"] = str(_port(environment))
+        if task.rank == 0 and _is_taken(int(environment["MASTER_PORT"])):
+            raise LaunchError(
+                f"port {environment['MASTER_PORT']}, which follows from the job's id, is taken; "
+                "set MASTER_PORT to a free one, the same for all processes"
+            )
     environment["RANK"], environment["WORLD_SIZE"] = str(task.rank), str(task.size)
     environment["LOCAL_RANK"] = str(local_rank)
     if task.local_size is not None:
@@ -234,6 +240,16 @@ def _port(environment: Environment) -> int:
     names = [environment[name] for name in _JOB_NAMES if name in environment]
     names = names or [os.getcwd(), *sys.argv]
     return _PORTS[zlib.crc32("\0".join([str(os.getuid()), *names]).encode()) % len(_PORTS)]
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return True
+    return False
 
 
 def _cores() -> int:

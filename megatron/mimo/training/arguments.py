@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +23,7 @@ from megatron.mimo.backend import Capabilities
 from megatron.mimo.backend.defaults import argument_defaults, check_arguments
 from megatron.mimo.recipes import DEFAULT_RECIPE, recipe_summaries
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.training.given import check_effect, given_by_user, settle_rivals
+from megatron.mimo.training.given import check_effect, given_by_user, said_of, settle_rivals
 from megatron.mimo.training.parts import add_part_arguments, check_parts
 from megatron.mimo.training.prerequisites import check_prerequisites
 from megatron.mimo.training.saving_flags import check_saving
@@ -182,8 +184,9 @@ def parse_arguments(
                 action.type = _no_yaml_cfg
         parser.set_defaults(**weak)
         from_file = config_values(parser, config)
-        given = given_by_user(parser, sys.argv[1:], from_file)
+        given.update(given_by_user(parser, sys.argv[1:], from_file))
         told.extend(check_effect(parser, recipe, given))
+        parsers.append(parser)
         recipe_values = _recipe_defaults(recipe, parser, from_file)
         known = {action.dest for action in parser._actions}
         _check_names(recipe_values, known, source=f"recipe {recipe.name!r}")
@@ -192,6 +195,8 @@ def parse_arguments(
         return parser
 
     told: list[str] = []
+    given: dict[str, Any] = {}
+    parsers: list[argparse.ArgumentParser] = []
     with _command_line(argv):
         args = parse_args(extend)
     _derive(args, machine)
@@ -203,10 +208,11 @@ def parse_arguments(
     if recipe.check is not None:
         recipe.check(args)
     try:
-        validate_args(args)
+        with _overheard() as lines:
+            validate_args(args)
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"Megatron refuses these arguments: {_reason(error)}") from error
-    args.read_over = told
+    args.read_over = told + said_of(given, parsers[0], "\n".join(lines))
     return args
 
 
@@ -312,6 +318,21 @@ def _name_folders(args: argparse.Namespace) -> None:
         args.save = args.save or f"{args.output}/checkpoints"
         args.load = args.load or args.save
         args.tensorboard_dir = args.tensorboard_dir or f"{args.output}/tensorboard"
+
+
+@contextmanager
+def _overheard() -> Iterator[list[str]]:
+    """What is printed and warned of within this context, line by line; printed at its end."""
+    lines: list[str] = []
+    printed = io.StringIO()
+    try:
+        with warnings.catch_warnings(record=True) as caught, redirect_stdout(printed):
+            warnings.simplefilter("always")
+            yield lines
+    finally:
+        warned = [" ".join(str(warning.message).split()) for warning in caught]
+        lines.extend([*printed.getvalue().splitlines(), *warned])
+        print("\n".join(lines))
 
 
 @contextmanager

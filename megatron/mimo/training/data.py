@@ -194,8 +194,7 @@ def dataset_provider(
         if not first and not last and not _every_stage_reads(args, collate):
             return None, None, None
         counts = (counts[0], counts[1] or 0, counts[2] or 0)
-        datasets = recipe.build_datasets(args, counts)
-        _demand(recipe, args, datasets, counts)
+        datasets = _datasets(recipe, args, counts)
         pack = packing_collator(recipe.name, args, collate) if args.pack else None
         dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         keep = partial(
@@ -243,10 +242,9 @@ def dataset_provider(
     return provide
 
 
-def _demand(
-    recipe: Recipe, args: Namespace, datasets: Datasets, counts: tuple[int, int, int]
-) -> None:
-    """Refuses a run whose recipe has not the data that its flags ask for."""
+def _datasets(recipe: Recipe, args: Namespace, counts: tuple[int, int, int]) -> Datasets:
+    """The recipe's; refuses a run whose recipe has not what the flags ask for."""
+    datasets = recipe.build_datasets(args, counts)
     if datasets.train is None and counts[0] and not args.skip_train:
         raise ConfigError(f"recipe {recipe.name!r} gave no training dataset; expected one")
     if datasets.valid is None and counts[1]:
@@ -254,6 +252,7 @@ def _demand(
             f"--eval-iters {args.eval_iters}: recipe {recipe.name!r} gave no validation dataset; "
             "give --valid-data-path, if the recipe reads it, or --eval-iters 0"
         )
+    return datasets
 
 
 def _every_stage_reads(args: Namespace, collate: Collator) -> bool:

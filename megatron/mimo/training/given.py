@@ -14,7 +14,7 @@ from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.training.without_effect import GROUPS, HARMLESS, NAMES
 
-__all__ = ["check_effect", "given_by_user", "settle_rivals"]
+__all__ = ["check_effect", "given_by_user", "said_of", "settle_rivals"]
 
 _DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 # the same in iterations and in samples
@@ -23,6 +23,7 @@ _UNITS = (
     ("lr_decay_iters", "lr_decay_samples"),
     ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
 )
+_TAKES_BACK = ("deprecated", "ignor", "no effect", "incompatible", "disabling", "overrid")
 _NOTHING: Mapping[str, object] = {"lr_warmup_iters": 0, "lr_warmup_samples": 0}
 
 
@@ -83,6 +84,30 @@ def check_effect(
             if name in HARMLESS:
                 told.append(f"{flag} is read over: {HARMLESS[name]}")
     return told
+
+
+def said_of(given: Mapping[str, Any], parser: argparse.ArgumentParser, text: str) -> list[str]:
+    """Lines of what Megatron says while it checks arguments that take back a flag of the user.
+
+    What ``check_effect`` tells of is left out.
+
+    Args:
+        given: as ``given_by_user`` returns it.
+        parser: with all flags.
+        text: what it printed and warned of, line by line.
+    """
+    flags = {
+        word
+        for action in parser._actions
+        if action.dest in given and action.dest not in HARMLESS
+        for word in (*action.option_strings, action.dest)
+    }
+    return [
+        line.strip()
+        for line in text.splitlines()
+        if any(sign in line.lower() for sign in _TAKES_BACK)
+        and flags & {word.strip(".,;:'\"()").partition("=")[0] for word in line.split()}
+    ]
 
 
 def settle_rivals(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from megatron.mimo.launcher import LaunchError, first_host, join_job, set_threads
@@ -126,6 +128,17 @@ def test_all_processes_of_a_job_find_one_port_and_those_of_another_one_more() ->
         join_job(environment)
         ports.append(environment["MASTER_PORT"])
     assert ports[0] == ports[1] != ports[2]
+
+
+def test_a_port_that_is_taken_is_said_before_others_wait() -> None:
+    first = SLURM | {"SLURM_PROCID": "0"}
+    join_job(first)
+    with socket.socket() as other:
+        other.bind(("", int(first["MASTER_PORT"])))
+        other.listen()
+        with pytest.raises(LaunchError, match="is taken; set MASTER_PORT"):
+            join_job(SLURM | {"SLURM_PROCID": "0"})
+        join_job(SLURM | {"SLURM_PROCID": "0", "MASTER_PORT": "29512"})
 
 
 @pytest.mark.parametrize(

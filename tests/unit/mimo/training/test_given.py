@@ -114,6 +114,12 @@ def test_what_is_done_anyway_is_told() -> None:
     assert args.read_over == ["--use-mcore-models is read over: all models are of megatron-core"]
 
 
+def test_what_megatron_takes_back_is_told() -> None:
+    args = _parse("--no-weight-decay-cond-type", "apply_wd_to_qk_layernorm")
+    assert len(args.read_over) == 1
+    assert "--no-weight-decay-cond-type is deprecated" in args.read_over[0]
+
+
 def test_a_recipe_reads_the_files_that_it_names() -> None:
     import dataclasses
 
