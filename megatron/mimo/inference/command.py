@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron.core.models.mimo.errors import ConfigError, MimoError
 from megatron.mimo.inference.sampling import SamplingOptions
+from megatron.mimo.launcher import LaunchError, join_job, set_threads
 from megatron.mimo.training.failure import refuse
 from megatron.mimo.training.quiet import quiet_imports, stdout, warnings_shown
 
@@ -28,7 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code; 2 where the arguments, the checkpoint or the media are at fault.
     """
     arguments = _parser().parse_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
+    try:
+        join_job()
+    except LaunchError as error:
+        return refuse(ConfigError(str(error)), 0)
+    set_threads()
+    rank = int(os.environ["RANK"])
     sizes = (arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
     try:
         if min(sizes) < 1:

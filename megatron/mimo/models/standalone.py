@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.backend import capabilities, select_backend
 from megatron.mimo.backend.job import end_job, leave_job
+from megatron.mimo.launcher import LaunchError, join_job
 from megatron.mimo.models.family import Family
 
 __all__ = ["build_model", "model_arguments", "process_groups"]
@@ -174,12 +175,18 @@ def build_model(family: Family, config: Any, args: Namespace, *, device: torch.d
 
 def _start_job(backend: str) -> None:
     """Join the launcher's job, or be a job of one."""
-    if "RANK" in os.environ:
-        if backend == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(backend)
-    else:
+    environment = dict(os.environ)
+    try:
+        join_job(environment)
+    except LaunchError as error:
+        raise ConfigError(str(error)) from error
+    if environment["WORLD_SIZE"] == "1":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    os.environ.update(environment)
+    if backend == "nccl":
+        torch.cuda.set_device(int(environment["LOCAL_RANK"]))
+    dist.init_process_group(backend)
 
 
 def _no_data(*_: Any) -> NoReturn:

@@ -93,6 +93,8 @@ def pretrained(
         stages=stages,
         default_stage=default_stage,
         describe=run.describe,
+        check=run.check,
+        data_flags=("data_path", "train_data_path", "valid_data_path"),
         add_arguments=_add_arguments,
         build_model=run.build_model,
         build_datasets=run.build_datasets,
@@ -146,6 +148,19 @@ class _Run:
                 "has processor_config.json or preprocessor_config.json, and the tokenizer's files"
             )
         return load_family(self.family).arguments(self._config(given))
+
+    def check(self, args: Namespace) -> None:
+        """Refuses an evaluation without conversations, and conversations without an evaluation."""
+        if args.eval_iters and self.task is None and not args.valid_data_path:
+            raise ConfigError(
+                f"--eval-iters {args.eval_iters}: recipe {self.name!r} has no validation data; "
+                "give --valid-data-path held_out.jsonl, or --eval-iters 0"
+            )
+        if args.valid_data_path and not args.eval_iters:
+            raise ConfigError(
+                f"--valid-data-path {' '.join(args.valid_data_path)} is never read without an "
+                "evaluation; give --eval-iters N as well"
+            )
 
     def build_model(self, args: Namespace, stage: Stage) -> MimoModelConfig:
         """As the family builds it."""

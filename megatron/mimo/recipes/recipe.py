@@ -90,6 +90,9 @@ class Recipe:
             folder of ``--load``), weaker than ``arguments``. It gets the flags as far as they are
             known by then: given on the command line, in ``--config``, or derived (``load``,
             ``save``, ``output``). May refuse them with a ``ConfigError``.
+        check: refuses arguments that do not fit its data, once all are known (``ConfigError``).
+        data_flags: which of ``data_path``, ``train_data_path``, ``valid_data_path`` and
+            ``test_data_path`` it reads; the others are refused.
         add_arguments: adds the recipe's own flags to the parser (prefix them with the name).
         build_model: the model's configuration for one stage.
         build_datasets: datasets for (train, valid, test) sample counts.
@@ -116,5 +119,7 @@ class Recipe:
     stages: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     default_stage: str | None = None
     describe: Callable[[Namespace], Mapping[str, object]] | None = None
+    check: Callable[[Namespace], None] | None = None
+    data_flags: Sequence[str] = ()
     hf_config: Callable[[], Any] | None = None
     save_assets: Callable[[Namespace, Path], None] | None = None

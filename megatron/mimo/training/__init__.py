@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
+from megatron.mimo.launcher import LaunchError, join_job, set_threads
 from megatron.mimo.training.quiet import quiet_imports
 
 __all__ = ["main"]
 
+_REFUSED = 2  # exit code: as for wrong arguments
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train a recipe; see ``megatron.mimo.training.run.main``."""
+    """Train a recipe; see ``megatron.mimo.training.run.main``.
+
+    Which job the process belongs to, and its threads, are settled before PyTorch is imported.
+    """
+    try:
+        join_job()
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return _REFUSED
+    set_threads()
     with quiet_imports():
         from megatron.mimo.training import run
     return run.main(argv)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +23,9 @@ from megatron.mimo.backend import Capabilities
 from megatron.mimo.backend.defaults import argument_defaults, check_arguments
 from megatron.mimo.recipes import DEFAULT_RECIPE, recipe_summaries
 from megatron.mimo.recipes.recipe import Recipe
+from megatron.mimo.training.given import check_effect, given_by_user, said_of, settle_rivals
 from megatron.mimo.training.parts import add_part_arguments, check_parts
+from megatron.mimo.training.prerequisites import check_prerequisites
 from megatron.mimo.training.saving_flags import check_saving
 
 __all__ = ["EarlyArguments", "list_recipes", "parse_arguments", "parse_early"]
@@ -178,24 +182,37 @@ def parse_arguments(
         for action in parser._actions:
             if action.dest == "yaml_cfg":
                 action.type = _no_yaml_cfg
-        _set_defaults(parser, weak, source="project defaults")
+        parser.set_defaults(**weak)
         from_file = config_values(parser, config)
+        given.update(given_by_user(parser, sys.argv[1:], from_file))
+        told.extend(check_effect(parser, recipe, given))
+        parsers.append(parser)
         recipe_values = _recipe_defaults(recipe, parser, from_file)
-        _set_defaults(parser, recipe_values, source=f"recipe {recipe.name!r}")
+        known = {action.dest for action in parser._actions}
+        _check_names(recipe_values, known, source=f"recipe {recipe.name!r}")
+        parser.set_defaults(**settle_rivals(parser, recipe_values, given))
         parser.set_defaults(**from_file)
         return parser
 
+    told: list[str] = []
+    given: dict[str, Any] = {}
+    parsers: list[argparse.ArgumentParser] = []
     with _command_line(argv):
         args = parse_args(extend)
     _derive(args, machine)
     check_arguments(args, machine)
+    check_prerequisites(args, machine)
     check_layout(args)
     check_parts(args)
     check_saving(args)
+    if recipe.check is not None:
+        recipe.check(args)
     try:
-        validate_args(args)
+        with _overheard() as lines:
+            validate_args(args)
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"Megatron refuses these arguments: {_reason(error)}") from error
+    args.read_over = told + said_of(given, parsers[0], "\n".join(lines))
     return args
 
 
@@ -259,16 +276,12 @@ def _recipe_defaults(
     return {**described, **recipe.arguments, **preset, "stage": stage}
 
 
-def _set_defaults(
-    parser: argparse.ArgumentParser, values: Mapping[str, object], *, source: str
-) -> None:
-    known = {action.dest for action in parser._actions}
+def _check_names(values: Mapping[str, object], known: Collection[str], *, source: str) -> None:
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{source}: Megatron has no argument {name!r}{hint}")
-    parser.set_defaults(**values)
 
 
 def _no_yaml_cfg(_: str) -> NoReturn:
@@ -305,6 +318,21 @@ def _name_folders(args: argparse.Namespace) -> None:
         args.save = args.save or f"{args.output}/checkpoints"
         args.load = args.load or args.save
         args.tensorboard_dir = args.tensorboard_dir or f"{args.output}/tensorboard"
+
+
+@contextmanager
+def _overheard() -> Iterator[list[str]]:
+    """What is printed and warned of within this context, line by line; printed at its end."""
+    lines: list[str] = []
+    printed = io.StringIO()
+    try:
+        with warnings.catch_warnings(record=True) as caught, redirect_stdout(printed):
+            warnings.simplefilter("always")
+            yield lines
+    finally:
+        warned = [" ".join(str(warning.message).split()) for warning in caught]
+        lines.extend([*printed.getvalue().splitlines(), *warned])
+        print("\n".join(lines))
 
 
 @contextmanager

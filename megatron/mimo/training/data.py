@@ -23,8 +23,9 @@ from megatron.core.models.mimo.partition.packing import packed_params
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.mimo.data import PackedDataset, PackingCollator, SampleCollator
 from megatron.mimo.data.packing import rows_of
-from megatron.mimo.recipes.recipe import Batch, Collator, Recipe
+from megatron.mimo.recipes.recipe import Batch, Collator, Datasets, Recipe
 from megatron.mimo.training.broadcast import broadcast_batch
+from megatron.mimo.training.children import left_to_parent, start_reading
 from megatron.mimo.training.origins import SampleFinder
 
 _ROW_MULTIPLE = 8  # tokens; samples are planned into rows as if padded to a multiple of it
@@ -193,7 +194,7 @@ def dataset_provider(
         if not first and not last and not _every_stage_reads(args, collate):
             return None, None, None
         counts = (counts[0], counts[1] or 0, counts[2] or 0)
-        datasets = recipe.build_datasets(args, counts)
+        datasets = _datasets(recipe, args, counts)
         pack = packing_collator(recipe.name, args, collate) if args.pack else None
         dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         keep = partial(
@@ -225,7 +226,7 @@ def dataset_provider(
             if training and samples is not None:
                 samples.stream = batches, numbers
             return BatchStream(
-                lambda: iter(_loader(batches, numbers, args.num_workers if training else 0)),
+                lambda: read_batches(batches, numbers, args.num_workers if training else 0),
                 group=mpu.get_tensor_model_parallel_group(),
                 device=training_device(),
                 keep=keep,
@@ -239,6 +240,19 @@ def dataset_provider(
 
     provide.is_distributed = True  # type: ignore[attr-defined]
     return provide
+
+
+def _datasets(recipe: Recipe, args: Namespace, counts: tuple[int, int, int]) -> Datasets:
+    """The recipe's; refuses a run whose recipe has not what the flags ask for."""
+    datasets = recipe.build_datasets(args, counts)
+    if datasets.train is None and counts[0] and not args.skip_train:
+        raise ConfigError(f"recipe {recipe.name!r} gave no training dataset; expected one")
+    if datasets.valid is None and counts[1]:
+        raise ConfigError(
+            f"--eval-iters {args.eval_iters}: recipe {recipe.name!r} gave no validation dataset; "
+            "give --valid-data-path, if the recipe reads it, or --eval-iters 0"
+        )
+    return datasets
 
 
 def _every_stage_reads(args: Namespace, collate: Collator) -> bool:
@@ -309,16 +323,17 @@ def pack_training_set(
     return rows_of(larger, counts[0], seq_length=args.seq_length, multiple=multiple)
 
 
-def _loader(batches: MicroBatches, numbers: SampleRange, workers: int) -> DataLoader[Batch]:
-    return DataLoader(
+def read_batches(batches: MicroBatches, numbers: SampleRange, workers: int) -> Iterator[Batch]:
+    """Micro-batches in order, read by ``workers`` processes ahead of time, or by this one."""
+    loader: DataLoader[Batch] = DataLoader(
         batches,
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=_one_thread if workers > 0 else None,
+        worker_init_fn=start_reading if workers > 0 else None,
     )
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
+    if workers == 0:
+        return iter(loader)
+    with left_to_parent():
+        return iter(loader)

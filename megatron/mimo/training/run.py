@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import json
 import os
-import socket
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -60,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MimoError as error:
         return failure.refuse(error, rank)
     console = Console(active=rank == 0)
-    if warning:
-        console.say(f"warning: {warning}")
+    for text in (*args.read_over, *filter(None, [warning])):
+        console.say(f"warning: {text}")
     if _already_finished(args, start, console):
         return 0
     try:
@@ -85,7 +84,6 @@ def _arguments(
     recipe = load_recipe(early.recipe)
     shown = "--verbose" in (sys.argv[1:] if argv is None else argv)
     wants_help = {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)
-    _single_process_environment()
     importlib.import_module("megatron.training.training")  # the rest, while warnings are off
     with stdout(shown=(shown or bool(wants_help)) and rank == 0):
         args = parse_arguments(recipe, machine=machine, config=early.config, argv=argv)
@@ -201,9 +199,10 @@ def _end_together() -> None:
 
 def _already_finished(args: Namespace, start: int | None, console: Console) -> bool:
     """Say so when there is nothing left to train and the figures are written."""
-    if start is None or args.train_iters is None or args.load != args.save or args.finetune:
+    total = _iterations(args)
+    if start is None or total is None or args.load != args.save or args.finetune:
         return False
-    if start < args.train_iters or args.skip_train or args.ckpt_step:
+    if start < total or args.skip_train or args.ckpt_step:
         return False
     try:
         metrics = json.loads((Path(args.output) / METRICS).read_text())
@@ -212,12 +211,30 @@ def _already_finished(args: Namespace, start: int | None, console: Console) -> b
     if metrics.get("iteration") != start:
         return False
     console.say(
-        f"already trained {start} iterations; pass --train-iters larger than {start} to continue, "
-        "or another --output to start anew"
+        f"already trained {start} iterations; pass {_longer(args, start)} to continue, or another "
+        "--output to start anew"
     )
     console.say(_figures(metrics))
     console.say(f"run directory: {args.output}/")
     return True
+
+
+def _iterations(args: Namespace) -> int | None:
+    """How many a run has; None where a schedule of batch sizes decides."""
+    if args.train_iters is not None or args.step_batch_size_schedule is not None:
+        return args.train_iters
+    return int(args.train_samples // args.global_batch_size)
+
+
+def _longer(args: Namespace, start: int) -> str:
+    if args.train_samples:
+        return f"--train-samples larger than {args.train_samples}"
+    return f"--train-iters larger than {start}"
+
+
+def _length(args: Namespace) -> str:
+    parts = [] if _iterations(args) is None else [f"{_iterations(args)} iterations"]
+    return ", ".join(parts + ([f"{args.train_samples} samples"] if args.train_samples else []))
 
 
 def _opening(recipe: Recipe, args: Namespace) -> str:
@@ -229,7 +246,7 @@ def _opening(recipe: Recipe, args: Namespace) -> str:
     return (
         f"recipe {recipe.name}{stage}: {processes} "
         f"({where}), tp {tp} pp {pp} dp {args.data_parallel_size}, {dtype}, "
-        f"global batch {args.global_batch_size}, {args.train_iters} iterations"
+        f"global batch {args.step_batch_size_schedule or args.global_batch_size}, {_length(args)}"
     )
 
 
@@ -271,17 +288,6 @@ def _stopped(
         kept = f"checkpoint of iteration {watch.saved} in {args.save}; the same command continues"
     console.say(f"stopped at iteration {watch.iteration}{by}: {kept}")
     return 0
-
-
-def _single_process_environment() -> None:
-    """Without a launcher this process is a job of its own."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ.update(single | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
 
 
 def _flush_writers() -> None:

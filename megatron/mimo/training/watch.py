@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import ConfigError, MimoError
 from megatron.mimo.training.checkpoints import prune
+from megatron.mimo.training.children import left_to_parent
 from megatron.mimo.training.curve import LossCurve
 from megatron.mimo.training.data import training_device
 from megatron.mimo.training.mismatch import explain
@@ -67,7 +68,13 @@ class LoopWatch:
     def _around_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.pace.start()
-            return train(*args, **kwargs)
+            self._consumed = self._trained()
+            result = train(*args, **kwargs)
+            if result[0] > self.iteration:  # --iterations-to-skip names the last one
+                self.iteration = result[0]
+                if self._args.save and self.saved != self.iteration:
+                    _save_last(result, *args)
+            return result
 
         return watched
 
@@ -85,9 +92,9 @@ class LoopWatch:
             )
             loss = self._loss_everywhere(loss_dict.get(LOSS))
             self.iteration = iteration
-            self.pace.step(self._args.consumed_train_samples - self._consumed)
-            self._consumed = self._args.consumed_train_samples
-            self._curve.append(iteration, loss)
+            self.pace.step(self._trained() - self._consumed)
+            self._consumed = self._trained()
+            self._curve.append(iteration, math.nan if loss is None else loss)
             self._show(loss, learning_rate)
             return result
 
@@ -130,7 +137,8 @@ class LoopWatch:
             self._curve.sync()
             try:
                 if self._args.async_save:
-                    result = save(iteration, *args, **kwargs)
+                    with left_to_parent():  # its writers
+                        result = save(iteration, *args, **kwargs)
                 else:
                     with atomic_tracker(folder):
                         result = save(iteration, *args, **kwargs)
@@ -163,7 +171,6 @@ class LoopWatch:
                     + explain(error, unwrap_model(model), self._args.checkpoint)
                 ) from error
             self.iteration = iteration
-            self._consumed = self._args.consumed_train_samples
             if iteration and self._args.load == self._args.save:
                 self.saved = iteration
             self._curve.begin(iteration)
@@ -175,19 +182,29 @@ class LoopWatch:
     def _split(prefix: str) -> str:
         return "test" if "test set" in prefix else "validation"
 
-    def _loss_everywhere(self, loss: torch.Tensor | None) -> float:
-        """The loss of the last pipeline stage on every stage; collective over the pipeline."""
+    def _trained(self) -> int:
+        """Samples that the model has learned from; what --iterations-to-skip names is none."""
+        args = self._args
+        return int(args.consumed_train_samples - args.skipped_train_samples)
+
+    def _loss_everywhere(self, loss: torch.Tensor | None) -> float | None:
+        """The loss of the last pipeline stage on every stage; collective over the pipeline.
+
+        None where the iteration had none: a step that fp16 skipped. A loss may be NaN.
+        """
         from megatron.core import mpu
 
         group = mpu.get_pipeline_model_parallel_group()
-        value = torch.full((1,), math.nan, device=training_device())
+        value = torch.zeros(2, dtype=torch.float64, device=training_device())  # the loss, whether
         if loss is not None:
-            value[0] = loss.detach().float().reshape(())
+            value[0] = loss.detach().double().reshape(())
+            value[1] = 1.0
         if group.size() > 1:
             dist.broadcast(value, group_src=group.size() - 1, group=group)
-        return value.item()
+        number, there = value.tolist()
+        return number if there else None
 
-    def _show(self, loss: float, learning_rate: float | None) -> None:
+    def _show(self, loss: float | None, learning_rate: float | None) -> None:
         args, pace = self._args, self.pace
         total = args.train_iters
         extra = {} if learning_rate is None else {"lr": f"{learning_rate:.1e}"}
@@ -195,7 +212,7 @@ class LoopWatch:
             format_progress(
                 iteration=self.iteration,
                 total=total,
-                loss=None if math.isnan(loss) else loss,
+                loss=loss,
                 samples_per_second=pace.samples_per_second,
                 tokens_per_second=pace.samples_per_second * args.seq_length,
                 seconds_left=pace.seconds_per_iteration * (total - self.iteration),
@@ -205,6 +222,21 @@ class LoopWatch:
         )
         if self.iteration == total:
             self._console.end_progress()
+
+
+def _save_last(result: tuple[int, Any], *of_train: Any) -> None:
+    """Save after a last iteration that was skipped: Megatron counts on the loop to have done it.
+
+    Args:
+        result: what Megatron's ``train`` has returned.
+        of_train: what it was called with.
+    """
+    from megatron.training import training
+
+    _, model, optimizer, scheduler, data = of_train[:5]
+    training.save_checkpoint_and_time(
+        result[0], model, optimizer, scheduler, result[1], of_train[8], train_data_iterator=data
+    )
 
 
 def _from_last_stage(figures: dict[str, float]) -> dict[str, float]:

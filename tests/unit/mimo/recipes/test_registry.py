@@ -185,10 +185,22 @@ def test_megatron_takes_the_settings_of_every_stage(name: str, stage: str, tmp_p
     args = parsed(
         name,
         *("--hf", str(tmp_path), "--data-path", "a.jsonl", "--valid-data-path", "b.jsonl"),
-        *("--stage", stage),
+        *("--stage", stage, "--eval-iters", "2"),
     )
     preset = load_recipe(name).stages[stage]
     assert {key: getattr(args, key) for key in preset} == preset
     assert args.lr > 0
     assert args.global_batch_size % args.micro_batch_size == 0
     assert bool(args.lora) == (stage == "lora")
+
+
+def test_an_evaluation_needs_conversations_and_these_an_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "processor_config.json").touch()
+    given = ("llava_1_5_7b", "--hf", str(tmp_path), "--data-path", "a.jsonl")
+    with pytest.raises(ConfigError, match=r"--eval-iters 2: .* give --valid-data-path"):
+        parsed(*given, "--eval-iters", "2")
+    with pytest.raises(ConfigError, match=r"--valid-data-path b\.jsonl is never read"):
+        parsed(*given, "--valid-data-path", "b.jsonl")
+    with pytest.raises(ConfigError, match="--test-data-path has no effect"):
+        parsed(*given, "--test-data-path", "b.jsonl")
+    assert parsed("llava_tiny", "--eval-iters", "2").eval_iters == 2  # it makes its own

@@ -19,7 +19,7 @@ def test_every_orderly_end_ends_the_process_groups(
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         return code
 
-    monkeypatch.setattr(run, "_arguments", lambda *_: (None, Namespace()))
+    monkeypatch.setattr(run, "_arguments", lambda *_: (None, Namespace(read_over=[])))
     monkeypatch.setattr(run, "choose_start", lambda *_, **__: (None, None))
     monkeypatch.setattr(run, "_already_finished", lambda *_: False)
     monkeypatch.setattr(run, "_train", train)
