@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron.core.models.mimo.errors import UnsupportedError
+from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
 
 __all__ = ["ASIDE", "FIELDS", "USED", "Only", "Rule", "check_fields", "defaults_of"]
 
@@ -165,6 +165,7 @@ def check_fields(config: Any) -> None:
 
     Raises:
         UnsupportedError: names the field, its value and what is expected.
+        ConfigError: a placeholder is no token.
     """
     _check_part(config, "")
     for name, kinds in _PARTS[config.model_type].items():
@@ -175,6 +176,18 @@ def check_fields(config: Any) -> None:
                 f"{_one_of(kinds)}, of which a {config.model_type} is made"
             )
         _check_part(part, f"{name}.")
+    _check_placeholders(config)
+
+
+def _check_placeholders(config: Any) -> None:
+    tokens = config.text_config.vocab_size
+    for name in ("image_token_index", "audio_token_index", "image_token_id", "video_token_id"):
+        token = config.to_dict().get(name, 0)
+        if not 0 <= token < tokens:
+            raise ConfigError(
+                f"config.json: {name} is {token}; expected a token of the vocabulary, 0 to "
+                f"{tokens - 1} (text_config.vocab_size is {tokens})"
+            )
 
 
 def _check_part(part: Any, prefix: str) -> None:

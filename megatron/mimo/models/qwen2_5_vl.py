@@ -186,4 +186,8 @@ FAMILY = Family(
     sample=sample,
     tiny=tiny,
     example=example,
+    placeholders=lambda config: {
+        "images": config.image_token_id,
+        "videos": config.video_token_id,
+    },
 )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.core.models.mimo.errors import MimoError, UnsupportedError
+from megatron.core.models.mimo.errors import ConfigError, MimoError, UnsupportedError
 from megatron.mimo.models import load_family
 from megatron.mimo.models.config_fields import ASIDE, FIELDS, Only, check_fields, defaults_of
 from megatron.mimo.models.llava import TINY_TEXT, TINY_VISION
@@ -333,6 +333,17 @@ def test_parts_of_another_kind_are_refused(family: str, path: str, name: str, va
     setattr(getattr(config, path), name, value)
     with pytest.raises(UnsupportedError, match=rf"{path}\.{name} is '{value}'"):
         load_family(family).arguments(config)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_avlm", "qwen2_audio", "qwen2_5_vl"])
+def test_a_placeholder_outside_of_the_vocabulary_is_refused(name: str) -> None:
+    family = load_family(name)
+    for field in family.tiny().to_dict():
+        if field in ("image_token_index", "audio_token_index", "image_token_id", "video_token_id"):
+            config: Any = family.tiny()
+            setattr(config, field, 500)
+            with pytest.raises(ConfigError, match=rf"{field} is 500; expected .* 0 to 499"):
+                family.arguments(config)
 
 
 def test_only_is_refused_by_name() -> None:
