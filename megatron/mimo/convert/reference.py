@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.mimo.convert.conversations import covering_examples
+from megatron.mimo.inference.rules import Rules
 
 __all__ = ["NEW_TOKENS", "Expected", "compute_expected"]
 
@@ -33,6 +34,7 @@ class Expected:
         gradients: of the loss, of every parameter that it depends on.
         fixed: names of parameters that the model does not train.
         answers: greedy continuations of each, ``NEW_TOKENS`` long.
+        rules: that they keep to.
     """
 
     examples: list[Conversation]
@@ -41,10 +43,17 @@ class Expected:
     gradients: dict[str, Tensor]
     fixed: tuple[str, ...]
     answers: list[list[int]]
+    rules: Rules
 
 
 def compute_expected(
-    model: nn.Module, family: Any, config: Any, *, samples: int, seed: int
+    model: nn.Module,
+    family: Any,
+    config: Any,
+    *,
+    samples: int,
+    seed: int,
+    rules: Rules | None = None,
 ) -> Expected:
     """Run the model on random conversations.
 
@@ -54,7 +63,9 @@ def compute_expected(
         config: its configuration.
         samples: how many conversations at least.
         seed: of the conversations.
+        rules: of the answers; none by default.
     """
+    rules = rules or Rules()
     examples = covering_examples(family, config, samples=samples, seed=seed)
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     # The row of the padding token is trained where it stands in a text: docs/conversion.md.
@@ -85,7 +96,10 @@ def compute_expected(
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if not parameter.requires_grad
         ),
-        answers=_answers(model, examples, sorted(family.media(config).special_token_ids.values())),
+        answers=_answers(
+            model, examples, sorted(family.media(config).special_token_ids.values()), rules
+        ),
+        rules=rules,
     )
 
 
@@ -94,13 +108,20 @@ def _losses(logits_LV: Tensor, example: Conversation) -> Tensor:
 
 
 def _answers(
-    model: Any, examples: Sequence[Conversation], placeholders: list[int]
+    model: Any, examples: Sequence[Conversation], placeholders: list[int], rules: Rules
 ) -> list[list[int]]:
     """Greedy and without an end. A random model may ask for media: placeholders are never said."""
     from transformers import GenerationConfig
 
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=NEW_TOKENS, suppress_tokens=placeholders, pad_token_id=0
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        pad_token_id=0,
+        repetition_penalty=rules.repetition_penalty,
+        no_repeat_ngram_size=rules.no_repeat_ngram_size or None,
+        bad_words_ids=[list(words) for words in rules.bad_words] or None,
+        suppress_tokens=[*placeholders, *rules.suppress_tokens],
+        begin_suppress_tokens=list(rules.begin_suppress_tokens) or None,
     )
     # Of its own file, only what is said here counts: transformers fills gaps from it.
     model.generation_config = GenerationConfig()

@@ -6,7 +6,7 @@ import filecmp
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from megatron.mimo.convert.processes import compare_on_processes
 from megatron.mimo.convert.reference import NEW_TOKENS, Expected, compute_expected
 from megatron.mimo.convert.ties import config_of_files
 from megatron.mimo.convert.weights import Weights
+from megatron.mimo.inference.rules import Rules
+from megatron.mimo.inference.settings import read_rules
 from megatron.mimo.lora.settings import saved_settings
 from megatron.mimo.models import family_of, load_family, read_hf_config
 
@@ -96,7 +98,8 @@ def verify_checkpoint(
     for name, parameter in described.named_parameters():  # loading makes fixed tables trainable
         model.get_parameter(name).requires_grad_(parameter.requires_grad)
     check_spellings([name for name, _ in described.named_parameters()], family.keys(config))
-    expected = compute_expected(model, family, config, samples=samples, seed=_SEED)
+    rules = read_rules(source)
+    expected = compute_expected(model, family, config, samples=samples, seed=_SEED, rules=rules)
     del model
     found = compare_on_processes(
         family, config, folder, expected, tp_size=tp_size, pp_size=pp_size, flags=flags
@@ -183,10 +186,20 @@ def _compare_runs(expected: Expected, found: list[Comparison], allowed: Allowed)
         ),
         Finding(
             title="generation",
-            text=f"{same} of {len(lengths)} greedy answers of {NEW_TOKENS} tokens are equal",
+            text=f"{same} of {len(lengths)} greedy answers of {NEW_TOKENS} tokens are equal"
+            + (f", with {_said(expected.rules)}" if expected.rules != Rules() else ""),
             equal=same == len(lengths),
         ),
     ]
+
+
+def _said(rules: Rules) -> str:
+    """The rules that are not the default."""
+    return ", ".join(
+        f"{one.name} {getattr(rules, one.name)}"
+        for one in fields(Rules)
+        if getattr(rules, one.name) != one.default
+    )
 
 
 def _gradient_errors(found: list[Comparison]) -> Mapping[str, float]:
