@@ -32,8 +32,8 @@ import torch
 
 from benchmarks import device as on_device
 from megatron.mimo.backend import select_backend
-from megatron.mimo.backend.job import end_job
 from megatron.mimo.backend.host_sync import HostSyncCounter
+from megatron.mimo.backend.job import end_job
 
 IMAGE, AUDIO = 32766, 32767
 LIBRARY = "megatron.core.models.mimo"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron.mimo.backend import gloo, job, stock
+from megatron.mimo.backend import gloo, job, pickles, stock
 from megatron.mimo.backend import torch_view as view
 from megatron.mimo.backend.capabilities import capabilities
 from megatron.mimo.backend.defaults import argument_defaults
@@ -232,6 +232,20 @@ _DEFECTS = (
         target="megatron.core.dist_checkpointing.strategies.torch:TorchDistSaveShardedStrategy.save",
         reason="each rank's first save spawns a process that imports torch: seconds and memory",
         replacement=stock.collecting_in_process,
+        needs_no_cuda=False,
+    ),
+    Patch(
+        name="index of a checkpoint",
+        target="torch.distributed.checkpoint.filesystem:FileSystemReader.read_metadata",
+        reason="unpickles whatever .metadata holds: who wrote a checkpoint runs code here",
+        replacement=pickles.reading_index,
+        needs_no_cuda=False,
+    ),
+    Patch(
+        name="objects of a checkpoint",
+        target="torch.distributed.checkpoint.default_planner:DefaultLoadPlanner.load_bytes",
+        reason="unpickles whatever the files hold beside tensors, with weights_only=False",
+        replacement=pickles.loading_objects,
         needs_no_cuda=False,
     ),
     Patch(

@@ -13,12 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.convert.weights import (
+    FLOATS,
     INDEX_FILE,
     Weights,
     WeightsFile,
     WeightSource,
+    is_weights_name,
     make_header,
     weights_of,
 )
@@ -95,14 +99,30 @@ def copy_assets(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def carry_weights(weights: WeightSource, names: tuple[str, ...], target: Path) -> None:
-    """Write weights that our model does without into the folder ``target``, one by one."""
+def carry_weights(
+    weights: WeightSource,
+    names: tuple[str, ...],
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write weights that our model does without into the folder ``target``, one by one.
+
+    Args:
+        weights: all of them.
+        names: of those to write.
+        target: the folder.
+        dtype: of floating-point weights; their own by default.
+    """
     if not names:
         return
-    kinds = [(name, weights.by_name[name].dtype, weights.by_name[name].shape) for name in names]
-    file = WeightsFile(target / CARRIED_FILE, make_header(kinds))
+    kinds = {name: weights.by_name[name].dtype for name in names}
+    if dtype is not None:
+        kinds |= {name: dtype for name, kind in kinds.items() if kind in FLOATS}
+    header = make_header((name, kinds[name], weights.by_name[name].shape) for name in names)
+    file = WeightsFile(target / CARRIED_FILE, header)
     for name in names:
-        file.write(name, weights.read(name))
+        file.write(name, weights.read(name).to(kinds[name]))
     file.close()
 
 
@@ -125,6 +145,8 @@ def read_name_index(assets: Path) -> NameIndex | None:
         content = json.loads(path.read_text())
         headers = dict(content["files"])
         for file, header in headers.items():
+            if not is_weights_name(file) or file == CARRIED_FILE:
+                raise ValueError(f"it names the file {file!r}, outside of the model's folder")
             weights_of(header, file=file, start=0)
         return NameIndex(headers=headers, index=content["index"])
     except (ValueError, KeyError, TypeError) as error:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import (
     BytesStorageMetadata,
-    FileSystemReader,
     FileSystemWriter,
     Metadata,
     TensorStorageMetadata,
@@ -36,6 +35,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.core.models.mimo.submodules.state import WITHOUT_EXTRA_STATE
+from megatron.mimo.backend.pickles import load_index
 from megatron.mimo.convert.slots import STATE_METADATA
 from megatron.mimo.training.checkpoints import RELEASE, TRACKER, newest, problem, write_text
 
@@ -152,7 +152,8 @@ class CheckpointReader:
         if trouble is not None:
             raise ConfigError(f"checkpoint {folder} cannot be used: {trouble}")
         self.folder = folder
-        metadata = FileSystemReader(folder).read_metadata()
+        with (folder / ".metadata").open("rb") as file:
+            metadata = load_index(file)
         self._tensors = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()

@@ -99,7 +99,9 @@ def compare_model(
         )
         samples = [family.sample(config, example) for example in expected.examples]
         generator = Generator(model, collate, vocab_size=args.vocab_size)
-        found.answers = generator(samples, SamplingOptions(max_new_tokens=NEW_TOKENS))
+        found.answers = generator(
+            samples, SamplingOptions(max_new_tokens=NEW_TOKENS, rules=expected.rules)
+        )
         batch = collate(samples)
         _step(model, _on(device, batch), expected, args, found)
         found.gradients = _compare_gradients(model, family.keys(config), expected)

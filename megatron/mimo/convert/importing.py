@@ -32,6 +32,7 @@ from megatron.mimo.convert.meter import Meter
 from megatron.mimo.convert.slots import Slot, match_slots, model_objects, model_slots
 from megatron.mimo.convert.staging import check_target, whole_directory
 from megatron.mimo.convert.threads import default_threads, in_threads
+from megatron.mimo.convert.ties import config_of_files, say_untied
 from megatron.mimo.convert.weights import FLOATS, Weights, WeightSource
 from megatron.mimo.models import family_of, read_hf_config
 from megatron.mimo.models.family import Family
@@ -78,6 +79,7 @@ class Imported:
         weights: under Hugging Face's names, in any spelling that the family knows.
         source: where they are from, for errors.
         write_assets: writes everything that is not a weight into a new folder.
+        notes: further words for a human.
     """
 
     family: Family
@@ -86,6 +88,7 @@ class Imported:
     weights: WeightSource
     source: str
     write_assets: Callable[[Path], None]
+    notes: Sequence[str] = ()
 
 
 def import_model(
@@ -118,10 +121,13 @@ def import_model(
     family = family_of(config)
     check_placeholders(source, family.media(config).special_token_ids)
     weights = Weights(source)
+    said, (config, untied) = config, config_of_files(family, config, weights, source=str(source))
 
     def write_assets(folder: Path) -> None:
         copy_assets(source, folder)
         write_name_index(weights, folder)
+        if config is not said:
+            say_untied(folder / "config.json")
 
     with meta_model(family, config) as model:
         imported = Imported(
@@ -131,6 +137,7 @@ def import_model(
             weights=weights,
             source=str(source),
             write_assets=write_assets,
+            notes=[*weights.notes, *untied],
         )
         return import_weights(imported, target, dtype=dtype, threads=threads, shown=shown)
 
@@ -157,9 +164,9 @@ def import_weights(
         objects = model_objects(imported.model)
         write_parameters(root, parameters, objects, meter, threads=threads)
         imported.write_assets(root / ASSETS)
-        carry_weights(weights, match.carried, root / ASSETS)
+        carry_weights(weights, match.carried, root / ASSETS, dtype=dtype)
     notes = [f"imported {imported.family.name}: {len(parameters)} parameters, {meter.end()}"]
-    notes += _tied_copies_that_differ(weights, match)
+    notes += imported.notes
     if match.carried:
         notes.append(
             f"{len(match.carried)} weights ({carried / 1e6:.1f} MB) that the model does without "
@@ -268,15 +275,3 @@ def _maker(
         return whole.to(dtype) if dtype is not None and whole.dtype in FLOATS else whole
 
     return make
-
-
-def _tied_copies_that_differ(weights: WeightSource, match: Match) -> list[str]:
-    """Words on weights that the configuration ties and the files do not."""
-    notes = []
-    for name, origin in match.copies.items():
-        if not torch.equal(weights.read(name), weights.read(match.given[origin])):
-            notes.append(
-                f"warning: {name} differs from {match.given[origin]}, though config.json ties "
-                "them; as in transformers, the latter is used for both"
-            )
-    return notes

@@ -161,7 +161,9 @@ def _read_part(part: str, assembly: Assembly, folder: Path) -> Any:
 
     kind = assembly.parts[part].reader
     try:
-        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
+        return getattr(transformers, kind).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # whatever is missing or damaged in it
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         what = "tokenizer" if part == LANGUAGE else "processor"

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from megatron.core.models.mimo.errors import ConfigError
+from megatron.core.models.mimo.errors import ConfigError, MimoError
 from megatron.mimo.convert.compare import Comparison, compare_model
 from megatron.mimo.convert.reference import Expected
 
 __all__ = ["compare_on_processes"]
 
-_JOB, _TIMEOUT = "job.pickle", 1800.0
+_JOB, _REFUSAL, _TIMEOUT = "job.pickle", ".refusal", 1800.0
 
 
 def compare_on_processes(
@@ -88,6 +88,9 @@ def _run_all(folder: Path, count: int) -> None:
         for process in processes:
             process.kill()
             process.wait()
+    refusals = sorted(folder.glob(f"*{_REFUSAL}"))
+    if refusals:
+        raise ConfigError(refusals[0].read_text())
     failed = next((rank for rank, code in enumerate(codes) if code), None)
     if failed is not None:
         lines = (folder / f"{failed}.log").read_text(errors="replace").splitlines()
@@ -115,8 +118,13 @@ def _main() -> None:
 
     folder = Path(sys.argv[1])
     name, config, checkpoint, expected, how = pickle.loads((folder / _JOB).read_bytes())
-    found = compare_model(load_family(name), config, checkpoint, expected, **how)
-    (folder / f"{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(found))
+    rank = os.environ["RANK"]
+    try:
+        found = compare_model(load_family(name), config, checkpoint, expected, **how)
+    except MimoError as error:
+        (folder / f"{rank}{_REFUSAL}").write_text(str(error))
+        sys.exit(2)
+    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron.mimo.convert.conversations import covering_examples
+from megatron.mimo.inference.rules import Rules
+
 __all__ = ["NEW_TOKENS", "Expected", "compute_expected"]
 
 NEW_TOKENS = 32
@@ -29,18 +32,28 @@ class Expected:
         logits: float32 [L, V] of each.
         loss: mean over the label positions of all of them.
         gradients: of the loss, of every parameter that it depends on.
+        fixed: names of parameters that the model does not train.
         answers: greedy continuations of each, ``NEW_TOKENS`` long.
+        rules: that they keep to.
     """
 
     examples: list[Conversation]
     logits: list[Tensor]
     loss: float
     gradients: dict[str, Tensor]
+    fixed: tuple[str, ...]
     answers: list[list[int]]
+    rules: Rules
 
 
 def compute_expected(
-    model: nn.Module, family: Any, config: Any, *, samples: int, seed: int
+    model: nn.Module,
+    family: Any,
+    config: Any,
+    *,
+    samples: int,
+    seed: int,
+    rules: Rules | None = None,
 ) -> Expected:
     """Run the model on random conversations.
 
@@ -48,11 +61,15 @@ def compute_expected(
         model: of transformers, in fp32 and evaluation mode; keeps its gradients.
         family: the model's.
         config: its configuration.
-        samples: how many conversations.
+        samples: how many conversations at least.
         seed: of the conversations.
+        rules: of the answers; none by default.
     """
-    generator = torch.Generator().manual_seed(seed)
-    examples = [family.example(config, generator) for _ in range(samples)]
+    rules = rules or Rules()
+    examples = covering_examples(family, config, samples=samples, seed=seed)
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    # The row of the padding token is trained where it stands in a text: docs/conversion.md.
+    embedding.padding_idx = None
     is_label = [family.sample(config, example).is_label for example in examples]
     logits = [model(**example).logits[0] for example in examples]
     count = sum(int(flags_L[1:].sum()) for flags_L in is_label)
@@ -74,7 +91,15 @@ def compute_expected(
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if parameter.grad is not None
         },
-        answers=_answers(model, examples, sorted(family.media(config).special_token_ids.values())),
+        fixed=tuple(
+            name
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if not parameter.requires_grad
+        ),
+        answers=_answers(
+            model, examples, sorted(family.media(config).special_token_ids.values()), rules
+        ),
+        rules=rules,
     )
 
 
@@ -83,18 +108,30 @@ def _losses(logits_LV: Tensor, example: Conversation) -> Tensor:
 
 
 def _answers(
-    model: Any, examples: Sequence[Conversation], placeholders: list[int]
+    model: Any, examples: Sequence[Conversation], placeholders: list[int], rules: Rules
 ) -> list[list[int]]:
-    """A random model may ask for media: placeholders are never said."""
-    settings = model.generation_config
-    settings.eos_token_id, settings.pad_token_id = None, 0
+    """Greedy and without an end. A random model may ask for media: placeholders are never said."""
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        pad_token_id=0,
+        repetition_penalty=rules.repetition_penalty,
+        no_repeat_ngram_size=rules.no_repeat_ngram_size or None,
+        bad_words_ids=[list(words) for words in rules.bad_words] or None,
+        suppress_tokens=[*placeholders, *rules.suppress_tokens],
+        begin_suppress_tokens=list(rules.begin_suppress_tokens) or None,
+    )
+    # Of its own file, only what is said here counts: transformers fills gaps from it.
+    model.generation_config = GenerationConfig()
     answers = []
     for example in examples:
         whole = model.generate(
             **example,
-            do_sample=False,
-            max_new_tokens=NEW_TOKENS,
-            suppress_tokens=placeholders,
+            # without it, transformers hides every padding token of the prompt
+            attention_mask=torch.ones_like(example["input_ids"]),
+            generation_config=settings,
         )
         answers.append(whole[0, example["input_ids"].size(1) :].tolist())
     return answers

@@ -6,7 +6,7 @@ import filecmp
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +14,25 @@ import torch
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.backend.exact import forbid_tf32
-from megatron.mimo.convert.checkpoint import ASSETS, CheckpointReader, locate
+from megatron.mimo.convert.checkpoint import ASSETS, locate
 from megatron.mimo.convert.compare import Comparison
-from megatron.mimo.convert.exporting import export_model, read_parameter
-from megatron.mimo.convert.importing import import_model, meta_model
-from megatron.mimo.convert.match import check_spellings, match_names
+from megatron.mimo.convert.compare_files import SHOWN, Finding, compare_config, compare_weights
+from megatron.mimo.convert.conversations import coverage
+from megatron.mimo.convert.exporting import export_model
+from megatron.mimo.convert.importing import import_model
+from megatron.mimo.convert.match import check_spellings
 from megatron.mimo.convert.processes import compare_on_processes
 from megatron.mimo.convert.reference import NEW_TOKENS, Expected, compute_expected
-from megatron.mimo.convert.slots import match_slots, model_slots
-from megatron.mimo.convert.threads import in_threads
+from megatron.mimo.convert.ties import config_of_files
 from megatron.mimo.convert.weights import Weights
+from megatron.mimo.inference.rules import Rules
+from megatron.mimo.inference.settings import read_rules
 from megatron.mimo.lora.settings import saved_settings
 from megatron.mimo.models import family_of, load_family, read_hf_config
 
 __all__ = ["Allowed", "Finding", "verify_checkpoint", "verify_tiny"]
 
 _SEED = 2
-_SHOWN = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        title: what was compared.
-        text: what came out.
-        equal: whether it is as it should be.
-        rows: the worst cases, as lines of a table.
-    """
-
-    title: str
-    text: str
-    equal: bool
-    rows: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [f"{'ok  ' if self.equal else 'FAIL'}  {self.title:<10}  {self.text}"]
-        return "\n".join([*lines, *(f"        {row}" for row in self.rows)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +76,15 @@ def verify_checkpoint(
     """
     forbid_tf32()
     root, folder = locate(checkpoint)
-    config = read_hf_config(source)
-    family = family_of(config)
-    if family.name != family_of(read_hf_config(root / ASSETS)).name:
+    said, ours = read_hf_config(source), read_hf_config(root / ASSETS)
+    family = family_of(said)
+    if family.name != family_of(ours).name:
         raise ConfigError(f"{source} is a {family.name}, {root} is not; name those of one model")
-    findings = _compare_weights(family, config, source, folder)
+    config, _ = config_of_files(family, said, Weights(source), source=str(source))
+    findings = [
+        compare_config(config, ours),
+        *compare_weights(family, config, source, folder),
+    ]
     if weights_only:
         return findings
     if saved_settings(folder) is not None:
@@ -113,12 +98,17 @@ def verify_checkpoint(
     for name, parameter in described.named_parameters():  # loading makes fixed tables trainable
         model.get_parameter(name).requires_grad_(parameter.requires_grad)
     check_spellings([name for name, _ in described.named_parameters()], family.keys(config))
-    expected = compute_expected(model, family, config, samples=samples, seed=_SEED)
+    rules = read_rules(source)
+    expected = compute_expected(model, family, config, samples=samples, seed=_SEED, rules=rules)
     del model
     found = compare_on_processes(
         family, config, folder, expected, tp_size=tp_size, pp_size=pp_size, flags=flags
     )
-    return [*findings, *_compare_runs(expected, found, allowed or Allowed())]
+    return [
+        *findings,
+        _coverage(family, config, expected),
+        *_compare_runs(expected, found, allowed or Allowed()),
+    ]
 
 
 def verify_tiny(
@@ -155,46 +145,18 @@ def verify_tiny(
     return findings
 
 
-def _compare_weights(family: Any, config: Any, source: Path, folder: Path) -> list[Finding]:
-    weights, reader = Weights(source), CheckpointReader(folder)
+def _coverage(family: Any, config: Any, expected: Expected) -> Finding:
+    """Whether what both models have read reaches all of them."""
+    covered = coverage(family, config, expected.examples)
     table = family.keys(config)
-    match = match_names(weights.by_name.keys(), table, source=str(source))
-    with meta_model(family, config) as model:
-        pairs = list(match_slots(model_slots(model), table))
-    settings = saved_settings(folder)
-
-    def compare(pair: Any) -> list[tuple[float, str]]:
-        slot, row = pair
-        ours = row.transform.to_hf(read_parameter(reader, slot, settings))
-        return [
-            _compare_tensors(name, weights.read(match.given[name]), part)
-            for name, part in zip(row.hf, ours, strict=True)
-        ]
-
-    lines = sorted(line for lines in in_threads(compare, pairs, threads=None) for line in lines)
-    wrong = [text for worst, text in reversed(lines) if worst]
-    count = len(lines)
-    text = f"{count - len(wrong)} of {count} weights equal in shape, dtype and every bit"
-    if match.carried:
-        text += f"; {len(match.carried)} are not part of the model"
-    rows = tuple(wrong[:_SHOWN])
-    keys = f"{len(match.given)} Hugging Face weights <-> {len(pairs)} parameters"
-    return [
-        Finding(title="keys", text=keys, equal=True),
-        Finding(title="weights", text=text, equal=not wrong, rows=rows),
-    ]
-
-
-def _compare_tensors(name: str, theirs: torch.Tensor, ours: torch.Tensor) -> tuple[float, str]:
-    """How bad it is (0: equal), and in words."""
-    if theirs.shape != ours.shape:
-        return float("inf"), f"{name}: shape {list(theirs.shape)} / {list(ours.shape)}"
-    difference = (theirs.double() - ours.double()).abs().max().item() if theirs.numel() else 0.0
-    if theirs.dtype != ours.dtype:
-        return difference or 1e-30, f"{name}: {theirs.dtype} / {ours.dtype}, max {difference:.2e}"
-    if torch.equal(theirs, ours):
-        return 0.0, name
-    return difference or 1e-30, f"{name}: largest difference {difference:.2e}"
+    reached = {table.canonical(name) for name, grad in expected.gradients.items() if grad.any()}
+    reached |= {copy for name, copy in table.tied if name in reached}
+    fixed = {table.canonical(name) for name in expected.fixed}
+    trained = [name for row in table.each() for name in row.hf if name not in fixed]
+    idle = [f"{name} has no gradient" for name in trained if name not in reached]
+    rows = (*covered.missing, *idle)
+    text = f"{covered.text}; {len(trained) - len(idle)} of {len(trained)} weights have a gradient"
+    return Finding(title="coverage", text=text, equal=not rows, rows=rows[:SHOWN])
 
 
 def _compare_runs(expected: Expected, found: list[Comparison], allowed: Allowed) -> list[Finding]:
@@ -220,14 +182,24 @@ def _compare_runs(expected: Expected, found: list[Comparison], allowed: Allowed)
             text=f"of {len(errors)} parameters, {len(wrong)} differ by more than "
             f"{allowed.gradients:.0e}; the largest differences:",
             equal=not wrong,
-            rows=tuple(f"{error:.1e}  {name}" for name, error in worst[: _SHOWN if wrong else 3]),
+            rows=tuple(f"{error:.1e}  {name}" for name, error in worst[: SHOWN if wrong else 3]),
         ),
         Finding(
             title="generation",
-            text=f"{same} of {len(lengths)} greedy answers of {NEW_TOKENS} tokens are equal",
+            text=f"{same} of {len(lengths)} greedy answers of {NEW_TOKENS} tokens are equal"
+            + (f", with {_said(expected.rules)}" if expected.rules != Rules() else ""),
             equal=same == len(lengths),
         ),
     ]
+
+
+def _said(rules: Rules) -> str:
+    """The rules that are not the default."""
+    return ", ".join(
+        f"{one.name} {getattr(rules, one.name)}"
+        for one in fields(Rules)
+        if getattr(rules, one.name) != one.default
+    )
 
 
 def _gradient_errors(found: list[Comparison]) -> Mapping[str, float]:
@@ -252,7 +224,7 @@ def _compare_files(made: Path, exported: Path) -> Finding:
         title="export",
         text=f"{len(same)} of {len(names)} files equal byte for byte",
         equal=not different,
-        rows=tuple(different[:_SHOWN]),
+        rows=tuple(different[:SHOWN]),
     )
 
 
@@ -269,5 +241,5 @@ def _reload(model: Any, exported: Path) -> Finding:
         title="reload",
         text=f"transformers loads the exported directory as {type(loaded).__name__}",
         equal=not wrong,
-        rows=tuple(wrong[:_SHOWN]),
+        rows=tuple(wrong[:SHOWN]),
     )

@@ -28,6 +28,7 @@ __all__ = [
     "WeightSource",
     "Weights",
     "WeightsFile",
+    "is_weights_name",
     "make_header",
     "read_header",
     "read_tensor",
@@ -98,9 +99,11 @@ class Weights:
         by_name: every weight.
         headers: file name -> header as it stands in the file, without padding.
         index: content of the index file; None where there is one file only.
+        notes: words on what was left unread.
 
     Raises:
-        InputError: there are none, the index or a file is damaged, or a file is missing.
+        InputError: there are none, the index or a file is damaged, a file is missing, or the index
+            names one outside of the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -108,6 +111,7 @@ class Weights:
         self.index: str | None = None
         self.headers: dict[str, str] = {}
         self.by_name: dict[str, Weight] = {}
+        self.notes: list[str] = []
         mapped = self._read_index()
         for file in sorted(set(mapped.values())) if mapped else [_SINGLE_FILE]:
             header, start = read_header(folder / file)
@@ -148,6 +152,19 @@ class Weights:
             raise InputError(
                 f"{path} is not an index of weights: {error}; fetch it again"
             ) from error
+        foreign = [file for file in mapped.values() if not is_weights_name(file)]
+        if foreign:
+            raise InputError(
+                f"{path} names the file {foreign[0]!r}; expected the name of a safetensors file "
+                "beside it, without a folder"
+            )
+        if (self.folder / _SINGLE_FILE).is_file() and set(mapped.values()) != {_SINGLE_FILE}:
+            self.index = None
+            self.notes.append(
+                f"warning: {self.folder} holds two sets of weights, {_SINGLE_FILE} and what "
+                f"{INDEX_FILE} names; as in transformers, {_SINGLE_FILE} is read"
+            )
+            return {}
         missing = sorted({file for file in mapped.values() if not (self.folder / file).is_file()})
         if missing:
             raise InputError(
@@ -251,10 +268,15 @@ def weights_of(header: str, *, file: str, start: int) -> list[Weight]:
         ValueError: the header is not consistent.
     """
     weights = []
-    for name, entry in json.loads(header).items():
+    for name, entry in json.loads(header, object_pairs_hook=_each_once).items():
         if name == "__metadata__":
             continue
         first, last = entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (first, *entry["shape"])):
+            raise ValueError(
+                f"{name} has the shape {entry['shape']} and begins at {first}; expected whole "
+                "numbers from 0"
+            )
         if entry["dtype"] not in _DTYPES:
             raise ValueError(f"{name} has the dtype {entry['dtype']}, which is not known here")
         dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
@@ -264,7 +286,36 @@ def weights_of(header: str, *, file: str, start: int) -> list[Weight]:
         weights.append(
             Weight(name=name, file=file, dtype=dtype, shape=shape, start=start + first, size=size)
         )
+    _check_places(weights, start)
     return weights
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("it has one name twice")
+    return content
+
+
+def _check_places(weights: list[Weight], start: int) -> None:
+    """The format's own rule: the data of tensors follow each other, without gaps, and in no other.
+
+    Raises:
+        ValueError: they do not.
+    """
+    end = start
+    for weight in sorted(weights, key=lambda one: (one.start, one.size)):
+        if weight.start != end:
+            raise ValueError(
+                f"{weight.name} begins at byte {weight.start - start} of the data; expected "
+                f"{end - start}, where the tensor before it ends"
+            )
+        end = weight.start + weight.size
+
+
+def is_weights_name(name: Any) -> bool:
+    """Whether this is the plain name of a safetensors file, without a folder."""
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
 
 
 def make_header(

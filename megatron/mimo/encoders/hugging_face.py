@@ -252,7 +252,9 @@ def _make_model(source: Any, model_class: Any, part: str, dtype: torch.dtype) ->
     if is_directory and not torch.empty(0).is_meta:
         whole = _load(source, AutoModel if model_class is None else model_class, part, dtype)
     else:
-        config = AutoConfig.from_pretrained(source) if is_directory else source
+        config = source
+        if is_directory:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         whole = AutoModel.from_config(config) if model_class is None else model_class(config)
     try:
         return whole.get_submodule(part)
@@ -268,7 +270,11 @@ def _load(source: Any, maker: Any, part: str, dtype: torch.dtype) -> nn.Module:
 
     try:
         model, report = maker.from_pretrained(
-            source, dtype=dtype, local_files_only=True, output_loading_info=True
+            source,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{source} cannot be read: {error}") from error

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.data.chat import Chat
 from megatron.mimo.data.conversations import Conversation
 from megatron.mimo.inference.generator import Generator
 from megatron.mimo.inference.sampling import SamplingOptions
+from megatron.mimo.inference.settings import read_settings
 from megatron.mimo.inference.text_stream import TextStream
 
 __all__ = ["Assistant", "open_assistant"]
@@ -27,10 +27,22 @@ class Assistant:
         chat: writes conversations as the model reads them.
         generator: of the model.
         stop_tokens: the model's own; with no others an answer ends there.
+        defaults: the model's own options.
+        keep_special_tokens: special tokens stay in the text of answers.
     """
 
-    def __init__(self, chat: Chat, generator: Generator, stop_tokens: Sequence[int]) -> None:
+    def __init__(
+        self,
+        chat: Chat,
+        generator: Generator,
+        stop_tokens: Sequence[int],
+        *,
+        defaults: SamplingOptions | None = None,
+        keep_special_tokens: bool = False,
+    ) -> None:
         self.stop_tokens = tuple(stop_tokens)
+        self.defaults = defaults or SamplingOptions()
+        self._keep_special_tokens = keep_special_tokens
         self._chat = chat
         self._generator = generator
 
@@ -48,7 +60,7 @@ class Assistant:
 
         Args:
             conversations: their media are files, or decoded.
-            options: without stop tokens, the model's own are used.
+            options: the model's own by default; without stop tokens or rules, the model's own.
             stop_texts: an answer ends before the first of them.
             on_text: told the number of a conversation and the next piece of its answer, as it
                 comes, on every rank that works on it.
@@ -57,14 +69,15 @@ class Assistant:
             InputError: a medium cannot be read or is of a kind that the model does not take; a
                 conversation is too long.
         """
-        options = options or SamplingOptions()
+        options = options or self.defaults
+        if options.rules is None:
+            options = replace(options, rules=self.defaults.rules)
         if not options.stop_tokens:
             options = options.ended_by(self.stop_tokens)
-        tokenizer = self._chat.processor.tokenizer
 
         def live_stream(number: int) -> TextStream:
             write = None if on_text is None else partial(on_text, number)
-            return TextStream(tokenizer, stop_texts=stop_texts, write=write)
+            return self._text(stop_texts, write)
 
         streams = [live_stream(number) for number in range(len(conversations))]
         answers = self._generator(
@@ -76,10 +89,18 @@ class Assistant:
         for tokens, live in zip(answers, streams, strict=True):
             live.close()
             # the answer may be another rank's
-            whole = TextStream(tokenizer, stop_texts=stop_texts)
+            whole = self._text(stop_texts, None)
             any(whole.feed(token) for token in tokens)
             texts.append(whole.close())
         return texts
+
+    def _text(self, stop_texts: Sequence[str], write: Callable[[str], None] | None) -> TextStream:
+        return TextStream(
+            self._chat.processor.tokenizer,
+            stop_texts=stop_texts,
+            write=write,
+            keep_special_tokens=self._keep_special_tokens,
+        )
 
 
 def open_assistant(
@@ -92,6 +113,7 @@ def open_assistant(
     iteration: int | None = None,
     hf: Path | None = None,
     batch_size: int = 8,
+    keep_special_tokens: bool = False,
 ) -> Assistant:
     """Load a checkpoint of any layout, imported or trained; adapters are merged.
 
@@ -107,6 +129,8 @@ def open_assistant(
         hf: folder of the processor, and of what else a checkpoint without ``hf`` lacks; the
             checkpoint's ``hf`` by default.
         batch_size: conversations that are answered together.
+        keep_special_tokens: special tokens that the model says stay in the text, but for those
+            that end it: boxes of a grounding model, say.
 
     Raises:
         ConfigError: no checkpoint, no ``hf`` folder, no processor, or one of another model.
@@ -125,7 +149,10 @@ def open_assistant(
         assets = hf
     config = read_hf_config(assets)
     family = family_of(config)
+    settings = read_settings(assets, config)  # refuses what is not supported, before all else
     chat = Chat(family=family, config=config, processor=read_processor(hf or assets))
+    own_end = chat.processor.tokenizer.eos_token_id
+    ends = {*settings.stop_tokens, *([] if own_end is None else [own_end])}
     args = model_arguments(
         family,
         config,
@@ -142,7 +169,13 @@ def open_assistant(
     generator = Generator(
         model, collate, vocab_size=args.vocab_size, max_length=limit, batch_size=batch_size
     )
-    return Assistant(chat, generator, _stop_tokens(assets, chat.processor.tokenizer))
+    return Assistant(
+        chat,
+        generator,
+        sorted(ends),
+        defaults=settings.options,
+        keep_special_tokens=keep_special_tokens,
+    )
 
 
 def _load(model: Any, folder: Path) -> None:
@@ -156,16 +189,3 @@ def _load(model: Any, folder: Path) -> None:
     load_weights(model, folder)
     if settings is not None:
         merge_adapters(model)
-
-
-def _stop_tokens(assets: Path, tokenizer: Any) -> tuple[int, ...]:
-    """What ends an answer: as generation_config.json says, and the tokenizer's own end."""
-    found: list[Any] = [tokenizer.eos_token_id]
-    file = assets / "generation_config.json"
-    if file.is_file():
-        try:
-            given = json.loads(file.read_text()).get("eos_token_id")
-        except ValueError as error:
-            raise ConfigError(f"{file} is not JSON: {error}; repair or delete it") from error
-        found += given if isinstance(given, list) else [given]
-    return tuple(sorted({token for token in found if token is not None}))

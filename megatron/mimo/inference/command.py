@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron.core.models.mimo.errors import ConfigError, MimoError
+from megatron.mimo.inference.rules import Rules
 from megatron.mimo.inference.sampling import SamplingOptions
 from megatron.mimo.launcher import LaunchError, join_job, set_threads
 from megatron.mimo.training.failure import refuse
@@ -61,13 +63,7 @@ def _answer(arguments: argparse.Namespace, device: object, rank: int) -> None:
     assert isinstance(device, torch.device)
     default = torch.float32 if device.type == "cpu" else torch.bfloat16
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    options = SamplingOptions(  # before anything is loaded
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        seed=arguments.seed,
-    )
+    _options(arguments, SamplingOptions(temperature=1.0))  # errors before anything is loaded
     media = [
         Part(kind=kind, value=_read_early(kind, Path(file)))
         for kind in _MEDIA
@@ -82,7 +78,9 @@ def _answer(arguments: argparse.Namespace, device: object, rank: int) -> None:
             dtype=names.get(arguments.dtype, default),
             iteration=arguments.iteration,
             hf=None if arguments.hf is None else Path(arguments.hf),
+            keep_special_tokens=arguments.keep_special_tokens,
         )
+    options = _options(arguments, assistant.defaults)
     said = Turn(role="user", parts=(*media, Part(kind="text", value=arguments.prompt)))
     turns = [said]
     if arguments.system is not None:
@@ -100,6 +98,22 @@ def _answer(arguments: argparse.Namespace, device: object, rank: int) -> None:
         on_text=show,
     )
     show(0, "\n")
+
+
+def _options(arguments: argparse.Namespace, defaults: SamplingOptions) -> SamplingOptions:
+    """The model's own options where no flag says otherwise."""
+    given = {
+        name: getattr(arguments, name)
+        for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+        if getattr(arguments, name) is not None
+    }
+    if given.get("temperature") == 0:  # greedy: what narrows a draw has to be a flag as well
+        given = {"top_p": 1.0, "top_k": 0, "min_p": 0.0} | given
+    penalty = arguments.repetition_penalty
+    if penalty is not None:
+        rules = defaults.rules or Rules()
+        given["rules"] = replace(rules, repetition_penalty=penalty)
+    return replace(defaults, **given)
 
 
 def _read_early(kind: str, path: Path) -> object:
@@ -131,14 +145,23 @@ def _parser() -> argparse.ArgumentParser:
         )
     parser.add_argument("--hf", metavar="DIR", help="processor and tokenizer (default: ROOT/hf)")
     parser.add_argument("--iteration", type=int, metavar="N", help="default: the newest")
-    answer = parser.add_argument_group("answer")
-    answer.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    answer.add_argument(
-        "--temperature", type=float, default=0.0, help="0: always the most probable token (default)"
+    answer = parser.add_argument_group(
+        "answer", "by default as the model's generation_config.json says"
     )
-    answer.add_argument("--top-p", type=float, default=1.0)
-    answer.add_argument("--top-k", type=int, default=0)
+    answer.add_argument("--max-new-tokens", type=int, metavar="N", help="or 256")
+    answer.add_argument(
+        "--temperature", type=float, metavar="X", help="0: always the most probable token"
+    )
+    answer.add_argument("--top-p", type=float, metavar="X")
+    answer.add_argument("--top-k", type=int, metavar="N")
+    answer.add_argument("--min-p", type=float, metavar="X")
+    answer.add_argument("--repetition-penalty", type=float, metavar="X", help="1: none")
     answer.add_argument("--seed", type=int, default=0)
+    answer.add_argument(
+        "--keep-special-tokens",
+        action="store_true",
+        help="as text, but for those that end the answer: boxes of a grounding model, say",
+    )
     answer.add_argument(
         "--stop", nargs="+", default=[], metavar="TEXT", help="end the answer before these words"
     )

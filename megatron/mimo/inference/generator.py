@@ -27,6 +27,7 @@ from megatron.mimo.inference.prompts import (
     group_prompts,
     on_device,
 )
+from megatron.mimo.inference.rules import apply_rules
 from megatron.mimo.inference.running import Running
 from megatron.mimo.inference.sampling import SamplingOptions, choose_tokens, draw_uniforms
 from megatron.mimo.inference.whole_sequences import whole_sequences
@@ -190,6 +191,7 @@ class Generator:
         pipeline, dtype = self._pipeline, self._chunks[0].config.params_dtype
         return Running(
             numbers,
+            [prompts[number].token_ids.tolist() for number in numbers],
             on_device(batch, pipeline.device, dtype, embeds=pipeline.is_first),
             uniforms_BT=torch.stack(drawn).to(self._pipeline.device) if drawn else None,
             special_token_ids=special,
@@ -200,7 +202,7 @@ class Generator:
     def _work_on(self, runs: list[Running], answers: Answers, options: SamplingOptions) -> None:
         """Step by step until every answer has ended; each step waits for the device once."""
         while runs := [run for run in runs if any(map(answers.is_open, run.numbers))]:
-            chosen = [self._step(run, options) for run in runs]
+            chosen = [self._step(run, answers, options) for run in runs]
             self._pipeline.finish_sending()
             own = [tokens_B for tokens_B in chosen if tokens_B is not None]
             sizes = [len(run.numbers) for run in runs]
@@ -211,7 +213,7 @@ class Generator:
                 for number in run.numbers:
                     answers.take(number, next(read))
 
-    def _step(self, run: Running, options: SamplingOptions) -> Tensor | None:
+    def _step(self, run: Running, answers: Answers, options: SamplingOptions) -> Tensor | None:
         """The next tokens [B] of a micro-batch, on the last stage."""
         from megatron.core.inference.utils import InferenceMode
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -225,6 +227,14 @@ class Generator:
         if run.context is None:
             scores_BV = gather_from_tensor_model_parallel_region(scores_BV, group=self._groups.tp)
         scores_BV = scores_BV.float()[:, : self._vocab_size]
+        if options.rules is not None:
+            scores_BV = apply_rules(
+                scores_BV,
+                options.rules,
+                prompts=run.prompts,
+                answers=[answers.tokens[number] for number in run.numbers],
+                stop_tokens=options.stop_tokens,
+            )
         scores_BV = scores_BV.index_fill(1, self._forbidden, -math.inf)
         return choose_tokens(scores_BV, options, run.draws)
 

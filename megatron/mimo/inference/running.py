@@ -22,6 +22,7 @@ class Running:
 
     Args:
         numbers: of the prompts in the call.
+        prompts: their tokens, without padding.
         batch: the prompts, their tensors on the model's device.
         uniforms_BT: the draws of each answer; None where nothing is drawn.
         special_token_ids: placeholder token id of each modality.
@@ -32,6 +33,7 @@ class Running:
     def __init__(
         self,
         numbers: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         batch: PromptBatch,
         *,
         uniforms_BT: Tensor | None,
@@ -40,6 +42,7 @@ class Running:
         three_axes: bool,
     ) -> None:
         self.numbers = list(numbers)
+        self.prompts = prompts
         self._batch = batch
         self._uniforms_BT = uniforms_BT
         self._special_token_ids = special_token_ids

@@ -21,6 +21,7 @@ class TextStream:
         tokenizer: of transformers.
         stop_texts: the answer ends before the first of them.
         write: told the text, piece by piece; None for no one.
+        keep_special_tokens: special tokens are text.
 
     Attributes:
         text: what has been told.
@@ -32,11 +33,13 @@ class TextStream:
         *,
         stop_texts: Sequence[str] = (),
         write: Callable[[str], None] | None = None,
+        keep_special_tokens: bool = False,
     ) -> None:
         self.text = ""
         self._tokenizer = tokenizer
         self._stop_texts = [text for text in stop_texts if text]
         self._write = write
+        self._skip_special_tokens = not keep_special_tokens
         self._tokens: list[int] = []
         self._decided = 0  # tokens whose text is complete
         self._held = ""
@@ -81,7 +84,9 @@ class TextStream:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         decoded: str = self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            tokens,
+            skip_special_tokens=self._skip_special_tokens,
+            clean_up_tokenization_spaces=False,
         )
         return decoded
 

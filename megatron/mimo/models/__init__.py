@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
+from megatron.mimo.models.folder import check_links
 from megatron.mimo.packages import require_hugging_face
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def read_hf_config(folder: Path) -> Any:
     """The configuration of a Hugging Face directory, or of a checkpoint's ``hf`` folder.
 
     Raises:
-        ConfigError: transformers is not installed, there is no config.json, or it cannot be read.
+        ConfigError: transformers is not installed, there is no config.json, it cannot be read, or
+            only by Python of the folder's own; symbolic links lead out of the folder.
         UnsupportedError: its weights are quantised.
     """
     require_hugging_face("models of Hugging Face")
@@ -81,11 +83,12 @@ def read_hf_config(folder: Path) -> Any:
 
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json; expected a Hugging Face model's directory")
+    check_links(folder)
     try:
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
         if kind in _ARCHITECTURES:
             load_family(kind)  # one that transformers does not have registers its configuration
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of whatever kind, for whatever value is wrong in it
         reason = " ".join(line.strip() for line in str(error).partition("\n\n")[0].splitlines())
         raise ConfigError(

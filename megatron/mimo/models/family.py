@@ -99,6 +99,8 @@ class Family:
             and sizes of media at each call.
         reference: Hugging Face's model of a configuration, with random weights.
         assembly: how a model is put together from separate ones; None where it cannot be.
+        placeholders: kind of medium -> its placeholder token in Hugging Face's conversations; None
+            where they are the modalities.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Family:
     example: Callable[[Any, Generator], dict[str, Tensor]]
     reference: Callable[[Any], nn.Module] = transformers_model
     assembly: Assembly | None = None
+    placeholders: Callable[[Any], Mapping[str, int]] | None = None
 
 
 def sample_collator(

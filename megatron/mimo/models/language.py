@@ -18,11 +18,20 @@ from megatron.mimo.models.vocabulary import UnpaddedGPT
 from megatron.mimo.recipes.recipe import Stage
 from megatron.training.argument_utils import core_transformer_config_from_args
 
-__all__ = ["language_arguments", "language_rows", "language_spec"]
+__all__ = ["ROTARY_BUFFERS", "language_arguments", "language_rows", "language_spec"]
+
+ROTARY_BUFFERS = ("*.rotary_emb.inv_freq", "*.rotary_pos_emb.inv_freq")
+"""Patterns of what old versions of transformers wrote beside weights, and none of them reads."""
 
 _KINDS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
 # Kinds whose projections of queries, keys and values have biases, whatever their configuration.
 _WITH_QKV_BIAS = ("qwen2", "qwen2_5_vl_text")
+# Kinds whose rotary embeddings have three axes. Others read no mrope_section, also where one is.
+_WITH_MROPE = ("qwen2_5_vl_text",)
+_MROPE_SECTION = (16, 24, 24)  # what transformers takes where none is given
+# Kinds whose heads have the size that hidden size and number of heads give, and no other.
+_WITHOUT_HEAD_DIM = ("qwen2_5_vl_text",)
+_WITHOUT_WINDOWS = ("llama",)
 
 
 def language_arguments(text: Any) -> dict[str, object]:
@@ -54,7 +63,7 @@ def language_arguments(text: Any) -> dict[str, object]:
         "add_bias_linear": False,
         "add_qkv_bias": _has_qkv_bias(text),
         "position_embedding_type": "rope",
-        "rotary_base": int(text.rope_parameters["rope_theta"]),
+        "rotary_base": _number(text.rope_parameters["rope_theta"]),
         "rotary_percent": 1.0,
         "untie_embeddings_and_output_weights": not text.tie_word_embeddings,
         "vocab_size": text.vocab_size,
@@ -67,11 +76,8 @@ def language_arguments(text: Any) -> dict[str, object]:
     rope = text.rope_parameters
     if rope["rope_type"] == "llama3":
         arguments |= {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-    if rope.get("mrope_section"):
-        arguments |= {
-            "position_embedding_type": "mrope",
-            "mrope_section": list(rope["mrope_section"]),
-        }
+    if text.model_type in _WITH_MROPE:
+        arguments |= {"position_embedding_type": "mrope", "mrope_section": _mrope_section(text)}
     return arguments
 
 
@@ -159,37 +165,76 @@ def _head_size(text: Any) -> int:
     return given or text.hidden_size // text.num_attention_heads
 
 
+def _number(value: float) -> int | float:
+    """The same number, whole where it is: Megatron prints and compares whole bases."""
+    return int(value) if value == int(value) else value
+
+
+def _mrope_section(text: Any) -> list[int]:
+    """How many frequencies of a head turn with time, height and width."""
+    return list(text.rope_parameters.get("mrope_section") or _MROPE_SECTION)
+
+
 def _has_qkv_bias(text: Any) -> bool:
     return text.model_type in _WITH_QKV_BIAS
 
 
-def _refuse_unsupported(text: Any) -> None:
-    def refuse(name: str, got: object, expected: str) -> None:
-        raise UnsupportedError(
-            f"the language model's {name} is {got!r}; expected {expected}. "
-            "docs/adding_a_model.md says how to add a family"
-        )
+def _refuse(name: str, got: object, expected: str) -> None:
+    raise UnsupportedError(
+        f"the language model's {name} is {got!r}; expected {expected}. "
+        "docs/adding_a_model.md says how to add a family"
+    )
 
+
+def _refuse_unsupported(text: Any) -> None:
     if text.model_type not in _KINDS:
-        refuse("model_type", text.model_type, f"one of {', '.join(_KINDS)}")
-    if text.hidden_act != "silu":
-        refuse("hidden_act", text.hidden_act, "'silu'")
-    rope: Mapping[str, Any] = text.rope_parameters
-    if rope["rope_type"] not in ("default", "llama3", "mrope"):
-        refuse("rope_type", rope["rope_type"], "'default', 'llama3' or 'mrope'")
+        _refuse("model_type", text.model_type, f"one of {', '.join(_KINDS)}")
+    if text.hidden_act not in ("silu", "swish"):
+        _refuse("hidden_act", text.hidden_act, "'silu'")
+    derived = text.hidden_size // text.num_attention_heads
+    if text.model_type in _WITHOUT_HEAD_DIM and _head_size(text) != derived:
+        _refuse("head_dim", text.head_dim, f"{derived}, hidden_size / num_attention_heads")
+    _refuse_rope(text, text.rope_parameters)
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(text, name, False):
+            _refuse(name, True, "False")
+    if text.model_type not in _WITHOUT_WINDOWS:
+        _refuse_windows(text)
+
+
+def _refuse_rope(text: Any, rope: Mapping[str, Any]) -> None:
+    kinds = ("default",) if text.model_type in _WITH_MROPE else ("default", "llama3")
+    if rope.get("rope_type") not in kinds:
+        _refuse("rope_type", rope.get("rope_type"), " or ".join(map(repr, kinds)))
     if rope["rope_type"] == "llama3":
         fixed = {
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
+            "partial_rotary_factor": 1.0,  # which the default kind does not read
         }
         for name, value in fixed.items():
-            if rope[name] != value:
-                refuse(name, rope[name], f"{value}, which megatron-core has built in")
-    for name in ("attention_bias", "mlp_bias"):
-        if getattr(text, name, False):
-            refuse(name, True, "False")
+            if rope.get(name, value) != value:
+                _refuse(name, rope[name], f"{value}, which megatron-core has built in")
+    if text.model_type in _WITH_MROPE:
+        section, half = _mrope_section(text), _head_size(text) // 2
+        if len(section) != 3 or sum(section) != half:
+            _refuse("mrope_section", section, f"three numbers with the sum {half}, half a head")
+
+
+def _refuse_windows(text: Any) -> None:
+    """Attention in windows that are shorter than the longest text."""
     window = getattr(text, "sliding_window", None)
-    slides = window is not None and getattr(text, "use_sliding_window", True)
-    if slides and window < text.max_position_embeddings:
-        refuse("sliding_window", window, "None")
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        slides = window is not None and getattr(text, "use_sliding_window", True)
+    else:
+        slides = any(kind != "full_attention" for kind in kinds)
+    if not slides:
+        return
+    if window is None:
+        _refuse("layer_types", sorted(set(kinds or ())), "'full_attention' without sliding_window")
+    elif window < text.max_position_embeddings:
+        _refuse(
+            "sliding_window", window, f"None, or {text.max_position_embeddings} positions or more"
+        )

@@ -17,8 +17,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.convert.keys import KeyTable, Row
 from megatron.mimo.data import MediaFormat, MediaItem, Sample
 from megatron.mimo.encoders import Projector
+from megatron.mimo.models.config_fields import check_fields
 from megatron.mimo.models.family import Family, Media
-from megatron.mimo.models.language import language_arguments, language_rows, language_spec
+from megatron.mimo.models.language import (
+    ROTARY_BUFFERS,
+    language_arguments,
+    language_rows,
+    language_spec,
+)
 from megatron.mimo.models.llava_parts import LLAVA
 from megatron.mimo.models.vision_tower import (
     image_shape,
@@ -35,6 +41,7 @@ __all__ = [
     "MODULE_TREE",
     "TINY_TEXT",
     "TINY_VISION",
+    "arguments",
     "example_text",
     "example_tokens",
     "key_table",
@@ -60,6 +67,12 @@ def text_config(config: Any) -> Any:
     text = copy.copy(config.text_config)
     text.tie_word_embeddings = config.tie_word_embeddings
     return text
+
+
+def arguments(config: Any) -> dict[str, object]:
+    """Megatron's arguments of the language model."""
+    check_fields(config)
+    return language_arguments(text_config(config))
 
 
 def build(config: Any, args: Namespace, stage: Stage) -> MimoModelConfig:
@@ -142,7 +155,10 @@ def key_table(config: Any, *, projector: str = "", more: tuple[Row, ...] = ()) -
             *projections,
             *more,
         ),
-        carried=tower_carried(vision, feature_layer=layer, hf="vision_tower."),
+        carried=(
+            *tower_carried(vision, feature_layer=layer, hf="vision_tower."),
+            *ROTARY_BUFFERS,
+        ),
         aliases=(
             *MODULE_TREE,
             # What transformers 4 wrote.
@@ -302,7 +318,7 @@ def example_tokens(config: Any, rows: list[int], generator: Generator) -> Tensor
 
 FAMILY = Family(
     name="llava",
-    arguments=lambda config: language_arguments(text_config(config)),
+    arguments=arguments,
     build=build,
     keys=key_table,
     media=media,

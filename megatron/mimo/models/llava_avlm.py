@@ -28,7 +28,6 @@ from megatron.mimo.models.audio_tower import (
     rows_of_clip,
 )
 from megatron.mimo.models.family import Family, Media
-from megatron.mimo.models.language import language_arguments
 from megatron.mimo.models.llava_avlm_processor import LlavaAvlmProcessor
 from megatron.mimo.models.llava_avlm_reference import (
     LlavaAvlmConfig,
@@ -170,7 +169,7 @@ def reference(config: Any) -> nn.Module:
 
 FAMILY = Family(
     name="llava_avlm",
-    arguments=lambda config: language_arguments(llava.text_config(config)),
+    arguments=llava.arguments,
     build=build,
     keys=key_table,
     media=media,

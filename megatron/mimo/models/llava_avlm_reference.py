@@ -64,6 +64,12 @@ class LlavaAvlmConfig(PreTrainedConfig):
     multimodal_projector_bias: bool = True
     tie_word_embeddings: bool = False
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # A language model that ties does so within another model too, as LLaVA's own configuration
+        # takes it over.
+        self.tie_word_embeddings |= bool(self.text_config.tie_word_embeddings)
+
 
 class Projector(nn.Module):
     """Two linear layers."""

@@ -16,16 +16,16 @@ from megatron.mimo.convert.keys import KeyTable, Row
 from megatron.mimo.data import MediaFormat, MediaItem, Sample
 from megatron.mimo.encoders import NEWLINE, AnyResolutionSubmodules, NewlineProjection
 from megatron.mimo.models.family import Family, Media
-from megatron.mimo.models.language import language_arguments, language_spec
+from megatron.mimo.models.language import language_spec
 from megatron.mimo.models.llava import (
     TINY_TEXT,
     TINY_VISION,
+    arguments,
     example_tokens,
     key_table,
     labels_or,
     projector_spec,
     read_tokens,
-    text_config,
     tower_of,
 )
 from megatron.mimo.models.llava_parts import LLAVA_NEXT
@@ -40,6 +40,7 @@ Size = tuple[int, int]  # height, width
 def build(config: Any, args: Namespace, stage: Stage) -> MimoModelConfig:
     """The model for one stage."""
     _side_in_patches(config)
+    _check_resolutions(config)
     spec = language_spec(args, stage)
     language = spec.params["config"]
     projection = ModuleSpec(
@@ -151,6 +152,17 @@ def _side_in_patches(config: Any) -> int:
     return side
 
 
+def _check_resolutions(config: Any) -> None:
+    """Refuse resolutions that are no whole tiles, which transformers cuts and cannot use."""
+    side = config.vision_config.image_size
+    for resolution in config.image_grid_pinpoints:
+        if len(resolution) != 2 or any(length < 1 or length % side for length in resolution):
+            raise UnsupportedError(
+                f"config.json: image_grid_pinpoints has {list(resolution)}; expected height and "
+                f"width that are multiples of vision_config.image_size, {side}"
+            )
+
+
 def sample(
     config: Any,
     features: Mapping[str, Tensor],
@@ -242,7 +254,7 @@ def example(config: Any, generator: Generator) -> dict[str, Tensor]:
 
 FAMILY = Family(
     name="llava_next",
-    arguments=lambda config: language_arguments(text_config(config)),
+    arguments=arguments,
     build=build,
     keys=keys,
     media=media,

@@ -13,8 +13,14 @@ from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.convert.keys import KeyTable
 from megatron.mimo.data import MediaFormat
+from megatron.mimo.models.config_fields import check_fields
 from megatron.mimo.models.family import Family, Media
-from megatron.mimo.models.language import language_arguments, language_rows, language_spec
+from megatron.mimo.models.language import (
+    ROTARY_BUFFERS,
+    language_arguments,
+    language_rows,
+    language_spec,
+)
 from megatron.mimo.models.llava import TINY_TEXT, example_text, text_config
 from megatron.mimo.models.qwen2_5_vl_sample import sample
 from megatron.mimo.models.qwen2_5_vl_vision import (
@@ -30,6 +36,7 @@ __all__ = ["FAMILY"]
 
 def arguments(config: Any) -> dict[str, object]:
     """Megatron's arguments of the language model."""
+    check_fields(config)
     # The fused rotation takes neither packed rows nor several samples with positions in 3 axes.
     return {**language_arguments(text_config(config)), "apply_rope_fusion": False}
 
@@ -63,6 +70,7 @@ def keys(config: Any) -> KeyTable:
             *language_rows(text_config(config), model="model.", head=""),
             *vision_rows(config.vision_config),
         ),
+        carried=ROTARY_BUFFERS,
         # The module tree of transformers 5, which it does not write itself.
         aliases=(("model.language_model.", "model."), ("model.visual.", "visual.")),
         tied=((head, "model.embed_tokens.weight"),) if config.tie_word_embeddings else (),
@@ -178,4 +186,8 @@ FAMILY = Family(
     sample=sample,
     tiny=tiny,
     example=example,
+    placeholders=lambda config: {
+        "images": config.image_token_id,
+        "videos": config.video_token_id,
+    },
 )

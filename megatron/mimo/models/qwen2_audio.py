@@ -24,8 +24,14 @@ from megatron.mimo.models.audio_tower import (
     example_audio,
     rows_of_clip,
 )
+from megatron.mimo.models.config_fields import check_fields
 from megatron.mimo.models.family import Family, Media
-from megatron.mimo.models.language import language_arguments, language_rows, language_spec
+from megatron.mimo.models.language import (
+    ROTARY_BUFFERS,
+    language_arguments,
+    language_rows,
+    language_spec,
+)
 from megatron.mimo.models.llava import (
     MODULE_TREE,
     TINY_TEXT,
@@ -43,6 +49,12 @@ def text_config(config: Any) -> Any:
     text = copy.copy(config.text_config)
     text.tie_word_embeddings = False
     return text
+
+
+def arguments(config: Any) -> dict[str, object]:
+    """Megatron's arguments of the language model."""
+    check_fields(config)
+    return language_arguments(text_config(config))
 
 
 def build(config: Any, args: Namespace, stage: Stage) -> MimoModelConfig:
@@ -73,6 +85,7 @@ def key_table(config: Any) -> KeyTable:
             *audio_rows(config.audio_config, mimo=f"{AUDIO}encoders.{ENCODER}.", hf="audio_tower."),
             *projector,
         ),
+        carried=ROTARY_BUFFERS,
         # transformers 5.20 saves its language model under one `model.` too many.
         aliases=(*MODULE_TREE, ("language_model.model.model.", "language_model.model.")),
     )
@@ -132,7 +145,7 @@ def example(config: Any, generator: Generator) -> dict[str, Tensor]:
 
 FAMILY = Family(
     name="qwen2_audio",
-    arguments=lambda config: language_arguments(text_config(config)),
+    arguments=arguments,
     build=build,
     keys=key_table,
     media=media,

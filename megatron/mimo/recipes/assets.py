@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.models import read_hf_config
+from megatron.mimo.models.folder import check_links
 
 __all__ = [
     "ASSETS",
@@ -34,10 +35,11 @@ def read_processor(folder: Path) -> Any:
     """
     if (folder / "config.json").is_file():
         read_hf_config(folder)  # a family that transformers does not have registers its classes
+    check_links(folder)
     try:
         from transformers import AutoProcessor
 
-        return AutoProcessor.from_pretrained(folder)
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever is missing or damaged in it
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(

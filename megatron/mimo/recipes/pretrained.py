@@ -26,6 +26,7 @@ from megatron.mimo.recipes.assets import (
     read_processor,
     write_assets,
 )
+from megatron.mimo.recipes.described import refuse_other_model
 from megatron.mimo.recipes.recipe import Datasets, FinishedRun, Recipe, Stage
 
 if TYPE_CHECKING:
@@ -35,13 +36,6 @@ if TYPE_CHECKING:
     from megatron.mimo.data.conversations import Conversation
 
 __all__ = ["Task", "pretrained"]
-
-# What a flag must not change, for the saved configuration would be of another model.
-_SIZES = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
-    *("kv_channels", "vocab_size", "position_embedding_type", "rotary_base"),
-    "untie_embeddings_and_output_weights",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +215,7 @@ class _Run:
     def save_assets(self, args: Namespace, save: Path) -> None:
         """Put configuration, processor and generation settings into ``save``/hf."""
         target, config = save / ASSETS, self._config(args)
-        self._refuse_other_sizes(args, config)
+        refuse_other_model(args, load_family(self.family).arguments(config))
         if target.is_dir() and (save / TRACKER).is_file():
             return
         fresh = save / f"{ASSETS}.new"
@@ -233,16 +227,6 @@ class _Run:
             write_assets(fresh, config, self._chat(args).processor, args.hf)
         shutil.rmtree(target, ignore_errors=True)
         fresh.rename(target)
-
-    def _refuse_other_sizes(self, args: Namespace, config: Any) -> None:
-        told = load_family(self.family).arguments(config)
-        for name in _SIZES:
-            if name in told and getattr(args, name) != told[name]:
-                raise ConfigError(
-                    f"{name} is {getattr(args, name)} and the model's configuration says "
-                    f"{told[name]}; the checkpoint could never be exported. Change the size in a "
-                    "config.json and give its folder with --hf, or keep nothing: --no-output"
-                )
 
     def _config(self, args: Namespace) -> Any:
         folders = asset_folders(args, CONFIG)

@@ -8,6 +8,7 @@ killed leaves any prefix of this; nothing but a directory that passes ``problem`
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -15,6 +16,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.backend.pickles import load_index, load_object
 
 __all__ = [
     "RELEASE",
@@ -59,16 +61,22 @@ def problem(path: Path) -> str | None:
         return "its index (.metadata) is missing: writing it was interrupted"
     if not (path / "metadata.json").is_file():
         return "metadata.json is missing: writing it was interrupted"
-    from torch.distributed.checkpoint import FileSystemReader
-
     try:
-        index = FileSystemReader(path).read_metadata().storage_data or {}
+        with (path / ".metadata").open("rb") as file:
+            index = load_index(file).storage_data or {}
+        needed: dict[str, int] = {}
+        for part in index.values():
+            end = part.offset + part.length
+            needed[part.relative_path] = max(needed.get(part.relative_path, 0), end)
     except Exception as error:  # noqa: BLE001 - a damaged pickle raises anything
         return f"its index (.metadata) cannot be read: {type(error).__name__}: {error}"
-    needed: dict[str, int] = {}
-    for part in index.values():
-        end = part.offset + part.length
-        needed[part.relative_path] = max(needed.get(part.relative_path, 0), end)
+    if (path / "common.pt").is_file():  # of older versions of megatron-core
+        try:
+            with (path / "common.pt").open("rb") as file:
+                load_object(file)
+        except Exception as error:  # noqa: BLE001 - as above
+            reason = str(error).partition(". ")[0].partition("\n")[0]
+            return f"common.pt cannot be read: {type(error).__name__}: {reason}"
     for name, size in sorted(needed.items()):
         if not (path / name).is_file():
             return f"{name} is missing"
@@ -192,14 +200,29 @@ def saved_arguments(checkpoint: Path) -> Namespace | None:
     Args:
         checkpoint: one iteration's directory.
     """
+    from torch.distributed.checkpoint import CheckpointException
+
     from megatron.core.dist_checkpointing import load_common_state_dict
+    from megatron.mimo.backend import select_backend
 
     if not (checkpoint / "metadata.json").is_file():
         return _saved_with_torch(checkpoint)
+    select_backend()  # which lets torch unpickle what a checkpoint is made of, and no more
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group: none is needed
-        args: Namespace | None = load_common_state_dict(str(checkpoint)).get("args")
+        try:
+            args: Namespace | None = load_common_state_dict(str(checkpoint)).get("args")
+        except (pickle.UnpicklingError, CheckpointException) as error:
+            raise ConfigError(
+                f"checkpoint {checkpoint} cannot be used: what it holds beside tensors cannot be "
+                f"read: {_last_line(error)}; choose another one"
+            ) from error
     return args
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _saved_with_torch(checkpoint: Path) -> Namespace | None:

@@ -22,8 +22,8 @@ def verify_tiny(name: str) -> dict[str, bool]:
 @pytest.mark.parametrize("name", family_names())
 def test_every_family_goes_there_and_back(ranks: RankPool, name: str) -> None:
     (found,) = ranks(1)(verify_tiny, name)
-    titles = ["keys", "weights", "logits", "gradients", "generation", "export", "reload"]
-    assert found == dict.fromkeys(titles, True)
+    titles = ["config", "keys", "weights", "coverage", "logits", "gradients", "generation"]
+    assert found == dict.fromkeys([*titles, "export", "reload"], True)
 
 
 def verify_with_a_wrong_flag() -> str:
@@ -52,7 +52,7 @@ def verify_on_processes(folder: Path) -> list[str]:
 
 def test_starts_the_processes_of_a_layout(ranks: RankPool, tmp_path: Path) -> None:
     (lines,) = ranks(1, timeout=HANG)(verify_on_processes, tmp_path)
-    assert len(lines) == 5
+    assert len(lines) == 7
     assert all(line.startswith("ok") for line in lines), lines
 
 
@@ -94,7 +94,7 @@ def verify_types(folder: Path) -> str:
 
 def test_finds_another_dtype(ranks: RankPool, tmp_path: Path) -> None:
     (text,) = ranks(1)(verify_types, tmp_path)
-    assert "FAIL  weights     0 of 62" in text
+    assert "FAIL  weights     0 of 80" in text
     assert "torch.bfloat16 / torch.float32" in text
     assert "FAIL  export" in text
     assert "model.safetensors.index.json" in text

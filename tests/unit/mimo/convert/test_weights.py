@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megatron.core.models.mimo.errors import InputError
@@ -123,3 +124,69 @@ def test_names_what_is_damaged(tmp_path: Path, damage: object, words: list[str])
     with pytest.raises(InputError) as caught:
         Weights(tmp_path)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("file", ["../1.safetensors", "/tmp/1.safetensors", "a/1.safetensors", "x"])
+def test_an_index_names_files_beside_it(tmp_path: Path, file: str) -> None:
+    write_shards(tmp_path)
+    content = json.loads((tmp_path / INDEX_FILE).read_text())
+    content["weight_map"]["a"] = file
+    (tmp_path / INDEX_FILE).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"names the file .* without a folder"):
+        Weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "offsets"),
+    [("b", [0, 8]), ("b", [4, 12]), ("b", [12, 20]), ("a", [-8, 0]), ("b", [8.0, 16.0])],
+    ids=["alias", "overlap", "gap", "negative", "fraction"],
+)
+def test_tensors_follow_each_other_as_the_format_says(
+    tmp_path: Path, name: str, offsets: list[float]
+) -> None:
+    path = tmp_path / "model.safetensors"
+    entries = {"a": [0, 8], "b": [8, 16], name: offsets}
+    header = json.dumps(
+        {key: {"dtype": "F32", "shape": [2], "data_offsets": at} for key, at in entries.items()}
+    ).encode()
+    data = bytes(int(max(max(at) for at in entries.values())))
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    with pytest.raises(SafetensorError):
+        load_file(path)
+    with pytest.raises(InputError, match="damaged header"):
+        Weights(tmp_path)
+
+
+def test_a_shape_of_negative_numbers_and_a_name_twice(tmp_path: Path) -> None:
+    entry = '{"dtype":"F32","shape":%s,"data_offsets":[0,8]}'
+    for header in (
+        '{"a":' + entry % "[-2,-1]" + "}",
+        '{"a":' + entry % "[2]" + ',"a":' + entry % "[2]" + "}",
+    ):
+        content = len(header).to_bytes(8, "little") + header.encode() + bytes(8)
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match="damaged header"):
+            Weights(tmp_path)
+
+
+def test_of_two_sets_the_one_that_transformers_reads(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=11,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path, max_shard_size=500)
+    other = LlamaForCausalLM(config).state_dict()
+    save_file(other, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    weights, theirs = Weights(tmp_path), LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(weights.read(name), tensor) for name, tensor in theirs.items())
+    assert "two sets of weights" in weights.notes[0]
+    assert weights.index is None
+    (tmp_path / INDEX_FILE).write_text(
+        json.dumps({"weight_map": dict.fromkeys(other, "model.safetensors")})
+    )
+    assert Weights(tmp_path).notes == []

@@ -1,22 +1,38 @@
-"""What ends an answer."""
+"""What an assistant takes from its model where nothing is said."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from megatron.mimo.inference.assistant import _stop_tokens
+from megatron.mimo.data.conversations import Conversation
+from megatron.mimo.inference import SamplingOptions
+from megatron.mimo.inference.assistant import Assistant
+from megatron.mimo.inference.rules import Rules
+
+OWN = SamplingOptions(temperature=0.5, top_k=4, rules=Rules(repetition_penalty=1.1))
 
 
 @pytest.mark.parametrize(
-    ("own", "given", "expected"),
-    [(7, None, (7,)), (7, 3, (3, 7)), (7, [7, 9], (7, 9)), (None, [4], (4,)), (None, None, ())],
+    ("given", "used"),
+    [
+        (None, OWN),
+        (SamplingOptions(seed=3), SamplingOptions(seed=3, rules=OWN.rules)),
+        (SamplingOptions(rules=Rules()), SamplingOptions(rules=Rules())),
+    ],
 )
-def test_stop_tokens_are_the_tokenizers_and_the_generation_configs(
-    tmp_path: Path, own: int | None, given: object, expected: tuple[int, ...]
+def test_the_models_own_options_and_rules(
+    given: SamplingOptions | None, used: SamplingOptions
 ) -> None:
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
-    assert _stop_tokens(tmp_path, SimpleNamespace(eos_token_id=own)) == expected
+    def generate(prompts: list[str], options: SamplingOptions, **_: Any) -> list[list[int]]:
+        assert options == used.ended_by((2, 3))
+        return [[5] for _ in prompts]
+
+    tokenizer = SimpleNamespace(decode=lambda tokens, **_: "".join(map(str, tokens)))
+    chat = SimpleNamespace(
+        processor=SimpleNamespace(tokenizer=tokenizer), prompt=lambda conversation: "asked"
+    )
+    assistant = Assistant(cast(Any, chat), cast(Any, generate), (2, 3), defaults=OWN)
+    assert assistant([Conversation(name="a", turns=())], given) == ["5"]

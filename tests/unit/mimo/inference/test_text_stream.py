@@ -69,3 +69,11 @@ def test_what_only_began_like_a_stop_text_is_told(tokenizer: Any) -> None:
     told, whole, stopped = stream(tokenizer, "words wor", "wordy", "worst", "")
     assert (whole, stopped) == ("words wor", False)
     assert told[-1] == "wor"
+
+
+def test_special_tokens_are_kept_where_asked_for(tokenizer: Any) -> None:
+    tokens = [2, *tokenizer("a few", add_special_tokens=False).input_ids, 2]
+    for keep, expected in ((False, "a few"), (True, "<pad>a few<pad>")):
+        one = TextStream(tokenizer, keep_special_tokens=keep)
+        assert not any(one.feed(token) for token in tokens)
+        assert one.close() == expected

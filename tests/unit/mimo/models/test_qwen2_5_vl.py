@@ -201,6 +201,8 @@ def test_the_flat_configuration_of_older_files_is_understood(tmp_path: Any) -> N
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
         "vision_config": vision,
+        "image_token_id": 5,
+        "video_token_id": 6,
     }
     (tmp_path / "config.json").write_text(json.dumps(whole))
     config = read_hf_config(tmp_path)

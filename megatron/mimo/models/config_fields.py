@@ -1,0 +1,217 @@
+"""What becomes of every field of a Hugging Face configuration that a family takes.
+
+Each field of a class is used by our model, or has to have one of some values, or decides nothing
+that our model computes. A field of a class that stands in no table, as a later transformers may
+bring one, has to have its default. Entries of a ``config.json`` that are no fields of its class
+are read by no model of transformers either, and pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
+
+__all__ = ["ASIDE", "FIELDS", "USED", "Only", "Rule", "check_fields", "defaults_of"]
+
+USED: Literal["used"] = "used"
+"""Our model follows it, or refuses the values that it cannot follow."""
+ASIDE: Literal["aside"] = "aside"
+"""It decides nothing that the model computes: how it is initialised, called or described."""
+
+
+@dataclass(frozen=True)
+class Only:
+    """The values that our model has.
+
+    Attributes:
+        values: of the field.
+    """
+
+    values: tuple[object, ...]
+
+
+Rule = Literal["used", "aside"] | Only
+
+# Of PreTrainedConfig, as every class has them: what a call returns, labels of classifiers, names.
+_COMMON = (
+    "transformers_version",
+    "architectures",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+    "dtype",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "_name_or_path",
+    "use_cache",
+    "initializer_range",
+)
+
+
+def _rules(
+    used: str, *, aside: str = "", only: Mapping[str, tuple[object, ...]] | None = None
+) -> dict[str, Rule]:
+    rules: dict[str, Rule] = dict.fromkeys((*_COMMON, *aside.split()), ASIDE)
+    rules |= dict.fromkeys(("model_type", *used.split()), USED)
+    return rules | {name: Only(values) for name, values in (only or {}).items()}
+
+
+# Tokens that begin and end a text are the tokenizer's and generation's; the position that a model
+# was trained to bounds a run's sequence length.
+_TEXT = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads hidden_act rms_norm_eps rope_parameters attention_dropout pad_token_id "
+    "max_position_embeddings"
+)
+_TOKENS = "bos_token_id eos_token_id"
+_WINDOW = "use_sliding_window sliding_window max_window_layers layer_types"
+_IMAGES = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size "
+    "patch_size hidden_act layer_norm_eps attention_dropout"
+)
+_AUDIO = (
+    "num_mel_bins encoder_layers encoder_attention_heads encoder_ffn_dim d_model "
+    "activation_function attention_dropout max_source_positions"
+)
+_NO_DROPOUT: dict[str, tuple[object, ...]] = dict.fromkeys(
+    ("dropout", "activation_dropout", "encoder_layerdrop"), (0, None)
+)
+_LLAVA = (
+    "vision_config text_config image_token_index projector_hidden_act "
+    "vision_feature_select_strategy vision_feature_layer multimodal_projector_bias "
+    "tie_word_embeddings"
+)
+_PLAIN = {"attention_bias": (False, None), "mlp_bias": (False, None)}
+
+FIELDS: dict[str, Mapping[str, Rule]] = {
+    # The whole models. How many rows an image gives follows from its tower.
+    "llava": _rules(_LLAVA, aside="image_seq_length"),
+    "llava_next": _rules(_LLAVA + " image_grid_pinpoints", aside="image_seq_length"),
+    "llava_avlm": _rules(_LLAVA + " audio_config audio_token_index"),
+    "qwen2_audio": _rules("audio_config text_config audio_token_index"),
+    "qwen2_5_vl": _rules(
+        "text_config vision_config image_token_id video_token_id tie_word_embeddings",
+        aside="vision_start_token_id vision_end_token_id",
+    ),
+    # Language models. Whether they tie is the whole model's to say.
+    "llama": _rules(
+        _TEXT + " head_dim tie_word_embeddings", aside=_TOKENS + " pretraining_tp", only=_PLAIN
+    ),
+    "mistral": _rules(_TEXT + " head_dim sliding_window tie_word_embeddings", aside=_TOKENS),
+    "qwen2": _rules(f"{_TEXT} {_WINDOW} tie_word_embeddings", aside=_TOKENS),
+    "qwen2_5_vl_text": _rules(f"{_TEXT} {_WINDOW} tie_word_embeddings", aside=_TOKENS),
+    # Towers. Nothing is computed from the pooled output of CLIP and SigLIP.
+    "clip_vision_model": _rules(_IMAGES, aside="projection_dim initializer_factor"),
+    "siglip_vision_model": _rules(_IMAGES, aside="vision_use_head"),
+    "qwen2_5_vl_vision": _rules(
+        "depth hidden_size hidden_act intermediate_size num_heads in_channels patch_size "
+        "spatial_merge_size temporal_patch_size tokens_per_second window_size out_hidden_size "
+        "fullatt_block_indexes rope_parameters"
+    ),
+    # Their encoders read scale_embedding and scale nothing; the rest is of Whisper's decoder, its
+    # classifier and its augmentation, none of which is there.
+    "whisper": _rules(
+        _AUDIO,
+        aside="scale_embedding vocab_size decoder_layers decoder_attention_heads decoder_ffn_dim "
+        "decoder_layerdrop decoder_start_token_id init_std max_target_positions pad_token_id "
+        "bos_token_id eos_token_id suppress_tokens begin_suppress_tokens use_weighted_layer_sum "
+        "classifier_proj_size apply_spec_augment mask_time_prob mask_time_length "
+        "mask_time_min_masks mask_feature_prob mask_feature_length mask_feature_min_masks "
+        "median_filter_width tie_word_embeddings",
+        only=_NO_DROPOUT,
+    ),
+    "qwen2_audio_encoder": _rules(_AUDIO, aside="scale_embedding", only=_NO_DROPOUT),
+}
+"""``model_type`` -> field -> what becomes of it."""
+
+# What a family's own model of transformers is made of, whatever config.json names beside it.
+_PARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "llava": {
+        "text_config": ("llama", "mistral", "qwen2"),
+        "vision_config": ("clip_vision_model", "siglip_vision_model"),
+    },
+    "llava_next": {
+        "text_config": ("llama", "mistral", "qwen2"),
+        "vision_config": ("clip_vision_model", "siglip_vision_model"),
+    },
+    "llava_avlm": {
+        "text_config": ("llama",),
+        "vision_config": ("clip_vision_model", "siglip_vision_model"),
+        "audio_config": ("whisper",),
+    },
+    "qwen2_audio": {
+        "text_config": ("llama", "mistral", "qwen2"),
+        "audio_config": ("qwen2_audio_encoder",),
+    },
+    "qwen2_5_vl": {
+        "text_config": ("qwen2_5_vl_text",),
+        "vision_config": ("qwen2_5_vl_vision",),
+    },
+}
+
+
+def check_fields(config: Any) -> None:
+    """Refuse a configuration that asks for what our model does not have.
+
+    Args:
+        config: of a whole model, of a family that ``_PARTS`` knows.
+
+    Raises:
+        UnsupportedError: names the field, its value and what is expected.
+        ConfigError: a placeholder is no token.
+    """
+    _check_part(config, "")
+    for name, kinds in _PARTS[config.model_type].items():
+        part = getattr(config, name)
+        if part.model_type not in kinds:
+            raise UnsupportedError(
+                f"config.json: {name}.model_type is {part.model_type!r}; expected "
+                f"{_one_of(kinds)}, of which a {config.model_type} is made"
+            )
+        _check_part(part, f"{name}.")
+    _check_placeholders(config)
+
+
+def _check_placeholders(config: Any) -> None:
+    tokens = config.text_config.vocab_size
+    for name in ("image_token_index", "audio_token_index", "image_token_id", "video_token_id"):
+        token = config.to_dict().get(name, 0)
+        if not 0 <= token < tokens:
+            raise ConfigError(
+                f"config.json: {name} is {token}; expected a token of the vocabulary, 0 to "
+                f"{tokens - 1} (text_config.vocab_size is {tokens})"
+            )
+
+
+def _check_part(part: Any, prefix: str) -> None:
+    rules, defaults = FIELDS[part.model_type], defaults_of(type(part))
+    for name, default in defaults.items():
+        value, rule = getattr(part, name, default), rules.get(name)
+        if isinstance(rule, Only) and value not in rule.values:
+            raise UnsupportedError(
+                f"config.json: {prefix}{name} is {value!r}; expected {_one_of(rule.values)}"
+            )
+        if rule is None and value != default:
+            raise UnsupportedError(
+                f"config.json: {prefix}{name} is {value!r}, a field that is not known here; "
+                f"expected its default, {default!r}"
+            )
+
+
+def _one_of(values: tuple[Any, ...]) -> str:
+    shown = [repr(value) for value in values if value is not None]
+    return shown[0] if len(shown) == 1 else f"one of {', '.join(shown)}"
+
+
+@functools.cache
+def defaults_of(kind: type) -> dict[str, Any]:
+    """Every field of a class of configurations, with its default."""
+    defaults: dict[str, Any] = kind().to_dict()
+    return defaults

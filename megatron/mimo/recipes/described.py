@@ -1,0 +1,71 @@
+"""Flags that change what a model computes, held against the configuration that describes it.
+
+A checkpoint of a model family keeps a Hugging Face configuration, which export, generation and
+``verify`` read. A run whose flags mean another model would leave a description of no model.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+
+from megatron.core.models.mimo.errors import ConfigError
+
+__all__ = ["refuse_other_model"]
+
+# What a family says of its language model, by argparse destination.
+_SAID = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("kv_channels", "group_query_attention", "vocab_size", "position_embedding_type"),
+    *("rotary_base", "rotary_percent", "mrope_section", "normalization", "layernorm_epsilon"),
+    *("swiglu", "add_bias_linear", "add_qkv_bias", "untie_embeddings_and_output_weights"),
+)
+# What no family has unless it says so, and the values with which it is not there.
+_ABSENT: Mapping[str, object] = {
+    "use_rope_scaling": False,
+    "rope_scaling_factor": 8.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "no_rope_freq": None,
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
+    "qk_layernorm": False,
+    "qk_l2_norm": False,
+    "qk_clip": False,
+    "window_size": None,
+    "window_attn_skip_freq": None,
+    "softmax_type": "vanilla",
+    "attention_output_gate": False,
+    "multi_latent_attention": False,
+    "experimental_attention_variant": None,
+    "linear_attention_freq": None,
+    "squared_relu": False,
+    "quick_geglu": False,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "num_experts": None,
+    "mtp_num_layers": None,
+    "use_mup": False,
+    "heterogeneous_layers_config_path": None,
+    "hybrid_layer_pattern": None,
+}
+
+
+def refuse_other_model(args: Namespace, told: Mapping[str, object]) -> None:
+    """Refuse arguments with which the model is not the one that its configuration describes.
+
+    Args:
+        args: parsed arguments of the run.
+        told: what the family says of the configuration, see ``Family.arguments``.
+
+    Raises:
+        ConfigError: names the argument, both values and the remedy.
+    """
+    expected = {**_ABSENT, **{name: told[name] for name in (*_SAID, *_ABSENT) if name in told}}
+    for name, value in expected.items():
+        if getattr(args, name, value) != value:
+            raise ConfigError(
+                f"{name} is {getattr(args, name)} and the model's configuration says {value}; the "
+                "checkpoint could never be exported. Change it in a config.json and give its "
+                "folder with --hf, or keep nothing: --no-output"
+            )

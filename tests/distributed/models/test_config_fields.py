@@ -1,0 +1,355 @@
+"""Every field of every configuration that a family takes: with another value our model computes
+what transformers computes, or refuses it by name; or transformers computes the same as before."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.core.models.mimo.errors import ConfigError, MimoError, UnsupportedError
+from megatron.mimo.models import load_family
+from megatron.mimo.models.config_fields import ASIDE, FIELDS, Only, check_fields, defaults_of
+from megatron.mimo.models.llava import TINY_TEXT, TINY_VISION
+from tests.rank_pool import RankPool
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+AXES = {"mrope_section": [2, 3, 3]}
+BASE = {"rope_type": "default", "rope_theta": 1234.56}  # no whole number
+TEXT: dict[str, list[Any]] = {
+    "vocab_size": [400],
+    "hidden_size": [128],
+    "intermediate_size": [80],
+    "num_hidden_layers": [1],
+    "num_attention_heads": [8],
+    "num_key_value_heads": [4],
+    "hidden_act": ["gelu", "swish"],
+    "rms_norm_eps": [0.1],
+    "rope_parameters": [
+        BASE,
+        {**BASE, **AXES},  # which only Qwen2.5-VL reads
+        {**LLAMA3, "partial_rotary_factor": 0.5},
+        {**LLAMA3, "low_freq_factor": 2.0},
+        {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},
+    ],
+    "pad_token_id": [3],
+    "max_position_embeddings": [300],
+    "attention_dropout": [0.5],
+    "attention_bias": [True],
+    "mlp_bias": [True],
+    "head_dim": [32],
+    "tie_word_embeddings": [True],
+    "sliding_window": [4, 256],
+    "use_sliding_window": [True],
+    "max_window_layers": [1],
+    "layer_types": [["full_attention", "sliding_attention"]],
+    "bos_token_id": [9],
+    "eos_token_id": [9],
+    "pretraining_tp": [2],
+}
+IMAGES: dict[str, list[Any]] = {
+    "hidden_size": [48],
+    "intermediate_size": [40],
+    "num_hidden_layers": [4],
+    "num_attention_heads": [2],
+    "num_channels": [1],
+    "image_size": [32],
+    "patch_size": [12],
+    "hidden_act": ["gelu", "gelu_fast"],
+    "layer_norm_eps": [0.1],
+    "attention_dropout": [0.5],
+    "projection_dim": [7],
+    "initializer_factor": [2.0],
+    "vision_use_head": [False],
+}
+AUDIO: dict[str, list[Any]] = {
+    "num_mel_bins": [8],
+    "encoder_layers": [1],
+    "encoder_attention_heads": [2],
+    "encoder_ffn_dim": [40],
+    "d_model": [48],
+    "activation_function": ["relu"],
+    "attention_dropout": [0.5],
+    "max_source_positions": [20],
+    "scale_embedding": [True],
+    "encoder_layerdrop": [0.1],
+    "dropout": [0.1],
+    "activation_dropout": [0.1],
+    "decoder_layers": [1],
+    "decoder_attention_heads": [2],
+    "decoder_ffn_dim": [16],
+    "apply_spec_augment": [True],
+    "use_weighted_layer_sum": [True],
+    "tie_word_embeddings": [False],
+}
+LLAVA: dict[str, list[Any]] = {
+    "image_token_index": [9],
+    "projector_hidden_act": ["relu", "tanh"],
+    "vision_feature_select_strategy": ["full"],
+    "vision_feature_layer": [-1, 1, [1, -2], [0, 2]],
+    "multimodal_projector_bias": [False],
+    "tie_word_embeddings": [True],
+    "image_seq_length": [77],
+    "image_grid_pinpoints": [[[24, 24], [48, 24]], [[24, 60]]],
+    "audio_token_index": [9],
+}
+OTHERS: dict[str, dict[str, list[Any]]] = {
+    **dict.fromkeys(("llava", "llava_next", "llava_avlm", "qwen2_audio"), LLAVA),
+    **dict.fromkeys(("llama", "mistral", "qwen2"), TEXT),
+    "qwen2_5_vl_text": {
+        **TEXT,
+        "rope_parameters": [
+            {**BASE, **AXES},
+            BASE,  # transformers takes a section of 60 frequencies
+            {**BASE, "mrope_section": [3, 3, 3]},
+            {**LLAMA3, **AXES},
+        ],
+    },
+    **dict.fromkeys(("clip_vision_model", "siglip_vision_model"), IMAGES),
+    **dict.fromkeys(("whisper", "qwen2_audio_encoder"), AUDIO),
+    "qwen2_5_vl": {
+        "image_token_id": [9],
+        "video_token_id": [9],
+        "vision_start_token_id": [9],
+        "vision_end_token_id": [9],
+        "tie_word_embeddings": [True],
+    },
+    "qwen2_5_vl_vision": {
+        "depth": [2],
+        "hidden_size": [48],
+        "hidden_act": ["gelu"],
+        "intermediate_size": [40],
+        "num_heads": [2],
+        "in_channels": [1],
+        "patch_size": [8],
+        "spatial_merge_size": [1],
+        "temporal_patch_size": [1],
+        "tokens_per_second": [7],
+        "window_size": [32, 20],
+        "out_hidden_size": [32],
+        "fullatt_block_indexes": [[0], [-1]],
+        "rope_parameters": [{"rope_type": "axial", "rope_theta": 55.5}],
+    },
+}
+# Fields of Whisper's other half, which no part of a model reads.
+UNREAD = {
+    *("vocab_size", "decoder_layerdrop", "decoder_start_token_id", "init_std"),
+    *("max_target_positions", "pad_token_id", "bos_token_id", "eos_token_id", "suppress_tokens"),
+    *("begin_suppress_tokens", "classifier_proj_size", "mask_time_prob", "mask_time_length"),
+    *("mask_time_min_masks", "mask_feature_prob", "mask_feature_length"),
+    *("mask_feature_min_masks", "median_filter_width"),
+}
+PARTS = ("vision_config", "audio_config", "text_config")
+COMMON = set(FIELDS["llava"]).intersection(*FIELDS.values()) - {"model_type"}
+
+
+def bases() -> list[Any]:
+    """Configurations in which every class that is supported stands once."""
+    from transformers import Qwen2Config, SiglipVisionConfig
+
+    names = ("llava", "llava_next", "llava_avlm", "qwen2_audio", "qwen2_5_vl")
+    several = [load_family(name).tiny() for name in names]
+    other = load_family("llava").tiny().to_dict()
+    small = {key: value for key, value in TINY_VISION.items() if key != "initializer_range"}
+    other |= {
+        "vision_config": SiglipVisionConfig(**small).to_dict(),
+        "vision_feature_select_strategy": "full",
+        "text_config": Qwen2Config(**TINY_TEXT).to_dict(),
+    }
+    return [*several, type(several[0]).from_dict(other)]
+
+
+def walk() -> list[tuple[Any, str, str, str]]:
+    """(whole configuration, path of a part, its type, field), each class and field once."""
+    seen: set[tuple[str, str]] = set()
+    found = []
+    for config in bases():
+        for path in ("", *PARTS):
+            part = getattr(config, path, None) if path else config
+            if part is None:
+                continue
+            for name in FIELDS[part.model_type]:
+                if (part.model_type, name) not in seen and name not in (*PARTS, "model_type"):
+                    seen.add((part.model_type, name))
+                    found.append((config, path, part.model_type, name))
+    assert {kind for kind, _ in seen} == FIELDS.keys()
+    return found
+
+
+def test_every_field_of_every_class_has_a_rule() -> None:
+    for config in bases():
+        for part in (config, *(getattr(config, name, None) for name in PARTS)):
+            if part is not None:
+                unknown = defaults_of(type(part)).keys() - FIELDS[part.model_type].keys()
+                assert not unknown, f"{type(part).__name__}: {sorted(unknown)}"
+        check_fields(config)
+
+
+def test_a_field_that_is_not_known_has_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_family("llava").tiny()
+    rules = {key: value for key, value in FIELDS["llama"].items() if key != "pretraining_tp"}
+    monkeypatch.setitem(FIELDS, "llama", rules)  # type: ignore[arg-type]
+    check_fields(config)
+    config.text_config.pretraining_tp = 2
+    with pytest.raises(UnsupportedError, match=r"text_config\.pretraining_tp is 2.*default, 1"):
+        check_fields(config)
+
+
+def changed(config: Any, path: str, name: str, value: Any) -> Any:
+    """The same with another value, as a ``config.json`` would say it."""
+    content = config.to_dict()
+    part = content[path] if path else content
+    part[name] = value
+    if name == "num_hidden_layers":
+        part.pop("layer_types", None)
+    return type(config).from_dict(content)
+
+
+def run_reference(config: Any, example: dict[str, Any], state: Any = None) -> tuple[Any, Any]:
+    """transformers' model, with weights drawn anew or given, and its logits."""
+    family = load_family(config.model_type)
+    torch.manual_seed(1)
+    model: Any = family.reference(copy.deepcopy(config)).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        if state is not None:
+            model.load_state_dict(state)
+        return model, model(**example).logits[0]
+
+
+def run_ours(config: Any, example: dict[str, Any], state: Any) -> Any:
+    from megatron.mimo.convert.load import load_hugging_face
+    from megatron.mimo.models.family import sample_collator
+    from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
+
+    family = load_family(config.model_type)
+    with process_groups() as device:
+        args = model_arguments(family, config)
+        model = build_model(family, config, args, device=device)
+        load_hugging_face(model, state, family.keys(config))
+        sample = family.sample(config, example)
+        collate = sample_collator(
+            family, config, seq_length=len(sample.token_ids), vocab_size=args.vocab_size
+        )
+        batch = collate([sample])
+        batch.pop("labels")
+        with torch.no_grad():
+            return model(**batch)[0][0][:, : args.vocab_size]
+
+
+def example_of(config: Any) -> dict[str, Any]:
+    example: dict[str, Any] = load_family(config.model_type).example(
+        config, torch.Generator().manual_seed(3)
+    )
+    return example
+
+
+def compare(config: Any, path: str, name: str, value: Any) -> str | None:
+    """What is wrong with the handling of one value; None for nothing."""
+    try:
+        other = changed(config, path, name, value)
+    except Exception:  # noqa: BLE001 - transformers refuses it, with a class of its own
+        return None
+    family = load_family(other.model_type)
+    try:
+        family.arguments(other)
+        example = example_of(other)
+        model, want = run_reference(other, example)
+        got = run_ours(other, example, model.state_dict())
+    except MimoError as error:
+        known = name in str(error) or name.removesuffix("_act") in str(error)
+        return None if known or "activation" in str(error) else f"refused without its name: {error}"
+    except Exception as error:  # noqa: BLE001 - whatever transformers says of it
+        return f"neither refused nor computed: {type(error).__name__}: {error}"
+    worst = (got - want).abs().max().item()
+    return None if worst < 1e-4 else f"differs by {worst:.1e}"
+
+
+def check_used(number: int) -> list[str]:
+    """Every fourth field that our model follows."""
+    wrong = []
+    fields = [one for one in walk() if FIELDS[one[2]][one[3]] is not ASIDE]
+    for config, path, kind, name in fields[number::4]:
+        for value in OTHERS[kind][name]:
+            trouble = compare(config, path, name, value)
+            if trouble is not None:
+                wrong.append(f"{kind}.{name} = {value}: {trouble}")
+    return wrong
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_used_fields_are_followed_or_refused(ranks: RankPool, number: int) -> None:
+    assert ranks(1)(check_used, number) == [[]]
+
+
+def test_fields_that_decide_nothing_decide_nothing() -> None:
+    wrong = []
+    before: dict[int, Any] = {}
+    for config, path, kind, name in walk():
+        if FIELDS[kind][name] is not ASIDE or name in COMMON:
+            continue
+        if name in UNREAD:
+            assert kind == "whisper"
+            continue
+        if id(config) not in before:
+            example = example_of(config)
+            before[id(config)] = (example, *run_reference(config, example))
+        example, model, want = before[id(config)]
+        for value in OTHERS[kind][name]:
+            other = changed(config, path, name, value)
+            state = {
+                key: tensor for key, tensor in model.state_dict().items() if ".head." not in key
+            }
+            try:
+                got = run_reference(other, example, state)[1]
+            except RuntimeError as error:
+                wrong.append(f"{kind}.{name} = {value}: {error}")
+                continue
+            if not torch.equal(got, want):
+                wrong.append(f"{kind}.{name} = {value}: differs")
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "name", "value"),
+    [
+        ("llava_avlm", "text_config", "model_type", "qwen2"),
+        ("qwen2_audio", "audio_config", "model_type", "whisper"),
+        ("llava", "text_config", "model_type", "qwen2_5_vl_text"),
+    ],
+)
+def test_parts_of_another_kind_are_refused(family: str, path: str, name: str, value: str) -> None:
+    config = load_family(family).tiny()
+    setattr(getattr(config, path), name, value)
+    with pytest.raises(UnsupportedError, match=rf"{path}\.{name} is '{value}'"):
+        load_family(family).arguments(config)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_avlm", "qwen2_audio", "qwen2_5_vl"])
+def test_a_placeholder_outside_of_the_vocabulary_is_refused(name: str) -> None:
+    family = load_family(name)
+    for field in family.tiny().to_dict():
+        if field in ("image_token_index", "audio_token_index", "image_token_id", "video_token_id"):
+            config: Any = family.tiny()
+            setattr(config, field, 500)
+            with pytest.raises(ConfigError, match=rf"{field} is 500; expected .* 0 to 499"):
+                family.arguments(config)
+
+
+def test_only_is_refused_by_name() -> None:
+    for config, path, kind, name in walk():
+        rule = FIELDS[kind][name]
+        if isinstance(rule, Only):
+            other = changed(config, path, name, OTHERS[kind][name][0])
+            with pytest.raises(UnsupportedError, match=rf"config\.json: {path}\.{name} is"):
+                load_family(config.model_type).arguments(other)
