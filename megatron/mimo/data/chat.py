@@ -9,7 +9,7 @@ Legend: L tokens of a conversation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import ConfigError, InputError, MimoError
+from megatron.mimo.data.chat_text import ChatText
 from megatron.mimo.data.conversations import MEDIA_KINDS, Conversation, Part
 from megatron.mimo.data.media_files import Video, load_audio, load_image, load_video
 from megatron.mimo.data.sample import Sample
@@ -41,6 +42,7 @@ class Chat:
         config: its Hugging Face configuration.
         processor: its Hugging Face processor, with a fast tokenizer and a chat template.
         video_fps: frames per second that are kept of a video file.
+        end_tokens: ids that end an answer as the model's generation configuration says.
 
     Raises:
         ConfigError: the processor has no fast tokenizer, no chat template, or no token for a
@@ -51,6 +53,7 @@ class Chat:
     config: Any
     processor: Any
     video_fps: float = 2.0
+    end_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         tokenizer = getattr(self.processor, "tokenizer", None)
@@ -84,6 +87,12 @@ class Chat:
             zip(tokens, self.processor.tokenizer.convert_ids_to_tokens(tokens), strict=True)
         )
 
+    @cached_property
+    def text(self) -> ChatText:
+        """How conversations are written."""
+        marks = tuple(self._media_tokens.values())
+        return ChatText(processor=self.processor, end_tokens=self.end_tokens, marks=marks)
+
     def sample(self, conversation: Conversation) -> Sample:
         """Read the media and translate.
 
@@ -92,7 +101,7 @@ class Chat:
                 not take; the processor or the family refuses the conversation. The message names
                 the conversation.
         """
-        text, spans = self._written(conversation)
+        text, spans = self.text.answered(conversation)
         return self._translated(conversation, text, spans)
 
     def prompt(self, conversation: Conversation) -> Sample:
@@ -101,9 +110,7 @@ class Chat:
         Raises:
             InputError: as ``sample``.
         """
-        messages = _messages(conversation, self._media_tokens.values())
-        text = self._rendered(messages, conversation.name, asks=True)
-        return self._translated(conversation, text, spans=())
+        return self._translated(conversation, self.text.asked(conversation), spans=())
 
     def _translated(
         self, conversation: Conversation, text: str, spans: Sequence[tuple[int, int]]
@@ -127,48 +134,6 @@ class Chat:
             raise InputError(
                 f"{conversation.name}: the processor refuses it: {type(error).__name__}: {error}"
             ) from error
-
-    def _written(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, and where in it the assistant speaks (first character, end)."""
-        messages = _messages(conversation, self._media_tokens.values())
-        text, raw = "", ""
-        spans: list[tuple[int, int]] = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            asked = self._rendered(messages[:number], conversation.name, asks=True)
-            answered = self._rendered(messages[: number + 1], conversation.name, asks=False)
-            if not (asked.startswith(raw) and answered.startswith(asked)):
-                raise InputError(
-                    f"{conversation.name}, message {number}: the chat template writes the turns "
-                    "before it differently once the assistant has answered, so that what it says "
-                    "cannot be told apart; give each answer as a conversation of its own"
-                )
-            text += asked[len(raw) :]
-            start = len(text)
-            text = self._ended(text + answered[len(asked) :])
-            spans.append((start, len(text.rstrip())))
-            raw = answered
-        return text, spans
-
-    def _ended(self, text: str) -> str:
-        """``text`` with the end token behind the assistant's turn, if the template has none."""
-        tokenizer = self.processor.tokenizer
-        ends = [token for token in tokenizer.all_special_tokens if token]
-        if text.rstrip().endswith(tuple(ends)) or tokenizer.eos_token is None:
-            return text
-        return text.rstrip() + str(tokenizer.eos_token)
-
-    def _rendered(self, messages: list[Any], name: str, *, asks: bool) -> str:
-        try:
-            text: str = self.processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=asks
-            )
-        except Exception as error:  # jinja's, and whatever a template raises
-            raise InputError(
-                f"{name}: the chat template refuses it: {type(error).__name__}: {error}"
-            ) from error
-        return text
 
     def _read(self, part: Part, name: str) -> Any:
         if getattr(self.processor, _READERS[part.kind], None) is None:
@@ -246,33 +211,6 @@ class Chat:
         is_label_L = torch.zeros_like(is_text_L)
         is_label_L[is_text_L] = torch.tensor(said, dtype=torch.bool)
         return is_label_L
-
-
-def _messages(conversation: Conversation, marks: Iterable[str]) -> list[dict[str, Any]]:
-    """What chat templates take.
-
-    Args:
-        conversation: its media are only named here.
-        marks: texts of the tokens that stand for media; other text may not hold them.
-    """
-    for turn in conversation.turns:
-        for part in turn.parts:
-            found = [mark for mark in marks if part.kind == "text" and mark in part.value]
-            if found:
-                raise InputError(
-                    f"{conversation.name}: a text of the {turn.role} holds {found[0]!r}, which "
-                    "stands for a medium in this model; leave it out, and give the medium "
-                    "itself: as a part of the message, or with a flag such as --image"
-                )
-    return [
-        {"role": turn.role, "content": [_described(part) for part in turn.parts]}
-        for turn in conversation.turns
-    ]
-
-
-def _described(part: Part) -> dict[str, str]:
-    """A part as chat templates read it; the media are read elsewhere."""
-    return {"type": "text", "text": part.value} if part.kind == "text" else {"type": part.kind}
 
 
 def _heard(path: Path, extractor: Any) -> Any:

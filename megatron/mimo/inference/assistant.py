@@ -116,7 +116,7 @@ def open_assistant(
     from megatron.mimo.models import family_of, read_hf_config
     from megatron.mimo.models.family import sample_collator
     from megatron.mimo.models.standalone import build_model, model_arguments
-    from megatron.mimo.recipes.assets import read_processor
+    from megatron.mimo.recipes.assets import end_tokens, read_processor
 
     described = hf is None or not (hf / "config.json").is_file()
     root, folder = locate(checkpoint, iteration=iteration, described=described)
@@ -125,7 +125,8 @@ def open_assistant(
         assets = hf
     config = read_hf_config(assets)
     family = family_of(config)
-    chat = Chat(family=family, config=config, processor=read_processor(hf or assets))
+    processor = read_processor(hf or assets)
+    chat = Chat(family=family, config=config, processor=processor, end_tokens=end_tokens(assets))
     args = model_arguments(
         family,
         config,
@@ -142,7 +143,11 @@ def open_assistant(
     generator = Generator(
         model, collate, vocab_size=args.vocab_size, max_length=limit, batch_size=batch_size
     )
-    return Assistant(chat, generator, _stop_tokens(assets, chat.processor.tokenizer))
+    stop_tokens = _stop_tokens(assets, chat.processor.tokenizer)
+    turn_end = chat.text.turn_end  # what training taught, whatever the configuration says
+    if turn_end is not None and turn_end not in stop_tokens:
+        stop_tokens = (*stop_tokens, turn_end)
+    return Assistant(chat, generator, stop_tokens)
 
 
 def _load(model: Any, folder: Path) -> None:

@@ -22,6 +22,7 @@ from megatron.mimo.recipes.assets import (
     PROCESSOR,
     TRACKER,
     asset_folders,
+    end_tokens,
     loaded_assets,
     read_processor,
     write_assets,
@@ -117,6 +118,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="leave out conversations that are longer than --seq-length (default: an error)",
     )
     group.add_argument(
+        "--ignore-keys",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="keys of conversations, turns and media that are read over (default: a key that is "
+        "not honoured is an error)",
+    )
+    group.add_argument(
         "--video-fps", type=float, default=2.0, metavar="N", help="frames per second of videos"
     )
 
@@ -163,8 +172,8 @@ class _Run:
             "skip_too_long": args.skip_too_long,
         }
         paths = args.train_data_path or args.data_path
-        for_training = self._conversations(paths, "train") if train else None
-        for_validation = self._conversations(args.valid_data_path, "valid") if valid else None
+        for_training = self._conversations(args, paths, "train") if train else None
+        for_validation = self._conversations(args, args.valid_data_path, "valid") if valid else None
         return Datasets(
             train=ChatDataset(for_training, count=train, seed=args.seed, **common)
             if for_training
@@ -259,15 +268,16 @@ class _Run:
             config=config,
             processor=self._known[key],
             video_fps=args.video_fps,
+            end_tokens=end_tokens(folders[0]) if folders else (),
         )
 
-    def _conversations(self, paths: Sequence[str] | None, split: str) -> Any:
+    def _conversations(self, args: Namespace, paths: Sequence[str] | None, split: str) -> Any:
         from torch.utils.data import ConcatDataset
 
         from megatron.mimo.data.conversations import ConversationFile
 
         if paths:
-            files: list[Any] = [ConversationFile(path) for path in paths]
+            files: list[Any] = [ConversationFile(path, ignored=args.ignore_keys) for path in paths]
             return ConcatDataset(files)
         if self.task is None:
             return None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,10 @@ from scipy.io import wavfile
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.data.chat import Chat
 from megatron.mimo.data.chat_dataset import ChatDataset
-from megatron.mimo.data.conversations import Conversation, ConversationFile, Part, Turn
+from megatron.mimo.data.conversations import Conversation, ConversationFile
 from megatron.mimo.data.media_files import Video
-from megatron.mimo.models import load_family
 from megatron.mimo.recipes.tiny import processors, tasks
+from tests.unit.mimo.data.chats import chat_of, talk, with_template
 
 PICTURE = Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3))
 FAMILIES = ("llava", "llava_next", "llava_avlm", "qwen2_audio", "qwen2_5_vl")
@@ -37,32 +35,6 @@ KINDS = {
     "qwen2_audio": ("audio", "audio"),
     "qwen2_5_vl": ("video", "image", "image"),
 }
-
-
-@cache
-def chat_of(name: str) -> Chat:
-    family = load_family(name)
-    config = family.tiny()
-    processor = getattr(processors, f"{name}_processor")(config)
-    return Chat(family=family, config=config, processor=processor)
-
-
-def talk(*turns: tuple[str, Sequence[str | tuple[str, Any]]], name: str = "talk") -> Conversation:
-    return Conversation(
-        name=name,
-        turns=tuple(
-            Turn(
-                role=role,
-                parts=tuple(
-                    Part(kind="text", value=part)
-                    if isinstance(part, str)
-                    else Part(kind=part[0], value=part[1])
-                    for part in parts
-                ),
-            )
-            for role, parts in turns
-        ),
-    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -202,13 +174,6 @@ def test_made_conversations_are_those_of_their_number() -> None:
     answers = [[one.turns[-1].parts[0].value for one in each] for each in (made, held_out)]
     assert answers[0] != answers[1]
     assert len(set(answers[0])) > 10
-
-
-def with_template(template: str) -> Chat:
-    known = chat_of("llava")
-    processor = processors.llava_processor(known.config)
-    processor.chat_template = template
-    return Chat(family=known.family, config=known.config, processor=processor)
 
 
 TWO_ANSWERS = (
