@@ -10,7 +10,7 @@ Legend: L tokens of a conversation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,15 @@ from torch import Tensor
 from megatron.core.models.mimo.errors import ConfigError, InputError, MimoError
 from megatron.mimo.data.chat_text import ChatText
 from megatron.mimo.data.conversations import MEDIA_KINDS, Conversation, Part
-from megatron.mimo.data.media_files import Video, load_audio, load_image, load_video
+from megatron.mimo.data.media_files import (
+    MediaLimits,
+    Video,
+    as_rgb,
+    load_audio,
+    load_image,
+    load_video,
+    require_finite,
+)
 from megatron.mimo.data.sample import Sample
 
 if TYPE_CHECKING:
@@ -41,8 +49,10 @@ class Chat:
         family: the model's.
         config: its Hugging Face configuration.
         processor: its Hugging Face processor, with a fast tokenizer and a chat template.
-        video_fps: frames per second that are kept of a video file.
+        video_fps: frames per second that are kept of a video file, and that a folder of frames
+            holds.
         end_tokens: ids that end an answer as the model's generation configuration says.
+        limits: of media files.
 
     Raises:
         ConfigError: the processor has no fast tokenizer, no chat template, or no token for a
@@ -54,6 +64,7 @@ class Chat:
     processor: Any
     video_fps: float = 2.0
     end_tokens: Sequence[int] = ()
+    limits: MediaLimits = field(default_factory=MediaLimits)
 
     def __post_init__(self) -> None:
         tokenizer = getattr(self.processor, "tokenizer", None)
@@ -142,16 +153,32 @@ class Chat:
                 f"{name}: holds {part.kind}, which model family '{self.family.name}' does not "
                 f"take; it takes {' and '.join(kinds)}"
             )
-        if not isinstance(part.value, Path):
-            return part.value
         try:
-            if part.kind == "image":
-                return load_image(part.value)
-            if part.kind == "audio":
-                return _heard(part.value, self.processor.feature_extractor)
-            return load_video(part.value, fps=self.video_fps)
+            return self._medium(part)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
+
+    def _medium(self, part: Part) -> Any:
+        """A medium as the processor takes it, from a file or decoded already."""
+        value, is_file = part.value, isinstance(part.value, Path)
+        if part.kind == "video" and (is_file or isinstance(value, tuple)):
+            settings: dict[str, Any] = dict(part.settings)
+            if "nframes" not in settings:
+                settings.setdefault("fps", self.video_fps)
+            return load_video(value, folder_fps=self.video_fps, limits=self.limits, **settings)
+        if part.kind == "audio":
+            extractor = self.processor.feature_extractor
+            rate = extractor.sampling_rate
+            if is_file:
+                longest = extractor.n_samples / rate
+                return load_audio(value, sampling_rate=rate, longest=longest, limits=self.limits)
+            require_finite(value, "a recording", rate)
+        if part.kind == "image":
+            if is_file:
+                return load_image(value, limits=self.limits)
+            if hasattr(value, "getexif"):  # of Pillow
+                return as_rgb(value)
+        return value
 
     def _features(self, text: str, media: Mapping[str, list[Any]]) -> dict[str, Tensor]:
         given: dict[str, Any] = {_ARGUMENTS[kind]: items for kind, items in media.items()}
@@ -211,14 +238,3 @@ class Chat:
         is_label_L = torch.zeros_like(is_text_L)
         is_label_L[is_text_L] = torch.tensor(said, dtype=torch.bool)
         return is_label_L
-
-
-def _heard(path: Path, extractor: Any) -> Any:
-    """The samples of an audio file; the feature extractor would cut them without a word."""
-    audio_L = load_audio(path, sampling_rate=extractor.sampling_rate)
-    if len(audio_L) > extractor.n_samples:
-        raise InputError(
-            f"audio {path} lasts {len(audio_L) / extractor.sampling_rate:.1f} s, and the model "
-            f"hears {extractor.n_samples / extractor.sampling_rate:.1f} s; cut it into clips"
-        )
-    return audio_L
