@@ -116,7 +116,8 @@ def import_model(
     check_target(target, source=source)
     config = read_hf_config(source)
     family = family_of(config)
-    check_placeholders(source, family.media(config).special_token_ids)
+    vocab_size = config.get_text_config().vocab_size
+    check_placeholders(source, family.media(config).special_token_ids, vocab_size=vocab_size)
     weights = Weights(source)
 
     def write_assets(folder: Path) -> None:

@@ -9,7 +9,8 @@ Legend: L tokens of a conversation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -55,8 +56,8 @@ class Chat:
         limits: of media files.
 
     Raises:
-        ConfigError: the processor has no fast tokenizer, no chat template, or no token for a
-            modality's placeholder.
+        ConfigError: the processor has no fast tokenizer, no chat template, no patch size, no token
+            for a modality's placeholder, or tokens that the model does not have.
     """
 
     family: Family
@@ -79,7 +80,10 @@ class Chat:
                 f"the {kind} has no chat template, which says how a conversation is written; put "
                 "a chat_template.jinja beside its tokenizer"
             )
-        for modality, token in self.family.media(self.config).special_token_ids.items():
+        _check_settings(self.processor, self.config)
+        placeholders = self.family.media(self.config).special_token_ids
+        _check_vocabulary(tokenizer, self.config, set(placeholders.values()))
+        for modality, token in placeholders.items():
             if token >= len(tokenizer):
                 raise ConfigError(
                     f"the tokenizer has {len(tokenizer)} tokens and none for the placeholder of "
@@ -221,6 +225,12 @@ class Chat:
         for token in self._media_tokens:
             is_text_L &= tokens_L != token
         held = set(tokens_L[~is_text_L].tolist())
+        lost = (set(self._media_tokens) & set(alone["input_ids"])) - held
+        if lost:
+            raise InputError(
+                f"{name}: a medium that stands as {self._media_tokens[min(lost)]!r} gives no row; "
+                "it is too short or too small for this model: leave it out"
+            )
         pairs = [
             (token, offsets)
             for token, offsets in zip(alone["input_ids"], alone["offset_mapping"], strict=True)
@@ -238,3 +248,33 @@ class Chat:
         is_label_L = torch.zeros_like(is_text_L)
         is_label_L[is_text_L] = torch.tensor(said, dtype=torch.bool)
         return is_label_L
+
+
+def _check_settings(processor: Any, config: Any) -> None:
+    """Refuse a processor that cannot say how many rows a picture has.
+
+    Old ones lack settings that transformers once took from elsewhere.
+    """
+    vision = getattr(config, "vision_config", None)
+    for name in ("patch_size", "vision_feature_select_strategy"):
+        if hasattr(processor, name) and getattr(processor, name) is None:
+            value = getattr(vision, name, getattr(config, name, None))
+            given = "" if value is None else f", which is {json.dumps(value)} in config.json"
+            raise ConfigError(
+                f"the {type(processor).__name__} has no {name}; add it to processor_config.json "
+                f"beside the tokenizer{given}"
+            )
+
+
+def _check_vocabulary(tokenizer: Any, config: Any, placeholders: Collection[int]) -> None:
+    """Refuse a tokenizer whose tokens the model has no embedding for."""
+    rows = config.get_text_config().vocab_size
+    if len(tokenizer) <= rows:
+        return
+    beyond = {token for token in tokenizer.get_vocab().values() if token >= rows}
+    if beyond - set(placeholders):
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, up to id {max(beyond)}, and the model "
+            f"{rows} embeddings; give it more with model.resize_token_embeddings("
+            f"{max(beyond) + 1}) of transformers and import it again, or take its own tokenizer"
+        )
