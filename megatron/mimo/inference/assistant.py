@@ -13,6 +13,7 @@ import torch
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.data.chat import Chat
 from megatron.mimo.data.conversations import Conversation
+from megatron.mimo.data.media_files import MediaLimits
 from megatron.mimo.inference.generator import Generator
 from megatron.mimo.inference.sampling import SamplingOptions
 from megatron.mimo.inference.text_stream import TextStream
@@ -92,6 +93,8 @@ def open_assistant(
     iteration: int | None = None,
     hf: Path | None = None,
     batch_size: int = 8,
+    video_fps: float | None = None,
+    limits: MediaLimits | None = None,
 ) -> Assistant:
     """Load a checkpoint of any layout, imported or trained; adapters are merged.
 
@@ -107,6 +110,8 @@ def open_assistant(
         hf: folder of the processor, and of what else a checkpoint without ``hf`` lacks; the
             checkpoint's ``hf`` by default.
         batch_size: conversations that are answered together.
+        video_fps: frames per second that are kept of videos; as in training by default.
+        limits: of media files.
 
     Raises:
         ConfigError: no checkpoint, no ``hf`` folder, no processor, or one of another model.
@@ -117,6 +122,7 @@ def open_assistant(
     from megatron.mimo.models.family import sample_collator
     from megatron.mimo.models.standalone import build_model, model_arguments
     from megatron.mimo.recipes.assets import end_tokens, read_processor
+    from megatron.mimo.recipes.media_flags import kept_video_fps
 
     described = hf is None or not (hf / "config.json").is_file()
     root, folder = locate(checkpoint, iteration=iteration, described=described)
@@ -126,7 +132,14 @@ def open_assistant(
     config = read_hf_config(assets)
     family = family_of(config)
     processor = read_processor(hf or assets)
-    chat = Chat(family=family, config=config, processor=processor, end_tokens=end_tokens(assets))
+    chat = Chat(
+        family=family,
+        config=config,
+        processor=processor,
+        video_fps=video_fps or kept_video_fps(assets),
+        end_tokens=end_tokens(assets),
+        limits=limits or MediaLimits(),
+    )
     args = model_arguments(
         family,
         config,

@@ -7,7 +7,6 @@ own. The processor is looked for in the same places. Weights come from ``--load`
 
 from __future__ import annotations
 
-import math
 import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,12 @@ from megatron.mimo.recipes.assets import (
     read_processor,
     write_assets,
 )
+from megatron.mimo.recipes.media_flags import (
+    VIDEO_FPS,
+    add_media_arguments,
+    keep_media_settings,
+    media_limits,
+)
 from megatron.mimo.recipes.recipe import Datasets, FinishedRun, Recipe, Stage
 
 if TYPE_CHECKING:
@@ -35,7 +40,6 @@ if TYPE_CHECKING:
     from megatron.mimo.data import SampleCollator
     from megatron.mimo.data.chat import Chat
     from megatron.mimo.data.conversations import Conversation
-    from megatron.mimo.data.media_source import MediaLimits
 
 __all__ = ["Task", "pretrained"]
 
@@ -127,61 +131,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="keys of conversations, turns and media that are read over (default: a key that is "
         "not honoured is an error)",
     )
-    _add_media_arguments(parser)
-
-
-def _add_media_arguments(parser: ArgumentParser) -> None:
-    from megatron.mimo.data.media_source import MediaLimits
-
-    limits = MediaLimits()
-    group = parser.add_argument_group(title="media")
-    group.add_argument(
-        "--video-fps",
-        type=float,
-        default=2.0,
-        metavar="N",
-        help="frames per second that are kept of videos (default: 2)",
-    )
-    group.add_argument(
-        "--max-image-pixels",
-        type=int,
-        default=limits.image_pixels,
-        metavar="N",
-        help="larger images and frames are refused before they are decoded (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-video-pixels",
-        type=int,
-        default=limits.video_pixels,
-        metavar="N",
-        help="likewise for all frames together that are kept of a video (default: %(default)s)",
-    )
-    group.add_argument(
-        "--media-root",
-        metavar="DIR",
-        help="media outside of this folder are refused, links followed (default: any file that "
-        "the data names is read)",
-    )
-
-
-def _media_limits(args: Namespace) -> MediaLimits:
-    """What the flags say.
-
-    Raises:
-        ConfigError: no sensible numbers, or no such folder.
-    """
-    from megatron.mimo.data.media_source import MediaLimits
-
-    for flag in ("video_fps", "max_image_pixels", "max_video_pixels"):
-        value = getattr(args, flag)
-        if not 0 < value < math.inf:
-            raise ConfigError(f"--{flag.replace('_', '-')} is {value}; expected more than 0")
-    root = None if args.media_root is None else Path(args.media_root)
-    if root is not None and not root.is_dir():
-        raise ConfigError(f"--media-root {root}: there is no such folder; correct the path")
-    return MediaLimits(
-        image_pixels=args.max_image_pixels, video_pixels=args.max_video_pixels, root=root
-    )
+    add_media_arguments(parser, video_fps=VIDEO_FPS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,10 +217,11 @@ class _Run:
         }
 
     def save_assets(self, args: Namespace, save: Path) -> None:
-        """Put configuration, processor and generation settings into ``save``/hf."""
+        """Put configuration, processor, generation and media settings into ``save``/hf."""
         target, config = save / ASSETS, self._config(args)
         self._refuse_other_sizes(args, config)
         if target.is_dir() and (save / TRACKER).is_file():
+            keep_media_settings(target, video_fps=args.video_fps)
             return
         fresh = save / f"{ASSETS}.new"
         shutil.rmtree(fresh, ignore_errors=True)
@@ -279,6 +230,7 @@ class _Run:
             shutil.copytree(loaded, fresh)
         else:
             write_assets(fresh, config, self._chat(args).processor, args.hf)
+        keep_media_settings(fresh, video_fps=args.video_fps)
         shutil.rmtree(target, ignore_errors=True)
         fresh.rename(target)
 
@@ -323,7 +275,7 @@ class _Run:
             processor=self._known[key],
             video_fps=args.video_fps,
             end_tokens=end_tokens(folders[0]) if folders else (),
-            limits=_media_limits(args),
+            limits=media_limits(args),
         )
 
     def _conversations(self, args: Namespace, paths: Sequence[str] | None, split: str) -> Any:
