@@ -58,15 +58,19 @@ class NameIndex:
     index: str | None
 
 
-def check_placeholders(folder: Path, special_token_ids: Mapping[str, int]) -> None:
-    """Refuse a tokenizer that does not have the placeholder tokens; a folder may have none.
+def check_placeholders(
+    folder: Path, special_token_ids: Mapping[str, int], *, vocab_size: int | None = None
+) -> None:
+    """Refuse a tokenizer without the placeholder tokens, or of more tokens than the model has.
 
     Args:
-        folder: a Hugging Face directory.
+        folder: a Hugging Face directory; it may have no tokenizer.
         special_token_ids: placeholder token id of each modality, from its configuration.
+        vocab_size: rows of the model's embedding; None to leave that alone.
 
     Raises:
-        InputError: one of them is no token of ``tokenizer.json``, or this file is damaged.
+        InputError: one of them is no token of ``tokenizer.json``, this file is damaged, or it
+            has tokens that the model has no embedding for.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -85,6 +89,13 @@ def check_placeholders(folder: Path, special_token_ids: Mapping[str, int]) -> No
                 f"{modality}; add it to the tokenizer (tokenizer.add_tokens(..., "
                 "special_tokens=True)) and save it there, or correct config.json"
             )
+    beyond = known - set(special_token_ids.values())
+    if vocab_size is not None and beyond and max(beyond) >= vocab_size:
+        raise InputError(
+            f"{path} has tokens up to id {max(beyond)}, and the model {vocab_size} embeddings; "
+            f"give it more with model.resize_token_embeddings({max(known) + 1}) of transformers, "
+            "save it and import that, or take the tokenizer that it came with"
+        )
 
 
 def copy_assets(source: Path, target: Path) -> None:

@@ -119,7 +119,8 @@ def import_model(
     check_target(target, source=source)
     config = read_hf_config(source)
     family = family_of(config)
-    check_placeholders(source, family.media(config).special_token_ids)
+    vocab_size = config.get_text_config().vocab_size
+    check_placeholders(source, family.media(config).special_token_ids, vocab_size=vocab_size)
     weights = Weights(source)
     said, (config, untied) = config, config_of_files(family, config, weights, source=str(source))
 

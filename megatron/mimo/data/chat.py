@@ -9,8 +9,9 @@ Legend: L tokens of a conversation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,17 @@ import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import ConfigError, InputError, MimoError
+from megatron.mimo.data.chat_text import ChatText
 from megatron.mimo.data.conversations import MEDIA_KINDS, Conversation, Part
-from megatron.mimo.data.media_files import Video, load_audio, load_image, load_video
+from megatron.mimo.data.media_files import (
+    MediaLimits,
+    Video,
+    as_rgb,
+    load_audio,
+    load_image,
+    load_video,
+    require_finite,
+)
 from megatron.mimo.data.sample import Sample
 
 if TYPE_CHECKING:
@@ -40,17 +50,22 @@ class Chat:
         family: the model's.
         config: its Hugging Face configuration.
         processor: its Hugging Face processor, with a fast tokenizer and a chat template.
-        video_fps: frames per second that are kept of a video file.
+        video_fps: frames per second that are kept of a video file, and that a folder of frames
+            holds.
+        end_tokens: ids that end an answer as the model's generation configuration says.
+        limits: of media files.
 
     Raises:
-        ConfigError: the processor has no fast tokenizer, no chat template, or no token for a
-            modality's placeholder.
+        ConfigError: the processor has no fast tokenizer, no chat template, no patch size, no token
+            for a modality's placeholder, or tokens that the model does not have.
     """
 
     family: Family
     config: Any
     processor: Any
     video_fps: float = 2.0
+    end_tokens: Sequence[int] = ()
+    limits: MediaLimits = field(default_factory=MediaLimits)
 
     def __post_init__(self) -> None:
         tokenizer = getattr(self.processor, "tokenizer", None)
@@ -65,7 +80,10 @@ class Chat:
                 f"the {kind} has no chat template, which says how a conversation is written; put "
                 "a chat_template.jinja beside its tokenizer"
             )
-        for modality, token in self.family.media(self.config).special_token_ids.items():
+        _check_settings(self.processor, self.config)
+        placeholders = self.family.media(self.config).special_token_ids
+        _check_vocabulary(tokenizer, self.config, set(placeholders.values()))
+        for modality, token in placeholders.items():
             if token >= len(tokenizer):
                 raise ConfigError(
                     f"the tokenizer has {len(tokenizer)} tokens and none for the placeholder of "
@@ -84,6 +102,12 @@ class Chat:
             zip(tokens, self.processor.tokenizer.convert_ids_to_tokens(tokens), strict=True)
         )
 
+    @cached_property
+    def text(self) -> ChatText:
+        """How conversations are written."""
+        marks = tuple(self._media_tokens.values())
+        return ChatText(processor=self.processor, end_tokens=self.end_tokens, marks=marks)
+
     def sample(self, conversation: Conversation) -> Sample:
         """Read the media and translate.
 
@@ -92,7 +116,7 @@ class Chat:
                 not take; the processor or the family refuses the conversation. The message names
                 the conversation.
         """
-        text, spans = self._written(conversation)
+        text, spans = self.text.answered(conversation)
         return self._translated(conversation, text, spans)
 
     def prompt(self, conversation: Conversation) -> Sample:
@@ -101,9 +125,7 @@ class Chat:
         Raises:
             InputError: as ``sample``.
         """
-        messages = _messages(conversation, self._media_tokens.values())
-        text = self._rendered(messages, conversation.name, asks=True)
-        return self._translated(conversation, text, spans=())
+        return self._translated(conversation, self.text.asked(conversation), spans=())
 
     def _translated(
         self, conversation: Conversation, text: str, spans: Sequence[tuple[int, int]]
@@ -128,48 +150,6 @@ class Chat:
                 f"{conversation.name}: the processor refuses it: {type(error).__name__}: {error}"
             ) from error
 
-    def _written(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, and where in it the assistant speaks (first character, end)."""
-        messages = _messages(conversation, self._media_tokens.values())
-        text, raw = "", ""
-        spans: list[tuple[int, int]] = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            asked = self._rendered(messages[:number], conversation.name, asks=True)
-            answered = self._rendered(messages[: number + 1], conversation.name, asks=False)
-            if not (asked.startswith(raw) and answered.startswith(asked)):
-                raise InputError(
-                    f"{conversation.name}, message {number}: the chat template writes the turns "
-                    "before it differently once the assistant has answered, so that what it says "
-                    "cannot be told apart; give each answer as a conversation of its own"
-                )
-            text += asked[len(raw) :]
-            start = len(text)
-            text = self._ended(text + answered[len(asked) :])
-            spans.append((start, len(text.rstrip())))
-            raw = answered
-        return text, spans
-
-    def _ended(self, text: str) -> str:
-        """``text`` with the end token behind the assistant's turn, if the template has none."""
-        tokenizer = self.processor.tokenizer
-        ends = [token for token in tokenizer.all_special_tokens if token]
-        if text.rstrip().endswith(tuple(ends)) or tokenizer.eos_token is None:
-            return text
-        return text.rstrip() + str(tokenizer.eos_token)
-
-    def _rendered(self, messages: list[Any], name: str, *, asks: bool) -> str:
-        try:
-            text: str = self.processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=asks
-            )
-        except Exception as error:  # jinja's, and whatever a template raises
-            raise InputError(
-                f"{name}: the chat template refuses it: {type(error).__name__}: {error}"
-            ) from error
-        return text
-
     def _read(self, part: Part, name: str) -> Any:
         if getattr(self.processor, _READERS[part.kind], None) is None:
             kinds = [kind for kind in MEDIA_KINDS if getattr(self.processor, _READERS[kind], None)]
@@ -177,16 +157,32 @@ class Chat:
                 f"{name}: holds {part.kind}, which model family '{self.family.name}' does not "
                 f"take; it takes {' and '.join(kinds)}"
             )
-        if not isinstance(part.value, Path):
-            return part.value
         try:
-            if part.kind == "image":
-                return load_image(part.value)
-            if part.kind == "audio":
-                return _heard(part.value, self.processor.feature_extractor)
-            return load_video(part.value, fps=self.video_fps)
+            return self._medium(part)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
+
+    def _medium(self, part: Part) -> Any:
+        """A medium as the processor takes it, from a file or decoded already."""
+        value, is_file = part.value, isinstance(part.value, Path)
+        if part.kind == "video" and (is_file or isinstance(value, tuple)):
+            settings: dict[str, Any] = dict(part.settings)
+            if "nframes" not in settings:
+                settings.setdefault("fps", self.video_fps)
+            return load_video(value, folder_fps=self.video_fps, limits=self.limits, **settings)
+        if part.kind == "audio":
+            extractor = self.processor.feature_extractor
+            rate = extractor.sampling_rate
+            if is_file:
+                longest = extractor.n_samples / rate
+                return load_audio(value, sampling_rate=rate, longest=longest, limits=self.limits)
+            require_finite(value, "a recording", rate)
+        if part.kind == "image":
+            if is_file:
+                return load_image(value, limits=self.limits)
+            if hasattr(value, "getexif"):  # of Pillow
+                return as_rgb(value)
+        return value
 
     def _features(self, text: str, media: Mapping[str, list[Any]]) -> dict[str, Tensor]:
         given: dict[str, Any] = {_ARGUMENTS[kind]: items for kind, items in media.items()}
@@ -229,6 +225,12 @@ class Chat:
         for token in self._media_tokens:
             is_text_L &= tokens_L != token
         held = set(tokens_L[~is_text_L].tolist())
+        lost = (set(self._media_tokens) & set(alone["input_ids"])) - held
+        if lost:
+            raise InputError(
+                f"{name}: a medium that stands as {self._media_tokens[min(lost)]!r} gives no row; "
+                "it is too short or too small for this model: leave it out"
+            )
         pairs = [
             (token, offsets)
             for token, offsets in zip(alone["input_ids"], alone["offset_mapping"], strict=True)
@@ -248,39 +250,31 @@ class Chat:
         return is_label_L
 
 
-def _messages(conversation: Conversation, marks: Iterable[str]) -> list[dict[str, Any]]:
-    """What chat templates take.
+def _check_settings(processor: Any, config: Any) -> None:
+    """Refuse a processor that cannot say how many rows a picture has.
 
-    Args:
-        conversation: its media are only named here.
-        marks: texts of the tokens that stand for media; other text may not hold them.
+    Old ones lack settings that transformers once took from elsewhere.
     """
-    for turn in conversation.turns:
-        for part in turn.parts:
-            found = [mark for mark in marks if part.kind == "text" and mark in part.value]
-            if found:
-                raise InputError(
-                    f"{conversation.name}: a text of the {turn.role} holds {found[0]!r}, which "
-                    "stands for a medium in this model; leave it out, and give the medium "
-                    "itself: as a part of the message, or with a flag such as --image"
-                )
-    return [
-        {"role": turn.role, "content": [_described(part) for part in turn.parts]}
-        for turn in conversation.turns
-    ]
+    vision = getattr(config, "vision_config", None)
+    for name in ("patch_size", "vision_feature_select_strategy"):
+        if hasattr(processor, name) and getattr(processor, name) is None:
+            value = getattr(vision, name, getattr(config, name, None))
+            given = "" if value is None else f", which is {json.dumps(value)} in config.json"
+            raise ConfigError(
+                f"the {type(processor).__name__} has no {name}; add it to processor_config.json "
+                f"beside the tokenizer{given}"
+            )
 
 
-def _described(part: Part) -> dict[str, str]:
-    """A part as chat templates read it; the media are read elsewhere."""
-    return {"type": "text", "text": part.value} if part.kind == "text" else {"type": part.kind}
-
-
-def _heard(path: Path, extractor: Any) -> Any:
-    """The samples of an audio file; the feature extractor would cut them without a word."""
-    audio_L = load_audio(path, sampling_rate=extractor.sampling_rate)
-    if len(audio_L) > extractor.n_samples:
-        raise InputError(
-            f"audio {path} lasts {len(audio_L) / extractor.sampling_rate:.1f} s, and the model "
-            f"hears {extractor.n_samples / extractor.sampling_rate:.1f} s; cut it into clips"
+def _check_vocabulary(tokenizer: Any, config: Any, placeholders: Collection[int]) -> None:
+    """Refuse a tokenizer whose tokens the model has no embedding for."""
+    rows = config.get_text_config().vocab_size
+    if len(tokenizer) <= rows:
+        return
+    beyond = {token for token in tokenizer.get_vocab().values() if token >= rows}
+    if beyond - set(placeholders):
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, up to id {max(beyond)}, and the model "
+            f"{rows} embeddings; give it more with model.resize_token_embeddings("
+            f"{max(beyond) + 1}) of transformers and import it again, or take its own tokenizer"
         )
-    return audio_L

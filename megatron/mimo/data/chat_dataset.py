@@ -60,7 +60,8 @@ class ChatDataset(Dataset[Sample]):
             InputError: as ``Chat.sample``; it is too long, or with ``skip_too_long`` all are.
         """
         total = len(self._conversations)
-        for at in range(index, index + total):
+        # The rest of this pass and the whole next one, in which each conversation stands once.
+        for at in range(index, (index // total + 2) * total):
             number = self._number(at)
             if number in self._skipped:
                 continue

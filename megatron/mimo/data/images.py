@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import InputError
+from megatron.mimo.data.pictures import as_rgb
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -45,7 +46,7 @@ def decode_image(
             image = Image.fromarray(source)
         else:
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        pixels_HWC = np.array(image.convert(_MODES[channels]), dtype=np.float32) / 255.0
+        pixels_HWC = np.array(as_rgb(image).convert(_MODES[channels]), dtype=np.float32) / 255.0
     except Exception as error:  # codecs raise nearly every kind, SyntaxError among them
         raise InputError(
             f"{name} does not decode as an image: {error}; replace the file or drop the sample"

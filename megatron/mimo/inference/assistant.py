@@ -12,6 +12,7 @@ import torch
 
 from megatron.mimo.data.chat import Chat
 from megatron.mimo.data.conversations import Conversation
+from megatron.mimo.data.media_files import MediaLimits
 from megatron.mimo.inference.generator import Generator
 from megatron.mimo.inference.sampling import SamplingOptions
 from megatron.mimo.inference.settings import read_settings
@@ -114,6 +115,8 @@ def open_assistant(
     hf: Path | None = None,
     batch_size: int = 8,
     keep_special_tokens: bool = False,
+    video_fps: float | None = None,
+    limits: MediaLimits | None = None,
 ) -> Assistant:
     """Load a checkpoint of any layout, imported or trained; adapters are merged.
 
@@ -131,6 +134,8 @@ def open_assistant(
         batch_size: conversations that are answered together.
         keep_special_tokens: special tokens that the model says stay in the text, but for those
             that end it: boxes of a grounding model, say.
+        video_fps: frames per second that are kept of videos; as in training by default.
+        limits: of media files.
 
     Raises:
         ConfigError: no checkpoint, no ``hf`` folder, no processor, or one of another model.
@@ -140,7 +145,8 @@ def open_assistant(
     from megatron.mimo.models import family_of, read_hf_config
     from megatron.mimo.models.family import sample_collator
     from megatron.mimo.models.standalone import build_model, model_arguments
-    from megatron.mimo.recipes.assets import read_processor
+    from megatron.mimo.recipes.assets import end_tokens, read_processor
+    from megatron.mimo.recipes.media_flags import kept_video_fps
 
     described = hf is None or not (hf / "config.json").is_file()
     root, folder = locate(checkpoint, iteration=iteration, described=described)
@@ -150,9 +156,17 @@ def open_assistant(
     config = read_hf_config(assets)
     family = family_of(config)
     settings = read_settings(assets, config)  # refuses what is not supported, before all else
-    chat = Chat(family=family, config=config, processor=read_processor(hf or assets))
-    own_end = chat.processor.tokenizer.eos_token_id
-    ends = {*settings.stop_tokens, *([] if own_end is None else [own_end])}
+    chat = Chat(
+        family=family,
+        config=config,
+        processor=read_processor(hf or assets),
+        video_fps=video_fps or kept_video_fps(assets),
+        end_tokens=end_tokens(assets),
+        limits=limits or MediaLimits(),
+    )
+    # what training taught ends an answer too, whatever the configuration says
+    own_ends = {chat.processor.tokenizer.eos_token_id, chat.text.turn_end} - {None}
+    ends = {*settings.stop_tokens, *own_ends}
     args = model_arguments(
         family,
         config,

@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron.core.models.mimo.errors import ConfigError, MimoError
+from megatron.mimo.data.media_source import MediaLimits, require_file
 from megatron.mimo.inference.rules import Rules
 from megatron.mimo.inference.sampling import SamplingOptions
 from megatron.mimo.launcher import LaunchError, join_job, set_threads
+from megatron.mimo.recipes.media_flags import add_media_arguments, media_limits
 from megatron.mimo.training.failure import refuse
 from megatron.mimo.training.quiet import quiet_imports, stdout, warnings_shown
 
@@ -64,8 +66,9 @@ def _answer(arguments: argparse.Namespace, device: object, rank: int) -> None:
     default = torch.float32 if device.type == "cpu" else torch.bfloat16
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     _options(arguments, SamplingOptions(temperature=1.0))  # errors before anything is loaded
+    limits = media_limits(arguments)
     media = [
-        Part(kind=kind, value=_read_early(kind, Path(file)))
+        Part(kind=kind, value=_read_early(kind, Path(file), limits))
         for kind in _MEDIA
         for file in getattr(arguments, kind)
     ]
@@ -79,6 +82,8 @@ def _answer(arguments: argparse.Namespace, device: object, rank: int) -> None:
             iteration=arguments.iteration,
             hf=None if arguments.hf is None else Path(arguments.hf),
             keep_special_tokens=arguments.keep_special_tokens,
+            video_fps=arguments.video_fps,
+            limits=limits,
         )
     options = _options(arguments, assistant.defaults)
     said = Turn(role="user", parts=(*media, Part(kind="text", value=arguments.prompt)))
@@ -116,14 +121,13 @@ def _options(arguments: argparse.Namespace, defaults: SamplingOptions) -> Sampli
     return replace(defaults, **given)
 
 
-def _read_early(kind: str, path: Path) -> object:
+def _read_early(kind: str, path: Path, limits: MediaLimits) -> object:
     """A decoded image; the path of others, which are read as the model wants them."""
     from megatron.mimo.data.media_files import load_image
 
     if kind == "image":
-        return load_image(path)
-    if not path.exists():
-        raise ConfigError(f"{kind} {path} does not exist; correct the path")
+        return load_image(path, limits=limits)
+    require_file(path, kind, limits, folder=kind == "video")
     return path
 
 
@@ -143,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{kind}", nargs="+", action="extend", default=[], metavar="FILE", help=f"{kind}s"
         )
+    add_media_arguments(parser, video_fps=None)
     parser.add_argument("--hf", metavar="DIR", help="processor and tokenizer (default: ROOT/hf)")
     parser.add_argument("--iteration", type=int, metavar="N", help="default: the newest")
     answer = parser.add_argument_group(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -17,6 +18,7 @@ __all__ = [
     "PROCESSOR",
     "TRACKER",
     "asset_folders",
+    "end_tokens",
     "loaded_assets",
     "read_processor",
     "write_assets",
@@ -24,6 +26,7 @@ __all__ = [
 
 ASSETS = "hf"
 CONFIG, PROCESSOR = "config.json", "*processor_config.json"
+GENERATION = "generation_config.json"
 TRACKER = "latest_checkpointed_iteration.txt"  # what makes a folder a checkpoint's
 
 
@@ -46,6 +49,23 @@ def read_processor(folder: Path) -> Any:
             f"{folder} has no processor that can be read: {reason}; copy the processor's and the "
             "tokenizer's files of the model there, or name their folder with --hf"
         ) from error
+
+
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """Ids that end an answer as a folder's generation_config.json says; none where there is none.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    file = folder / GENERATION
+    if not file.is_file():
+        return ()
+    try:
+        given = json.loads(file.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{file} is not JSON of an object: {error}; repair it") from error
+    tokens = given if isinstance(given, list) else [given]
+    return tuple(token for token in tokens if isinstance(token, int))
 
 
 def loaded_assets(args: Namespace) -> Path | None:
@@ -83,7 +103,7 @@ def write_assets(target: Path, config: Any, processor: Any, hf: str | None) -> N
     target.mkdir(parents=True)
     config.save_pretrained(target)
     processor.save_pretrained(target)
-    given = Path(hf) / "generation_config.json" if hf else None
+    given = Path(hf) / GENERATION if hf else None
     if given is not None and given.is_file():
         shutil.copy(given, target)
         return

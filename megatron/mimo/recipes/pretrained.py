@@ -22,11 +22,18 @@ from megatron.mimo.recipes.assets import (
     PROCESSOR,
     TRACKER,
     asset_folders,
+    end_tokens,
     loaded_assets,
     read_processor,
     write_assets,
 )
 from megatron.mimo.recipes.described import refuse_other_model
+from megatron.mimo.recipes.media_flags import (
+    VIDEO_FPS,
+    add_media_arguments,
+    keep_media_settings,
+    media_limits,
+)
 from megatron.mimo.recipes.recipe import Datasets, FinishedRun, Recipe, Stage
 
 if TYPE_CHECKING:
@@ -113,8 +120,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="leave out conversations that are longer than --seq-length (default: an error)",
     )
     group.add_argument(
-        "--video-fps", type=float, default=2.0, metavar="N", help="frames per second of videos"
+        "--ignore-keys",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="keys of conversations, turns and media that are read over (default: a key that is "
+        "not honoured is an error)",
     )
+    add_media_arguments(parser, video_fps=VIDEO_FPS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +185,8 @@ class _Run:
             "skip_too_long": args.skip_too_long,
         }
         paths = args.train_data_path or args.data_path
-        for_training = self._conversations(paths, "train") if train else None
-        for_validation = self._conversations(args.valid_data_path, "valid") if valid else None
+        for_training = self._conversations(args, paths, "train") if train else None
+        for_validation = self._conversations(args, args.valid_data_path, "valid") if valid else None
         return Datasets(
             train=ChatDataset(for_training, count=train, seed=args.seed, **common)
             if for_training
@@ -213,10 +226,11 @@ class _Run:
         }
 
     def save_assets(self, args: Namespace, save: Path) -> None:
-        """Put configuration, processor and generation settings into ``save``/hf."""
+        """Put configuration, processor, generation and media settings into ``save``/hf."""
         target, config = save / ASSETS, self._config(args)
         refuse_other_model(args, load_family(self.family).arguments(config))
         if target.is_dir() and (save / TRACKER).is_file():
+            keep_media_settings(target, video_fps=args.video_fps)
             return
         fresh = save / f"{ASSETS}.new"
         shutil.rmtree(fresh, ignore_errors=True)
@@ -225,6 +239,7 @@ class _Run:
             shutil.copytree(loaded, fresh)
         else:
             write_assets(fresh, config, self._chat(args).processor, args.hf)
+        keep_media_settings(fresh, video_fps=args.video_fps)
         shutil.rmtree(target, ignore_errors=True)
         fresh.rename(target)
 
@@ -258,15 +273,17 @@ class _Run:
             config=config,
             processor=self._known[key],
             video_fps=args.video_fps,
+            end_tokens=end_tokens(folders[0]) if folders else (),
+            limits=media_limits(args),
         )
 
-    def _conversations(self, paths: Sequence[str] | None, split: str) -> Any:
+    def _conversations(self, args: Namespace, paths: Sequence[str] | None, split: str) -> Any:
         from torch.utils.data import ConcatDataset
 
         from megatron.mimo.data.conversations import ConversationFile
 
         if paths:
-            files: list[Any] = [ConversationFile(path) for path in paths]
+            files: list[Any] = [ConversationFile(path, ignored=args.ignore_keys) for path in paths]
             return ConcatDataset(files)
         if self.task is None:
             return None

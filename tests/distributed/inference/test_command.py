@@ -118,6 +118,27 @@ def test_an_answer_ends_at_a_token_of_the_generation_config(
     assert len(printed) > 1
 
 
+def rates(checkpoint: Path) -> list[float]:
+    """Frames per second with which a checkpoint's assistant reads videos."""
+    from megatron.mimo.inference.assistant import open_assistant
+    from megatron.mimo.models.standalone import process_groups
+    from megatron.mimo.recipes.media_flags import keep_media_settings
+
+    with process_groups(tp_size=1, pp_size=1) as device:
+        found = [open_assistant(checkpoint, device=device)._chat.video_fps]
+        keep_media_settings(checkpoint / "hf", video_fps=8.0)
+        found.append(open_assistant(checkpoint, device=device)._chat.video_fps)
+        found.append(open_assistant(checkpoint, device=device, video_fps=0.5)._chat.video_fps)
+    return found
+
+
+def test_videos_are_read_as_in_training(
+    ranks: RankPool, imported: tuple[Path, str], tmp_path: Path
+) -> None:
+    shutil.copytree(imported[0] / "checkpoint", tmp_path / "checkpoint")
+    assert ranks(1)(rates, tmp_path / "checkpoint") == [[2.0, 8.0, 0.5]]
+
+
 def test_what_is_wrong_is_said(ranks: RankPool, imported: tuple[Path, str]) -> None:
     folder, _ = imported
     (folder / "text.png").write_text("no image")
@@ -126,6 +147,7 @@ def test_what_is_wrong_is_said(ranks: RankPool, imported: tuple[Path, str]) -> N
         (["--image", "no.png"], "image no.png does not exist; correct the path"),
         (["--image", str(folder / "text.png")], "text.png does not decode as an image"),
         (["--video", "no.mp4"], "video no.mp4 does not exist"),
+        (["--video-fps", "0"], "--video-fps is 0.0; expected more than 0"),
         (["--audio", image], "holds audio, which model family 'llava' does not take"),
         (["--prompt", "word " * 400], "tokens leaves no room for an answer within"),
         (["--top-p", "2"], "top_p is 2.0; expected 0 < top_p <= 1"),

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from megatron.mimo.recipes import recipe_names
+from megatron.mimo.recipes.media_flags import kept_video_fps
 from tests.distributed.training.launch import LAYOUTS, SCRIPT, losses
 from tests.rank_pool import RankPool, ScriptRun
 from tests.time_limits import HANG
@@ -156,7 +157,7 @@ def test_the_recipe_of_7b_trains_a_checkpoint_of_its_family_on_files(
         *("--data-path", str(file), "--valid-data-path", str(file)),
         *("--train-iters", "12", "--seq-length", "96", "--global-batch-size", "8", "--lr", "1e-2"),
         *("--lr-decay-style", "constant", "--lr-warmup-fraction", "0"),
-        *("--eval-iters", "1", "--eval-interval", "6", "--num-workers", "1"),
+        *("--eval-iters", "1", "--eval-interval", "6", "--num-workers", "1", "--video-fps", "8"),
         "--skip-too-long",
     )
     printed = finished(run)
@@ -173,6 +174,7 @@ def test_the_recipe_of_7b_trains_a_checkpoint_of_its_family_on_files(
     assert changed == {name for name in before if ".input_projections." in name}
     mine, theirs = output / "checkpoints/hf", loaded / "hf"
     assert (mine / "config.json").read_text() == (theirs / "config.json").read_text()
+    assert (kept_video_fps(mine), kept_video_fps(theirs)) == (8.0, 2.0)
 
 
 def test_a_broken_file_ends_the_run_by_its_name(ranks: RankPool, tmp_path: Path) -> None:

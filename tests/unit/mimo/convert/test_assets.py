@@ -30,6 +30,10 @@ def test_looks_for_placeholders(tmp_path: Path, vocab: object) -> None:
     check_placeholders(tmp_path, {"images": 7, "audio": 1})
     with pytest.raises(InputError, match=r"no token 8, which config\.json gives as the"):
         check_placeholders(tmp_path, {"images": 7, "audio": 8})
+    check_placeholders(tmp_path, {"images": 7}, vocab_size=2)  # a placeholder needs no embedding
+    for rows in (1, 7):
+        with pytest.raises(InputError, match=rf"to id \d, and .* {rows} emb.*_embeddings\(8\)"):
+            check_placeholders(tmp_path, {} if rows == 7 else {"images": 7}, vocab_size=rows)
 
 
 def test_names_a_damaged_index(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,10 @@ from scipy.io import wavfile
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.data.chat import Chat
 from megatron.mimo.data.chat_dataset import ChatDataset
-from megatron.mimo.data.conversations import Conversation, ConversationFile, Part, Turn
+from megatron.mimo.data.conversations import Conversation, ConversationFile, parse
 from megatron.mimo.data.media_files import Video
-from megatron.mimo.models import load_family
 from megatron.mimo.recipes.tiny import processors, tasks
+from tests.unit.mimo.data.chats import chat_of, talk, with_template
 
 PICTURE = Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3))
 FAMILIES = ("llava", "llava_next", "llava_avlm", "qwen2_audio", "qwen2_5_vl")
@@ -37,32 +35,6 @@ KINDS = {
     "qwen2_audio": ("audio", "audio"),
     "qwen2_5_vl": ("video", "image", "image"),
 }
-
-
-@cache
-def chat_of(name: str) -> Chat:
-    family = load_family(name)
-    config = family.tiny()
-    processor = getattr(processors, f"{name}_processor")(config)
-    return Chat(family=family, config=config, processor=processor)
-
-
-def talk(*turns: tuple[str, Sequence[str | tuple[str, Any]]], name: str = "talk") -> Conversation:
-    return Conversation(
-        name=name,
-        turns=tuple(
-            Turn(
-                role=role,
-                parts=tuple(
-                    Part(kind="text", value=part)
-                    if isinstance(part, str)
-                    else Part(kind=part[0], value=part[1])
-                    for part in parts
-                ),
-            )
-            for role, parts in turns
-        ),
-    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -131,6 +103,68 @@ def test_processors_that_cannot_be_used() -> None:
         Chat(family=good.family, config=other, processor=good.processor)
 
 
+def test_processors_that_lack_a_setting_say_which() -> None:
+    for name in ("llava", "llava_next"):
+        known = chat_of(name)
+        for setting, value in (
+            ("patch_size", known.config.vision_config.patch_size),
+            ("vision_feature_select_strategy", known.config.vision_feature_select_strategy),
+        ):
+            processor = getattr(processors, f"{name}_processor")(known.config)
+            setattr(processor, setting, None)
+            with pytest.raises(ConfigError, match=rf"Processor has no {setting}; .*{value}.* in c"):
+                Chat(family=known.family, config=known.config, processor=processor)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused() -> None:
+    known = chat_of("llava")
+    processor = processors.llava_processor(known.config)
+    rows = known.config.get_text_config().vocab_size
+    more = rows - len(processor.tokenizer) + 3
+    processor.tokenizer.add_tokens([f"<loc{number}>" for number in range(more)])
+    with pytest.raises(ConfigError, match=rf"{rows} embeddings; .*_embeddings\({rows + 3}\)"):
+        Chat(family=known.family, config=known.config, processor=processor)
+
+
+def test_samples_in_memory_are_finite() -> None:
+    bad = np.ones(4000, dtype=np.float32)
+    bad[7] = np.nan
+    told = talk(("user", [("audio", bad)]), ("assistant", ["."]), name="a.jsonl, line 3")
+    with pytest.raises(InputError, match="line 3: a recording has 1 samples that are not finite"):
+        chat_of("qwen2_audio").sample(told)
+
+
+def test_a_clip_too_short_for_a_row_is_named(tmp_path: Path) -> None:
+    wavfile.write(tmp_path / "a.wav", 8000, np.ones(40, dtype=np.float32))
+    told = talk(("user", [("audio", tmp_path / "a.wav")]), ("assistant", ["."]), name="line 3")
+    with pytest.raises(InputError, match=r"line 3: .*<\|AUDIO\|>.* gives no row.*too short"):
+        chat_of("qwen2_audio").sample(told)
+
+
+def test_parts_of_a_video_and_lists_of_frames(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (16, 16), (20 * number, 0, 0)) for number in range(12)]
+    for number, frame in enumerate(frames):
+        frame.save(tmp_path / f"{number}.png")
+    chat = chat_of("qwen2_5_vl")
+
+    def grid(**more: Any) -> int:
+        part = {"type": "video", "path": str(tmp_path), **more}
+        entry = {
+            "messages": [
+                {"role": "user", "content": [part]},
+                {"role": "assistant", "content": "."},
+            ]
+        }
+        [item] = chat.sample(parse(entry, "a", tmp_path)).media
+        return int(item.inputs["grid"].tolist()[0])
+
+    assert grid() == 6  # pairs of frames
+    assert grid(nframes=4) == 2
+    assert grid(fps=0.5) == 2  # 3 frames of 6 s
+    assert grid(video_start=0.0, video_end=1.0) == 2  # 3 frames
+    assert grid(path=["3.png", "1.png"]) == 1
+
+
 def numbers(dataset: ChatDataset) -> list[str]:
     return [dataset[index].name for index in range(len(dataset))]
 
@@ -174,6 +208,17 @@ def test_too_long_is_an_error_or_left_out(caplog: pytest.LogCaptureFixture) -> N
         tight[0]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_one_that_fits_is_found_wherever_it_stands(seed: int) -> None:
+    conversations = [
+        talk(("user", ["?" * (2 if index == 3 else 200)]), ("assistant", ["."]), name=str(index))
+        for index in range(5)
+    ]
+    settings: dict[str, Any] = {"chat": chat_of("llava"), "seq_length": 64, "count": 15}
+    dataset = ChatDataset(conversations, seed=seed, skip_too_long=True, **settings)
+    assert set(numbers(dataset)) == {"3"}
+
+
 def test_files_and_memory_give_the_same_sample(tmp_path: Path) -> None:
     PICTURE.save(tmp_path / "a.png")
     content = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is this?"}]
@@ -202,13 +247,6 @@ def test_made_conversations_are_those_of_their_number() -> None:
     answers = [[one.turns[-1].parts[0].value for one in each] for each in (made, held_out)]
     assert answers[0] != answers[1]
     assert len(set(answers[0])) > 10
-
-
-def with_template(template: str) -> Chat:
-    known = chat_of("llava")
-    processor = processors.llava_processor(known.config)
-    processor.chat_template = template
-    return Chat(family=known.family, config=known.config, processor=processor)
 
 
 TWO_ANSWERS = (

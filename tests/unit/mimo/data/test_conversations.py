@@ -96,7 +96,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "empty": ({"messages": []}, r"'messages' is \[\]; expected a list of turns"),
     "role": (
         {"messages": [{"role": "robot", "content": "a"}, TELL]},
-        r"line 2, message 0: expected an object with a role \(system, user, assistant\)",
+        r"line 2, message 0: expected an object with a role \(system, user, assistant, tool\)",
     ),
     "part": (
         {"messages": [{"role": "user", "content": [{"type": "smell", "path": "a"}]}, TELL]},

@@ -19,10 +19,8 @@ from megatron.core.models.mimo.alignment import (
 )
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig, RankRole
 from megatron.core.models.mimo.errors import InputError, UnsupportedError
-from megatron.core.models.mimo.model.attention_support import (
-    AttentionSupport,
-    refuse_attention,
-)
+from megatron.core.models.mimo.model import tokens as checks
+from megatron.core.models.mimo.model.attention_support import AttentionSupport, refuse_attention
 from megatron.core.models.mimo.model.build import (
     accepts,
     build_partition_adapter,
@@ -202,7 +200,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
                 stage needs.
             attention_mask: as the language model takes it; None under context parallelism.
             loss_mask: float [B, S].
-            labels: long [B, S], already shifted.
+            labels: long [B, S], already shifted; -100 is no label, without loss or gradient.
             modality_inputs: ``{modality: {encoder: {argument: tensor}}}``. A modality that is
                 left out, or whose tensors are empty, has no rows in this micro-batch.
             packing_kwargs: arguments of ``PackedSeqParams`` for a packed row (B = 1), on every
@@ -226,32 +224,29 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         Raises:
             InputError: (a ``ValueError``) inputs that do not fit the model or each other.
         """
+        per_token = (input_ids, position_ids, labels, loss_mask, span_ids, padding_mask)
+        checks.check_tensors(*per_token, attention_mask)
+        checks.check_mappings(modality_inputs, packing_kwargs, modality_token_indices)
         check_modality_names(modality_inputs, self.mimo_config.modality_submodules_spec)
-        given = {
-            "span_ids": span_ids,
-            "padding_mask": padding_mask,
-            "inference_context": inference_context,
-        }
+        if inference_context is None:  # with which positions are those of all keys
+            checks.check_shapes(*per_token[:4])
+        given = {"span_ids": span_ids, "padding_mask": padding_mask}
+        given |= {"inference_context": inference_context}
         spans: dict[str, Any] = {name: ids for name, ids in given.items() if ids is not None}
+        no_rows: Rows = {}
+        arguments = (
+            input_ids, position_ids, attention_mask, loss_mask, labels, no_rows, packing_kwargs
+        )  # fmt: skip
         if not self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
-            return self._forward_language_module(
-                input_ids,
-                position_ids,
-                attention_mask,
-                loss_mask,
-                labels,
-                {},
-                packing_kwargs,
-                **spans,
-            )
+            return self._forward_language_module(*arguments, **spans)
         plan = self._plan(input_ids, modality_token_indices, alignment_plan)
         check_encoder_order(plan.encoders, self.modality_submodules)
         rows = self._forward_encoders(input_ids, modality_inputs, None)
         for name in {**plan.counts, **rows}:
             check_count(name, plan.counts.get(name, 0), rows[name].size(0) if name in rows else 0)
-        arguments = (
-            input_ids, position_ids, attention_mask, loss_mask, labels, rows, packing_kwargs
-        )  # fmt: skip
+        if alignment_plan is not None and input_ids is not None:
+            checks.refuse_other_ids(alignment_plan, input_ids, self.special_token_ids)
+        arguments = (*arguments[:5], rows, packing_kwargs)
         if is_replaced(self, MimoModel, "_forward_language_module"):  # by one that knows no plan
             refuse_row_order(plan, "_forward_language_module")
             return self._forward_language_module(*arguments, **spans)
@@ -271,13 +266,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         if plan is None:
             vocab_size = getattr(unwrap_model(self.language_model), "vocab_size", None)
             return build_alignment_plan(input_ids_BS, self.special_token_ids, vocab_size=vocab_size)
-        is_whole = plan.positions_S is None
-        length = plan.sequence_length if is_whole else input_ids_BS.size(1)
-        if (plan.batch_size, length) != tuple(input_ids_BS.shape):
-            raise InputError(
-                f"alignment_plan is for [B, S] = [{plan.batch_size}, {length}] and "
-                f"input_ids are {list(input_ids_BS.shape)}; make the plan from these input_ids"
-            )
+        checks.check_plan(plan, input_ids_BS)
         return own_piece(plan, self.partition_adapter)
 
     def _forward_encoders(
@@ -344,6 +333,8 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         if adapter is not None:
             _, labels, loss_mask, packed = adapter.shard(None, labels, loss_mask, packed)
             span_ids = None if span_ids is None else adapter.cut(span_ids, packed)
+        vocab_size = getattr(unwrap_model(self.language_model), "vocab_size", None)
+        labels, loss_mask, no_label = checks.labels_in_vocabulary(labels, loss_mask, vocab_size)
         if self._rotates_in_3d:
             position_ids = rotary_positions(self.language_model, position_ids, adapter, packed)
         extra: dict[str, Any] = {"loss_mask": loss_mask} if self._takes_loss_mask else {}
@@ -361,7 +352,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
             **extra,
         )
         self._forget_input_tensor()
-        return output, loss_mask
+        return checks.without(output, no_label), loss_mask
 
     def _packed(
         self, packing_kwargs: Mapping[str, Any] | None, **tokens: torch.Tensor | None

@@ -1,0 +1,60 @@
+"""What a conversation is: turns of parts, which are text or media."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["MEDIA_KINDS", "Conversation", "Part", "Turn"]
+
+MEDIA_KINDS = ("image", "video", "audio")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """A piece of a turn.
+
+    Attributes:
+        kind: "text", or one of ``MEDIA_KINDS``.
+        value: the text, the path of a media file, a tuple of paths (a video's frames), or a
+            decoded medium (a Pillow image, float32 [samples] at the processor's rate, a
+            ``Video``).
+        settings: of a video's file, which frames are taken: ``load_video``'s arguments.
+    """
+
+    kind: str
+    value: Any
+    settings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Turn:
+    """What one side says.
+
+    Attributes:
+        role: "system", "user", "assistant" or "tool".
+        parts: in order.
+        is_learned: False for a turn of the assistant's that is context only.
+        fields: what chat templates write besides the content: tool_calls, reasoning_content ...
+    """
+
+    role: str
+    parts: tuple[Part, ...]
+    is_learned: bool = True
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conversation:
+    """Turns, the last of them the assistant's.
+
+    Attributes:
+        name: says where they are from.
+        turns: in order.
+        tools: what the assistant may call, as chat templates take it.
+    """
+
+    name: str
+    turns: tuple[Turn, ...]
+    tools: tuple[Any, ...] = ()

@@ -1,0 +1,200 @@
+"""Keys of conversations, turns and media: what each means, and which mean nothing.
+
+A key may change what is learned, so that none is read over: it is honoured, known to say nothing
+about the text (``id``, ``source``), or refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from megatron.core.models.mimo.errors import InputError
+
+__all__ = [
+    "FIELDS",
+    "known_keys",
+    "learned",
+    "read_settings",
+    "read_system",
+    "read_tools",
+]
+
+# Fields of a turn that its chat template writes.
+FIELDS = ("tool_calls", "tool_call_id", "reasoning_content", "name")
+# Keys with which formats say whether a turn is learned; all mean the same.
+_LEARNED = ("weight", "loss", "train", "trainable")
+_SETTINGS = ("fps", "nframes", "video_start", "video_end")
+
+# Where a conversation is from and how it is filed.
+_ORIGINS = frozenset(
+    (
+        *("id", "idx", "index", "uid", "uuid", "_id", "key", "source", "sources", "dataset"),
+        *("dataset_name", "data_source", "origin", "url", "license", "split", "subset"),
+        *("category", "task", "domain", "topic", "tags", "lang", "language", "model", "created"),
+        *("created_at", "date", "timestamp", "ts", "version", "meta", "metadata", "info"),
+        *("comment", "note", "width", "height", "image_width", "image_height", "question_id"),
+        *("question_type", "image_id", "video_id", "audio_id", "sample_id", "conversation_id"),
+        *("message_id", "num_turns", "length", "duration"),
+    )
+)
+_READ = {
+    "conversation": frozenset({"messages", "system", "tools"}),
+    "talk": frozenset({"conversations", "system", "tools", "image", "video", "audio"}),
+    "message": frozenset({"role", "content", *FIELDS, *_LEARNED}),
+    "turn": frozenset({"from", "value", *_LEARNED}),
+    "text": frozenset({"type", "text"}),
+    "image": frozenset({"type", "path", "image"}),
+    "video": frozenset({"type", "path", "video", *_SETTINGS}),
+    "audio": frozenset({"type", "path", "audio"}),
+}
+_REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width", "detail"),
+        "the processor sizes all media of a run alike: set the sizes in preprocessor_config.json",
+    ),
+    (
+        ("fps", "nframes", "video_start", "video_end", "min_frames", "max_frames"),
+        f"a video takes {', '.join(_SETTINGS)}, each beside its path in a part of a message",
+    ),
+    (
+        ("rejected", "chosen", "rejected_response", "rejected_messages", "label", "kto_tag"),
+        "preferences are not trained on: give the answer to learn as the assistant's turn",
+    ),
+    (("functions", "function_call"), "give functions as tools and calls as tool_calls"),
+    (("reasoning", "thinking", "thought"), "give it as reasoning_content"),
+    (
+        ("weight", "loss", "train", "trainable", "loss_mask", "mask"),
+        "say it in the turn that it is about, as weight (0 or 1), loss, train or trainable",
+    ),
+    (("system", "tools"), "they stand beside 'messages' or 'conversations'"),
+)
+
+
+def known_keys(
+    given: Mapping[str, Any], what: str, name: str, ignored: Collection[str]
+) -> dict[str, Any]:
+    """What was given without the keys that say nothing: those left out, empty or of its origin.
+
+    Args:
+        given: a JSON object.
+        what: "conversation" with messages or "talk", their "message" or "turn", "text", or a
+            kind of media.
+        name: of the object, for errors.
+        ignored: keys that the user wants read over.
+
+    Raises:
+        InputError: a key that is none of this format.
+    """
+    meant = {
+        key: value
+        for key, value in given.items()
+        if key not in ignored
+        and value is not None
+        and not (value in ("", [], {}) and key not in _READ[what])
+    }
+    unknown = sorted(set(meant) - _READ[what] - _ORIGINS)
+    if unknown:
+        remedies = [text for keys, text in _REMEDIES if set(keys) & set(unknown) - _READ[what]] or [
+            "rename or delete it"
+        ]
+        raise InputError(
+            f"{name}: {unknown} would not be read, and may change what is learned; "
+            f"{'; '.join(remedies)}, or leave it out knowingly with --ignore-keys "
+            f"{' '.join(unknown)}"
+        )
+    return {key: value for key, value in meant.items() if key in _READ[what]}
+
+
+def learned(turn: Mapping[str, Any], role: str, name: str) -> bool:
+    """Whether a turn is learned, as the keys of several formats say it; the assistant's are.
+
+    Raises:
+        InputError: other values than yes and no, two that contradict, or a turn of another's.
+    """
+    said = {key: turn[key] for key in _LEARNED if key in turn}
+    for key, value in said.items():
+        if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
+            continue
+        raise InputError(
+            f"{name}: {key!r} is {_short(value)}; a turn is learned (true, 1) or not (false, 0), "
+            "with nothing between"
+        )
+    if not said:
+        return role == "assistant"
+    values = {bool(value) for value in said.values()}
+    if len(values) > 1:
+        raise InputError(f"{name}: {said} contradict each other; keep one of them")
+    wanted = values.pop()
+    if wanted and role != "assistant" and any(key != "weight" for key in said):
+        raise InputError(
+            f"{name}: {said} of a turn of the {role}; only what the assistant says is learned: "
+            "leave it out"
+        )
+    return wanted and role == "assistant"
+
+
+def read_settings(part: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Which frames of a video are taken: ``fps`` or ``nframes``, ``video_start``, ``video_end``.
+
+    Raises:
+        InputError: no sensible numbers.
+    """
+    settings: dict[str, float] = {}
+    for key in _SETTINGS:
+        if part.get(key) is None:
+            continue
+        value, least = part[key], 0 if key.startswith("video") else None
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        good = good and math.isfinite(value) and (value > 0 if least is None else value >= least)
+        if not good or (key == "nframes" and value != int(value)):
+            wanted = "frames" if key == "nframes" else "frames per second" if least is None else "s"
+            raise InputError(f"{name}: {key!r} is {_short(value)}; expected a number of {wanted}")
+        settings[key] = value
+    if "fps" in settings and "nframes" in settings:
+        raise InputError(f"{name}: has 'fps' and 'nframes', which exclude each other; keep one")
+    if settings.get("video_end", math.inf) <= settings.get("video_start", 0):
+        raise InputError(
+            f"{name}: the video starts at {settings.get('video_start', 0)} s and ends at "
+            f"{settings['video_end']} s; expected it to end later"
+        )
+    return settings
+
+
+def read_system(entry: Mapping[str, Any], name: str) -> str | None:
+    """What ``system`` beside the turns says; it comes before them.
+
+    Raises:
+        InputError: no text.
+    """
+    system = entry.get("system")
+    if system is None or system == "":
+        return None
+    if not isinstance(system, str):
+        raise InputError(f"{name}: 'system' is {_short(system)}; expected text")
+    return system
+
+
+def read_tools(entry: Mapping[str, Any], name: str) -> tuple[Any, ...]:
+    """``tools``: a list of objects, or one as JSON text.
+
+    Raises:
+        InputError: none of both.
+    """
+    tools = entry.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise InputError(f"{name}: 'tools' is text that is not JSON: {error}") from error
+    if not tools:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError(f"{name}: 'tools' is {_short(tools)}; expected a list of objects")
+    return tuple(tools)
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:80]

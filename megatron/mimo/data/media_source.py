@@ -1,0 +1,105 @@
+"""What media files may be, before anything in them is decoded."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.models.mimo.errors import InputError
+
+__all__ = ["MediaLimits", "require_file", "require_pixels", "shown", "undecodable"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaLimits:
+    """What is read of media files.
+
+    Attributes:
+        image_pixels: of an image, or of one frame of a video.
+        video_pixels: of all frames together that are kept of a video; each takes 3 bytes.
+        root: media lie in this folder, links followed; None for anywhere.
+    """
+
+    image_pixels: int = 64_000_000
+    video_pixels: int = 512_000_000
+    root: Path | None = None
+
+
+def require_file(path: Path | str, what: str, limits: MediaLimits, *, folder: bool = False) -> None:
+    """Refuse what is no regular file; nothing is opened, so that a pipe cannot hold up a run.
+
+    Args:
+        path: of a medium.
+        what: its kind, for errors.
+        limits: with the folder that it has to lie in.
+        folder: a folder is taken, too.
+
+    Raises:
+        InputError: there is nothing, or something else; it lies outside of ``limits.root``.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+        real = Path(path).resolve()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{what} {shown(path)} does not exist; correct the path") from error
+    except (OSError, ValueError) as error:  # too long, a loop of links, no access, a NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{what} {shown(path)} cannot be read: {reason}; correct the path"
+        ) from error
+    if limits.root is not None and not real.is_relative_to(limits.root.resolve()):
+        raise InputError(
+            f"{what} {shown(path)} lies outside of --media-root {limits.root}; move it there, or "
+            "give the folder that holds all media"
+        )
+    if stat.S_ISREG(mode) or (folder and stat.S_ISDIR(mode)):
+        return
+    kind = next(
+        name
+        for test, name in (
+            (stat.S_ISDIR, "a folder"),
+            (stat.S_ISFIFO, "a pipe"),
+            (stat.S_ISSOCK, "a socket"),
+            (lambda _: True, "a device"),
+        )
+        if test(mode)
+    )
+    raise InputError(f"{what} {shown(path)} is {kind}; expected a regular file")
+
+
+def require_pixels(
+    path: Path | str, width: int, height: int, limit: int, *, frames: int = 1
+) -> None:
+    """Refuse pictures that would not fit into memory.
+
+    Raises:
+        InputError: more than ``limit`` pixels.
+    """
+    if width * height * frames <= limit:
+        return
+    sizes = f"{width} x {height} pixels"
+    if frames == 1:
+        raise InputError(
+            f"{shown(path)} has {sizes}, more than --max-image-pixels {limit}; make it smaller, or "
+            "raise the limit"
+        )
+    raise InputError(
+        f"video {shown(path)}: {frames} frames of {sizes} are more than --max-video-pixels "
+        f"{limit}; keep fewer with --video-fps, cut it into clips, or raise the limit"
+    )
+
+
+def undecodable(path: Path | str, what: str, error: Exception) -> InputError:
+    """The error for a file that is damaged, or no such medium."""
+    reason = str(error) or type(error).__name__
+    return InputError(
+        f"{shown(path)} does not decode as {what}: {reason[:300]}; replace the file or drop the "
+        "conversation"
+    )
+
+
+def shown(path: Path | str) -> str:
+    """A path as errors show it: the middle of a very long one is left out."""
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:90]}...{text[-90:]}"

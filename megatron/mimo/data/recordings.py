@@ -1,0 +1,170 @@
+"""Audio files as samples at a model's rate.
+
+Shape legend: L samples.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron.core.models.mimo.errors import InputError
+from megatron.mimo.data.media_source import MediaLimits, require_file, shown, undecodable
+
+__all__ = ["load_audio", "require_finite"]
+
+_RATES = (1_000, 1_000_000)  # Hz; others are damage, and resampling from them takes gigabytes
+_SAMPLES = 2**28  # of all channels; 1 GiB as float32
+_PLAIN = (1, 3, 0xFFFE)  # WAV formats that scipy reads: PCM, float, extensible
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    rate: int
+    frames: int
+    channels: int
+    is_plain_wav: bool = False
+
+
+def load_audio(
+    path: Path | str,
+    *,
+    sampling_rate: int,
+    longest: float | None = None,
+    limits: MediaLimits | None = None,
+) -> np.ndarray:
+    """Read an audio file: the mean of its channels, at another rate if need be.
+
+    WAV of whole or floating-point numbers needs nothing beyond this package's dependencies; other
+    formats need soundfile.
+
+    Args:
+        path: the file.
+        sampling_rate: in Hz, of the result.
+        longest: seconds that the model hears; more is an error, before anything is decoded.
+        limits: where it may lie.
+
+    Returns:
+        float32 [L], in -1..1.
+
+    Raises:
+        InputError: there is no such file, it does not decode, is empty or too long, has an absurd
+            rate or samples that are not finite.
+    """
+    from scipy.signal import resample_poly
+
+    require_file(path, "audio", limits or MediaLimits())
+    try:
+        header = _wav_header(path) or _sound_header(path)
+        _check(path, header, longest)
+        samples = _read_wav(path) if header.is_plain_wav else _read_sound(path)
+    except InputError:
+        raise
+    except ImportError as error:
+        raise InputError(
+            f"audio {shown(path)} is not WAV of plain samples, and reading other formats needs "
+            "soundfile; convert the file, or pip install 'megatron-mimo[media]'"
+        ) from error
+    except Exception as error:  # damaged headers raise nearly every kind
+        raise undecodable(path, "audio", error) from error
+    mono_L = samples.mean(axis=1) if samples.ndim == 2 else samples
+    if len(mono_L) == 0:
+        raise InputError(
+            f"audio {shown(path)} has no samples; replace the file or drop the conversation"
+        )
+    require_finite(mono_L, f"audio {shown(path)}", header.rate)
+    if header.rate != sampling_rate:
+        common = math.gcd(header.rate, sampling_rate)
+        mono_L = resample_poly(mono_L, sampling_rate // common, header.rate // common)
+    return mono_L.astype(np.float32)
+
+
+def require_finite(samples_L: np.ndarray, what: str, rate: int) -> None:
+    """Refuse samples that would make the loss NaN.
+
+    Raises:
+        InputError: one is not finite, as float32; the message says where.
+    """
+    with np.errstate(over="ignore"):
+        is_bad_L = ~np.isfinite(np.asarray(samples_L, dtype=np.float32))
+    if is_bad_L.any():
+        first = int(is_bad_L.argmax())
+        raise InputError(
+            f"{what} has {int(is_bad_L.sum())} samples that are not finite, the first at "
+            f"{first / rate:.3f} s; repair the file or drop the conversation"
+        )
+
+
+def _check(path: Path | str, header: _Header, longest: float | None) -> None:
+    if not _RATES[0] <= header.rate <= _RATES[1]:
+        raise InputError(
+            f"audio {shown(path)} says that it has {header.rate} samples per second; expected "
+            f"{_RATES[0]} to {_RATES[1]}: its header is damaged, replace the file"
+        )
+    seconds = header.frames / header.rate
+    if longest is not None and seconds > longest + 0.5 / header.rate:
+        raise InputError(
+            f"audio {shown(path)} lasts {seconds:.1f} s, and the model hears {longest:.1f} s; cut "
+            "it into clips"
+        )
+    if header.frames * header.channels > _SAMPLES:
+        raise InputError(
+            f"audio {shown(path)} has {header.frames} samples in {header.channels} channels; "
+            f"expected at most {_SAMPLES} together: cut it into clips"
+        )
+
+
+def _wav_header(path: Path | str) -> _Header | None:
+    """What a WAV file says of itself; None for other formats."""
+    with Path(path).open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        if file.read(12)[:4] != b"RIFF":
+            return None
+        found: tuple[int, int, int, int] | None = None
+        while len(head := file.read(8)) == 8:
+            name, length = struct.unpack("<4sI", head)
+            if name == b"fmt ":
+                kind, channels, rate, _, block = struct.unpack("<HHIIH", file.read(14))
+                found = kind, channels, rate, block
+                length -= 14
+            elif name == b"data" and found is not None:
+                kind, channels, rate, block = found
+                frames = min(length, size - file.tell()) // max(block, 1)
+                if kind not in _PLAIN:
+                    return None  # soundfile knows how many samples a block holds
+                return _Header(rate=rate, frames=frames, channels=channels, is_plain_wav=True)
+            file.seek(length + length % 2, 1)
+    raise ValueError("a WAV file without the chunks 'fmt ' and 'data'")
+
+
+def _sound_header(path: Path | str) -> _Header:
+    import soundfile
+
+    info = soundfile.info(str(path))
+    return _Header(rate=info.samplerate, frames=info.frames, channels=info.channels)
+
+
+def _read_wav(path: Path | str) -> np.ndarray:
+    from scipy.io import wavfile
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks of notes behind the data
+        _, samples = wavfile.read(path)
+    if samples.dtype == np.uint8:
+        return (samples.astype(np.float32) - 128) / 128
+    if np.issubdtype(samples.dtype, np.integer):
+        return samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
+    return np.asarray(samples)
+
+
+def _read_sound(path: Path | str) -> np.ndarray:
+    import soundfile
+
+    samples, _ = soundfile.read(str(path), dtype="float32")
+    return np.asarray(samples)

@@ -1,0 +1,45 @@
+"""Chats of tiny models, and conversations to put into them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from megatron.mimo.data.chat import Chat
+from megatron.mimo.data.conversations import Conversation, Part, Turn
+from megatron.mimo.models import load_family
+from megatron.mimo.recipes.tiny import processors
+
+
+@cache
+def chat_of(name: str) -> Chat:
+    family = load_family(name)
+    config = family.tiny()
+    processor = getattr(processors, f"{name}_processor")(config)
+    return Chat(family=family, config=config, processor=processor)
+
+
+def talk(*turns: tuple[str, Sequence[str | tuple[str, Any]]], name: str = "talk") -> Conversation:
+    return Conversation(
+        name=name,
+        turns=tuple(
+            Turn(
+                role=role,
+                parts=tuple(
+                    Part(kind="text", value=part)
+                    if isinstance(part, str)
+                    else Part(kind=part[0], value=part[1])
+                    for part in parts
+                ),
+            )
+            for role, parts in turns
+        ),
+    )
+
+
+def with_template(template: str) -> Chat:
+    known = chat_of("llava")
+    processor = processors.llava_processor(known.config)
+    processor.chat_template = template
+    return Chat(family=known.family, config=known.config, processor=processor)
