@@ -46,7 +46,8 @@ def covering_examples(family: Any, config: Any, *, samples: int, seed: int) -> l
         seed: of the draws.
     """
     generator = torch.Generator().manual_seed(seed)
-    wanted, chosen = set(_placeholders(family, config).values()), []
+    wanted = set(_placeholders(family, config).values())
+    chosen: list[Any] = []
     for example in (family.example(config, generator) for _ in range(_TRIED)):
         new = wanted & set(example["input_ids"].flatten().tolist())
         wanted -= new

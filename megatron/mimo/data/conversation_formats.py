@@ -143,7 +143,7 @@ def _message(turn: Any, name: str, folder: Path, ignored: Collection[str]) -> Tu
 
 
 def _part(part: Any, name: str, folder: Path, ignored: Collection[str]) -> Part:
-    kind = part.get("type") if isinstance(part, dict) else None
+    kind: Any = part.get("type") if isinstance(part, dict) else None
     is_text = kind == "text" and isinstance(part.get("text"), str)
     if not is_text and kind not in MEDIA_KINDS:
         raise InputError(

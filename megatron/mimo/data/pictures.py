@@ -107,7 +107,7 @@ def _seen(image: Image) -> Image:
     from PIL import Image
 
     bare, with_alpha = image.convert("RGB"), image.convert("RGBA")
-    if with_alpha.getextrema()[3] == (255, 255):
+    if with_alpha.getchannel("A").getextrema() == (255, 255):
         return bare
     laid = []
     for background in ("white", "black"):

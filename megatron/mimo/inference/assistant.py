@@ -165,8 +165,7 @@ def open_assistant(
         limits=limits or MediaLimits(),
     )
     # what training taught ends an answer too, whatever the configuration says
-    own_ends = {chat.processor.tokenizer.eos_token_id, chat.text.turn_end} - {None}
-    ends = {*settings.stop_tokens, *own_ends}
+    ends = {*settings.stop_tokens, chat.processor.tokenizer.eos_token_id, chat.text.turn_end}
     args = model_arguments(
         family,
         config,
@@ -176,8 +175,7 @@ def open_assistant(
         # its attention takes prompts of different lengths together
         flags=["--transformer-impl", "local"],
     )
-    model = build_model(family, config, args, device=device)
-    _load(model, folder)
+    model = _load(build_model(family, config, args, device=device), folder)
     limit = args.max_position_embeddings
     collate = sample_collator(family, config, seq_length=limit, vocab_size=args.vocab_size)
     generator = Generator(
@@ -186,14 +184,14 @@ def open_assistant(
     return Assistant(
         chat,
         generator,
-        sorted(ends),
+        sorted(ends - {None}),
         defaults=settings.options,
         keep_special_tokens=keep_special_tokens,
     )
 
 
-def _load(model: Any, folder: Path) -> None:
-    """Fill the model with a checkpoint's weights and add its adapters to them."""
+def _load(model: Any, folder: Path) -> Any:
+    """The model, filled with a checkpoint's weights, its adapters merged."""
     from megatron.mimo.convert.load import load_weights
     from megatron.mimo.lora import add_adapters, merge_adapters, saved_settings
 
@@ -203,3 +201,4 @@ def _load(model: Any, folder: Path) -> None:
     load_weights(model, folder)
     if settings is not None:
         merge_adapters(model)
+    return model

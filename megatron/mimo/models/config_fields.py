@@ -191,7 +191,8 @@ def _check_placeholders(config: Any) -> None:
 
 
 def _check_part(part: Any, prefix: str) -> None:
-    rules, defaults = FIELDS[part.model_type], defaults_of(type(part))
+    kind: Any = type(part)
+    rules, defaults = FIELDS[part.model_type], defaults_of(kind)
     for name, default in defaults.items():
         value, rule = getattr(part, name, default), rules.get(name)
         if isinstance(rule, Only) and value not in rule.values:

@@ -68,7 +68,8 @@ class LlavaAvlmConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # A language model that ties does so within another model too, as LLaVA's own configuration
         # takes it over.
-        self.tie_word_embeddings |= bool(self.text_config.tie_word_embeddings)
+        text: Any = self.text_config
+        self.tie_word_embeddings |= bool(text.tie_word_embeddings)
 
 
 class Projector(nn.Module):
