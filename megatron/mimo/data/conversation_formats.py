@@ -19,6 +19,7 @@ from megatron.mimo.data.conversation_keys import (
     read_system,
     read_tools,
 )
+from megatron.mimo.data.media_source import shown
 
 __all__ = ["check", "parse"]
 
@@ -216,7 +217,7 @@ def _llava_turns(
         is_learned = learned(known_keys(turn, "turn", here, ignored), role, here)
         parts = _marked_parts(turn["value"], waiting, here)
         turns.append(Turn(role=role, parts=parts, is_learned=is_learned))
-    left = {kind: [str(path) for path in paths] for kind, paths in waiting.items() if paths}
+    left = {kind: [shown(path) for path in paths] for kind, paths in waiting.items() if paths}
     if left:
         raise InputError(
             f"{name}: no turn has a place for {left}; each medium stands as <image>, <video> or "

@@ -26,6 +26,7 @@ __all__ = [
 FIELDS = ("tool_calls", "tool_call_id", "reasoning_content", "name")
 # Keys with which formats say whether a turn is learned; all mean the same.
 _LEARNED = ("weight", "loss", "train", "trainable")
+_MOST = 1e9  # seconds, frames
 _SETTINGS = ("fps", "nframes", "video_start", "video_end")
 
 # Where a conversation is from and how it is filed.
@@ -148,7 +149,7 @@ def read_settings(part: Mapping[str, Any], name: str) -> dict[str, float]:
             continue
         value, least = part[key], 0 if key.startswith("video") else None
         good = isinstance(value, int | float) and not isinstance(value, bool)
-        good = good and math.isfinite(value) and (value > 0 if least is None else value >= least)
+        good = good and abs(value) < _MOST and (value > 0 if least is None else value >= least)
         if not good or (key == "nframes" and value != int(value)):
             wanted = "frames" if key == "nframes" else "frames per second" if least is None else "s"
             raise InputError(f"{name}: {key!r} is {_short(value)}; expected a number of {wanted}")

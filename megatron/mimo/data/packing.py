@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.core.models.mimo.errors import ConfigError, InputError, MimoError
 from megatron.mimo.data.collate import Place, SampleCollator
 from megatron.mimo.data.sample import Sample
 
@@ -204,7 +204,7 @@ class PackedDataset(Dataset[Row]):
             return
         count: int = len(dataset)  # type: ignore[arg-type]
         if lengths is None:
-            lengths = [len(dataset[index].token_ids) for index in range(count)]
+            lengths = [_length(dataset, index) for index in range(count)]
         if len(lengths) != count:
             raise ConfigError(f"{len(lengths)} lengths for {count} samples; give one for each")
         places = [-(-length // multiple) * multiple for length in lengths]
@@ -239,7 +239,7 @@ def rows_of(
         dataset = larger(wanted)
         available: int = len(dataset)  # type: ignore[arg-type]
         while count < available and fit.closed < rows:
-            length = len(dataset[count].token_ids)
+            length = _length(dataset, count)
             fit.add(-(-length // multiple) * multiple)
             count += 1
         if fit.closed >= rows:
@@ -250,3 +250,20 @@ def rows_of(
             wanted *= 2
             continue
         return PackedDataset(dataset, seq_length=seq_length, rows=done)
+
+
+def _length(dataset: Dataset[Sample], index: int) -> int:
+    """Tokens of a sample.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return len(dataset[index].token_ids)
+    except MimoError:
+        raise
+    except Exception as error:  # of a data set that anyone has written
+        raise InputError(
+            f"sample {index} cannot be read for its length: {type(error).__name__}: {error}; "
+            "correct it, or leave --pack out"
+        ) from error

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.data import (
@@ -19,6 +20,7 @@ from megatron.mimo.data import (
     SampleCollator,
     first_fit,
 )
+from megatron.mimo.data.packing import rows_of
 
 IMAGE, PAD, VOCAB = 90, 3, 50
 SETTINGS: dict[str, Any] = {
@@ -176,3 +178,20 @@ def test_what_cannot_be_packed_is_refused() -> None:
         first_fit([40, 50], 40)
     with pytest.raises(ConfigError, match=r"span_modalities names \['sounds'\]"):
         SampleCollator(**{**SETTINGS, "span_modalities": ("sounds",)}, seq_length=8)
+
+
+class Broken(Dataset[Sample]):
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Sample:
+        raise TypeError("unhashable type: 'list'")
+
+
+def test_a_sample_that_cannot_be_read_is_named() -> None:
+    for read in (
+        lambda: PackedDataset(Broken(), seq_length=8),
+        lambda: rows_of(lambda _: Broken(), 1, seq_length=8),
+    ):
+        with pytest.raises(InputError, match=r"sample 0 cannot be read for its length: TypeError"):
+            read()
