@@ -164,7 +164,7 @@ def open_assistant(
         end_tokens=end_tokens(assets),
         limits=limits or MediaLimits(),
     )
-    # what training taught ends an answer too, whatever the configuration says
+    # what training taught ends an answer too
     ends = {*settings.stop_tokens, chat.processor.tokenizer.eos_token_id, chat.text.turn_end}
     args = model_arguments(
         family,
@@ -172,14 +172,13 @@ def open_assistant(
         tp_size=tp_size,
         pp_size=pp_size,
         dtype=dtype,
-        # its attention takes prompts of different lengths together
-        flags=["--transformer-impl", "local"],
+        flags=["--transformer-impl", "local"],  # takes prompts of different lengths together
     )
     model = _load(build_model(family, config, args, device=device), folder)
-    limit = args.max_position_embeddings
-    collate = sample_collator(family, config, seq_length=limit, vocab_size=args.vocab_size)
+    limit, vocab_size = args.max_position_embeddings, args.vocab_size
+    collate = sample_collator(family, config, seq_length=limit, vocab_size=vocab_size)
     generator = Generator(
-        model, collate, vocab_size=args.vocab_size, max_length=limit, batch_size=batch_size
+        model, collate, vocab_size=vocab_size, max_length=limit, batch_size=batch_size
     )
     return Assistant(
         chat,

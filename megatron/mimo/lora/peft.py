@@ -102,6 +102,9 @@ def _whole_modules(
                 left_out.append(name)
             else:
                 found[_PREFIX + name] = part
+    for copy, origin in table.tied:  # PEFT gives each module a weight of its own
+        if origin in names and _PREFIX + names[origin] in found and copy in names:
+            found[_PREFIX + names[copy]] = found[_PREFIX + names[origin]]
     return found, left_out
 
 
