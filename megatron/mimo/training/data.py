@@ -194,7 +194,7 @@ def dataset_provider(
         if not first and not last and not _every_stage_reads(args, collate):
             return None, None, None
         counts = (counts[0], counts[1] or 0, counts[2] or 0)
-        datasets = _datasets(recipe, args, counts)
+        datasets = split_datasets(recipe, args, counts)
         pack = packing_collator(recipe.name, args, collate) if args.pack else None
         dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         keep = partial(
@@ -242,7 +242,7 @@ def dataset_provider(
     return provide
 
 
-def _datasets(recipe: Recipe, args: Namespace, counts: tuple[int, int, int]) -> Datasets:
+def split_datasets(recipe: Recipe, args: Namespace, counts: tuple[int, int, int]) -> Datasets:
     """The recipe's; refuses a run whose recipe has not what the flags ask for."""
     datasets = recipe.build_datasets(args, counts)
     if datasets.train is None and counts[0] and not args.skip_train:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -9,8 +10,9 @@ import torch
 
 from megatron.core.models.mimo.alignment import build_alignment_plan
 from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.mimo.recipes.recipe import Datasets
 from megatron.mimo.training.broadcast import pack, unpack
-from megatron.mimo.training.data import MicroBatches, SampleRange, stage_part
+from megatron.mimo.training.data import MicroBatches, SampleRange, split_datasets, stage_part
 
 
 class _Numbers(torch.utils.data.Dataset[Any]):
@@ -109,3 +111,17 @@ def test_stages_get_what_they_need() -> None:
     assert arguments["n"].dtype == torch.int64
     last = stage_part(batch, pre_process=False, post_process=True, dtype=torch.float32)
     assert last.keys() == {"input_ids", "labels", "loss_mask"}
+
+
+def test_an_evaluation_without_data_is_refused() -> None:
+    args = Namespace(eval_iters=2, skip_train=False)
+    train = _Numbers(4)
+
+    def recipe(valid: Any) -> Any:
+        datasets = Datasets(train=train, valid=valid, test=None)
+        return Namespace(name="mine", build_datasets=lambda *_: datasets)
+
+    with pytest.raises(ConfigError, match="--eval-iters 2: recipe 'mine' gave no validation"):
+        split_datasets(recipe(None), args, (4, 4, 0))
+    assert split_datasets(recipe(None), args, (4, 0, 0)).train is train
+    assert split_datasets(recipe(train), args, (4, 4, 0)).valid is train

@@ -108,6 +108,17 @@ def test_the_file_is_the_users_word_too() -> None:
         _parse("--train-iters", "3", config={"train_samples": 9})
 
 
+def test_the_table_is_of_this_megatron() -> None:
+    import argparse
+
+    from megatron.mimo.training.without_effect import GROUPS, HARMLESS, NAMES
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    assert {*NAMES, *HARMLESS} <= {action.dest for action in parser._actions}
+    assert set(GROUPS) <= {group.title for group in parser._action_groups}
+
+
 def test_what_is_done_anyway_is_told() -> None:
     assert _parse().read_over == []
     args = _parse("--use-mcore-models")
