@@ -13,24 +13,16 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import ConfigError, InputError, MimoError
+from megatron.mimo.data.chat_media import read_medium
 from megatron.mimo.data.chat_text import ChatText
 from megatron.mimo.data.conversations import MEDIA_KINDS, Conversation, Part
-from megatron.mimo.data.media_files import (
-    MediaLimits,
-    Video,
-    as_rgb,
-    load_audio,
-    load_image,
-    load_video,
-    require_finite,
-)
+from megatron.mimo.data.media_files import MediaLimits, Video
 from megatron.mimo.data.sample import Sample
 
 if TYPE_CHECKING:
@@ -158,31 +150,9 @@ class Chat:
                 f"take; it takes {' and '.join(kinds)}"
             )
         try:
-            return self._medium(part)
+            return read_medium(part, self.processor, video_fps=self.video_fps, limits=self.limits)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
-
-    def _medium(self, part: Part) -> Any:
-        """A medium as the processor takes it, from a file or decoded already."""
-        value, is_file = part.value, isinstance(part.value, Path)
-        if part.kind == "video" and (is_file or isinstance(value, tuple)):
-            settings: dict[str, Any] = dict(part.settings)
-            if "nframes" not in settings:
-                settings.setdefault("fps", self.video_fps)
-            return load_video(value, folder_fps=self.video_fps, limits=self.limits, **settings)
-        if part.kind == "audio":
-            extractor = self.processor.feature_extractor
-            rate = extractor.sampling_rate
-            if is_file:
-                longest = extractor.n_samples / rate
-                return load_audio(value, sampling_rate=rate, longest=longest, limits=self.limits)
-            require_finite(value, "a recording", rate)
-        if part.kind == "image":
-            if is_file:
-                return load_image(value, limits=self.limits)
-            if hasattr(value, "getexif"):  # of Pillow
-                return as_rgb(value)
-        return value
 
     def _features(self, text: str, media: Mapping[str, list[Any]]) -> dict[str, Tensor]:
         given: dict[str, Any] = {_ARGUMENTS[kind]: items for kind, items in media.items()}

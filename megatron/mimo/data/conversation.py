@@ -17,9 +17,9 @@ class Part:
 
     Attributes:
         kind: "text", or one of ``MEDIA_KINDS``.
-        value: the text, the path of a media file, a tuple of paths (a video's frames), or a
-            decoded medium (a Pillow image, float32 [samples] at the processor's rate, a
-            ``Video``).
+        value: the text, the path of a media file, a list or tuple of paths (a video's frames), or
+            a decoded medium (a Pillow image, float32 [samples] at the processor's rate, a
+            ``Video``, a list of Pillow images).
         settings: of a video's file, which frames are taken: ``load_video``'s arguments.
     """
 

@@ -52,16 +52,19 @@ def read_processor(folder: Path) -> Any:
 
 
 def end_tokens(folder: Path) -> tuple[int, ...]:
-    """Ids that end an answer as a folder's generation_config.json says; none where there is none.
+    """Ids that end an answer: of generation_config.json, or where there is none, config.json.
 
     Raises:
         ConfigError: the file is damaged.
     """
-    file = folder / GENERATION
-    if not file.is_file():
+    file = next((folder / name for name in (GENERATION, CONFIG) if (folder / name).is_file()), None)
+    if file is None:
         return ()
     try:
-        given = json.loads(file.read_text()).get("eos_token_id")
+        content = json.loads(file.read_text())
+        given = content.get("eos_token_id")
+        if given is None and file.name == CONFIG:
+            given = content.get("text_config", {}).get("eos_token_id")
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{file} is not JSON of an object: {error}; repair it") from error
     tokens = given if isinstance(given, list) else [given]
