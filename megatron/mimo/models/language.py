@@ -31,7 +31,8 @@ _WITH_MROPE = ("qwen2_5_vl_text",)
 _MROPE_SECTION = (16, 24, 24)  # what transformers takes where none is given
 # Kinds whose heads have the size that hidden size and number of heads give, and no other.
 _WITHOUT_HEAD_DIM = ("qwen2_5_vl_text",)
-_WITHOUT_WINDOWS = ("llama",)
+# Where windows are: nowhere, in the layers that a list names, or in all.
+_WITHOUT_WINDOWS, _WITH_LAYER_TYPES = ("llama",), ("qwen2", "qwen2_5_vl_text")
 
 
 def language_arguments(text: Any) -> dict[str, object]:
@@ -225,15 +226,12 @@ def _refuse_rope(text: Any, rope: Mapping[str, Any]) -> None:
 def _refuse_windows(text: Any) -> None:
     """Attention in windows that are shorter than the longest text."""
     window = getattr(text, "sliding_window", None)
-    kinds = getattr(text, "layer_types", None)
-    if kinds is None:
-        slides = window is not None and getattr(text, "use_sliding_window", True)
-    else:
-        slides = any(kind != "full_attention" for kind in kinds)
+    kinds = text.layer_types if text.model_type in _WITH_LAYER_TYPES else ()
+    slides = any(kind != "full_attention" for kind in kinds) if kinds else window is not None
     if not slides:
         return
     if window is None:
-        _refuse("layer_types", sorted(set(kinds or ())), "'full_attention' without sliding_window")
+        _refuse("layer_types", sorted(set(kinds)), "'full_attention' without sliding_window")
     elif window < text.max_position_embeddings:
         _refuse(
             "sliding_window", window, f"None, or {text.max_position_embeddings} positions or more"

@@ -346,6 +346,15 @@ def test_a_placeholder_outside_of_the_vocabulary_is_refused(name: str) -> None:
                 family.arguments(config)
 
 
+@pytest.mark.parametrize("extra", [{"use_sliding_window": False}, {"layer_types": ["full_attention"] * 2}])
+def test_what_mistral_does_not_read_turns_no_window_off(extra: dict[str, Any]) -> None:
+    content = load_family("llava_next").tiny().to_dict()
+    content["text_config"] |= {"sliding_window": 4, **extra}
+    config = type(load_family("llava_next").tiny()).from_dict(content)
+    with pytest.raises(UnsupportedError, match="sliding_window is 4"):
+        load_family("llava_next").arguments(config)
+
+
 def test_only_is_refused_by_name() -> None:
     for config, path, kind, name in walk():
         rule = FIELDS[kind][name]
