@@ -23,6 +23,7 @@ def test_a_label_outside_of_the_vocabulary_is_refused_unless_it_is_masked(label:
         with pytest.raises(InputError, match=rf"labels\[1, 2\] is {label}; expected .* in 0..7"):
             tokens.labels_in_vocabulary(labels_BS, mask, 8)
     mask_BS[1, 2] = 0
+    mask_BS = mask_BS.bfloat16()
     found_BS, _, is_none_BS = tokens.labels_in_vocabulary(labels_BS, mask_BS, 8)
     assert found_BS is not None
     assert is_none_BS is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron.core.models.mimo.alignment import AlignmentPlan
@@ -103,26 +104,27 @@ def refuse_other_ids(
     plan: AlignmentPlan, input_ids_BS: torch.Tensor, special_token_ids: Mapping[str, int]
 ) -> None:
     """Raise ``InputError`` for a plan of other ids, where plan and ids are on the host."""
-    if plan.pieces or input_ids_BS.device.type != "cpu" or plan.text_ids_N.device.type != "cpu":
+    if plan.pieces or not _on_host(input_ids_BS, plan.text_ids_N):
         return
+    ids_BS, B = input_ids_BS.numpy(), plan.batch_size
     for name, stream in plan.streams.items():
-        positions_N = torch.div(stream.rows_N, plan.batch_size, rounding_mode="floor")
+        rows_N = stream.rows_N.numpy()
+        positions_N, samples_N = rows_N // B, rows_N % B
         if plan.positions_S is not None:
-            positions_N = plan.positions_S[positions_N]
-        samples_N = stream.rows_N % plan.batch_size
-        ids_N = input_ids_BS[samples_N, positions_N]
+            positions_N = plan.positions_S.numpy()[positions_N]
+        ids_N = ids_BS[samples_N, positions_N]
         if name == TEXT:
-            wrong_N = ids_N != plan.text_ids_N
+            wrong_N = ids_N != plan.text_ids_N.numpy()
         elif name in special_token_ids:
             wrong_N = ids_N != special_token_ids[name]
         else:
             continue
         if wrong_N.any():
-            at = int(wrong_N.nonzero()[0])
+            at = int(wrong_N.argmax())
             raise InputError(
                 f"alignment_plan was made from other ids: it places {name} at "
-                f"[{int(samples_N[at])}, {int(positions_N[at])}], where input_ids are "
-                f"{int(ids_N[at])}; make the plan from these input_ids"
+                f"[{samples_N[at]}, {positions_N[at]}], where input_ids are {ids_N[at]}; make the "
+                "plan from these input_ids"
             )
 
 
@@ -147,24 +149,13 @@ def labels_in_vocabulary(
     """
     if labels_BS is None:
         return None, loss_mask_BS, None
-    is_none_BS = labels_BS == NO_LABEL
-    if labels_BS.device.type == "cpu":
-        outside_BS = (labels_BS < 0) & ~is_none_BS
-        if vocab_size is not None:
-            outside_BS |= labels_BS >= vocab_size
-        wrong_BS = outside_BS
-        if loss_mask_BS is not None and loss_mask_BS.device.type == "cpu":
-            wrong_BS = outside_BS & (loss_mask_BS != 0)
-        if wrong_BS.any():
-            sample, position = wrong_BS.nonzero()[0].tolist()
-            bounds = "at least 0" if vocab_size is None else f"in 0..{vocab_size - 1}"
-            raise InputError(
-                f"labels[{sample}, {position}] is {int(labels_BS[sample, position])}; expected a "
-                f"token id {bounds}, or {NO_LABEL} where there is no label"
-            )
-        is_none_BS = is_none_BS | outside_BS
-        if not is_none_BS.any():
+    if _on_host(labels_BS):
+        is_none = _unlabelled(labels_BS, loss_mask_BS, vocab_size)
+        if not is_none.any():
             return labels_BS, loss_mask_BS, None
+        is_none_BS = torch.from_numpy(is_none)
+    else:
+        is_none_BS = labels_BS == NO_LABEL
     if loss_mask_BS is not None:
         loss_mask_BS = loss_mask_BS.masked_fill(is_none_BS, 0)
     return labels_BS.masked_fill(is_none_BS, 0), loss_mask_BS, is_none_BS
@@ -175,3 +166,30 @@ def without(output: Any, is_none_BS: torch.Tensor | None) -> Any:
     if is_none_BS is None or not torch.is_tensor(output) or output.shape != is_none_BS.shape:
         return output
     return output.masked_fill(is_none_BS, 0)
+
+
+def _unlabelled(
+    labels_BS: torch.Tensor, loss_mask_BS: torch.Tensor | None, vocab_size: int | None
+) -> np.ndarray:
+    """Where labels on the host are none; refuses those outside of the vocabulary that count."""
+    labels = labels_BS.numpy()
+    is_none = labels == NO_LABEL
+    outside = (labels < 0) & ~is_none
+    if vocab_size is not None:
+        outside |= labels >= vocab_size
+    wrong = outside
+    if outside.any() and loss_mask_BS is not None and _on_host(loss_mask_BS):
+        wrong = outside & (loss_mask_BS.detach().float().numpy() != 0)  # NumPy has no bfloat16
+    if wrong.any():
+        sample, position = np.argwhere(wrong)[0]
+        bounds = "at least 0" if vocab_size is None else f"in 0..{vocab_size - 1}"
+        raise InputError(
+            f"labels[{sample}, {position}] is {labels[sample, position]}; expected a token id "
+            f"{bounds}, or {NO_LABEL} where there is no label"
+        )
+    return np.asarray(is_none | outside)
+
+
+def _on_host(*tensors: torch.Tensor) -> bool:
+    """True where memory can be read through NumPy, which no device has to be asked for."""
+    return all(type(one) is torch.Tensor and one.device.type == "cpu" for one in tensors)
