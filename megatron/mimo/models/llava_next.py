@@ -20,13 +20,15 @@ from megatron.mimo.models.language import language_spec
 from megatron.mimo.models.llava import (
     TINY_TEXT,
     TINY_VISION,
-    arguments,
     example_tokens,
     key_table,
     labels_or,
     projector_spec,
     read_tokens,
     tower_of,
+)
+from megatron.mimo.models.llava import (
+    arguments as llava_arguments,
 )
 from megatron.mimo.models.llava_parts import LLAVA_NEXT
 from megatron.mimo.models.vision_tower import image_shape, rows_per_image, tower_name
@@ -37,10 +39,15 @@ __all__ = ["FAMILY", "best_resolution", "row_sources", "tiles_of"]
 Size = tuple[int, int]  # height, width
 
 
+def arguments(config: Any) -> dict[str, object]:
+    """Megatron's arguments of the language model."""
+    _check_resolutions(config)
+    return llava_arguments(config)
+
+
 def build(config: Any, args: Namespace, stage: Stage) -> MimoModelConfig:
     """The model for one stage."""
     _side_in_patches(config)
-    _check_resolutions(config)
     spec = language_spec(args, stage)
     language = spec.params["config"]
     projection = ModuleSpec(

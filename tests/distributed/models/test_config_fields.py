@@ -267,8 +267,10 @@ def compare(config: Any, path: str, name: str, value: Any) -> str | None:
         model, want = run_reference(other, example)
         got = run_ours(other, example, model.state_dict())
     except MimoError as error:
-        known = name in str(error) or name.removesuffix("_act") in str(error)
-        return None if known or "activation" in str(error) else f"refused without its name: {error}"
+        # Of a field with parts, the part is named; of sizes, what they no longer fit.
+        named = (name, *(value if isinstance(value, dict) else ()), "activation", "mrope_section")
+        known = any(word in str(error) for word in named)
+        return None if known else f"refused without its name: {error}"
     except Exception as error:  # noqa: BLE001 - whatever transformers says of it
         return f"neither refused nor computed: {type(error).__name__}: {error}"
     worst = (got - want).abs().max().item()
@@ -298,8 +300,7 @@ def test_fields_that_decide_nothing_decide_nothing() -> None:
     for config, path, kind, name in walk():
         if FIELDS[kind][name] is not ASIDE or name in COMMON:
             continue
-        if name in UNREAD:
-            assert kind == "whisper"
+        if kind == "whisper" and name in UNREAD:
             continue
         if id(config) not in before:
             example = example_of(config)
@@ -346,7 +347,9 @@ def test_a_placeholder_outside_of_the_vocabulary_is_refused(name: str) -> None:
                 family.arguments(config)
 
 
-@pytest.mark.parametrize("extra", [{"use_sliding_window": False}, {"layer_types": ["full_attention"] * 2}])
+@pytest.mark.parametrize(
+    "extra", [{"use_sliding_window": False}, {"layer_types": ["full_attention"] * 2}]
+)
 def test_what_mistral_does_not_read_turns_no_window_off(extra: dict[str, Any]) -> None:
     content = load_family("llava_next").tiny().to_dict()
     content["text_config"] |= {"sliding_window": 4, **extra}

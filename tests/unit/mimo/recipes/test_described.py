@@ -17,12 +17,9 @@ FLAGS = {
     "rope_scaling_factor": ["--rope-scaling-factor", "4"],
     "use_rope_scaling": ["--use-rope-scaling"],
     "rotary_percent": ["--rotary-percent", "0.5"],
-    "rotary_interleaved": ["--rotary-interleaved"],
     "rotary_seq_len_interpolation_factor": ["--rotary-seq-len-interpolation-factor", "2"],
     "qk_layernorm": ["--qk-layernorm"],
     "layernorm_zero_centered_gamma": ["--apply-layernorm-1p"],
-    "window_size": ["--window-size", "(4, 0)"],
-    "softmax_type": ["--softmax-type", "off-by-one"],
     "ffn_hidden_size": ["--ffn-hidden-size", "128"],
 }
 
