@@ -138,7 +138,8 @@ def test_what_is_refused_in_a_batch(ranks: RankPool, sizes: Sizes, stock: bool) 
         else "done",
         deaf if stock else "UnsupportedError: packing_kwargs have ['cp_group']",
         "InputError: position_ids are None; multimodal RoPE takes [3, B, S]",
-        "InputError: position_ids are of shape [2, 2, 64]; multimodal RoPE takes [3, B, S]",
+        "InputError: position_ids are torch.int64 [2, 2, 64]; expected torch.int64 [2, 64], as "
+        "input_ids has, or [3, 2, 64] for multimodal RoPE",
         "done" if cp else "InputError: both span_ids and attention_mask were given",
         "InputError: span_ids are torch.float32 of shape [2, 64]",
         "UnsupportedError: span_ids were given, and DotProductAttention does not know them"
