@@ -166,8 +166,8 @@ def test_what_is_missing_in_the_checkpoint_is_said(
     broken = tmp_path / "checkpoint"
     shutil.copytree(imported[0] / "checkpoint", broken)
     for name, message in (
-        ("generation_config.json", "generation_config.json is not JSON"),
         ("processor_config.json", "no processor that can be read"),
+        ("generation_config.json", "generation_config.json is not JSON"),
         ("config.json", "config.json, which says what model it is"),
     ):
         if name == "generation_config.json":
