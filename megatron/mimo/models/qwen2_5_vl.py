@@ -37,8 +37,14 @@ __all__ = ["FAMILY"]
 def arguments(config: Any) -> dict[str, object]:
     """Megatron's arguments of the language model."""
     check_fields(config)
+    text, given = text_config(config), config.vision_config.out_hidden_size
+    if given != text.hidden_size:
+        raise ConfigError(
+            f"vision_config.out_hidden_size is {given}; expected {text.hidden_size}, the language "
+            "model's hidden size"
+        )
     # The fused rotation takes neither packed rows nor several samples with positions in 3 axes.
-    return {**language_arguments(text_config(config)), "apply_rope_fusion": False}
+    return {**language_arguments(text), "apply_rope_fusion": False}
 
 
 def build(config: Any, args: Namespace, stage: Stage) -> MimoModelConfig:
@@ -46,11 +52,6 @@ def build(config: Any, args: Namespace, stage: Stage) -> MimoModelConfig:
     vision = config.vision_config
     language_model = language_spec(args, stage)
     language = language_model.params["config"]
-    if vision.out_hidden_size != language.hidden_size:
-        raise ConfigError(
-            f"vision_config.out_hidden_size is {vision.out_hidden_size}; expected "
-            f"{language.hidden_size}, the language model's hidden size"
-        )
     images = ModuleSpec(
         module=VisionModalitySubmodules,
         submodules=vision_specs(vision, language, stage),
