@@ -71,6 +71,8 @@ def _in_child() -> None:
 
 
 def _end_children() -> None:
+    # torch's handler takes the death of a process that reads for a failure of this one
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
