@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -193,11 +194,12 @@ def import_until(folder: Path, number: signal.Signals) -> int:
     make_model(NAME, folder / "hf")
     child = os.fork()
     if child == 0:
-        write = checkpoint.CheckpointFile.write
+        write, first = checkpoint.CheckpointFile.write, threading.Lock()
 
         def write_and_die(file: Any, piece: Any) -> None:
             write(file, piece)
-            os.kill(os.getpid(), number)
+            if first.acquire(blocking=False):  # other threads go on writing
+                os.kill(os.getpid(), number)
 
         checkpoint.CheckpointFile.write = write_and_die  # type: ignore[method-assign]
         os._exit(command.main(["import", str(folder / "hf"), str(folder / "out")]))
