@@ -181,7 +181,7 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     ours = build_model(import_library(stock=False), spec, case).to(args.device)
     ours.language_model = stock.language_model
     alignment = importlib.import_module(f"{LIBRARY}.alignment")
-    from megatron.mimo.training.broadcast import move
+    from megatron.mimo.data.broadcast import move
 
     ids_on_host_BS = case.input_ids_BS.cpu()
 

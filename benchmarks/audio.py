@@ -42,16 +42,16 @@ def make_encoder(reference: Any) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.mimo.models.audio_tower import audio_rows, audio_spec
-    from megatron.mimo.recipes.recipe import Stage
+    from megatron.mimo.models.common.audio_tower import audio_rows, audio_spec
+    from megatron.mimo.models.common.place import Place
 
     language = TransformerConfig(
         num_layers=1, hidden_size=64, num_attention_heads=1, use_cpu_initialization=True,
         gradient_accumulation_fusion=False, masked_softmax_fusion=False, persist_layer_norm=False,
     )  # fmt: skip
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    stage = Stage(pre_process=True, post_process=True, vp_stage=None, pg_collection=groups)
-    encoder = build_module(audio_spec(reference.config, language, stage))
+    place = Place(groups=groups)
+    encoder = build_module(audio_spec(reference.config, language, place))
     weights, ours = reference.state_dict(), encoder.state_dict()
     with torch.no_grad():
         for row in audio_rows(reference.config, mimo="", hf=""):

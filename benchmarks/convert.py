@@ -141,8 +141,8 @@ def _plain(source: Path, target: Path) -> tuple[float, float]:
 
 
 def _import(source: Path, target: Path) -> tuple[float, float]:
+    from megatron.mimo.arguments.standalone import process_groups
     from megatron.mimo.convert import importing
-    from megatron.mimo.models.standalone import process_groups
 
     with process_groups():  # what every command needs before a byte is read
         _warm_up(source)
@@ -150,8 +150,8 @@ def _import(source: Path, target: Path) -> tuple[float, float]:
 
 
 def _export(source: Path, target: Path) -> tuple[float, float]:
+    from megatron.mimo.arguments.standalone import process_groups
     from megatron.mimo.convert import exporting
-    from megatron.mimo.models.standalone import process_groups
 
     with process_groups():
         _warm_up(source / "hf")

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from megatron.mimo.convert.load import load_hugging_face
+from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
+from megatron.mimo.checkpoints.weights import load_hugging_face
 from megatron.mimo.inference import Generator, SamplingOptions
 from megatron.mimo.models import load_family
-from megatron.mimo.models.family import sample_collator
-from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
+from megatron.mimo.models.common.family import sample_collator
 
 Tokens = list[list[int]]
 IMAGE_SIDE, PATCH = 112, 14

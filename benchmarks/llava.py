@@ -85,9 +85,9 @@ def adam(model: Any, device: Any) -> torch.optim.Optimizer:
 
 def measure_ours(size: str, rounds: int, flags: list[str], *, beside: bool) -> dict[str, Any]:
     """Our report; with ``beside``, transformers' too, measured in turn in this process."""
-    from megatron.mimo.convert.load import load_hugging_face
+    from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
+    from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.models import load_family
-    from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
 
     family, config, dtype = load_family("llava"), configuration(size), SIZES[size]["dtype"]
     with process_groups() as device:

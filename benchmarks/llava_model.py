@@ -141,9 +141,9 @@ def our_losses(size: str, model: Any, device: Any) -> dict[str, Loss]:
 
 def _ours(model: Any, batch: dict[str, Any], device: Any, dtype: Any) -> Loss:
     """A function that gives our loss of a collated micro-batch."""
-    from megatron.mimo.training.broadcast import move
+    from megatron.mimo.data.broadcast import move
     from megatron.mimo.training.data import stage_part
-    from megatron.mimo.training.step import model_inputs
+    from megatron.mimo.training.forward_step import model_inputs
 
     batch = move(stage_part(batch, pre_process=True, post_process=True, dtype=dtype), device)
 

@@ -41,7 +41,7 @@ CORE = (
     "tests/distributed/inference/test_generation.py",
     "tests/distributed/lora/test_peft.py",
     "tests/distributed/models",
-    "tests/distributed/test_attention.py",
+    "tests/distributed/layers/test_attention.py",
     "tests/distributed/training/test_parallel_flags.py",
 )
 BEGIN, END = "<!-- Written by `make versions`; do not edit. -->\n", "<!-- end of versions -->\n"

@@ -73,7 +73,7 @@ def messages_of_flags() -> dict[str, str]:
     from megatron.mimo.recipes import load_recipe
 
     select_backend("cpu")
-    from megatron.mimo.training.arguments import parse_arguments
+    from megatron.mimo.arguments.command_line import parse_arguments
 
     def parse(argv: tuple[str, ...]) -> Callable[[], object]:
         return lambda: parse_arguments(

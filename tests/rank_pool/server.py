@@ -42,8 +42,11 @@ PRELOAD = (
     *(
         f"megatron.mimo.{name}"
         for name in (
-            *("convert.verify", "inference", "lora", "training.run", "training.step"),
-            *("models.llava", "models.llava_next", "models.qwen2_5_vl", "models.qwen2_audio"),
+            *("convert.verify", "inference", "lora", "training.run", "training.forward_step"),
+            *(
+                f"models.{name}.model"
+                for name in ("llava", "llava_next", "qwen2_5_vl", "qwen2_audio")
+            ),
         )
     ),
 )

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron.mimo.training.quiet import quiet_imports, stdout, warnings_shown
+from megatron.mimo.process.quiet import quiet_imports, stdout, warnings_shown
 
 __all__ = ["main"]
 
@@ -190,8 +190,8 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _import(given: argparse.Namespace) -> tuple[str, int]:
     from megatron.core.models.mimo.errors import ConfigError
+    from megatron.mimo.convert.assembling import import_parts
     from megatron.mimo.convert.importing import import_model
-    from megatron.mimo.convert.parts import import_parts
 
     how: dict[str, Any] = {
         "dtype": _dtype(given.dtype),

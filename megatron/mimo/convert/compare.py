@@ -24,13 +24,13 @@ from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.utils import unwrap_model
-from megatron.mimo.convert.keys import KeyTable
-from megatron.mimo.convert.load import load_weights, make_parameter
+from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
+from megatron.mimo.checkpoints.slots import match_slots, model_slots
+from megatron.mimo.checkpoints.weights import load_weights, make_parameter
 from megatron.mimo.convert.reference import NEW_TOKENS, Expected
-from megatron.mimo.convert.slots import match_slots, model_slots
 from megatron.mimo.inference import Generator, SamplingOptions
-from megatron.mimo.models.family import sample_collator
-from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
+from megatron.mimo.models.common.family import sample_collator
+from megatron.mimo.models.common.keys import KeyTable
 
 __all__ = ["Comparison", "Difference", "compare_model"]
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from megatron.mimo.checkpoints.match import match_names
+from megatron.mimo.checkpoints.slots import match_slots, model_slots
+from megatron.mimo.checkpoints.torch_dist import ASSETS, CheckpointReader
 from megatron.mimo.convert.assets import CARRIED_FILE
-from megatron.mimo.convert.checkpoint import ASSETS, CheckpointReader
 from megatron.mimo.convert.exporting import read_parameter
 from megatron.mimo.convert.importing import meta_model
-from megatron.mimo.convert.match import match_names
-from megatron.mimo.convert.slots import match_slots, model_slots
 from megatron.mimo.convert.threads import in_threads
 from megatron.mimo.convert.weights import Weights, read_header, read_tensor, weights_of
 from megatron.mimo.lora.settings import saved_settings

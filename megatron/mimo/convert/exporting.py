@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.mimo.checkpoints.slots import Slot, match_slots, model_slots
+from megatron.mimo.checkpoints.torch_dist import ASSETS, CheckpointReader, locate
 from megatron.mimo.convert.assets import CARRIED_FILE, copy_assets, read_name_index
-from megatron.mimo.convert.checkpoint import ASSETS, CheckpointReader, locate
 from megatron.mimo.convert.importing import meta_model
-from megatron.mimo.convert.keys import KeyTable, Row
 from megatron.mimo.convert.meter import Meter
 from megatron.mimo.convert.output import Kind, Sink, data_size, plan_output
-from megatron.mimo.convert.slots import Slot, match_slots, model_slots
 from megatron.mimo.convert.staging import check_target, whole_directory
 from megatron.mimo.convert.threads import default_threads, in_threads
 from megatron.mimo.convert.weights import (
@@ -32,6 +31,7 @@ from megatron.mimo.lora.merge import adapter_names, merge_adapter
 from megatron.mimo.lora.peft import export_adapters, module_names
 from megatron.mimo.lora.settings import LoraSettings, frozen_parts, saved_settings
 from megatron.mimo.models import family_of, read_hf_config
+from megatron.mimo.models.common.keys import KeyTable, Row
 
 __all__ = ["DEFAULT_SHARD_SIZE", "export_model", "read_parameter"]
 

@@ -13,30 +13,30 @@ from torch import Tensor
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.mimo.errors import InputError
+from megatron.mimo.checkpoints.folders import RELEASE
+from megatron.mimo.checkpoints.match import Match, check_shapes, match_names
+from megatron.mimo.checkpoints.slots import Slot, match_slots, model_objects, model_slots
+from megatron.mimo.checkpoints.torch_dist import (
+    ASSETS,
+    CheckpointFile,
+    finish_checkpoint,
+    without_checksums,
+)
+from megatron.mimo.checkpoints.weights import make_parameter
 from megatron.mimo.convert.assets import (
     carry_weights,
     check_placeholders,
     copy_assets,
     write_name_index,
 )
-from megatron.mimo.convert.checkpoint import (
-    ASSETS,
-    CheckpointFile,
-    finish_checkpoint,
-    without_checksums,
-)
-from megatron.mimo.convert.keys import KeyTable, Row
-from megatron.mimo.convert.load import make_parameter
-from megatron.mimo.convert.match import Match, check_shapes, match_names
 from megatron.mimo.convert.meter import Meter
-from megatron.mimo.convert.slots import Slot, match_slots, model_objects, model_slots
 from megatron.mimo.convert.staging import check_target, whole_directory
 from megatron.mimo.convert.threads import default_threads, in_threads
 from megatron.mimo.convert.ties import config_of_files, say_untied
 from megatron.mimo.convert.weights import FLOATS, Weights, WeightSource
 from megatron.mimo.models import family_of, read_hf_config
-from megatron.mimo.models.family import Family
-from megatron.mimo.training.checkpoints import RELEASE
+from megatron.mimo.models.common.family import Family
+from megatron.mimo.models.common.keys import KeyTable, Row
 
 __all__ = [
     "Imported",
@@ -179,7 +179,7 @@ def import_weights(
 @contextmanager
 def meta_model(family: Any, config: Any) -> Iterator[Any]:
     """The whole model on one process, without memory for its parameters."""
-    from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
+    from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
 
     with process_groups():
         # Initialised for the CPU, parameters are made where torch is told: nowhere.

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.checkpoints.match import match_names
+from megatron.mimo.checkpoints.torch_dist import ASSETS
 from megatron.mimo.convert.assets import CARRIED_FILE, NameIndex
-from megatron.mimo.convert.checkpoint import ASSETS
-from megatron.mimo.convert.keys import KeyTable
-from megatron.mimo.convert.match import match_names
 from megatron.mimo.convert.meter import Meter
 from megatron.mimo.convert.weights import WeightsFile, make_header, weights_of
+from megatron.mimo.models.common.keys import KeyTable
 
 __all__ = ["Kind", "Output", "Sink", "data_size", "plan_output"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.mimo.convert.weights import Weight, Weights
-from megatron.mimo.models.parts import LANGUAGE, Part
+from megatron.mimo.models.common.assembly import LANGUAGE, Part
 
 __all__ = ["Growth", "PartWeights", "grow_vocabulary"]
 

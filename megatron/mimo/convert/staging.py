@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.training.failure import is_disk_full
+from megatron.mimo.process.failure import is_disk_full
 
 __all__ = ["check_target", "whole_directory"]
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from megatron.mimo.convert.match import match_names
+from megatron.mimo.checkpoints.match import match_names
 from megatron.mimo.convert.weights import WeightSource
-from megatron.mimo.models.family import Family
+from megatron.mimo.models.common.family import Family
 
 __all__ = ["config_of_files", "say_untied"]
 

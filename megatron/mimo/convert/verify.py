@@ -14,13 +14,13 @@ import torch
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.backend.exact import forbid_tf32
-from megatron.mimo.convert.checkpoint import ASSETS, locate
+from megatron.mimo.checkpoints.match import check_spellings
+from megatron.mimo.checkpoints.torch_dist import ASSETS, locate
 from megatron.mimo.convert.compare import Comparison
 from megatron.mimo.convert.compare_files import SHOWN, Finding, compare_config, compare_weights
 from megatron.mimo.convert.conversations import coverage
 from megatron.mimo.convert.exporting import export_model
 from megatron.mimo.convert.importing import import_model
-from megatron.mimo.convert.match import check_spellings
 from megatron.mimo.convert.processes import compare_on_processes
 from megatron.mimo.convert.reference import NEW_TOKENS, Expected, compute_expected
 from megatron.mimo.convert.ties import config_of_files

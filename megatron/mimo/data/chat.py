@@ -26,7 +26,7 @@ from megatron.mimo.data.media_files import MediaLimits, Video
 from megatron.mimo.data.sample import Sample
 
 if TYPE_CHECKING:
-    from megatron.mimo.models.family import Family
+    from megatron.mimo.models.common.family import Family
 
 __all__ = ["Chat"]
 

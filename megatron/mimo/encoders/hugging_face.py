@@ -23,7 +23,7 @@ from megatron.core.models.mimo.errors import (
     MimoError,
     UnsupportedError,
 )
-from megatron.mimo.packages import require_hugging_face
+from megatron.mimo.backend.packages import require_hugging_face
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.mimo.encoders.plain import plain_encoder_config
 from megatron.mimo.encoders.projectors import Projector
-from megatron.mimo.layers.attention import CoreAttention
+from megatron.mimo.layers.attention.core_attention import CoreAttention
 from megatron.mimo.layers.norm import Norm
 
 __all__ = ["PerceiverResampler"]

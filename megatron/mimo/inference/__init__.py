@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from megatron.mimo.training.quiet import quiet_imports
+from megatron.mimo.process.quiet import quiet_imports
 
 if TYPE_CHECKING:
     from megatron.mimo.inference.generator import Generator

@@ -141,11 +141,11 @@ def open_assistant(
         ConfigError: no checkpoint, no ``hf`` folder, no processor, or one of another model.
         InputError: the checkpoint does not hold the model that ``hf`` describes.
     """
-    from megatron.mimo.convert.checkpoint import ASSETS, locate
+    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.checkpoints.assets import end_tokens, read_processor
+    from megatron.mimo.checkpoints.torch_dist import ASSETS, locate
     from megatron.mimo.models import family_of, read_hf_config
-    from megatron.mimo.models.family import sample_collator
-    from megatron.mimo.models.standalone import build_model, model_arguments
-    from megatron.mimo.recipes.assets import end_tokens, read_processor
+    from megatron.mimo.models.common.family import sample_collator
     from megatron.mimo.recipes.media_flags import kept_video_fps
 
     described = hf is None or not (hf / "config.json").is_file()
@@ -191,7 +191,7 @@ def open_assistant(
 
 def _load(model: Any, folder: Path) -> Any:
     """The model, filled with a checkpoint's weights, its adapters merged."""
-    from megatron.mimo.convert.load import load_weights
+    from megatron.mimo.checkpoints.weights import load_weights
     from megatron.mimo.lora import add_adapters, merge_adapters, saved_settings
 
     settings = saved_settings(folder)

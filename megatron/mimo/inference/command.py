@@ -13,10 +13,10 @@ from megatron.core.models.mimo.errors import ConfigError, MimoError
 from megatron.mimo.data.media_source import MediaLimits, require_file
 from megatron.mimo.inference.rules import Rules
 from megatron.mimo.inference.sampling import SamplingOptions
-from megatron.mimo.launcher import LaunchError, join_job, set_threads
+from megatron.mimo.process.failure import refuse
+from megatron.mimo.process.launcher import LaunchError, join_job, set_threads
+from megatron.mimo.process.quiet import quiet_imports, stdout, warnings_shown
 from megatron.mimo.recipes.media_flags import add_media_arguments, media_limits
-from megatron.mimo.training.failure import refuse
-from megatron.mimo.training.quiet import quiet_imports, stdout, warnings_shown
 
 __all__ = ["main"]
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if min(sizes) < 1:
             raise ConfigError(f"parallel sizes are {sizes}; expected at least 1 each")
         with quiet_imports():
-            from megatron.mimo.models.standalone import process_groups
+            from megatron.mimo.arguments.standalone import process_groups
         with (
             warnings_shown(shown=False),
             process_groups(tp_size=sizes[0], pp_size=sizes[1]) as device,

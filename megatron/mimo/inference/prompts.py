@@ -166,7 +166,7 @@ def on_device(
         dtype: of the model's parameters: what media become that are of a floating dtype.
         embeds: the stage has the embedding and the encoders; others are given no media.
     """
-    from megatron.mimo.training.broadcast import move
+    from megatron.mimo.data.broadcast import move
     from megatron.mimo.training.data import stage_part
 
     media = stage_part(

@@ -1,7 +1,7 @@
 """What transformers are built of, with Transformer Engine and apex and without."""
 
 from megatron.mimo.layers.adam import Adam, install_adam
-from megatron.mimo.layers.attention import CoreAttention
+from megatron.mimo.layers.attention.core_attention import CoreAttention
 from megatron.mimo.layers.norm import Norm
 from megatron.mimo.layers.specs import (
     encoder_layer_spec,

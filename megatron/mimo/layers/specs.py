@@ -24,9 +24,9 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.backend import capabilities
-from megatron.mimo.layers.attention import CoreAttention
+from megatron.mimo.layers.attention.core_attention import CoreAttention
+from megatron.mimo.layers.attention.self_attention import CachingSelfAttention
 from megatron.mimo.layers.norm import Norm
-from megatron.mimo.layers.self_attention import CachingSelfAttention
 
 __all__ = ["encoder_layer_spec", "language_layer_spec", "uses_transformer_engine"]
 

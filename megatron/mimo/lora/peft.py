@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.convert.keys import KeyTable
 from megatron.mimo.lora.merge import adapter_names, is_adapter, weight_name
 from megatron.mimo.lora.settings import LoraSettings
+from megatron.mimo.models.common.keys import KeyTable
 
 __all__ = ["export_adapters", "module_names", "peft_tensors"]
 

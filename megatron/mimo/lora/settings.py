@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.training.checkpoints import saved_arguments
+from megatron.mimo.checkpoints.folders import saved_arguments
 
 __all__ = ["TARGETS", "LoraSettings", "frozen_parts", "saved_settings", "settings_from"]
 

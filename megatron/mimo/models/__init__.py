@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
-from megatron.mimo.models.folder import check_links
-from megatron.mimo.packages import require_hugging_face
+from megatron.mimo.backend.packages import require_hugging_face
+from megatron.mimo.models.common.folder import check_links
 
 if TYPE_CHECKING:
-    from megatron.mimo.models.family import Family
+    from megatron.mimo.models.common.family import Family
 
 __all__ = ["family_names", "family_of", "load_family", "read_hf_config"]
 
@@ -46,7 +46,7 @@ def load_family(name: str) -> Family:
             f"unknown model family {name!r}; {hint}known families: {', '.join(family_names())}"
         )
     require_hugging_face("models of Hugging Face")
-    family: Family = importlib.import_module(f"{__name__}.{name}").FAMILY
+    family: Family = importlib.import_module(f"{__name__}.{name}.model").FAMILY
     return family
 
 

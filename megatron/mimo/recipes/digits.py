@@ -25,8 +25,9 @@ from megatron.mimo.data import MediaFormat, Sample, SampleCollator
 from megatron.mimo.data import digits as data
 from megatron.mimo.encoders import VisionTransformer, encoder_config
 from megatron.mimo.layers import encoder_layer_spec, language_layer_spec
-from megatron.mimo.recipes.recipe import Batch, Datasets, FinishedRun, Recipe, Stage
-from megatron.mimo.training.report import Card, save_report
+from megatron.mimo.models.common.place import Place, Places
+from megatron.mimo.recipes.recipe import Batch, Datasets, FinishedRun, Recipe
+from megatron.mimo.recipes.report import Card, save_report
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 PATCH_SIZE = 4
@@ -80,21 +81,21 @@ def digits() -> Recipe:
     )
 
 
-def build_model(arguments: Namespace, stage: Stage) -> MimoModelConfig:
+def build_model(arguments: Namespace, places: Places) -> MimoModelConfig:
     """A GPT whose placeholder positions take the rows of a ViT over 4 x 4 pixel patches."""
-    language = core_transformer_config_from_args(arguments)
+    language, place = core_transformer_config_from_args(arguments), places.language
     tied = not arguments.untie_embeddings_and_output_weights
     language_spec = ModuleSpec(
         module=GPTModel,
         params={
             "config": language,
-            "transformer_layer_spec": language_layer_spec(language, vp_stage=stage.vp_stage),
+            "transformer_layer_spec": language_layer_spec(language, vp_stage=place.chunk),
             "vocab_size": arguments.padded_vocab_size,
             "max_sequence_length": arguments.max_position_embeddings,
-            "pre_process": stage.pre_process,
-            "post_process": stage.post_process,
-            "vp_stage": stage.vp_stage,
-            "pg_collection": stage.pg_collection,
+            "pre_process": place.is_first_stage,
+            "post_process": place.is_last_stage,
+            "vp_stage": place.chunk,
+            "pg_collection": place.groups,
             "position_embedding_type": arguments.position_embedding_type,
             "rotary_percent": arguments.rotary_percent,
             "rotary_base": arguments.rotary_base,
@@ -104,12 +105,12 @@ def build_model(arguments: Namespace, stage: Stage) -> MimoModelConfig:
     )
     return MimoModelConfig(
         language_model_spec=language_spec,
-        modality_submodules_spec={"images": _images_spec(language, stage)},
+        modality_submodules_spec={"images": _images_spec(language, places["images"])},
         special_token_ids={"images": data.IMAGE},
     )
 
 
-def _images_spec(language: TransformerConfig, stage: Stage) -> ModuleSpec:
+def _images_spec(language: TransformerConfig, place: Place) -> ModuleSpec:
     """The ViT, and an MLP from its width to the language model's."""
     vision = encoder_config(
         language,
@@ -125,7 +126,7 @@ def _images_spec(language: TransformerConfig, stage: Stage) -> ModuleSpec:
             "image_size": (data.IMAGE_SIZE, data.IMAGE_SIZE),
             "patch_size": PATCH_SIZE,
             "channels": 1,
-            "pg_collection": stage.pg_collection,
+            "pg_collection": place.groups,
         },
     )
     projection_spec = ModuleSpec(
@@ -138,7 +139,7 @@ def _images_spec(language: TransformerConfig, stage: Stage) -> ModuleSpec:
             ),
             "projector_type": "mlp",
             "input_size": vision.hidden_size,
-            "pg_collection": stage.pg_collection,
+            "pg_collection": place.groups,
         },
     )
     return ModuleSpec(

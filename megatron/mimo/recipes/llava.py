@@ -11,7 +11,7 @@ from typing import Any
 from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.published import clip_large, vicuna
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.recipes.settings import FINETUNING, stages_of
+from megatron.mimo.recipes.settings import FINETUNING, presets_of
 from megatron.mimo.recipes.tiny.processors import llava_processor
 from megatron.mimo.recipes.tiny.tasks import say_digits
 from megatron.mimo.recipes.tiny.twin import twin
@@ -66,5 +66,5 @@ def _llava(name: str, summary: str, hidden: int, ffn: int, layers: int, heads: i
         family="llava",
         config=config,
         arguments=FINETUNING | _PASS,
-        stages=stages_of("images"),
+        presets=presets_of("images"),
     )

@@ -7,7 +7,7 @@ from typing import Any
 from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.published import WHISPER_LARGE, clip_large, vicuna
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.recipes.settings import FINETUNING, stages_of
+from megatron.mimo.recipes.settings import FINETUNING, presets_of
 from megatron.mimo.recipes.tiny.processors import llava_avlm_processor
 from megatron.mimo.recipes.tiny.tasks import say_tones_and_digits
 from megatron.mimo.recipes.tiny.twin import twin
@@ -21,7 +21,7 @@ def llava_avlm() -> Recipe:
         family="llava_avlm",
         config=_config,
         arguments=FINETUNING | {"seq_length": 4096},
-        stages=stages_of("images", "audio"),
+        presets=presets_of("images", "audio"),
     )
 
 
@@ -41,7 +41,7 @@ def llava_avlm_tiny() -> Recipe:
 def _config() -> Any:
     from transformers import WhisperConfig
 
-    from megatron.mimo.models.llava_avlm_reference import LlavaAvlmConfig
+    from megatron.mimo.models.llava_avlm.reference import LlavaAvlmConfig
 
     return LlavaAvlmConfig(
         vision_config=clip_large(),

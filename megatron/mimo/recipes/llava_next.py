@@ -10,7 +10,7 @@ from typing import Any
 from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.published import clip_large
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.recipes.settings import FINETUNING, stages_of
+from megatron.mimo.recipes.settings import FINETUNING, presets_of
 from megatron.mimo.recipes.tiny.processors import llava_next_processor
 from megatron.mimo.recipes.tiny.tasks import say_digits
 from megatron.mimo.recipes.tiny.twin import twin
@@ -27,7 +27,7 @@ def llava_next() -> Recipe:
         family="llava_next",
         config=_config,
         arguments=FINETUNING | {"seq_length": 4096},
-        stages=stages_of("images")
+        presets=presets_of("images")
         | {"full": {"lr": 1e-5, "module_lr": [("images.encoders", 2e-6)]}},
     )
 

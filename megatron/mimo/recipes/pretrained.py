@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.models import family_of, load_family, read_hf_config
-from megatron.mimo.recipes.assets import (
+from megatron.mimo.checkpoints.assets import (
     ASSETS,
     CONFIG,
     PROCESSOR,
@@ -27,20 +26,23 @@ from megatron.mimo.recipes.assets import (
     read_processor,
     write_assets,
 )
+from megatron.mimo.models import family_of, load_family, read_hf_config
 from megatron.mimo.recipes.described import refuse_other_model
+from megatron.mimo.recipes.language import language_settings
 from megatron.mimo.recipes.media_flags import (
     VIDEO_FPS,
     add_media_arguments,
     keep_media_settings,
     media_limits,
 )
-from megatron.mimo.recipes.recipe import Datasets, FinishedRun, Recipe, Stage
+from megatron.mimo.recipes.recipe import Datasets, FinishedRun, Recipe
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModelConfig
     from megatron.mimo.data import SampleCollator
     from megatron.mimo.data.chat import Chat
     from megatron.mimo.data.conversations import Conversation
+    from megatron.mimo.models.common.place import Places
 
 __all__ = ["Task", "pretrained"]
 
@@ -66,8 +68,8 @@ def pretrained(
     family: str,
     config: Callable[[], Any],
     arguments: Mapping[str, object],
-    stages: Mapping[str, Mapping[str, object]],
-    default_stage: str = "full",
+    presets: Mapping[str, Mapping[str, object]],
+    default_preset: str = "full",
     processor: Callable[[Any], Any] | None = None,
     task: Task | None = None,
 ) -> Recipe:
@@ -79,8 +81,8 @@ def pretrained(
         family: of ``megatron.mimo.models``.
         config: the Hugging Face configuration, where no checkpoint brings one.
         arguments: of training. Those of the model follow from the configuration.
-        stages: as in ``Recipe``.
-        default_stage: one of them.
+        presets: as in ``Recipe``.
+        default_preset: one of them.
         processor: makes a processor for a configuration, where no folder has one; None requires
             a folder.
         task: what is trained on without ``--data-path``; None requires the flag. With it the run
@@ -91,8 +93,8 @@ def pretrained(
         name=name,
         summary=summary,
         arguments=arguments,
-        stages=stages,
-        default_stage=default_stage,
+        presets=presets,
+        default_preset=default_preset,
         describe=run.describe,
         check=run.check,
         data_flags=("data_path", "train_data_path", "valid_data_path"),
@@ -169,9 +171,9 @@ class _Run:
                 "evaluation; give --eval-iters N as well"
             )
 
-    def build_model(self, args: Namespace, stage: Stage) -> MimoModelConfig:
+    def build_model(self, args: Namespace, places: Places) -> MimoModelConfig:
         """As the family builds it."""
-        return load_family(self.family).build(self._config(args), args, stage)
+        return load_family(self.family).build(self._config(args), language_settings(args), places)
 
     def build_datasets(self, args: Namespace, counts: tuple[int, int, int]) -> Datasets:
         """Training conversations in a new order in each pass; those of validation in theirs."""
@@ -197,7 +199,7 @@ class _Run:
 
     def build_collator(self, args: Namespace) -> SampleCollator:
         """Pads to ``--seq-length``."""
-        from megatron.mimo.models.family import sample_collator
+        from megatron.mimo.models.common.family import sample_collator
 
         config, family = self._config(args), load_family(self.family)
         vocab_size = int(str(family.arguments(config)["vocab_size"]))

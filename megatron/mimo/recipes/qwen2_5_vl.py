@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.recipes.settings import FINETUNING, stages_of
+from megatron.mimo.recipes.settings import FINETUNING, presets_of
 from megatron.mimo.recipes.tiny.processors import qwen2_5_vl_processor
 from megatron.mimo.recipes.tiny.tasks import digits_or_clip
 from megatron.mimo.recipes.tiny.twin import twin
@@ -95,5 +95,5 @@ def _qwen(name: str, summary: str, text: dict[str, int], *, tied: bool) -> Recip
         family="qwen2_5_vl",
         config=config,
         arguments=FINETUNING | {"lr": 1e-5, "seq_length": 4096},
-        stages=stages_of("images"),
+        presets=presets_of("images"),
     )

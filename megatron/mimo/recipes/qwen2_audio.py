@@ -7,7 +7,7 @@ from typing import Any
 from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.published import WHISPER_LARGE
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.recipes.settings import FINETUNING, stages_of
+from megatron.mimo.recipes.settings import FINETUNING, presets_of
 from megatron.mimo.recipes.tiny.processors import qwen2_audio_processor
 from megatron.mimo.recipes.tiny.tasks import say_tones
 from megatron.mimo.recipes.tiny.twin import twin
@@ -21,7 +21,7 @@ def qwen2_audio_7b() -> Recipe:
         family="qwen2_audio",
         config=_config,
         arguments=FINETUNING | {"lr": 1e-5},
-        stages=stages_of("audio"),
+        presets=presets_of("audio"),
     )
 
 

@@ -2,7 +2,7 @@
 
 A recipe is returned by a function (``recipes/digits.py: digits()``) and consumed by
 ``megatron.mimo.training``. It never reads global state: everything it needs arrives as the parsed
-Megatron arguments (an ``argparse.Namespace``) and a ``Stage``.
+Megatron arguments (an ``argparse.Namespace``) and the ``Places`` of the model's modules.
 """
 
 from __future__ import annotations
@@ -17,28 +17,11 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from megatron.core.models.mimo import MimoModel, MimoModelConfig
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.mimo.data.sample import Sample
+    from megatron.mimo.models.common.place import Places
 
 Batch = dict[str, Any]
 Collator = Callable[[Sequence["Sample"]], Batch]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """Which part of the language model this rank builds.
-
-    Attributes:
-        pre_process: True where the embedding (and so the encoders) live.
-        post_process: True where the output layer and the loss live.
-        vp_stage: index of the virtual pipeline chunk, None without interleaving.
-        pg_collection: Megatron's process groups.
-    """
-
-    pre_process: bool
-    post_process: bool
-    vp_stage: int | None
-    pg_collection: ProcessGroupCollection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +67,8 @@ class Recipe:
         summary: one line for ``--list-recipes``.
         arguments: defaults for Megatron's own arguments, keyed by argparse destination
             (``{"num_layers": 4}``); a flag on the command line or a ``--config`` file wins.
-        stages: presets of arguments that ``--stage`` chooses between; stronger than ``arguments``.
-        default_stage: the stage of a run without the flag; None for none.
+        presets: arguments that ``--stage NAME`` adds, by that name; stronger than ``arguments``.
+        default_preset: the preset of a run without the flag; None for none.
         describe: defaults that follow from what flags name (such as the configuration in the
             folder of ``--load``), weaker than ``arguments``. It gets the flags as far as they are
             known by then: given on the command line, in ``--config``, or derived (``load``,
@@ -94,7 +77,7 @@ class Recipe:
         data_flags: which of ``data_path``, ``train_data_path``, ``valid_data_path`` and
             ``test_data_path`` it reads; the others are refused.
         add_arguments: adds the recipe's own flags to the parser (prefix them with the name).
-        build_model: the model's configuration for one stage.
+        build_model: the model's configuration on one rank.
         build_datasets: datasets for (train, valid, test) sample counts.
         build_collator: the function that turns a list of samples into one micro-batch.
         task_metric: per-microbatch evaluation beside the loss:
@@ -110,14 +93,14 @@ class Recipe:
     name: str
     summary: str
     arguments: Mapping[str, object]
-    build_model: Callable[[Namespace, Stage], MimoModelConfig]
+    build_model: Callable[[Namespace, Places], MimoModelConfig]
     build_datasets: Callable[[Namespace, tuple[int, int, int]], Datasets]
     build_collator: Callable[[Namespace], Collator]
     add_arguments: Callable[[ArgumentParser], None] | None = None
     task_metric: Callable[[Any, Batch], dict[str, tuple[Any, Any]]] | None = None
     finish: Callable[[FinishedRun], dict[str, Any]] | None = None
-    stages: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    default_stage: str | None = None
+    presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    default_preset: str | None = None
     describe: Callable[[Namespace], Mapping[str, object]] | None = None
     check: Callable[[Namespace], None] | None = None
     data_flags: Sequence[str] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FINETUNING", "stages_of"]
+__all__ = ["FINETUNING", "presets_of"]
 
 FINETUNING: dict[str, object] = {
     "seq_length": 2048,
@@ -22,8 +22,8 @@ FINETUNING: dict[str, object] = {
 }
 
 
-def stages_of(*modalities: str) -> dict[str, dict[str, object]]:
-    """The stages of a model with encoders of these modalities; encoders are not trained."""
+def presets_of(*modalities: str) -> dict[str, dict[str, object]]:
+    """The presets of a model with encoders of these modalities; encoders are not trained."""
     encoders = [f"{modality}.encoders" for modality in modalities]
     return {
         # only the projections learn: what turns rows of an encoder into the language model's

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from megatron.mimo.launcher import LaunchError, join_job, set_threads
-from megatron.mimo.training.quiet import quiet_imports
+from megatron.mimo.process.launcher import LaunchError, join_job, set_threads
+from megatron.mimo.process.quiet import quiet_imports
 
 __all__ = ["main"]
 

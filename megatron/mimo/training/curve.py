@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TextIO
 
-from megatron.mimo.training.checkpoints import write_text
+from megatron.mimo.checkpoints.folders import write_text
 
 __all__ = ["LossCurve"]
 

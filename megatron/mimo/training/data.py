@@ -22,10 +22,10 @@ from megatron.core.models.mimo.model.embedding import cut_for_rank
 from megatron.core.models.mimo.partition.packing import packed_params
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.mimo.data import PackedDataset, PackingCollator, SampleCollator
+from megatron.mimo.data.broadcast import broadcast_batch
 from megatron.mimo.data.packing import rows_of
+from megatron.mimo.process.children import left_to_parent, start_reading
 from megatron.mimo.recipes.recipe import Batch, Collator, Datasets, Recipe
-from megatron.mimo.training.broadcast import broadcast_batch
-from megatron.mimo.training.children import left_to_parent, start_reading
 from megatron.mimo.training.origins import SampleFinder
 
 _ROW_MULTIPLE = 8  # tokens; samples are planned into rows as if padded to a multiple of it

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.models.vocabulary import leave_out_padding
-from megatron.mimo.recipes.recipe import Recipe, Stage
+from megatron.mimo.models.common.place import Place, Places
+from megatron.mimo.models.common.vocabulary import leave_out_padding
+from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.training.parts import Trained, apply_parts, survey_parts
 
 if TYPE_CHECKING:
@@ -57,14 +58,14 @@ class ModelBuilder:
         if config is not None:
             raise ConfigError("a ready transformer config is not supported: the recipe builds it")
         assert pg_collection is not None, "pretrain passes its process groups"
-        stage = Stage(
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-            pg_collection=pg_collection,
+        place = Place(
+            groups=pg_collection,
+            is_first_stage=pre_process,
+            is_last_stage=post_process,
+            chunk=vp_stage,
         )
         model = MimoModel(
-            self._recipe.build_model(self._args, stage),
+            self._recipe.build_model(self._args, Places(language=place)),
             cp_group=pg_collection.cp,
             tp_group=pg_collection.tp,
         )

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from megatron.mimo.training.frozen_layers import keep_layers_apart, load_nothing
 from megatron.mimo.training.optimizer_state import keep_state_whole
-from megatron.mimo.training.unstacked import keep_layers_apart, load_nothing
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel

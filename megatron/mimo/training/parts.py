@@ -141,7 +141,7 @@ def survey_parts(chunks: Sequence[MimoModel], args: Namespace, adapters: list[st
         ConfigError: a name that no rank has, or nothing is trained.
     """
     from megatron.core.models.mimo.model.freezing import parameter_paths, part_names
-    from megatron.mimo.training.unstacked import has_gaps
+    from megatron.mimo.training.frozen_layers import has_gaps
 
     paths = [item for chunk in chunks for item in parameter_paths(chunk).items()]
     known = part_names(chunks[0].mimo_config.modality_submodules_spec)

@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.models.mimo.errors import MimoError
-from megatron.mimo.backend import capabilities
-from megatron.mimo.recipes import load_recipe, locate_recipe
-from megatron.mimo.recipes.recipe import FinishedRun, Recipe
-from megatron.mimo.training import failure
-from megatron.mimo.training.arguments import (
+from megatron.mimo.arguments.command_line import (
     EarlyArguments,
     list_recipes,
     parse_arguments,
     parse_early,
 )
-from megatron.mimo.training.checkpoints import write_text
-from megatron.mimo.training.progress import Console, format_count, format_duration
-from megatron.mimo.training.quiet import quiet_imports, stdout, warnings_shown
-from megatron.mimo.training.signals import leave_on_signal, save_on_signal
-from megatron.mimo.training.start import choose_start, loading_weights
+from megatron.mimo.backend import capabilities
+from megatron.mimo.checkpoints.folders import write_text
+from megatron.mimo.process import failure
+from megatron.mimo.process.console import Console, format_count, format_duration
+from megatron.mimo.process.quiet import quiet_imports, stdout, warnings_shown
+from megatron.mimo.process.signals import leave_on_signal, save_on_signal
+from megatron.mimo.recipes import load_recipe, locate_recipe
+from megatron.mimo.recipes.recipe import FinishedRun, Recipe
+from megatron.mimo.training.starting_point import choose_start, loading_weights
 
 __all__ = ["main"]
 
@@ -94,11 +94,11 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     from megatron.core.enums import ModelType
     from megatron.mimo.training.curve import LossCurve
     from megatron.mimo.training.data import dataset_provider
+    from megatron.mimo.training.forward_step import build_forward_step
     from megatron.mimo.training.model import ModelBuilder
     from megatron.mimo.training.nonfinite import ResultWatch
     from megatron.mimo.training.origins import SampleFinder
     from megatron.mimo.training.part_optimizer import part_optimizer
-    from megatron.mimo.training.step import build_forward_step
     from megatron.mimo.training.watch import LoopWatch
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables

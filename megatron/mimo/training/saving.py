@@ -11,8 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import MimoError
-from megatron.mimo.training.checkpoints import TRACKER
-from megatron.mimo.training.failure import is_disk_full
+from megatron.mimo.checkpoints.folders import TRACKER
+from megatron.mimo.process.failure import is_disk_full
 
 __all__ = ["SaveError", "atomic_tracker", "save_error"]
 

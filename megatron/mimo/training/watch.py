@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import ConfigError, MimoError
-from megatron.mimo.training.checkpoints import prune
-from megatron.mimo.training.children import left_to_parent
+from megatron.mimo.checkpoints.folders import prune
+from megatron.mimo.process.children import left_to_parent
+from megatron.mimo.process.console import Console, Pace, format_progress
 from megatron.mimo.training.curve import LossCurve
 from megatron.mimo.training.data import training_device
+from megatron.mimo.training.forward_step import LOSS
 from megatron.mimo.training.mismatch import explain
-from megatron.mimo.training.progress import Console, Pace, format_progress
 from megatron.mimo.training.saving import atomic_tracker, save_error
-from megatron.mimo.training.step import LOSS
 
 __all__ = ["LoopWatch"]
 

@@ -25,10 +25,10 @@ def save_on_ranks(folder: Path, tp: int, pp: int) -> None:
     from safetensors.torch import load_file
 
     from megatron.core import dist_checkpointing
-    from megatron.mimo.convert.load import load_hugging_face
-    from megatron.mimo.convert.slots import STATE_METADATA
+    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.checkpoints.slots import STATE_METADATA
+    from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.models import load_family
-    from megatron.mimo.models.standalone import build_model, model_arguments
 
     model_parallel(tp=tp, pp=pp)
     family = load_family(NAME)
@@ -73,9 +73,9 @@ def load_on_ranks(folder: Path, tp: int, pp: int) -> None:
     """An imported checkpoint gives each rank what the weights in memory give it."""
     from safetensors.torch import load_file
 
-    from megatron.mimo.convert.load import load_hugging_face, load_weights
+    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.checkpoints.weights import load_hugging_face, load_weights
     from megatron.mimo.models import load_family
-    from megatron.mimo.models.standalone import build_model, model_arguments
 
     model_parallel(tp=tp, pp=pp)
     family = load_family(NAME)
@@ -189,7 +189,8 @@ def test_names_what_does_not_fit(ranks: RankPool, tmp_path: Path) -> None:
 
 def import_until(folder: Path, number: signal.Signals) -> int:
     """How a process ends (as ``os.wait`` says) that gets a signal after its first parameter."""
-    from megatron.mimo.convert import checkpoint, command
+    from megatron.mimo.checkpoints import torch_dist as checkpoint
+    from megatron.mimo.convert import command
 
     make_model(NAME, folder / "hf")
     child = os.fork()
@@ -229,11 +230,11 @@ def save_adapters(folder: Path) -> None:
     from argparse import Namespace
 
     from megatron.core import dist_checkpointing
-    from megatron.mimo.convert.load import load_weights
-    from megatron.mimo.convert.slots import STATE_METADATA
+    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.checkpoints.slots import STATE_METADATA
+    from megatron.mimo.checkpoints.weights import load_weights
     from megatron.mimo.lora import LoraSettings, adapted, add_adapters
     from megatron.mimo.models import load_family
-    from megatron.mimo.models.standalone import build_model, model_arguments
 
     model_parallel(tp=2)
     family = load_family(NAME)

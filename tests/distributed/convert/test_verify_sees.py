@@ -112,7 +112,7 @@ def test_a_dtype_is_that_of_carried_weights_too(ranks: RankPool, tmp_path: Path)
 
 def verify_broken_audio() -> dict[str, str]:
     from megatron.mimo.convert.verify import verify_tiny
-    from megatron.mimo.models import audio_tower
+    from megatron.mimo.models.common import audio_tower
 
     kept = audio_tower._KINDS["whisper"]
     audio_tower._KINDS["whisper"] = (False, 1)  # as if Whisper did not attend to silence
@@ -124,7 +124,7 @@ def verify_broken_audio() -> dict[str, str]:
 
 def verify_broken_images() -> dict[str, str]:
     from megatron.mimo.convert.verify import verify_tiny
-    from megatron.mimo.models import qwen2_5_vl_sample
+    from megatron.mimo.models.qwen2_5_vl import sample as qwen2_5_vl_sample
 
     kept = qwen2_5_vl_sample._visuals
 

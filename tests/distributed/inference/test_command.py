@@ -120,8 +120,8 @@ def test_an_answer_ends_at_a_token_of_the_generation_config(
 
 def rates(checkpoint: Path) -> list[float]:
     """Frames per second with which a checkpoint's assistant reads videos."""
+    from megatron.mimo.arguments.standalone import process_groups
     from megatron.mimo.inference.assistant import open_assistant
-    from megatron.mimo.models.standalone import process_groups
     from megatron.mimo.recipes.media_flags import keep_media_settings
 
     with process_groups(tp_size=1, pp_size=1) as device:

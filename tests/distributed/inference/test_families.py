@@ -49,11 +49,11 @@ def answer_by_transformers(name: str) -> Reference:
 def generate(name: str, reference: Reference) -> None:
     """All prompts together, under one layout after the other."""
     from megatron.core import parallel_state
-    from megatron.mimo.convert.load import load_hugging_face
+    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.data import SampleCollator
     from megatron.mimo.inference import Generator, SamplingOptions
     from megatron.mimo.models import load_family
-    from megatron.mimo.models.standalone import build_model, model_arguments
 
     config, weights, examples, expected = reference
     family = load_family(name)

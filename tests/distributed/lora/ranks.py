@@ -43,10 +43,10 @@ def settings(modules: tuple[str, ...]) -> Any:
 
 def build(name: str, expected: Expected, modules: tuple[str, ...], layout: Layout) -> Any:
     """This rank's part, with transformers' weights and new adapters."""
-    from megatron.mimo.convert.load import load_hugging_face
+    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.lora import add_adapters
     from megatron.mimo.models import load_family
-    from megatron.mimo.models.standalone import build_model, model_arguments
 
     model_parallel(tp=layout.tp, pp=layout.pp)
     family = load_family(name)

@@ -134,7 +134,7 @@ def _build(name: str, layout: Layout, expected: Expected) -> tuple[Any, Any]:
         finalize_model_grads,
     )
     from megatron.core.enums import ModelType
-    from megatron.mimo.convert.load import load_hugging_face
+    from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.models import load_family
 
     family = load_family(name)
@@ -149,7 +149,7 @@ def _build(name: str, layout: Layout, expected: Expected) -> tuple[Any, Any]:
 
 
 def _model(family: Any, config: Any, layout: Layout) -> Any:
-    from megatron.mimo.models.standalone import build_model, model_arguments
+    from megatron.mimo.arguments.standalone import build_model, model_arguments
 
     model_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp)
     flags = [f"--context-parallel-size={layout.cp}", *layout.flags]
@@ -236,7 +236,7 @@ def run_step(
 
 
 def _forward_with_labels(batches: Iterator[dict[str, Any]], model: Any) -> tuple[Tensor, Any]:
-    from megatron.mimo.training.step import sum_loss
+    from megatron.mimo.training.forward_step import sum_loss
 
     batch = dict(next(batches))
     del batch["expected"]
@@ -295,8 +295,8 @@ def gradient_errors(model: Any, table: Any, gradients: Tensors) -> dict[str, flo
     Returns:
         Norm of the difference relative to the whole gradient's, by our name.
     """
-    from megatron.mimo.convert.load import make_parameter
-    from megatron.mimo.convert.slots import match_slots, model_slots
+    from megatron.mimo.checkpoints.slots import match_slots, model_slots
+    from megatron.mimo.checkpoints.weights import make_parameter
 
     trained = set()
     for parameter in model.parameters():  # the sharded state describes gradients as it does data

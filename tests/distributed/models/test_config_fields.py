@@ -11,8 +11,8 @@ import torch
 
 from megatron.core.models.mimo.errors import ConfigError, MimoError, UnsupportedError
 from megatron.mimo.models import load_family
-from megatron.mimo.models.config_fields import ASIDE, FIELDS, Only, check_fields, defaults_of
-from megatron.mimo.models.llava import TINY_TEXT, TINY_VISION
+from megatron.mimo.models.common.config_fields import ASIDE, FIELDS, Only, check_fields, defaults_of
+from megatron.mimo.models.common.tiny import TINY_TEXT, TINY_VISION
 from tests.rank_pool import RankPool
 
 LLAMA3 = {
@@ -228,9 +228,9 @@ def run_reference(config: Any, example: dict[str, Any], state: Any = None) -> tu
 
 
 def run_ours(config: Any, example: dict[str, Any], state: Any) -> Any:
-    from megatron.mimo.convert.load import load_hugging_face
-    from megatron.mimo.models.family import sample_collator
-    from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
+    from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
+    from megatron.mimo.checkpoints.weights import load_hugging_face
+    from megatron.mimo.models.common.family import sample_collator
 
     family = load_family(config.model_type)
     with process_groups() as device:

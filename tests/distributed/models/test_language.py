@@ -42,9 +42,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def text_family() -> Any:
     from megatron.core.models.mimo import MimoModelConfig
-    from megatron.mimo.convert.keys import KeyTable
-    from megatron.mimo.models.family import Family, Media
-    from megatron.mimo.models.language import language_arguments, language_rows, language_spec
+    from megatron.mimo.models.common.family import Family, Media
+    from megatron.mimo.models.common.keys import KeyTable
+    from megatron.mimo.models.common.language import (
+        language_arguments,
+        language_rows,
+        language_spec,
+    )
 
     def no_media(*_: Any) -> Any:
         raise AssertionError("a language model has no media")
@@ -68,8 +72,8 @@ def text_family() -> Any:
 def compare(settings: dict[str, Any]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from megatron.mimo.convert.load import load_hugging_face
-    from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
+    from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
+    from megatron.mimo.checkpoints.weights import load_hugging_face
 
     config = AutoConfig.for_model(**SMALL | settings)
     torch.manual_seed(1)
@@ -133,7 +137,7 @@ def test_what_it_does_not_have_is_refused(settings: dict[str, Any], message: str
     from transformers import AutoConfig
 
     from megatron.core.models.mimo.errors import UnsupportedError
-    from megatron.mimo.models.language import language_arguments
+    from megatron.mimo.models.common.language import language_arguments
 
     with pytest.raises(UnsupportedError, match=message):
         language_arguments(AutoConfig.for_model(**SMALL | settings))

@@ -18,7 +18,7 @@ from tests.rank_pool import RankPool, model_parallel
 def with_siglip_and_qwen2(config: Any) -> None:
     from transformers import Qwen2Config, SiglipVisionConfig
 
-    from megatron.mimo.models.llava import TINY_TEXT, TINY_VISION
+    from megatron.mimo.models.common.tiny import TINY_TEXT, TINY_VISION
 
     sizes = {key: value for key, value in TINY_VISION.items() if key != "initializer_range"}
     config.vision_config = SiglipVisionConfig(**sizes)
@@ -30,7 +30,7 @@ def with_siglip_and_qwen2(config: Any) -> None:
 def with_siglip_tiles(config: Any) -> None:
     from transformers import SiglipVisionConfig
 
-    from megatron.mimo.models.llava import TINY_VISION
+    from megatron.mimo.models.common.tiny import TINY_VISION
 
     sizes = {key: value for key, value in TINY_VISION.items() if key != "initializer_range"}
     config.vision_config = SiglipVisionConfig(**sizes | {"image_size": 26})  # 2 are not seen
@@ -69,8 +69,8 @@ def test_other_configurations(
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    from megatron.mimo.arguments.standalone import build_model, model_arguments
     from megatron.mimo.models import load_family
-    from megatron.mimo.models.standalone import build_model, model_arguments
 
     model_parallel()
     family = load_family(name)

@@ -20,10 +20,10 @@ RECIPES = (
 def match_on_meta(recipe: str) -> None:
     import torch
 
-    from megatron.mimo.convert.match import check_shapes, match_names
-    from megatron.mimo.convert.slots import match_slots, model_slots
+    from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
+    from megatron.mimo.checkpoints.match import check_shapes, match_names
+    from megatron.mimo.checkpoints.slots import match_slots, model_slots
     from megatron.mimo.models import family_of
-    from megatron.mimo.models.standalone import build_model, model_arguments, process_groups
     from megatron.mimo.recipes import load_recipe
 
     make_config = load_recipe(recipe).hf_config

@@ -46,10 +46,10 @@ def packed_logits(expected: Expected, cp: int) -> list[float]:
     """Distance from transformers of this rank's logits of each sample, all in one packed row."""
     from megatron.core import parallel_state
     from megatron.core.models.mimo.partition.positions import packed_context_parallel_positions
-    from megatron.mimo.convert.load import load_hugging_face
+    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.data import PackingCollator
     from megatron.mimo.models import load_family
-    from megatron.mimo.models.standalone import build_model, model_arguments
     from tests.rank_pool import model_parallel
 
     model_parallel(cp=cp)

@@ -86,7 +86,7 @@ def build(config: Any, args: Namespace, stage: Any) -> Any:
     from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.mimo.encoders import HuggingFaceEncoder, Projector
-    from megatron.mimo.models.language import language_spec
+    from megatron.mimo.models.common.language import language_spec
 
     language = language_spec(args, stage)
     projection = {
@@ -127,8 +127,8 @@ def build(config: Any, args: Namespace, stage: Any) -> Any:
 
 
 def key_table(config: Any) -> Any:
-    from megatron.mimo.convert.keys import KeyTable, Row
-    from megatron.mimo.models.language import language_rows
+    from megatron.mimo.models.common.keys import KeyTable, Row
+    from megatron.mimo.models.common.language import language_rows
 
     reference = Reference(config)
     rows = list(language_rows(config, model="language.model.", head="language."))
@@ -162,7 +162,7 @@ def sample(config: Any, features: Mapping[str, Tensor], **given: Any) -> Any:
 
 def media(config: Any) -> Any:
     from megatron.mimo.data import MediaFormat
-    from megatron.mimo.models.family import Media
+    from megatron.mimo.models.common.family import Media
 
     images = {"pixel_values": (torch.float32, (3, 8, 8))}
     clips = {"input_features": (torch.float32, CLIP_SHAPE), "lengths": (torch.int64, ())}
@@ -209,8 +209,8 @@ def example(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
 def registered() -> Iterator[None]:
     """The model above as a family, for what asks for one by name."""
     from megatron.mimo import models
-    from megatron.mimo.models.family import Family
-    from megatron.mimo.models.language import language_arguments
+    from megatron.mimo.models.common.family import Family
+    from megatron.mimo.models.common.language import language_arguments
 
     family = Family(
         name=NAME,
@@ -303,8 +303,8 @@ def save_and_sum(folder: str, tp: int, weights: dict[str, Tensor] | None) -> dic
     """The encoders' state, after it was saved (with ``weights``) or loaded (without)."""
     from megatron.core import dist_checkpointing
     from megatron.mimo import models
-    from megatron.mimo.convert.load import load_hugging_face
-    from megatron.mimo.models.standalone import build_model, model_arguments
+    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.checkpoints.weights import load_hugging_face
     from tests.rank_pool import model_parallel
 
     with registered():

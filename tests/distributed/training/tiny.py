@@ -15,7 +15,8 @@ from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.data import MediaFormat, MediaItem, Sample, SampleCollator
 from megatron.mimo.layers import language_layer_spec
-from megatron.mimo.recipes.recipe import Batch, Datasets, FinishedRun, Recipe, Stage
+from megatron.mimo.models.common.place import Places
+from megatron.mimo.recipes.recipe import Batch, Datasets, FinishedRun, Recipe
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 IMAGE, STOP, PAD, PIXELS = 20, 21, 22, 6
@@ -111,8 +112,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--tiny-die-at-finish", action="store_true")
 
 
-def _build_model(args: Namespace, stage: Stage) -> MimoModelConfig:
-    config = core_transformer_config_from_args(args)
+def _build_model(args: Namespace, places: Places) -> MimoModelConfig:
+    config, place = core_transformer_config_from_args(args), places.language
     encoder = ModuleSpec(
         module=_Linear, params={"in_features": PIXELS, "out_features": config.hidden_size}
     )
@@ -121,13 +122,13 @@ def _build_model(args: Namespace, stage: Stage) -> MimoModelConfig:
             module=GPTModel,
             params={
                 "config": config,
-                "transformer_layer_spec": language_layer_spec(config, vp_stage=stage.vp_stage),
-                "vp_stage": stage.vp_stage,
+                "transformer_layer_spec": language_layer_spec(config, vp_stage=place.chunk),
+                "vp_stage": place.chunk,
                 "vocab_size": args.padded_vocab_size,
                 "max_sequence_length": args.max_position_embeddings,
-                "pre_process": stage.pre_process,
-                "post_process": stage.post_process,
-                "pg_collection": stage.pg_collection,
+                "pre_process": place.is_first_stage,
+                "post_process": place.is_last_stage,
+                "pg_collection": place.groups,
                 "position_embedding_type": args.position_embedding_type,
                 "scatter_embedding_sequence_parallel": False,
             },

@@ -45,7 +45,7 @@ def llava_next_processor(config: Any) -> Any:
 
 def llava_avlm_processor(config: Any) -> Any:
     """A ``LlavaAvlmProcessor``."""
-    from megatron.mimo.models.llava_avlm_processor import LlavaAvlmProcessor
+    from megatron.mimo.models.llava_avlm.processor import LlavaAvlmProcessor
 
     tokens = {"<image>": config.image_token_index, "<audio>": config.audio_token_index}
     return LlavaAvlmProcessor(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["TINY_ARGUMENTS", "TINY_STAGES"]
+__all__ = ["TINY_ARGUMENTS", "TINY_PRESETS"]
 
 TINY_ARGUMENTS: dict[str, object] = {
     "seq_length": 96,
@@ -20,7 +20,7 @@ TINY_ARGUMENTS: dict[str, object] = {
     "save_interval": 1000,
     "num_workers": 0,
 }
-TINY_STAGES: dict[str, dict[str, object]] = {
+TINY_PRESETS: dict[str, dict[str, object]] = {
     "projector": {"freeze": ["language"]},
     "full": {},
     "lora": {"lora": ["language"], "lora_rank": 8},

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.mimo.models import load_family
 from megatron.mimo.recipes.pretrained import Task, pretrained
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.recipes.tiny.settings import TINY_ARGUMENTS, TINY_STAGES
+from megatron.mimo.recipes.tiny.settings import TINY_ARGUMENTS, TINY_PRESETS
 from megatron.mimo.recipes.tiny.tasks import Made, Maker
 
 __all__ = ["twin"]
@@ -43,7 +43,7 @@ def twin(
         family=family,
         config=load_family(family).tiny,
         arguments=TINY_ARGUMENTS | arguments,
-        stages=TINY_STAGES,
+        presets=TINY_PRESETS,
         processor=processor,
         task=Task(
             train=lambda: Made(make, 4096, held_out=False),

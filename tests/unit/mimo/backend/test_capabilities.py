@@ -61,7 +61,7 @@ NEEDS_ENGINE = (
 
 
 def parse(recipe: str, machine: Capabilities, *flags: str, **config: object) -> Any:
-    from megatron.mimo.training.arguments import parse_arguments
+    from megatron.mimo.arguments.command_line import parse_arguments
 
     select_backend("cpu")
     return parse_arguments(

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.mimo.arguments.standalone import process_groups
 from megatron.mimo.backend import job, select_backend
-from megatron.mimo.models.standalone import process_groups
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def test_a_rank_that_fails_aborts_nccl_and_waits_for_nobody(
 def test_a_model_without_a_run_ends_its_job_as_it_went(
     fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron.mimo.models import standalone
+    from megatron.mimo.arguments import standalone
 
     ends: list[str] = []
     for name in ("leave_job", "end_job"):

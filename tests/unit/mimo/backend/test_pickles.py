@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron.mimo.backend import select_backend
 from megatron.mimo.backend.pickles import load_index, load_object
-from megatron.mimo.training.checkpoints import problem
+from megatron.mimo.checkpoints.folders import problem
 
 RAN: list[str] = []
 

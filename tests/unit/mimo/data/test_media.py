@@ -12,7 +12,7 @@ from megatron.core.models.mimo.comm.encoder_split import cut_inputs
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.core.models.mimo.model.inputs import is_empty
 from megatron.mimo.data import MediaFormat, MediaItem, PackingCollator, Sample, SampleCollator
-from megatron.mimo.training.broadcast import pack, unpack
+from megatron.mimo.data.broadcast import pack, unpack
 from megatron.mimo.training.data import stage_part
 
 IMAGE = 90

@@ -58,13 +58,13 @@ def language_config(**changes: Any) -> Any:
 
 def build(vision: Any, groups: Any, **how: Any) -> Any:
     from megatron.core.transformer.spec_utils import build_module
-    from megatron.mimo.models.vision_tower import tower_spec
-    from megatron.mimo.recipes.recipe import Stage
+    from megatron.mimo.models.common.place import Place
+    from megatron.mimo.models.common.vision_tower import tower_spec
 
-    stage = Stage(pre_process=True, post_process=True, vp_stage=None, pg_collection=groups)
+    place = Place(groups=groups)
     language = language_config(tensor_model_parallel_size=groups.tp.size())
     how = {"feature_layer": -2, "strategy": "default"} | how
-    return build_module(tower_spec(vision, language, stage, **how))
+    return build_module(tower_spec(vision, language, place, **how))
 
 
 def random_images(count: int) -> Tensor:
@@ -77,9 +77,9 @@ def compare(
     """On each rank: distance of features, errors of gradients, layers that are built."""
     import transformers
 
-    from megatron.mimo.convert.keys import KeyTable
-    from megatron.mimo.convert.load import load_hugging_face
-    from megatron.mimo.models.vision_tower import tower_carried, tower_rows
+    from megatron.mimo.checkpoints.weights import load_hugging_face
+    from megatron.mimo.models.common.keys import KeyTable
+    from megatron.mimo.models.common.vision_tower import tower_carried, tower_rows
 
     groups = model_parallel(tp=tp)
     vision = vision_config(kind, **sizes)
@@ -149,11 +149,11 @@ def last_hidden_state() -> float:
     """Distance from SigLIP's last hidden state, which is normalised."""
     import transformers
 
-    from megatron.mimo.convert.keys import KeyTable, Row
-    from megatron.mimo.convert.load import load_hugging_face
+    from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.encoders import ClipEncoder
     from megatron.mimo.layers import encoder_layer_spec
-    from megatron.mimo.models.vision_tower import tower_rows
+    from megatron.mimo.models.common.keys import KeyTable, Row
+    from megatron.mimo.models.common.vision_tower import tower_rows
 
     groups = model_parallel()
     vision = vision_config("siglip", vision_use_head=False)

@@ -27,7 +27,7 @@ def reference_sequence(grids: list[tuple[int, int, int]]) -> tuple[Tensor, Tenso
         get_vision_window_index,
     )
 
-    from megatron.mimo.models.qwen2_5_vl import tiny
+    from megatron.mimo.models.qwen2_5_vl.model import tiny
 
     vision, grid_thw = tiny().vision_config, torch.tensor(grids)
     order_R, windows = get_vision_window_index(
@@ -77,9 +77,9 @@ def random_pixels(grids: list[tuple[int, int, int]]) -> list[Tensor]:
 
 def build(tp: int) -> tuple[Any, Any]:
     """Our images part and transformers' encoder, with the same weights."""
-    from megatron.mimo.convert.load import load_hugging_face
+    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.models import load_family
-    from megatron.mimo.models.standalone import build_model, model_arguments
     from tests.rank_pool import model_parallel
 
     model_parallel(tp=tp)

@@ -84,13 +84,13 @@ def reference(kind: str) -> tuple[Tensor, dict[str, Tensor]]:
 def build(kind: str, groups: Any, **settings: Any) -> tuple[Any, Any]:
     """The encoder with the reference's weights, and the table of their names."""
     from megatron.core.transformer.spec_utils import build_module
-    from megatron.mimo.models.audio_tower import audio_rows, audio_spec
-    from megatron.mimo.recipes.recipe import Stage
+    from megatron.mimo.models.common.audio_tower import audio_rows, audio_spec
+    from megatron.mimo.models.common.place import Place
 
     config, encoder = hugging_face(kind)
-    stage = Stage(pre_process=True, post_process=True, vp_stage=None, pg_collection=groups)
+    place = Place(groups=groups)
     language = language_config(tensor_model_parallel_size=groups.tp.size(), **settings)
-    built = build_module(audio_spec(config, language, stage))
+    built = build_module(audio_spec(config, language, place))
     rows = [one for row in audio_rows(config, mimo="", hf="") for one in row.each()]
     weights = dict(encoder.named_parameters())
     with torch.no_grad():
@@ -239,13 +239,13 @@ def refusals() -> dict[str, str]:
 
 
 def spec_of(config: Any, groups: Any) -> Any:
-    from megatron.mimo.models.audio_tower import audio_spec
-    from megatron.mimo.recipes.recipe import Stage
+    from megatron.mimo.models.common.audio_tower import audio_spec
+    from megatron.mimo.models.common.place import Place
 
     if not hasattr(config, "model_type"):
         config.model_type = "wav2vec2"
-    stage = Stage(pre_process=True, post_process=True, vp_stage=None, pg_collection=groups)
-    return audio_spec(config, language_config(), stage)
+    place = Place(groups=groups)
+    return audio_spec(config, language_config(), place)
 
 
 def test_refusals(ranks: Any) -> None:

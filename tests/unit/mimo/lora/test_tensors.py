@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
-from megatron.mimo.convert.keys import Concatenated, FusedQKV, KeyTable, Row
 from megatron.mimo.lora import (
     LoraSettings,
     adapter_names,
@@ -19,6 +18,7 @@ from megatron.mimo.lora import (
     peft_tensors,
     weight_name,
 )
+from megatron.mimo.models.common.keys import Concatenated, FusedQKV, KeyTable, Row
 
 QKV = FusedQKV(heads=4, groups=2, head_size=3)
 TABLE = KeyTable(

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.arguments.command_line import parse_arguments
 from megatron.mimo.backend import capabilities
 from megatron.mimo.recipes import load_recipe
-from megatron.mimo.training.arguments import parse_arguments
 
 FLAGS = {
     "layernorm_epsilon": ["--norm-epsilon", "0.1"],

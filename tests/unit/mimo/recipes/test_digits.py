@@ -14,9 +14,9 @@ from megatron.mimo.data import Sample, decode_image
 
 def arguments(**changes: Any) -> Namespace:
     """The recipe's arguments as a CPU run without flags has them."""
+    from megatron.mimo.arguments.command_line import parse_arguments
     from megatron.mimo.backend import capabilities
     from megatron.mimo.recipes.digits import digits
-    from megatron.mimo.training.arguments import parse_arguments
 
     parsed = parse_arguments(digits(), machine=capabilities(), config={}, argv=["--no-output"])
     vars(parsed).update({"padded_vocab_size": 40} | changes)
@@ -25,15 +25,19 @@ def arguments(**changes: Any) -> Namespace:
 
 def build(args: Namespace) -> tuple[Any, Any, Any]:
     from megatron.core.models.mimo import MimoModel
+    from megatron.mimo.models.common.place import Place, Places
     from megatron.mimo.recipes.digits import digits
-    from megatron.mimo.recipes.recipe import Stage
     from tests.rank_pool import model_parallel
 
     groups = model_parallel()
-    stage = Stage(pre_process=True, post_process=True, vp_stage=None, pg_collection=groups)
+    place = Place(groups=groups)
     recipe = digits()
     datasets = recipe.build_datasets(args, (64, 64, 0))
-    return MimoModel(recipe.build_model(args, stage)), datasets, recipe.build_collator(args)
+    return (
+        MimoModel(recipe.build_model(args, Places(language=place))),
+        datasets,
+        recipe.build_collator(args),
+    )
 
 
 def gradients() -> dict[str, Any]:

@@ -34,8 +34,8 @@ def given(**changes: Any) -> Namespace:
 
 
 def parsed(recipe: str, *flags: str) -> Namespace:
+    from megatron.mimo.arguments.command_line import parse_arguments
     from megatron.mimo.backend import capabilities
-    from megatron.mimo.training.arguments import parse_arguments
 
     return parse_arguments(
         load_recipe(recipe),
@@ -53,7 +53,7 @@ def test_the_list_says_what_the_recipe_says(name: str) -> None:
     module = locate_recipe(name).partition(":")[0].rpartition(".")[2]
     if name != "digits":
         assert len((RECIPES / f"{module}.py").read_text().splitlines()) <= 120
-        assert {"projector", "full", "lora"} == set(recipe.stages)
+        assert {"projector", "full", "lora"} == set(recipe.presets)
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name not in ("digits", *TINY)])
@@ -65,7 +65,7 @@ def test_every_model_has_a_tiny_twin(name: str) -> None:
 
 def test_listing_loads_no_recipe_and_no_transformers() -> None:
     code = (
-        "import sys; from megatron.mimo.training.arguments import list_recipes; "
+        "import sys; from megatron.mimo.arguments.command_line import list_recipes; "
         "text = list_recipes(); "
         "loaded = {'transformers', 'megatron.training', 'megatron.mimo.recipes.digits'}; "
         "assert not loaded & set(sys.modules), 'imported'; print(text)"
@@ -152,8 +152,8 @@ def test_sizes_that_the_configuration_does_not_say_are_refused(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", TINY)
 def test_what_a_checkpoint_keeps_reads_back(name: str, tmp_path: Path) -> None:
+    from megatron.mimo.checkpoints.assets import read_processor
     from megatron.mimo.models import family_of, read_hf_config
-    from megatron.mimo.recipes.assets import read_processor
 
     args, recipe = parsed(name), load_recipe(name)
     assert recipe.save_assets is not None
@@ -187,7 +187,7 @@ def test_megatron_takes_the_settings_of_every_stage(name: str, stage: str, tmp_p
         *("--hf", str(tmp_path), "--data-path", "a.jsonl", "--valid-data-path", "b.jsonl"),
         *("--stage", stage, "--eval-iters", "2"),
     )
-    preset = load_recipe(name).stages[stage]
+    preset = load_recipe(name).presets[stage]
     assert {key: getattr(args, key) for key in preset} == preset
     assert args.lr > 0
     assert args.global_batch_size % args.micro_batch_size == 0

@@ -10,8 +10,8 @@ import torch
 
 from megatron.core.models.mimo.alignment import build_alignment_plan
 from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.mimo.data.broadcast import pack, unpack
 from megatron.mimo.recipes.recipe import Datasets
-from megatron.mimo.training.broadcast import pack, unpack
 from megatron.mimo.training.data import MicroBatches, SampleRange, split_datasets, stage_part
 
 

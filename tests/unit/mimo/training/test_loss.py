@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron.mimo.training.step import LOSS, sum_loss
+from megatron.mimo.training.forward_step import LOSS, sum_loss
 
 
 def test_the_loss_is_the_sum_over_label_positions() -> None:

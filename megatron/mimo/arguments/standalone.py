@@ -1,0 +1,194 @@
+"""A family's model outside of a training run: for conversion, verification and generation.
+
+A training run has a recipe, data and Megatron's global arguments. Here there are a configuration
+and a layout, and nothing global but Megatron's process groups.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.backend import capabilities, select_backend
+from megatron.mimo.backend.job import end_job, leave_job
+from megatron.mimo.models.common.family import Family
+from megatron.mimo.process.launcher import LaunchError, join_job
+
+__all__ = ["build_model", "model_arguments", "process_groups"]
+
+_DTYPES = {torch.float32: "--fp32", torch.bfloat16: "--bf16", torch.float16: "--fp16"}
+
+
+@contextmanager
+def process_groups(*, tp_size: int = 1, pp_size: int = 1, seed: int = 1) -> Iterator[torch.device]:
+    """Torch's and Megatron's process groups, for the time of the block.
+
+    Every process of the launcher's job enters it; without a launcher it is a job of one process.
+    Data parallelism takes the processes that are left over. Groups that exist already are used,
+    and stay, if their sizes are the same.
+
+    Args:
+        tp_size: tensor-parallel size.
+        pp_size: pipeline-parallel size.
+        seed: of Megatron's random states.
+
+    Yields:
+        The device that models and batches belong on.
+
+    Raises:
+        ConfigError: the number of processes is no multiple of ``tp_size * pp_size``, or groups of
+            other sizes exist.
+    """
+    backend = select_backend()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    device = torch.device("cpu")
+    made_job = not dist.is_initialized()
+    if made_job:
+        _start_job("nccl" if backend == "cuda" else "gloo")
+    if backend == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    made_groups = not parallel_state.model_parallel_is_initialized()
+    try:
+        if made_groups:
+            if dist.get_world_size() % (tp_size * pp_size):
+                raise ConfigError(
+                    f"{dist.get_world_size()} processes for tensor-parallel size {tp_size} * "
+                    f"pipeline-parallel size {pp_size}; expected a multiple of "
+                    f"{tp_size * pp_size}: torchrun --nproc-per-node {tp_size * pp_size} ..."
+                )
+            parallel_state.initialize_model_parallel(tp_size, pp_size)
+        got = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+        )
+        if got != (tp_size, pp_size):
+            raise ConfigError(
+                f"process groups of tensor- and pipeline-parallel sizes {got} exist; expected "
+                f"{(tp_size, pp_size)}"
+            )
+        model_parallel_cuda_manual_seed(seed)
+        yield device
+    except BaseException:
+        if made_job:
+            leave_job()
+        raise
+    finally:
+        if made_groups and parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        if made_job:
+            end_job()
+
+
+def model_arguments(
+    family: Family,
+    config: Any,
+    *,
+    tp_size: int = 1,
+    pp_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    flags: Sequence[str] = (),
+) -> Namespace:
+    """Megatron's arguments for a model alone, parsed and validated as those of a run are.
+
+    Args:
+        family: the model's.
+        config: its Hugging Face configuration.
+        tp_size: tensor-parallel size.
+        pp_size: pipeline-parallel size.
+        dtype: of the parameters.
+        flags: any further flags of ``pretrain_mimo.py`` (``["--transformer-impl", "local"]``).
+
+    Raises:
+        ConfigError: Megatron refuses the combination.
+    """
+    machine = capabilities()
+    from megatron.mimo.arguments.command_line import parse_arguments
+    from megatron.mimo.process.quiet import stdout
+    from megatron.mimo.recipes.recipe import Recipe
+    from megatron.training.models.gpt import calculate_padded_vocab_size
+
+    arguments = family.arguments(config)
+    recipe = Recipe(
+        name=family.name,
+        summary="a model without a run",
+        arguments={**arguments, "seq_length": arguments["max_position_embeddings"], "lr": 0.0},
+        build_model=_no_data,
+        build_datasets=_no_data,
+        build_collator=_no_data,
+    )
+    layout = [
+        f"--tensor-model-parallel-size={tp_size}",
+        f"--pipeline-model-parallel-size={pp_size}",
+    ]
+    with stdout(shown=False):
+        args = parse_arguments(
+            recipe,
+            machine=machine,
+            config={},
+            argv=["--no-output", "--train-iters=1", *layout, _DTYPES[dtype], *flags],
+        )
+        args.padded_vocab_size = calculate_padded_vocab_size(
+            args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+        )
+    return args
+
+
+def build_model(family: Family, config: Any, args: Namespace, *, device: torch.device) -> Any:
+    """This rank's part of the model, with random weights, on ``device``.
+
+    Args:
+        family: the model's.
+        config: its Hugging Face configuration.
+        args: as :func:`model_arguments` returns them.
+        device: where the parameters are; "meta" for names and shapes without memory.
+
+    Returns:
+        A ``MimoModel`` in evaluation mode, in ``args.params_dtype``, not wrapped.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.models.mimo import MimoModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.mimo.models.common.place import Place, Places
+    from megatron.mimo.process.quiet import warnings_shown
+    from megatron.mimo.recipes.language import language_settings
+
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    place = Place(
+        groups=groups,
+        is_first_stage=parallel_state.is_pipeline_first_stage(),
+        is_last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+    with warnings_shown(shown=False), torch.device(device):
+        built = family.build(config, language_settings(args), Places(language=place))
+        model = MimoModel(built, cp_group=groups.cp, tp_group=groups.tp)
+    model.pg_collection = groups
+    return model.to(device=device, dtype=args.params_dtype).eval()
+
+
+def _start_job(backend: str) -> None:
+    """Join the launcher's job, or be a job of one."""
+    environment = dict(os.environ)
+    try:
+        join_job(environment)
+    except LaunchError as error:
+        raise ConfigError(str(error)) from error
+    if environment["WORLD_SIZE"] == "1":
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    os.environ.update(environment)
+    if backend == "nccl":
+        torch.cuda.set_device(int(environment["LOCAL_RANK"]))
+    dist.init_process_group(backend)
+
+
+def _no_data(*_: Any) -> NoReturn:
+    raise AssertionError("a model without a run has no data")

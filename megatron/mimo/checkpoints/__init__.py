@@ -1,0 +1,1 @@
+"""Checkpoint folders: which may be loaded, what lies in them, and the weights as tensors."""

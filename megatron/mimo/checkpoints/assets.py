@@ -1,0 +1,115 @@
+"""The folder ``hf`` of a checkpoint: configuration, processor, tokenizer, generation settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.models import read_hf_config
+from megatron.mimo.models.common.folder import check_links
+
+__all__ = [
+    "ASSETS",
+    "CONFIG",
+    "PROCESSOR",
+    "TRACKER",
+    "asset_folders",
+    "end_tokens",
+    "loaded_assets",
+    "read_processor",
+    "write_assets",
+]
+
+ASSETS = "hf"
+CONFIG, PROCESSOR = "config.json", "*processor_config.json"
+GENERATION = "generation_config.json"
+TRACKER = "latest_checkpointed_iteration.txt"  # what makes a folder a checkpoint's
+
+
+def read_processor(folder: Path) -> Any:
+    """The processor of a Hugging Face directory, or of a checkpoint's ``hf`` folder.
+
+    Raises:
+        ConfigError: transformers is not installed, or the folder has no processor that it reads.
+    """
+    if (folder / "config.json").is_file():
+        read_hf_config(folder)  # a family that transformers does not have registers its classes
+    check_links(folder)
+    try:
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever is missing or damaged in it
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"{folder} has no processor that can be read: {reason}; copy the processor's and the "
+            "tokenizer's files of the model there, or name their folder with --hf"
+        ) from error
+
+
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """Ids that end an answer: of generation_config.json, or where there is none, config.json.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    file = next((folder / name for name in (GENERATION, CONFIG) if (folder / name).is_file()), None)
+    if file is None:
+        return ()
+    try:
+        content = json.loads(file.read_text())
+        given = content.get("eos_token_id")
+        if given is None and file.name == CONFIG:
+            given = content.get("text_config", {}).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{file} is not JSON of an object: {error}; repair it") from error
+    tokens = given if isinstance(given, list) else [given]
+    return tuple(token for token in tokens if isinstance(token, int))
+
+
+def loaded_assets(args: Namespace) -> Path | None:
+    """The ``hf`` folder of the checkpoint that the run begins from, if it has one."""
+    for root in (args.load, args.pretrained_checkpoint):
+        if root is not None and (Path(root) / TRACKER).is_file():
+            folder = Path(root) / ASSETS
+            return folder if (folder / "config.json").is_file() else None
+    return None
+
+
+def asset_folders(args: Namespace, file: str) -> list[Path]:
+    """Folders with files of this name (a pattern): the checkpoint's, that of ``--hf``.
+
+    Raises:
+        ConfigError: ``--hf`` names no folder.
+    """
+    if args.hf and not Path(args.hf).is_dir():
+        raise ConfigError(f"--hf {args.hf}: there is no such folder; correct the path")
+    folders = (loaded_assets(args), Path(args.hf) if args.hf else None)
+    return [folder for folder in folders if folder and any(folder.glob(file))]
+
+
+def write_assets(target: Path, config: Any, processor: Any, hf: str | None) -> None:
+    """Write what a checkpoint needs besides weights into a new folder.
+
+    Args:
+        target: the folder.
+        config: Hugging Face configuration.
+        processor: Hugging Face processor.
+        hf: folder of ``--hf``, whose generation settings are taken if it has some.
+    """
+    from transformers import GenerationConfig
+
+    target.mkdir(parents=True)
+    config.save_pretrained(target)
+    processor.save_pretrained(target)
+    given = Path(hf) / GENERATION if hf else None
+    if given is not None and given.is_file():
+        shutil.copy(given, target)
+        return
+    generation = GenerationConfig.from_model_config(config)
+    generation.eos_token_id = processor.tokenizer.eos_token_id
+    generation.save_pretrained(target)

@@ -1,0 +1,1 @@
+"""Attention without Transformer Engine, on PyTorch's fused kernels."""

@@ -1,0 +1,145 @@
+"""What a model family is: all that differs between LLaVA, Qwen2.5-VL and others, as one value.
+
+The description of a model is its Hugging Face configuration (a ``PreTrainedConfig`` of
+transformers, such as ``LlavaConfig``). A family translates it: into Megatron's arguments and
+modules, into a table of parameter names, and one conversation from the form that the Hugging Face
+model takes into a ``Sample``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Generator, Tensor, nn
+
+from megatron.mimo.data.collate import MediaFormat, SampleCollator
+from megatron.mimo.data.sample import Sample
+from megatron.mimo.models.common.assembly import Assembly
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from megatron.core.models.mimo import MimoModelConfig
+    from megatron.mimo.models.common.keys import KeyTable
+    from megatron.mimo.models.common.place import Places
+    from megatron.mimo.models.common.settings import LanguageSettings
+
+__all__ = ["Family", "Media", "ToSample", "sample_collator", "transformers_model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Media:
+    """What the data side needs to know of a model.
+
+    Attributes:
+        special_token_ids: placeholder token id of each modality.
+        formats: as ``SampleCollator.media_formats``.
+        mrope: position ids have three axes.
+    """
+
+    special_token_ids: Mapping[str, int]
+    formats: Mapping[str, MediaFormat | Sequence[MediaFormat]]
+    mrope: bool = False
+
+
+class ToSample(Protocol):
+    """From one conversation in Hugging Face's form to a sample."""
+
+    def __call__(
+        self,
+        config: PreTrainedConfig,
+        features: Mapping[str, Tensor],
+        *,
+        is_label: Tensor | None = None,
+        name: str = "sample",
+    ) -> Sample:
+        """Translate.
+
+        Args:
+            config: of the model.
+            features: what the Hugging Face model's forward takes, for one conversation:
+                ``input_ids`` int64 [1, L], in which every medium stands as all of its placeholder
+                tokens, and the family's media arguments.
+            is_label: bool [L], True where the model has to predict a token; None for every token
+                that is not a placeholder.
+            name: says which sample it is in errors.
+
+        Raises:
+            InputError: tokens and media do not fit each other.
+        """
+
+
+def transformers_model(config: PreTrainedConfig) -> nn.Module:
+    """The class of transformers that ``config.architectures`` names, with random weights."""
+    import transformers
+
+    architecture = (config.architectures or [""])[0]
+    model: nn.Module = getattr(transformers, architecture)(config)
+    return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family.
+
+    Attributes:
+        name: how commands call it ("llava").
+        arguments: Megatron's arguments (by argparse destination) of the language model; a recipe's
+            defaults, so that flags win over them.
+        build: the model's configuration on one rank. The settings describe the language model,
+            the places where each module lives, the configuration everything else.
+        keys: names of the parameters in both formats.
+        media: what the data side needs.
+        sample: one conversation.
+        tiny: a configuration of this family that trains on a CPU in seconds: for tests, and to
+            check an installation.
+        example: one random conversation, in the form that ``sample`` takes, with other numbers
+            and sizes of media at each call.
+        reference: Hugging Face's model of a configuration, with random weights.
+        assembly: how a model is put together from separate ones; None where it cannot be.
+        placeholders: kind of medium -> its placeholder token in Hugging Face's conversations; None
+            where they are the modalities.
+    """
+
+    name: str
+    arguments: Callable[[Any], dict[str, object]]
+    build: Callable[[Any, LanguageSettings, Places], MimoModelConfig]
+    keys: Callable[[Any], KeyTable]
+    media: Callable[[Any], Media]
+    sample: ToSample
+    tiny: Callable[[], Any]
+    example: Callable[[Any, Generator], dict[str, Tensor]]
+    reference: Callable[[Any], nn.Module] = transformers_model
+    assembly: Assembly | None = None
+    placeholders: Callable[[Any], Mapping[str, int]] | None = None
+
+
+def sample_collator(
+    family: Family, config: Any, *, seq_length: int, vocab_size: int
+) -> SampleCollator:
+    """The collator of a model; it pads with the model's padding token.
+
+    Where that stands for a medium, or there is none, it pads with the first token that stands for
+    none.
+
+    Args:
+        family: the model's.
+        config: its configuration.
+        seq_length: tokens of a row.
+        vocab_size: tokens of the model, without padding.
+    """
+    media = family.media(config)
+    taken = set(media.special_token_ids.values())
+    pad_id = getattr(config.get_text_config(), "pad_token_id", None)
+    if pad_id is None or pad_id in taken or not 0 <= pad_id < vocab_size:
+        pad_id = next(token for token in range(vocab_size) if token not in taken)
+    return SampleCollator(
+        seq_length=seq_length,
+        vocab_size=vocab_size,
+        pad_id=pad_id,
+        special_token_ids=media.special_token_ids,
+        media_formats=media.formats,
+        mrope=media.mrope,
+    )

@@ -1,0 +1,1 @@
+"""LLaVA: images of one size."""

@@ -1,0 +1,1 @@
+"""LLaVA with ears: images and audio."""

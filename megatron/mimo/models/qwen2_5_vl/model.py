@@ -1,0 +1,167 @@
+"""Qwen2.5-VL: images and clips of any size through a windowed vision transformer, and a Qwen2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.mimo.data import MediaFormat
+from megatron.mimo.models.common.config_fields import check_fields
+from megatron.mimo.models.common.family import Family, Media
+from megatron.mimo.models.common.language import language_arguments, language_spec
+from megatron.mimo.models.common.llava_kind import text_config
+from megatron.mimo.models.common.place import Places
+from megatron.mimo.models.common.settings import LanguageSettings
+from megatron.mimo.models.common.tiny import TINY_TEXT, random_text
+from megatron.mimo.models.qwen2_5_vl.keys import key_table
+from megatron.mimo.models.qwen2_5_vl.sample import sample
+from megatron.mimo.models.qwen2_5_vl.vision import ENCODER, patch_values, vision_specs
+
+__all__ = ["FAMILY"]
+
+
+def arguments(config: Any) -> dict[str, object]:
+    """Megatron's arguments of the language model."""
+    check_fields(config)
+    text, given = text_config(config), config.vision_config.out_hidden_size
+    if given != text.hidden_size:
+        raise ConfigError(
+            f"vision_config.out_hidden_size is {given}; expected {text.hidden_size}, the language "
+            "model's hidden size"
+        )
+    # The fused rotation takes neither packed rows nor several samples with positions in 3 axes.
+    return {**language_arguments(text), "apply_rope_fusion": False}
+
+
+def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelConfig:
+    """The model of one rank."""
+    images = ModuleSpec(
+        module=VisionModalitySubmodules,
+        submodules=vision_specs(config.vision_config, settings.transformer, places["images"]),
+    )
+    return MimoModelConfig(
+        language_model_spec=language_spec(settings, places.language),
+        modality_submodules_spec={"images": images},
+        special_token_ids={"images": config.image_token_id},
+    )
+
+
+def media(config: Any) -> Media:
+    """One item is one image or clip."""
+    values = patch_values(config.vision_config)
+    return Media(
+        special_token_ids={"images": config.image_token_id},
+        formats={
+            "images": MediaFormat(
+                encoder=ENCODER,
+                inputs={
+                    "pixel_values": (torch.float32, (None, values)),
+                    "grid": (torch.int64, (3,)),
+                },
+                on_host=("grid",),
+            )
+        },
+        mrope=True,
+    )
+
+
+def tiny() -> Any:
+    """A Qwen2.5-VL of about 0.2 million parameters, with windows of 2 x 2 squares."""
+    from transformers import Qwen2_5_VLConfig
+
+    return Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 4,
+            "patch_size": 4,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+            "out_hidden_size": 64,
+            "initializer_range": 0.2,
+        },
+        text_config={
+            **TINY_TEXT,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1_000_000.0,
+                "mrope_section": [2, 3, 3],
+            },
+        },
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+        image_token_id=5,
+        video_token_id=6,
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+    )
+
+
+def example(config: Any, generator: Generator) -> dict[str, Tensor]:
+    """One to three images and clips with text before, between and behind them."""
+    placeholders = [config.image_token_id, config.video_token_id]
+    around = [config.vision_start_token_id, config.vision_end_token_id]
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    def text() -> Tensor:
+        return random_text(config, [*placeholders, *around], generator)
+
+    tokens = [text()]
+    grids: dict[int, list[list[int]]] = {token: [] for token in placeholders}
+    for _ in range(number(1, 4)):
+        is_video = number(0, 2) == 1
+        placeholder = config.video_token_id if is_video else config.image_token_id
+        # Sides of 1 to 5 squares: less than a window, and no multiple of one.
+        frames, most = (number(2, 4), 4) if is_video else (1, 6)
+        down, across = number(1, most), number(1, most)
+        merge = config.vision_config.spatial_merge_size
+        grids[placeholder].append([frames, down * merge, across * merge])
+        tokens += [
+            torch.tensor(around[:1]),
+            torch.full((frames * down * across,), placeholder),
+            torch.tensor(around[1:]),
+            text(),
+        ]
+    tokens_1L = torch.cat(tokens)[None]
+    features = {
+        "input_ids": tokens_1L,
+        "mm_token_type_ids": (tokens_1L == config.image_token_id).int()
+        + 2 * (tokens_1L == config.video_token_id).int(),
+    }
+    names = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+    values = patch_values(config.vision_config)
+    for (pixels, grid), sizes in zip(names, grids.values(), strict=True):
+        if sizes:
+            features[grid] = torch.tensor(sizes)
+            patches = int(features[grid].prod(dim=1).sum())
+            features[pixels] = torch.randn(patches, values, generator=generator)
+    clips = len(grids[config.video_token_id])
+    if clips:
+        # Fractions, so that positions are rounded.
+        features["second_per_grid_ts"] = 0.3 + torch.rand(clips, generator=generator)
+    return features
+
+
+FAMILY = Family(
+    name="qwen2_5_vl",
+    arguments=arguments,
+    build=build,
+    keys=key_table,
+    media=media,
+    sample=sample,
+    tiny=tiny,
+    example=example,
+    placeholders=lambda config: {
+        "images": config.image_token_id,
+        "videos": config.video_token_id,
+    },
+)

@@ -1,0 +1,1 @@
+"""Qwen2-Audio: clips of any length."""

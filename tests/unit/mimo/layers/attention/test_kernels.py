@@ -1,0 +1,120 @@
+"""Tiles merged by their log-sum-exp, on every kernel; the core attention on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.attention_oracle import (
+    assert_equal,
+    attention_by_definition,
+    make_inputs,
+    packed_pairs,
+    pairs,
+)
+
+D = 16
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_tiles_over_different_keys_merge(device: str, dtype: torch.dtype) -> None:
+    """Causal attention as two blocks of queries: three tiles, two of them for the second."""
+    from megatron.mimo.layers.attention.context_parallel import Tiling, attend_tiles
+    from megatron.mimo.layers.attention.tiles import Plan, Tile
+    from megatron.mimo.layers.attention.visibility import Visibility
+
+    S, B, H, G = 96, 2, 4, 2
+    early, late = slice(0, 32), slice(32, 96)
+    tiles = (
+        Tile(q=early, k=early, causal=True),
+        Tile(q=late, k=early),
+        Tile(q=late, k=late, causal=True, first=False),
+    )
+    how = Tiling(
+        plan=Plan(steps=(tiles,), single=False), visibility=Visibility(ahead=0), scale=D**-0.5
+    )
+    inputs = tuple(tensor.to(device, dtype) for tensor in make_inputs(S, B, (H, G), D))
+    q, k, v = (tensor.clone().requires_grad_() for tensor in inputs[:3])
+    out = attend_tiles(
+        q.view(S, B * G, H // G, D), k.view(S, B * G, D), v.view(S, B * G, D), how
+    ).reshape(S, B, H * D)
+    out.backward(inputs[3])
+    results = [tensor.cpu() for tensor in (out.detach(), q.grad, k.grad, v.grad)]
+    seen = pairs(S, S, lambda i, j: j <= i).expand(B, -1, -1)
+    expected = attention_by_definition(tuple(tensor.cpu() for tensor in inputs), seen)
+    assert_equal(results, expected, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, (7, 0)], ids=["causal", "window"])
+@pytest.mark.parametrize("padded", [None, [40, 60]], ids=["tight", "padded"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_on_a_gpu(dtype: torch.dtype, window: Any, padded: Any, packed: bool) -> None:
+    from tests.unit.mimo.layers.attention.test_core_attention import build, packed_params, run
+
+    if padded and not packed:
+        pytest.skip("padding between documents is of packed rows")
+    places = (padded or [30, 60]) if packed else [90]
+    lengths = [30, 60] if packed else [90]
+    inputs = make_inputs(sum(places), 1, (4, 2), D)
+    half = tuple(tensor.to("cuda", dtype) for tensor in inputs)
+    params = packed_params(lengths, padded) if packed else None
+    for name, value in vars(params).items() if params is not None else ():
+        if isinstance(value, torch.Tensor):
+            setattr(params, name, value.cuda())
+    behind = 90 if window is None else 7
+    seen = packed_pairs(lengths, places, sum(places), lambda i, j: i - behind <= j <= i)
+    half[3][~seen[0].any(1)] = 0  # the loss does not look at padding
+    module = build("causal", (4, 2), window_size=window)
+    results = [result.cpu() for result in run(module, half, None, packed_seq_params=params)]
+    results[0][~seen[0].any(1)] = 0
+    expected = attention_by_definition(tuple(tensor.cpu() for tensor in half), seen)
+    assert_equal(results, expected, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.gpu
+def test_boundaries_are_copied_to_the_host_once() -> None:
+    from megatron.mimo.layers.attention import packed_lengths
+
+    sums = torch.tensor([0, 5, 9], device="cuda")
+    assert packed_lengths._host_values(sums) == [0, 5, 9]
+    assert packed_lengths._host_values(sums) is packed_lengths._host_values(sums)
+    sums[1] = 4
+    assert packed_lengths._host_values(sums) == [0, 4, 9]
+
+
+KERNELS = {
+    "_scaled_dot_product_flash_attention_for_cpu": (
+        "query key value dropout_p is_causal attn_mask scale",
+        "output logsumexp",
+    ),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": (
+        "grad_out query key value out logsumexp dropout_p is_causal attn_mask scale",
+        "grad_query grad_key grad_value",
+    ),
+    "_scaled_dot_product_flash_attention": (
+        "query key value dropout_p is_causal return_debug_mask scale",
+        "output logsumexp cum_seq_q cum_seq_k max_q max_k rng_state unused debug_attn_mask",
+    ),
+    "_scaled_dot_product_flash_attention_backward": (
+        "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p "
+        "is_causal philox_seed philox_offset scale",
+        "grad_query grad_key grad_value",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_take_and_return_what_is_passed(name: str) -> None:
+    """They are torch's own business, and a new torch may change them: CUDA's too, seen on CPU."""
+    schema = getattr(torch.ops.aten, name).default._schema
+    arguments = " ".join(argument.name for argument in schema.arguments)
+    results = " ".join(result.name for result in schema.returns)
+    assert (arguments, results) == KERNELS[name]

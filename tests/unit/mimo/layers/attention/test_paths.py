@@ -1,0 +1,97 @@
+"""torch's ``varlen_attn`` with the signatures that it has had: grouped queries on each of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.mimo.backend import Capabilities
+from megatron.mimo.layers.attention import paths as attention_paths
+from megatron.mimo.layers.attention.paths import Rule, _packed_fused
+from megatron.mimo.layers.attention.visibility import Visibility
+
+LENGTHS = (3, 5)
+
+
+def of_torch_2_11(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    assert query.size(1) == key.size(1) == value.size(1), "as the kernel of torch 2.11 wants it"
+    return plain(query, key, value, cu_seq_q, scale)
+
+
+def of_torch_2_14(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> Tensor:
+    shared = query.size(1) // key.size(1)
+    assert enable_gqa or shared == 1
+    key, value = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
+    return plain(query, key, value, cu_seq_q, scale)
+
+
+def plain(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, bounds: Tensor, scale: Any) -> Tensor:
+    out = torch.empty_like(q_THD)
+    for start, stop in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
+        q, k, v = (tensor[start:stop].transpose(0, 1) for tensor in (q_THD, k_THD, v_THD))
+        scores = (q @ k.transpose(1, 2)) * scale
+        out[start:stop] = (scores.softmax(-1) @ v).transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("kernel", [of_torch_2_11, of_torch_2_14])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_grouped_queries_on_every_signature(
+    kernel: Any, key_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import inspect
+
+    from torch.nn.attention import varlen
+
+    names = frozenset(inspect.signature(kernel).parameters)
+    machine = Capabilities(device="cuda", varlen_arguments=names)
+    monkeypatch.setattr(attention_paths, "capabilities", lambda: machine)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    generator = torch.Generator().manual_seed(3)
+    T = sum(LENGTHS)
+    q, k, v = (torch.randn(T, heads, 8, generator=generator) for heads in (4, key_heads, key_heads))
+    bounds = torch.tensor([0, LENGTHS[0], T], dtype=torch.int32)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=max(LENGTHS),
+        max_seqlen_kv=max(LENGTHS),
+    )
+    rule = Rule(visibility=Visibility(), scale=1 / math.sqrt(8))
+    got = _packed_fused(q, k, v, rule, packed)
+    k, v = (tensor.repeat_interleave(4 // key_heads, dim=1) for tensor in (k, v))
+    torch.testing.assert_close(got, plain(q, k, v, bounds, rule.scale))

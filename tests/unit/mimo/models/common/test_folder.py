@@ -1,0 +1,86 @@
+"""A Hugging Face folder is data: no link out of it is followed, none of its Python is run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.checkpoints.assets import read_processor
+from megatron.mimo.models import load_family, read_hf_config
+from megatron.mimo.models.common.folder import check_links
+from megatron.mimo.recipes.tiny.processors import llava_processor
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    config: Any = load_family("llava").tiny()
+    config.save_pretrained(tmp_path / "hf")
+    llava_processor(config).save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_links_out_of_a_folder_are_refused(folder: Path) -> None:
+    (folder.parent / "secret").write_text("of this machine")
+    for target in (folder.parent / "secret", Path("../secret"), Path("/nowhere"), folder.parent):
+        link = folder / "notes.txt"
+        link.symlink_to(target)
+        for read in (check_links, read_hf_config, read_processor):
+            with pytest.raises(ConfigError, match=r"notes\.txt is a symbolic link to .* outside"):
+                read(folder)
+        link.unlink()
+    (folder / "more").mkdir()
+    (folder / "more" / "deep").symlink_to("../../secret")
+    with pytest.raises(ConfigError, match="more/deep is a symbolic link"):
+        check_links(folder)
+
+
+def test_links_within_a_folder_and_to_one_pass(folder: Path) -> None:
+    (folder / "same.json").symlink_to("config.json")
+    (folder.parent / "link").symlink_to(folder)
+    check_links(folder.parent / "link")
+
+
+def test_a_snapshot_of_the_hubs_cache_passes(folder: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/0f", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        if path.is_file():
+            shutil.move(path, blobs / str(number))
+            (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert read_hf_config(snapshot).model_type == "llava"
+    (snapshot / "x").symlink_to("../../../secret")
+    with pytest.raises(ConfigError, match="x is a symbolic link"):
+        read_hf_config(snapshot)
+
+
+PYTHON = "from pathlib import Path\nPath({0!r}).touch()\n"
+
+
+def test_python_of_a_folder_is_never_run_and_nobody_is_asked(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = tmp_path / "ran"
+    (folder / "code.py").write_text(PYTHON.format(str(ran)) + "class C: ...\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    content = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "code.C", "AutoProcessor": "code.C", "AutoTokenizer": ["code.C", None]}
+    (folder / "config.json").write_text(
+        json.dumps({**content, "model_type": "of_its_own", "auto_map": auto})
+    )
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read: .*trust_remote_code"):
+        read_hf_config(folder)
+    (folder / "config.json").write_text(json.dumps({**content, "auto_map": auto}))
+    for path in folder.glob("*_config.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": auto}))
+    assert read_hf_config(folder).model_type == "llava"
+    with contextlib.suppress(ConfigError):  # where only the folder's Python could read it
+        read_processor(folder)
+    assert not ran.exists()
