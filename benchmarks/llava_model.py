@@ -141,11 +141,11 @@ def our_losses(size: str, model: Any, device: Any) -> dict[str, Loss]:
 
 def _ours(model: Any, batch: dict[str, Any], device: Any, dtype: Any) -> Loss:
     """A function that gives our loss of a collated micro-batch."""
+    from megatron.mimo.data.batch import keep_for_stage
     from megatron.mimo.data.broadcast import move
-    from megatron.mimo.training.data import stage_part
     from megatron.mimo.training.forward_step import model_inputs
 
-    batch = move(stage_part(batch, pre_process=True, post_process=True, dtype=dtype), device)
+    batch = move(keep_for_stage(batch, pre_process=True, post_process=True, dtype=dtype), device)
 
     def loss() -> Tensor:
         losses_BS, mask_BS = model(**model_inputs(batch, labels=batch["labels"]))

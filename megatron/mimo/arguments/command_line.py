@@ -20,13 +20,13 @@ from typing import Any, NoReturn
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.arguments.given import check_effect, given_by_user, said_of, settle_rivals
+from megatron.mimo.arguments.part_flags import add_part_arguments, check_parts
 from megatron.mimo.arguments.prerequisites import check_prerequisites
 from megatron.mimo.arguments.saving import check_saving
 from megatron.mimo.backend import Capabilities
 from megatron.mimo.backend.defaults import argument_defaults, check_arguments
 from megatron.mimo.recipes import DEFAULT_RECIPE, recipe_summaries
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.training.parts import add_part_arguments, check_parts
 
 __all__ = ["EarlyArguments", "list_recipes", "parse_arguments", "parse_early"]
 

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.checkpoints.folders import ASSETS, TRACKER
 from megatron.mimo.models import read_hf_config
 from megatron.mimo.models.common.folder import check_links
 
 __all__ = [
-    "ASSETS",
     "CONFIG",
     "PROCESSOR",
-    "TRACKER",
     "asset_folders",
     "end_tokens",
     "loaded_assets",
@@ -24,10 +23,8 @@ __all__ = [
     "write_assets",
 ]
 
-ASSETS = "hf"
 CONFIG, PROCESSOR = "config.json", "*processor_config.json"
 GENERATION = "generation_config.json"
-TRACKER = "latest_checkpointed_iteration.txt"  # what makes a folder a checkpoint's
 
 
 def read_processor(folder: Path) -> Any:

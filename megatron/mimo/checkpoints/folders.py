@@ -19,6 +19,7 @@ from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.backend.pickles import load_index, load_object
 
 __all__ = [
+    "ASSETS",
     "RELEASE",
     "TRACKER",
     "checkpoints",
@@ -31,6 +32,9 @@ __all__ = [
 ]
 
 TRACKER = "latest_checkpointed_iteration.txt"
+"""The file that makes a folder one of checkpoints: it names the last."""
+ASSETS = "hf"
+"""The folder beside the checkpoints with all that a model has besides weights."""
 RELEASE = "release"  # in place of an iteration: weights that were imported, without a run's state
 _NAME = re.compile(r"iter_(\d{7,})")
 

@@ -36,11 +36,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.core.models.mimo.submodules.state import WITHOUT_EXTRA_STATE
 from megatron.mimo.backend.pickles import load_index
-from megatron.mimo.checkpoints.folders import RELEASE, TRACKER, newest, problem, write_text
+from megatron.mimo.checkpoints.folders import ASSETS, RELEASE, TRACKER, newest, problem, write_text
 from megatron.mimo.checkpoints.slots import STATE_METADATA
 
 __all__ = [
-    "ASSETS",
     "CheckpointFile",
     "CheckpointReader",
     "finish_checkpoint",
@@ -48,7 +47,6 @@ __all__ = [
     "without_checksums",
 ]
 
-ASSETS = "hf"
 
 # Not a tensor, and not of a run: what a Megatron that starts from these weights asks for.
 _COMMON = {

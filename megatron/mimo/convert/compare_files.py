@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from megatron.mimo.checkpoints.folders import ASSETS
 from megatron.mimo.checkpoints.match import match_names
 from megatron.mimo.checkpoints.slots import match_slots, model_slots
-from megatron.mimo.checkpoints.torch_dist import ASSETS, CheckpointReader
+from megatron.mimo.checkpoints.torch_dist import CheckpointReader
 from megatron.mimo.convert.assets import CARRIED_FILE
 from megatron.mimo.convert.exporting import read_parameter
 from megatron.mimo.convert.importing import meta_model

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.mimo.checkpoints.folders import ASSETS
 from megatron.mimo.checkpoints.slots import Slot, match_slots, model_slots
-from megatron.mimo.checkpoints.torch_dist import ASSETS, CheckpointReader, locate
+from megatron.mimo.checkpoints.torch_dist import CheckpointReader, locate
 from megatron.mimo.convert.assets import CARRIED_FILE, copy_assets, read_name_index
 from megatron.mimo.convert.importing import meta_model
 from megatron.mimo.convert.meter import Meter

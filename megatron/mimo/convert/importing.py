@@ -13,11 +13,10 @@ from torch import Tensor
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.checkpoints.folders import RELEASE
+from megatron.mimo.checkpoints.folders import ASSETS, RELEASE
 from megatron.mimo.checkpoints.match import Match, check_shapes, match_names
 from megatron.mimo.checkpoints.slots import Slot, match_slots, model_objects, model_slots
 from megatron.mimo.checkpoints.torch_dist import (
-    ASSETS,
     CheckpointFile,
     finish_checkpoint,
     without_checksums,

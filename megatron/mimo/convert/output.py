@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.checkpoints.folders import ASSETS
 from megatron.mimo.checkpoints.match import match_names
-from megatron.mimo.checkpoints.torch_dist import ASSETS
 from megatron.mimo.convert.assets import CARRIED_FILE, NameIndex
 from megatron.mimo.convert.meter import Meter
 from megatron.mimo.convert.weights import WeightsFile, make_header, weights_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.mimo.convert.part_weights import Growth
-from megatron.mimo.recipes.tiny.tokenizer import LLAVA_TEMPLATE
+from megatron.mimo.models.common.templates import LLAVA_TEMPLATE
 
 __all__ = ["add_tokens", "chat_template"]
 

@@ -14,8 +14,9 @@ import torch
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.backend.exact import forbid_tf32
+from megatron.mimo.checkpoints.folders import ASSETS
 from megatron.mimo.checkpoints.match import check_spellings
-from megatron.mimo.checkpoints.torch_dist import ASSETS, locate
+from megatron.mimo.checkpoints.torch_dist import locate
 from megatron.mimo.convert.compare import Comparison
 from megatron.mimo.convert.compare_files import SHOWN, Finding, compare_config, compare_weights
 from megatron.mimo.convert.conversations import coverage

@@ -13,7 +13,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,8 @@ from megatron.mimo.data.chat_media import read_medium
 from megatron.mimo.data.chat_text import ChatText
 from megatron.mimo.data.conversations import MEDIA_KINDS, Conversation, Part
 from megatron.mimo.data.media_files import MediaLimits, Video
+from megatron.mimo.data.model_inputs import ConversationModel
 from megatron.mimo.data.sample import Sample
-
-if TYPE_CHECKING:
-    from megatron.mimo.models.common.family import Family
 
 __all__ = ["Chat"]
 
@@ -39,7 +37,7 @@ class Chat:
     """Turns conversations into the samples of one model.
 
     Attributes:
-        family: the model's.
+        family: the model's family.
         config: its Hugging Face configuration.
         processor: its Hugging Face processor, with a fast tokenizer and a chat template.
         video_fps: frames per second that are kept of a video file, and that a folder of frames
@@ -52,7 +50,7 @@ class Chat:
             for a modality's placeholder, or tokens that the model does not have.
     """
 
-    family: Family
+    family: ConversationModel
     config: Any
     processor: Any
     video_fps: float = 2.0

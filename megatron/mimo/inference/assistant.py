@@ -143,7 +143,8 @@ def open_assistant(
     """
     from megatron.mimo.arguments.standalone import build_model, model_arguments
     from megatron.mimo.checkpoints.assets import end_tokens, read_processor
-    from megatron.mimo.checkpoints.torch_dist import ASSETS, locate
+    from megatron.mimo.checkpoints.folders import ASSETS
+    from megatron.mimo.checkpoints.torch_dist import locate
     from megatron.mimo.models import family_of, read_hf_config
     from megatron.mimo.models.common.family import sample_collator
     from megatron.mimo.recipes.media_flags import kept_video_fps

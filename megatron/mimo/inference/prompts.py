@@ -20,8 +20,8 @@ from megatron.core.models.mimo.alignment import AlignmentPlan, Stream, build_ali
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data import SampleCollator
+from megatron.mimo.data.batch import Batch, Collator
 from megatron.mimo.data.sample import Sample
-from megatron.mimo.recipes.recipe import Batch, Collator
 
 __all__ = [
     "PromptBatch",
@@ -166,10 +166,10 @@ def on_device(
         dtype: of the model's parameters: what media become that are of a floating dtype.
         embeds: the stage has the embedding and the encoders; others are given no media.
     """
+    from megatron.mimo.data.batch import keep_for_stage
     from megatron.mimo.data.broadcast import move
-    from megatron.mimo.training.data import stage_part
 
-    media = stage_part(
+    media = keep_for_stage(
         {"modality_inputs": batch.modality_inputs},
         pre_process=embeds,
         post_process=False,

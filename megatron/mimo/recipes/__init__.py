@@ -29,24 +29,27 @@ _RECIPES = {
     "llava_1_5_7b": ("llava:llava_1_5_7b", "LLaVA 1.5, CLIP + Vicuna 7B"),
     "llava_avlm": ("llava_avlm:llava_avlm", "LLaVA with ears, CLIP + Whisper large + Vicuna 7B"),
     "llava_avlm_tiny": (
-        "llava_avlm:llava_avlm_tiny",
+        "tiny.twins:llava_avlm_tiny",
         "LLaVA with ears of 0.3 million parameters: digits and tones",
     ),
     "llava_next": ("llava_next:llava_next", "LLaVA 1.6, CLIP on tiles + Mistral 7B"),
     "llava_next_tiny": (
-        "llava_next:llava_next_tiny",
+        "tiny.twins:llava_next_tiny",
         "LLaVA 1.6 of 0.2 million parameters that reads scanned digits",
     ),
-    "llava_tiny": ("llava:llava_tiny", "LLaVA of 0.2 million parameters that reads scanned digits"),
+    "llava_tiny": (
+        "tiny.twins:llava_tiny",
+        "LLaVA of 0.2 million parameters that reads scanned digits",
+    ),
     "qwen2_5_vl_3b": ("qwen2_5_vl:qwen2_5_vl_3b", "Qwen2.5-VL 3B, images and video"),
     "qwen2_5_vl_7b": ("qwen2_5_vl:qwen2_5_vl_7b", "Qwen2.5-VL 7B, images and video"),
     "qwen2_5_vl_tiny": (
-        "qwen2_5_vl:qwen2_5_vl_tiny",
+        "tiny.twins:qwen2_5_vl_tiny",
         "Qwen2.5-VL of 0.2 million parameters that reads digits in images and clips",
     ),
     "qwen2_audio_7b": ("qwen2_audio:qwen2_audio_7b", "Qwen2-Audio, Whisper large + Qwen 7B"),
     "qwen2_audio_tiny": (
-        "qwen2_audio:qwen2_audio_tiny",
+        "tiny.twins:qwen2_audio_tiny",
         "Qwen2-Audio of 0.2 million parameters that names tones",
     ),
 }

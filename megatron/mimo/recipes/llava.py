@@ -12,9 +12,6 @@ from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.published import clip_large, vicuna
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.recipes.settings import FINETUNING, presets_of
-from megatron.mimo.recipes.tiny.processors import llava_processor
-from megatron.mimo.recipes.tiny.tasks import say_digits
-from megatron.mimo.recipes.tiny.twin import twin
 
 _PASS = {"train_iters": 5200}  # one pass over 665 thousand instructions
 
@@ -27,19 +24,6 @@ def llava_1_5_7b() -> Recipe:
 def llava_1_5_13b() -> Recipe:
     """CLIP ViT-L/14 at 336 pixels and Vicuna 13B."""
     return _llava("llava_1_5_13b", "LLaVA 1.5, CLIP + Vicuna 13B", 5120, 13824, 40, 40)
-
-
-def llava_tiny() -> Recipe:
-    """The same, small enough to learn digits in seconds."""
-    return twin(
-        name="llava_tiny",
-        summary="LLaVA of 0.2 million parameters that reads scanned digits",
-        family="llava",
-        processor=llava_processor,
-        make=say_digits,
-        questions=32,
-        answer_tokens=6,
-    )
 
 
 def _llava(name: str, summary: str, hidden: int, ffn: int, layers: int, heads: int) -> Recipe:

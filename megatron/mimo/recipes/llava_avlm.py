@@ -8,9 +8,6 @@ from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.published import WHISPER_LARGE, clip_large, vicuna
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.recipes.settings import FINETUNING, presets_of
-from megatron.mimo.recipes.tiny.processors import llava_avlm_processor
-from megatron.mimo.recipes.tiny.tasks import say_tones_and_digits
-from megatron.mimo.recipes.tiny.twin import twin
 
 
 def llava_avlm() -> Recipe:
@@ -22,19 +19,6 @@ def llava_avlm() -> Recipe:
         config=_config,
         arguments=FINETUNING | {"seq_length": 4096},
         presets=presets_of("images", "audio"),
-    )
-
-
-def llava_avlm_tiny() -> Recipe:
-    """The same, small enough to learn digits and tones in seconds."""
-    return twin(
-        name="llava_avlm_tiny",
-        summary="LLaVA with ears of 0.3 million parameters: digits and tones",
-        family="llava_avlm",
-        processor=llava_avlm_processor,
-        make=say_tones_and_digits,
-        questions=32,
-        answer_tokens=10,
     )
 
 

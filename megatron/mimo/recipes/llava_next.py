@@ -11,9 +11,6 @@ from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.published import clip_large
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.recipes.settings import FINETUNING, presets_of
-from megatron.mimo.recipes.tiny.processors import llava_next_processor
-from megatron.mimo.recipes.tiny.tasks import say_digits
-from megatron.mimo.recipes.tiny.twin import twin
 
 # The encoder is trained as well, slowly, as LLaVA 1.6 does.
 _FULL: dict[str, object] = {"lr": 1e-5, "module_lr": [("images.encoders", 2e-6)]}
@@ -29,20 +26,6 @@ def llava_next() -> Recipe:
         arguments=FINETUNING | {"seq_length": 4096},
         presets=presets_of("images")
         | {"full": {"lr": 1e-5, "module_lr": [("images.encoders", 2e-6)]}},
-    )
-
-
-def llava_next_tiny() -> Recipe:
-    """The same, small enough to learn digits in seconds."""
-    return twin(
-        name="llava_next_tiny",
-        summary="LLaVA 1.6 of 0.2 million parameters that reads scanned digits",
-        family="llava_next",
-        processor=llava_next_processor,
-        make=say_digits,
-        questions=32,
-        answer_tokens=6,
-        seq_length=160,  # up to two images of five tiles
     )
 
 

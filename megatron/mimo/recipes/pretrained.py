@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.checkpoints.assets import (
-    ASSETS,
     CONFIG,
     PROCESSOR,
-    TRACKER,
     asset_folders,
     end_tokens,
     loaded_assets,
     read_processor,
     write_assets,
 )
+from megatron.mimo.checkpoints.folders import ASSETS, TRACKER
 from megatron.mimo.models import family_of, load_family, read_hf_config
 from megatron.mimo.recipes.described import refuse_other_model
 from megatron.mimo.recipes.language import language_settings

@@ -7,9 +7,6 @@ from typing import Any
 from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.recipes.settings import FINETUNING, presets_of
-from megatron.mimo.recipes.tiny.processors import qwen2_5_vl_processor
-from megatron.mimo.recipes.tiny.tasks import digits_or_clip
-from megatron.mimo.recipes.tiny.twin import twin
 
 
 def qwen2_5_vl_3b() -> Recipe:
@@ -36,19 +33,6 @@ def qwen2_5_vl_7b() -> Recipe:
         "vocab_size": 152064,
     }
     return _qwen("qwen2_5_vl_7b", "Qwen2.5-VL 7B, images and video", text, tied=False)
-
-
-def qwen2_5_vl_tiny() -> Recipe:
-    """The same, small enough to learn digits in seconds."""
-    return twin(
-        name="qwen2_5_vl_tiny",
-        summary="Qwen2.5-VL of 0.2 million parameters that reads digits in images and clips",
-        family="qwen2_5_vl",
-        processor=qwen2_5_vl_processor,
-        make=digits_or_clip,
-        questions=32,
-        answer_tokens=6,
-    )
 
 
 def _qwen(name: str, summary: str, text: dict[str, int], *, tied: bool) -> Recipe:

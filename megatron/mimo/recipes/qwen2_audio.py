@@ -8,9 +8,6 @@ from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.published import WHISPER_LARGE
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.recipes.settings import FINETUNING, presets_of
-from megatron.mimo.recipes.tiny.processors import qwen2_audio_processor
-from megatron.mimo.recipes.tiny.tasks import say_tones
-from megatron.mimo.recipes.tiny.twin import twin
 
 
 def qwen2_audio_7b() -> Recipe:
@@ -22,19 +19,6 @@ def qwen2_audio_7b() -> Recipe:
         config=_config,
         arguments=FINETUNING | {"lr": 1e-5},
         presets=presets_of("audio"),
-    )
-
-
-def qwen2_audio_tiny() -> Recipe:
-    """The same, small enough to learn tones in seconds."""
-    return twin(
-        name="qwen2_audio_tiny",
-        summary="Qwen2-Audio of 0.2 million parameters that names tones",
-        family="qwen2_audio",
-        processor=qwen2_audio_processor,
-        make=say_tones,
-        questions=32,
-        answer_tokens=12,
     )
 
 

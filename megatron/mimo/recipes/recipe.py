@@ -13,15 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron.mimo.data.batch import Batch, Collator
+
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from megatron.core.models.mimo import MimoModel, MimoModelConfig
     from megatron.mimo.data.sample import Sample
     from megatron.mimo.models.common.place import Places
-
-Batch = dict[str, Any]
-Collator = Callable[[Sequence["Sample"]], Batch]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -18,14 +18,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
-from megatron.core.models.mimo.model.embedding import cut_for_rank
-from megatron.core.models.mimo.partition.packing import packed_params
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.mimo.data import PackedDataset, PackingCollator, SampleCollator
+from megatron.mimo.data.batch import Batch, Collator, batch_device, keep_for_stage
 from megatron.mimo.data.broadcast import broadcast_batch
 from megatron.mimo.data.packing import rows_of
 from megatron.mimo.process.children import left_to_parent, start_reading
-from megatron.mimo.recipes.recipe import Batch, Collator, Datasets, Recipe
+from megatron.mimo.recipes.recipe import Datasets, Recipe
 from megatron.mimo.training.origins import SampleFinder
 
 _ROW_MULTIPLE = 8  # tokens; samples are planned into rows as if padded to a multiple of it
@@ -131,49 +130,6 @@ class BatchStream:
         return self._keep(next(self._batches))
 
 
-def stage_part(
-    batch: Batch,
-    *,
-    pre_process: bool,
-    post_process: bool,
-    dtype: torch.dtype,
-    adapter: PartitionAdapter | None = None,
-) -> Batch:
-    """Leave out what a pipeline stage has no use for, before it is moved anywhere.
-
-    Floating-point encoder inputs become ``dtype``, the dtype of the model's parameters. With an
-    ``adapter`` the plan is cut for this rank's part of the sequence, while it is on the host.
-    """
-    drop = set() if pre_process else {"modality_inputs", "alignment_plan"}
-    drop |= set() if post_process else {"labels", "loss_mask"}
-    part = {name: value for name, value in batch.items() if name not in drop}
-    if adapter is not None and part.get("alignment_plan") is not None:
-        packed = packed_params(
-            batch.get("packing_kwargs"), tokens=batch["input_ids"].size(1), cp_size=adapter.cp_size
-        )
-        part["alignment_plan"] = cut_for_rank(part["alignment_plan"], adapter, packed)
-    if part.get("modality_inputs"):
-        part["modality_inputs"] = _cast(part["modality_inputs"], dtype)
-    return part
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _cast(part, dtype) for name, part in value.items()}
-    if isinstance(value, list):  # items of any size, or numbers that stay on the host
-        return [_cast(part, dtype) for part in value]
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.to(dtype)
-    return value
-
-
-def training_device() -> torch.device:
-    """Where this rank's batches go."""
-    if torch.distributed.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
 def dataset_provider(
     recipe: Recipe, args: Namespace, samples: SampleFinder | None = None
 ) -> Callable[..., tuple[Any, Any, Any]]:
@@ -198,7 +154,7 @@ def dataset_provider(
         pack = packing_collator(recipe.name, args, collate) if args.pack else None
         dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         keep = partial(
-            stage_part,
+            keep_for_stage,
             pre_process=first,
             post_process=last,
             dtype=args.params_dtype,
@@ -228,7 +184,7 @@ def dataset_provider(
             return BatchStream(
                 lambda: read_batches(batches, numbers, args.num_workers if training else 0),
                 group=mpu.get_tensor_model_parallel_group(),
-                device=training_device(),
+                device=batch_device(),
                 keep=keep,
             )
 

@@ -10,7 +10,7 @@ from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.models.common.place import Place, Places
 from megatron.mimo.models.common.vocabulary import leave_out_padding
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.training.parts import Trained, apply_parts, survey_parts
+from megatron.mimo.training.trained_parts import Trained, apply_parts, survey_parts
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel

@@ -14,8 +14,8 @@ from megatron.mimo.training.optimizer_state import keep_state_whole
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
+    from megatron.mimo.arguments.part_flags import Rate
     from megatron.mimo.training.model import ModelBuilder
-    from megatron.mimo.training.parts import Rate
 
 __all__ = ["part_optimizer", "rate_overrides"]
 

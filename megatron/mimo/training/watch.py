@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import ConfigError, MimoError
 from megatron.mimo.checkpoints.folders import prune
+from megatron.mimo.data.batch import batch_device
 from megatron.mimo.process.children import left_to_parent
 from megatron.mimo.process.console import Console, Pace, format_progress
 from megatron.mimo.training.curve import LossCurve
-from megatron.mimo.training.data import training_device
 from megatron.mimo.training.forward_step import LOSS
 from megatron.mimo.training.mismatch import explain
 from megatron.mimo.training.saving import atomic_tracker, save_error
@@ -195,7 +195,7 @@ class LoopWatch:
         from megatron.core import mpu
 
         group = mpu.get_pipeline_model_parallel_group()
-        value = torch.zeros(2, dtype=torch.float64, device=training_device())  # the loss, whether
+        value = torch.zeros(2, dtype=torch.float64, device=batch_device())  # the loss, whether
         if loss is not None:
             value[0] = loss.detach().double().reshape(())
             value[1] = 1.0

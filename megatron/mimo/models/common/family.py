@@ -8,14 +8,14 @@ model takes into a ``Sample``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Generator, Tensor, nn
 
-from megatron.mimo.data.collate import MediaFormat, SampleCollator
-from megatron.mimo.data.sample import Sample
+from megatron.mimo.data.collate import SampleCollator
+from megatron.mimo.data.model_inputs import Media, ToSample
 from megatron.mimo.models.common.assembly import Assembly
 
 if TYPE_CHECKING:
@@ -26,49 +26,7 @@ if TYPE_CHECKING:
     from megatron.mimo.models.common.place import Places
     from megatron.mimo.models.common.settings import LanguageSettings
 
-__all__ = ["Family", "Media", "ToSample", "sample_collator", "transformers_model"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Media:
-    """What the data side needs to know of a model.
-
-    Attributes:
-        special_token_ids: placeholder token id of each modality.
-        formats: as ``SampleCollator.media_formats``.
-        mrope: position ids have three axes.
-    """
-
-    special_token_ids: Mapping[str, int]
-    formats: Mapping[str, MediaFormat | Sequence[MediaFormat]]
-    mrope: bool = False
-
-
-class ToSample(Protocol):
-    """From one conversation in Hugging Face's form to a sample."""
-
-    def __call__(
-        self,
-        config: PreTrainedConfig,
-        features: Mapping[str, Tensor],
-        *,
-        is_label: Tensor | None = None,
-        name: str = "sample",
-    ) -> Sample:
-        """Translate.
-
-        Args:
-            config: of the model.
-            features: what the Hugging Face model's forward takes, for one conversation:
-                ``input_ids`` int64 [1, L], in which every medium stands as all of its placeholder
-                tokens, and the family's media arguments.
-            is_label: bool [L], True where the model has to predict a token; None for every token
-                that is not a placeholder.
-            name: says which sample it is in errors.
-
-        Raises:
-            InputError: tokens and media do not fit each other.
-        """
+__all__ = ["Family", "sample_collator", "transformers_model"]
 
 
 def transformers_model(config: PreTrainedConfig) -> nn.Module:

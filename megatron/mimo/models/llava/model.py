@@ -9,7 +9,8 @@ from torch import Generator, Tensor
 
 from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.mimo.models.common.family import Family, Media
+from megatron.mimo.data.model_inputs import Media
+from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.language import language_spec
 from megatron.mimo.models.common.llava_kind import (
     arguments,

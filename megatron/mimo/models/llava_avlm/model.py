@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.mimo.data.model_inputs import Media
 from megatron.mimo.models.common.audio_tower import (
     TINY_AUDIO,
     audio_format,
@@ -19,7 +20,7 @@ from megatron.mimo.models.common.audio_tower import (
     example_audio,
     rows_of_clip,
 )
-from megatron.mimo.models.common.family import Family, Media
+from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.language import language_spec
 from megatron.mimo.models.common.llava_kind import (
     arguments,

@@ -10,9 +10,10 @@ from torch import Generator, Tensor
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.data import MediaFormat
+from megatron.mimo.data.model_inputs import Media
 from megatron.mimo.encoders import AnyResolutionSubmodules, NewlineProjection
 from megatron.mimo.models.common import llava_kind
-from megatron.mimo.models.common.family import Family, Media
+from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.language import language_spec
 from megatron.mimo.models.common.llava_kind import image_encoders, projector_spec
 from megatron.mimo.models.common.place import Places

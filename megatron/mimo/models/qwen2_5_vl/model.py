@@ -11,8 +11,9 @@ from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.data import MediaFormat
+from megatron.mimo.data.model_inputs import Media
 from megatron.mimo.models.common.config_fields import check_fields
-from megatron.mimo.models.common.family import Family, Media
+from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.language import language_arguments, language_spec
 from megatron.mimo.models.common.llava_kind import text_config
 from megatron.mimo.models.common.place import Places

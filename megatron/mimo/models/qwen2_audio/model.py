@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from megatron.core.models.mimo import MimoModelConfig
+from megatron.mimo.data.model_inputs import Media
 from megatron.mimo.models.common.audio_tower import (
     TINY_AUDIO,
     audio_format,
@@ -16,7 +17,7 @@ from megatron.mimo.models.common.audio_tower import (
     rows_of_clip,
 )
 from megatron.mimo.models.common.config_fields import check_fields
-from megatron.mimo.models.common.family import Family, Media
+from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.language import language_arguments, language_spec
 from megatron.mimo.models.common.place import Places
 from megatron.mimo.models.common.settings import LanguageSettings

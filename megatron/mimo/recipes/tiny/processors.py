@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.mimo.models.common.templates import LLAVA_TEMPLATE, QWEN_TEMPLATE
 from megatron.mimo.recipes.tiny.tasks import QUESTIONS, TONE_RATE
-from megatron.mimo.recipes.tiny.tokenizer import LLAVA_TEMPLATE, QWEN_TEMPLATE, tiny_tokenizer
+from megatron.mimo.recipes.tiny.tokenizer import tiny_tokenizer
 
 __all__ = [
     "llava_avlm_processor",

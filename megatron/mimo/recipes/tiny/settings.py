@@ -1,4 +1,4 @@
-"""How all tiny twins train: the same stages as the real recipes, in seconds."""
+"""How all tiny twins train: the same presets as the real recipes, in seconds."""
 
 from __future__ import annotations
 

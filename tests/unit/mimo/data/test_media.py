@@ -12,8 +12,8 @@ from megatron.core.models.mimo.comm.encoder_split import cut_inputs
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.core.models.mimo.model.inputs import is_empty
 from megatron.mimo.data import MediaFormat, MediaItem, PackingCollator, Sample, SampleCollator
+from megatron.mimo.data.batch import keep_for_stage
 from megatron.mimo.data.broadcast import pack, unpack
-from megatron.mimo.training.data import stage_part
 
 IMAGE = 90
 RAGGED = MediaFormat(
@@ -87,7 +87,7 @@ def test_an_encoder_without_items_gets_empty_lists() -> None:
 
 def test_lists_are_cast_broadcast_and_divided_by_item() -> None:
     batch = COLLATE(SAMPLES)
-    part = stage_part(batch, pre_process=True, post_process=True, dtype=torch.bfloat16)
+    part = keep_for_stage(batch, pre_process=True, post_process=True, dtype=torch.bfloat16)
     found = unpack(*pack(part))["modality_inputs"]["images"]["patches"]
     assert {tensor.dtype for tensor in [*found["pixels"], found["rate"]]} == {torch.bfloat16}
     assert [tensor.shape for tensor in found["pixels"]] == [(2, 4), (6, 4), (3, 4)]

@@ -10,9 +10,10 @@ import torch
 
 from megatron.core.models.mimo.alignment import build_alignment_plan
 from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.mimo.data.batch import keep_for_stage
 from megatron.mimo.data.broadcast import pack, unpack
 from megatron.mimo.recipes.recipe import Datasets
-from megatron.mimo.training.data import MicroBatches, SampleRange, split_datasets, stage_part
+from megatron.mimo.training.data import MicroBatches, SampleRange, split_datasets
 
 
 class _Numbers(torch.utils.data.Dataset[Any]):
@@ -104,12 +105,12 @@ def test_stages_get_what_they_need() -> None:
         "modality_inputs": {"images": {"vit": {"pixels": torch.ones(1), "n": torch.tensor([1])}}},
         "alignment_plan": object(),
     }
-    first = stage_part(batch, pre_process=True, post_process=False, dtype=torch.bfloat16)
+    first = keep_for_stage(batch, pre_process=True, post_process=False, dtype=torch.bfloat16)
     assert first.keys() == {"input_ids", "modality_inputs", "alignment_plan"}
     arguments = first["modality_inputs"]["images"]["vit"]
     assert arguments["pixels"].dtype == torch.bfloat16
     assert arguments["n"].dtype == torch.int64
-    last = stage_part(batch, pre_process=False, post_process=True, dtype=torch.float32)
+    last = keep_for_stage(batch, pre_process=False, post_process=True, dtype=torch.float32)
     assert last.keys() == {"input_ids", "labels", "loss_mask"}
 
 

@@ -12,7 +12,7 @@ from tests.unit.core.mimo.tiny import build
 
 
 def parse(*argv: str) -> Namespace:
-    from megatron.mimo.training.parts import add_part_arguments, check_parts
+    from megatron.mimo.arguments.part_flags import add_part_arguments, check_parts
 
     parser = ArgumentParser()
     add_part_arguments(parser.add_argument_group())

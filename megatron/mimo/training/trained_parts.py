@@ -1,4 +1,4 @@
-"""What the flags say about parts of the model, applied: --freeze, --lora, --module-lr, --module-wd.
+"""Applies what the flags say about parts of the model, and says how much of it is trained.
 
 A part is named as ``MimoModel.freeze`` takes it. Whether a name exists is asked of all ranks, since
 each holds only its own stages.
@@ -6,7 +6,6 @@ each holds only its own stages.
 
 from __future__ import annotations
 
-import argparse
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,83 +20,7 @@ from megatron.core.models.mimo.errors import ConfigError
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
 
-__all__ = ["Trained", "add_part_arguments", "apply_parts", "check_parts", "survey_parts"]
-
-Rate = tuple[str, float]
-
-
-def add_part_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the flags that name parts of the model."""
-    from megatron.mimo.lora import TARGETS
-
-    group.add_argument(
-        "--freeze",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="parts that are not trained, such as language, images, images.projections, "
-        "language.decoder.layers.0",
-    )
-    for flag, what in (("--module-lr", "learning rate"), ("--module-wd", "weight decay")):
-        group.add_argument(
-            flag,
-            nargs="+",
-            type=_rate,
-            default=[],
-            metavar="NAME=VALUE",
-            help=f"{what} of parts, such as images.encoders=2e-6; the longest name wins",
-        )
-    group.add_argument(
-        "--lora",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="parts that are trained by low-rank adapters, such as language or images.encoders; "
-        "their own weights are frozen",
-    )
-    group.add_argument("--lora-rank", type=int, default=16, help="inner width of the adapters")
-    group.add_argument(
-        "--lora-alpha", type=float, default=32.0, help="scale of the adapters, times their rank"
-    )
-    group.add_argument(
-        "--lora-dropout", type=float, default=0.0, help="dropout of the adapters' inputs"
-    )
-    group.add_argument(
-        "--lora-targets",
-        nargs="+",
-        default=list(TARGETS),
-        metavar="LAYER",
-        help=f"linear layers that get an adapter (default: {' '.join(TARGETS)})",
-    )
-
-
-def check_parts(args: Namespace) -> None:
-    """Check what can be checked without a model.
-
-    Raises:
-        ConfigError: a name given twice, a value out of range, flags that exclude each other.
-    """
-    from megatron.mimo.lora import settings_from
-
-    settings_from(args)
-    for flag, rates, least in (
-        ("--module-lr", args.module_lr, "larger than 0; --freeze keeps a part from training"),
-        ("--module-wd", args.module_wd, "0 or larger"),
-    ):
-        names = [name for name, _ in rates]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise ConfigError(f"{flag}: {twice[0]!r} is given twice")
-        for name, value in rates:
-            if not 0 <= value < float("inf") or (value == 0 and rates is args.module_lr):
-                raise ConfigError(f"{flag} {name}={value}: must be {least}")
-    if args.module_lr and args.decoupled_lr is not None:
-        raise ConfigError(
-            "--module-lr and --decoupled-lr exclude each other; in place of the latter, give "
-            "--module-lr language.embedding=... language.output_layer=..."
-        )
-    if args.module_lr and not args.lr:
-        raise ConfigError("--module-lr needs --lr, whose schedule it scales")
+__all__ = ["Trained", "apply_parts", "survey_parts"]
 
 
 def apply_parts(model: MimoModel, args: Namespace) -> list[str]:
@@ -199,7 +122,7 @@ def _check_names(args: Namespace, known: list[str], parts: _Parts) -> None:
 
 
 def _count_text(parameters: Sequence[nn.Parameter], args: Namespace) -> str:
-    from megatron.mimo.training.data import training_device
+    from megatron.mimo.data.batch import batch_device
 
     counts = torch.zeros(2, dtype=torch.float64)
     tp = args.tensor_model_parallel_size
@@ -210,7 +133,7 @@ def _count_text(parameters: Sequence[nn.Parameter], args: Namespace) -> str:
         if not getattr(parameter, "allreduce", True):  # an expert's
             share = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp) / tp
         counts += parameter.numel() * share * torch.tensor([float(parameter.requires_grad), 1.0])
-    counts = counts.float().to(training_device())
+    counts = counts.float().to(batch_device())
     dist.all_reduce(counts)
     copies = dist.get_world_size() / (tp * args.pipeline_model_parallel_size)
     trained, total = (counts / copies / 1e6).tolist()
@@ -223,15 +146,3 @@ def _count_text(parameters: Sequence[nn.Parameter], args: Namespace) -> str:
 
 def _millions(count: float) -> str:
     return f"{count:.1f}" if count >= 1 else f"{count:.2g}"
-
-
-def _rate(word: str) -> Rate:
-    name, equals, value = word.partition("=")
-    try:
-        if not (name and equals):
-            raise ValueError
-        return name, float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{word!r} is no NAME=VALUE, such as images.encoders=2e-6"
-        ) from None

@@ -1,0 +1,61 @@
+"""A micro-batch between the collator and the model: its type, and what of it a rank keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from megatron.core.models.mimo.model.embedding import cut_for_rank
+from megatron.core.models.mimo.partition.packing import packed_params
+from megatron.core.models.mimo.partition.utils import PartitionAdapter
+from megatron.mimo.data.sample import Sample
+
+__all__ = ["Batch", "Collator", "batch_device", "keep_for_stage"]
+
+Batch = dict[str, Any]
+Collator = Callable[[Sequence[Sample]], Batch]
+
+
+def keep_for_stage(
+    batch: Batch,
+    *,
+    pre_process: bool,
+    post_process: bool,
+    dtype: torch.dtype,
+    adapter: PartitionAdapter | None = None,
+) -> Batch:
+    """Leave out what a pipeline stage has no use for, before it is moved anywhere.
+
+    Floating-point encoder inputs become ``dtype``, the dtype of the model's parameters. With an
+    ``adapter`` the plan is cut for this rank's part of the sequence, while it is on the host.
+    """
+    drop = set() if pre_process else {"modality_inputs", "alignment_plan"}
+    drop |= set() if post_process else {"labels", "loss_mask"}
+    kept = {name: value for name, value in batch.items() if name not in drop}
+    if adapter is not None and kept.get("alignment_plan") is not None:
+        packed = packed_params(
+            batch.get("packing_kwargs"), tokens=batch["input_ids"].size(1), cp_size=adapter.cp_size
+        )
+        kept["alignment_plan"] = cut_for_rank(kept["alignment_plan"], adapter, packed)
+    if kept.get("modality_inputs"):
+        kept["modality_inputs"] = _cast(kept["modality_inputs"], dtype)
+    return kept
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _cast(one, dtype) for name, one in value.items()}
+    if isinstance(value, list):  # items of any size, or numbers that stay on the host
+        return [_cast(one, dtype) for one in value]
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    return value
+
+
+def batch_device() -> torch.device:
+    """Where this rank's batches go."""
+    if torch.distributed.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
