@@ -29,6 +29,14 @@ IMPORTS_OF_PART: dict[str, frozenset[str]] = {
     "model": _BASICS | _STEPS | {"checkpoint"},
 }
 
+# Folders of the training layer, from low to high: each imports only those before it.
+ORDER = (
+    *("backend", "process", "layers", "encoders", "data", "models", "checkpoints", "lora"),
+    *("recipes", "topology", "arguments", "inference", "training", "convert", "planner"),
+)
+# Within models, what families have in common knows none of them, and they do not know each other.
+COMMON = "common"
+
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -120,6 +128,65 @@ def import_direction(source: str, where: str, module: str) -> list[str]:
                 f"{where}:{line}: {part} imports {target}; of the library it may import {allowed}"
             )
     return complaints
+
+
+def layer_order(source: str, where: str, module: str) -> list[str]:
+    """Complains about imports of the training layer that go up in ``ORDER``, in functions too.
+
+    Args:
+        source: the module's text.
+        where: its path, for the complaint.
+        module: its full name; for a package's ``__init__.py``, with ``.__init__``.
+    """
+    own = module.removeprefix(f"{TRAINING_LAYER}.").split(".")
+    if own[0] not in ORDER:
+        return [] if own == ["__init__"] else [f"{where}: {own[0]} is no folder of {ORDER}"]
+    complaints = []
+    for line, target, _ in _imports(ast.parse(source), module):
+        if not _is_within(target, TRAINING_LAYER):
+            continue
+        other = target.removeprefix(f"{TRAINING_LAYER}.").split(".")
+        if other[0] in ORDER and ORDER.index(other[0]) > ORDER.index(own[0]):
+            complaints.append(f"{where}:{line}: {own[0]} imports {target}, which is above it")
+        of_a_family = own[0] == other[0] == "models" and len(own) > 2 and len(other) > 2
+        if of_a_family and other[1] not in (own[1], COMMON):
+            complaints.append(f"{where}:{line}: {own[1]} imports {target}, another family's")
+    return complaints
+
+
+def late_imports(source: str, where: str) -> list[str]:
+    """Complains about imports of the training layer in a function that give no reason.
+
+    The reason is a comment on the line or on the one above, which may be another import's.
+    """
+    tree, lines = ast.parse(source), source.splitlines()
+    at_top = {id(node) for node in tree.body}
+    complaints, excused = [], -1
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    for node in sorted(imports, key=lambda node: node.lineno):
+        if id(node) in at_top:
+            continue
+        if not _is_within(node.module or "", TRAINING_LAYER) or _for_types(tree, node):
+            continue
+        above = lines[node.lineno - 2].strip()
+        is_excused = "#" in lines[node.lineno - 1] or above.startswith("#")
+        if is_excused or excused == node.lineno - 1:
+            excused = node.end_lineno or node.lineno
+            continue
+        complaints.append(
+            f"{where}:{node.lineno}: imports {node.module} late; import it at the top, or say why "
+            "not in a comment above"
+        )
+    return complaints
+
+
+def _for_types(tree: ast.Module, node: ast.AST) -> bool:
+    return any(
+        child is node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test).endswith("TYPE_CHECKING")
+        for child in ast.walk(block)
+    )
 
 
 def public_names(source: str) -> list[str]:

@@ -62,6 +62,15 @@ def test_library_imports_one_way() -> None:
     assert complaints_about(rule, sorted(LIBRARY.rglob("*.py"))) == []
 
 
+def test_training_layer_imports_one_way() -> None:
+    def rule(source: str, where: str) -> list[str]:
+        return rules.layer_order(source, where, where.removesuffix(".py").replace("/", "."))
+
+    files = sorted((ROOT / "megatron/mimo").rglob("*.py"))
+    assert complaints_about(rule, files) == []
+    assert complaints_about(rules.late_imports, files) == []
+
+
 def test_library_names_no_device() -> None:
     assert complaints_about(rules.device_names, sorted(LIBRARY.rglob("*.py"))) == []
 
@@ -106,6 +115,11 @@ def function_with(lines: int, docstring: str = "") -> str:
         (rules.device_names, "new_group(backend='nccl')", "new_group()"),
         (rules.device_names, "torch.cuda.synchronize()", "x.to(device)"),
         (rules.device_names, "x = x.cuda()", "is_cuda = x.is_cuda"),
+        (
+            rules.late_imports,
+            "def f():\n    from megatron.mimo.data import Sample",
+            "def f():\n    # a reason\n    from megatron.mimo.data import Sample",
+        ),
     ],
 )
 def test_size_and_device_rules_tell_bad_from_good(
@@ -138,6 +152,31 @@ def test_import_rule_tells_bad_from_good(part: str, bad: str, good: str) -> None
     module = f"{rules.LIBRARY}.{part}"
     assert len(rules.import_direction(bad, "x.py", module)) == 1
     assert rules.import_direction(good, "x.py", module) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "bad", "good"),
+    [
+        ("data.chat", "from megatron.mimo.models import f", "from megatron.mimo.backend import f"),
+        ("data.chat", "if TYPE_CHECKING:\n import megatron.mimo.lora", "import megatron.core"),
+        ("lora.peft", "def f():\n from megatron.mimo import training", "from . import adapter"),
+        (
+            "models.llava.model",
+            "from megatron.mimo.models.llava_next.tiles import Size",
+            "from megatron.mimo.models.common.keys import Row",
+        ),
+        (
+            "models.common.keys",
+            "from megatron.mimo.models.llava import model",
+            "from megatron.mimo.data import Sample",
+        ),
+        ("novel.file", "import torch", "import torch"),
+    ],
+)
+def test_order_rule_tells_bad_from_good(module: str, bad: str, good: str) -> None:
+    name = f"{rules.TRAINING_LAYER}.{module}"
+    assert len(rules.layer_order(bad, "x.py", name)) == 1
+    assert len(rules.layer_order(good, "x.py", name)) == (1 if module == "novel.file" else 0)
 
 
 def test_the_reception_may_import_every_part() -> None:

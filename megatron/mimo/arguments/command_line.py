@@ -15,20 +15,20 @@ import traceback
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.arguments.given import check_effect, given_by_user, said_of, settle_rivals
+from megatron.mimo.arguments.layout import check_layout
 from megatron.mimo.arguments.part_flags import add_part_arguments, check_parts
 from megatron.mimo.arguments.prerequisites import check_prerequisites
 from megatron.mimo.arguments.saving import check_saving
 from megatron.mimo.backend import Capabilities
 from megatron.mimo.backend.defaults import argument_defaults, check_arguments
-from megatron.mimo.recipes import DEFAULT_RECIPE, recipe_summaries
+from megatron.mimo.recipes import DEFAULT_RECIPE
 from megatron.mimo.recipes.recipe import Recipe
 
-__all__ = ["EarlyArguments", "list_recipes", "parse_arguments", "parse_early"]
+__all__ = ["parse_arguments"]
 
 # What every run of this project wants from Megatron, below the recipe's own defaults.
 _PROJECT_DEFAULTS: Mapping[str, object] = {
@@ -89,68 +89,6 @@ def add_mimo_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--verbose", action="store_true", help="show all that Megatron prints")
 
 
-class EarlyArguments(argparse.Namespace):
-    """What has to be known before Megatron is imported."""
-
-    recipe: str
-    list_recipes: bool
-    config: dict[str, Any]
-
-
-def parse_early(argv: Sequence[str] | None = None) -> EarlyArguments:
-    """Read ``--recipe``, ``--list-recipes`` and the ``--config`` file; imports no Megatron.
-
-    Raises:
-        ConfigError: the configuration file cannot be read.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = _refuse  # type: ignore[method-assign]
-    parser.add_argument("--recipe")
-    parser.add_argument("--list-recipes", action="store_true")
-    parser.add_argument("--config")
-    given, _ = parser.parse_known_args(argv)
-    config = read_config(Path(given.config)) if given.config else {}
-    recipe = given.recipe or config.get("recipe") or DEFAULT_RECIPE
-    return EarlyArguments(recipe=recipe, list_recipes=given.list_recipes, config=config)
-
-
-def list_recipes() -> str:
-    """The text ``--list-recipes`` prints; loads none of them."""
-    summaries = recipe_summaries()
-    width = max(map(len, summaries))
-    return "\n".join(f"{name:<{width}}  {summary}" for name, summary in summaries.items())
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a configuration file: a YAML mapping of flag names (``-`` or ``_``) to values.
-
-    Raises:
-        ConfigError: missing, not YAML, not a mapping, or a key given twice.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError(
-            f"--config {path}: expected a mapping of flag names to values, "
-            f"got {type(content).__name__}"
-        )
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        name = key.replace("-", "_")
-        if name in flat:
-            raise ConfigError(f"--config {path}: {key!r} is given twice")
-        flat[name] = value
-    return flat
-
-
 def parse_arguments(
     recipe: Recipe,
     *,
@@ -170,7 +108,6 @@ def parse_arguments(
         ConfigError: an unknown flag or key, a value that does not fit, or a combination that
             Megatron refuses.
     """
-    from megatron.mimo.arguments.layout import check_layout
     from megatron.training.arguments import parse_args, validate_args
 
     def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

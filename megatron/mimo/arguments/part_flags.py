@@ -9,6 +9,7 @@ import argparse
 from argparse import Namespace
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.lora import TARGETS, settings_from
 
 __all__ = ["Rate", "add_part_arguments", "check_parts"]
 
@@ -18,8 +19,6 @@ Rate = tuple[str, float]
 
 def add_part_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags that name parts of the model."""
-    from megatron.mimo.lora import TARGETS
-
     group.add_argument(
         "--freeze",
         nargs="+",
@@ -67,8 +66,6 @@ def check_parts(args: Namespace) -> None:
     Raises:
         ConfigError: a name given twice, a value out of range, flags that exclude each other.
     """
-    from megatron.mimo.lora import settings_from
-
     settings_from(args)
     for flag, rates, least in (
         ("--module-lr", args.module_lr, "larger than 0; --freeze keeps a part from training"),

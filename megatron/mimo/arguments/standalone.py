@@ -16,10 +16,15 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.arguments.command_line import parse_arguments
 from megatron.mimo.backend import capabilities, select_backend
 from megatron.mimo.backend.job import end_job, leave_job
 from megatron.mimo.models.common.family import Family
+from megatron.mimo.models.common.place import Place, Places
 from megatron.mimo.process.launcher import LaunchError, join_job
+from megatron.mimo.process.quiet import stdout, warnings_shown
+from megatron.mimo.recipes.language import language_settings
+from megatron.mimo.recipes.recipe import Recipe
 
 __all__ = ["build_model", "model_arguments", "process_groups"]
 
@@ -111,9 +116,6 @@ def model_arguments(
         ConfigError: Megatron refuses the combination.
     """
     machine = capabilities()
-    from megatron.mimo.arguments.command_line import parse_arguments
-    from megatron.mimo.process.quiet import stdout
-    from megatron.mimo.recipes.recipe import Recipe
     from megatron.training.models.gpt import calculate_padded_vocab_size
 
     arguments = family.arguments(config)
@@ -157,9 +159,6 @@ def build_model(family: Family, config: Any, args: Namespace, *, device: torch.d
     from megatron.core import parallel_state
     from megatron.core.models.mimo import MimoModel
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.mimo.models.common.place import Place, Places
-    from megatron.mimo.process.quiet import warnings_shown
-    from megatron.mimo.recipes.language import language_settings
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
     place = Place(

@@ -29,6 +29,7 @@ def select_backend(name: str | None = None) -> str:
         ValueError: ``name`` is none of these, or ``"cuda"`` where no usable device exists.
         RuntimeError: the CPU is asked for after CUDA was used, or CUDA after the CPU was selected.
     """
+    # It patches, and asks what the machine can do, which asks here.
     from megatron.mimo.backend import cpu
 
     if name not in (None, "cpu", "cuda"):

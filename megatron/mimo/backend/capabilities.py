@@ -101,6 +101,7 @@ def capabilities() -> Capabilities:
     """
     global _found
     if _found is None:
+        # The package imports this module.
         from megatron.mimo.backend import select_backend
 
         _found = _find(select_backend())

@@ -16,6 +16,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.backend import select_backend
 from megatron.mimo.backend.pickles import load_index, load_object
 
 __all__ = [
@@ -207,7 +208,6 @@ def saved_arguments(checkpoint: Path) -> Namespace | None:
     from torch.distributed.checkpoint import CheckpointException
 
     from megatron.core.dist_checkpointing import load_common_state_dict
-    from megatron.mimo.backend import select_backend
 
     if not (checkpoint / "metadata.json").is_file():
         return _saved_with_torch(checkpoint)

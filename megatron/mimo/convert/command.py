@@ -190,6 +190,8 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _import(given: argparse.Namespace) -> tuple[str, int]:
     from megatron.core.models.mimo.errors import ConfigError
+
+    # seconds of Megatron, which --help does without
     from megatron.mimo.convert.assembling import import_parts
     from megatron.mimo.convert.importing import import_model
 
@@ -215,6 +217,8 @@ def _import(given: argparse.Namespace) -> tuple[str, int]:
 
 def _export(given: argparse.Namespace) -> tuple[str, int]:
     from megatron.core.models.mimo.errors import ConfigError
+
+    # seconds of Megatron, which --help does without
     from megatron.mimo.convert.exporting import export_model
 
     if given.adapters_only and given.dtype:
@@ -234,6 +238,8 @@ def _export(given: argparse.Namespace) -> tuple[str, int]:
 
 def _verify(given: argparse.Namespace) -> tuple[str, int]:
     from megatron.core.models.mimo.errors import ConfigError
+
+    # seconds of Megatron, which --help does without
     from megatron.mimo.convert.verify import Allowed, verify_checkpoint, verify_tiny
     from megatron.mimo.models import family_names
 

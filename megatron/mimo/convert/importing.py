@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.mimo.errors import InputError
+from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
 from megatron.mimo.checkpoints.folders import ASSETS, RELEASE
 from megatron.mimo.checkpoints.match import Match, check_shapes, match_names
 from megatron.mimo.checkpoints.slots import Slot, match_slots, model_objects, model_slots
@@ -178,8 +179,6 @@ def import_weights(
 @contextmanager
 def meta_model(family: Any, config: Any) -> Iterator[Any]:
     """The whole model on one process, without memory for its parameters."""
-    from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
-
     with process_groups():
         # Initialised for the CPU, parameters are made where torch is told: nowhere.
         flags = ["--transformer-impl=local", "--use-cpu-initialization"]

@@ -18,6 +18,7 @@ import torch
 from megatron.core.models.mimo.errors import ConfigError, MimoError
 from megatron.mimo.convert.compare import Comparison, compare_model
 from megatron.mimo.convert.reference import Expected
+from megatron.mimo.models import load_family
 
 __all__ = ["compare_on_processes"]
 
@@ -114,8 +115,6 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
 
 def _main() -> None:
     """One rank."""
-    from megatron.mimo.models import load_family
-
     folder = Path(sys.argv[1])
     name, config, checkpoint, expected, how = pickle.loads((folder / _JOB).read_bytes())
     rank = os.environ["RANK"]

@@ -24,6 +24,7 @@ _MODULES = {"Generator": "generator", "SamplingOptions": "sampling"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Ask a checkpoint; see ``megatron.mimo.inference.command.main``."""
     with quiet_imports():
+        # while warnings are off
         from megatron.mimo.inference import command
     return command.main(argv)
 

@@ -10,6 +10,11 @@ from typing import Any
 
 import torch
 
+from megatron.mimo.arguments.standalone import build_model, model_arguments
+from megatron.mimo.checkpoints.assets import end_tokens, read_processor
+from megatron.mimo.checkpoints.folders import ASSETS
+from megatron.mimo.checkpoints.torch_dist import locate
+from megatron.mimo.checkpoints.weights import load_weights
 from megatron.mimo.data.chat import Chat
 from megatron.mimo.data.conversations import Conversation
 from megatron.mimo.data.media_files import MediaLimits
@@ -17,6 +22,10 @@ from megatron.mimo.inference.generator import Generator
 from megatron.mimo.inference.sampling import SamplingOptions
 from megatron.mimo.inference.settings import read_settings
 from megatron.mimo.inference.text_stream import TextStream
+from megatron.mimo.lora import add_adapters, merge_adapters, saved_settings
+from megatron.mimo.models import family_of, read_hf_config
+from megatron.mimo.models.common.family import sample_collator
+from megatron.mimo.recipes.media_flags import kept_video_fps
 
 __all__ = ["Assistant", "open_assistant"]
 
@@ -141,14 +150,6 @@ def open_assistant(
         ConfigError: no checkpoint, no ``hf`` folder, no processor, or one of another model.
         InputError: the checkpoint does not hold the model that ``hf`` describes.
     """
-    from megatron.mimo.arguments.standalone import build_model, model_arguments
-    from megatron.mimo.checkpoints.assets import end_tokens, read_processor
-    from megatron.mimo.checkpoints.folders import ASSETS
-    from megatron.mimo.checkpoints.torch_dist import locate
-    from megatron.mimo.models import family_of, read_hf_config
-    from megatron.mimo.models.common.family import sample_collator
-    from megatron.mimo.recipes.media_flags import kept_video_fps
-
     described = hf is None or not (hf / "config.json").is_file()
     root, folder = locate(checkpoint, iteration=iteration, described=described)
     assets = root / ASSETS
@@ -192,9 +193,6 @@ def open_assistant(
 
 def _load(model: Any, folder: Path) -> Any:
     """The model, filled with a checkpoint's weights, its adapters merged."""
-    from megatron.mimo.checkpoints.weights import load_weights
-    from megatron.mimo.lora import add_adapters, merge_adapters, saved_settings
-
     settings = saved_settings(folder)
     if settings is not None:
         add_adapters(model, settings)

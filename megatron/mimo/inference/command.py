@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if min(sizes) < 1:
             raise ConfigError(f"parallel sizes are {sizes}; expected at least 1 each")
         with quiet_imports():
+            # Megatron, once all flags are known to be right
             from megatron.mimo.arguments.standalone import process_groups
         with (
             warnings_shown(shown=False),
@@ -59,6 +60,7 @@ def _answer(arguments: argparse.Namespace, device: object, rank: int) -> None:
     with quiet_imports():
         import torch
 
+        # Megatron, once all flags are known to be right
         from megatron.mimo.data.conversations import Conversation, Part, Turn
         from megatron.mimo.inference.assistant import open_assistant
 
@@ -123,6 +125,7 @@ def _options(arguments: argparse.Namespace, defaults: SamplingOptions) -> Sampli
 
 def _read_early(kind: str, path: Path, limits: MediaLimits) -> object:
     """A decoded image; the path of others, which are read as the model wants them."""
+    # Pillow and torch, where there is a picture
     from megatron.mimo.data.media_files import load_image
 
     if kind == "image":

@@ -20,7 +20,8 @@ from megatron.core.models.mimo.alignment import AlignmentPlan, Stream, build_ali
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data import SampleCollator
-from megatron.mimo.data.batch import Batch, Collator
+from megatron.mimo.data.batch import Batch, Collator, keep_for_stage
+from megatron.mimo.data.broadcast import move
 from megatron.mimo.data.sample import Sample
 
 __all__ = [
@@ -166,9 +167,6 @@ def on_device(
         dtype: of the model's parameters: what media become that are of a floating dtype.
         embeds: the stage has the embedding and the encoders; others are given no media.
     """
-    from megatron.mimo.data.batch import keep_for_stage
-    from megatron.mimo.data.broadcast import move
-
     media = keep_for_stage(
         {"modality_inputs": batch.modality_inputs},
         pre_process=embeds,

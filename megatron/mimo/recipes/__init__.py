@@ -1,7 +1,7 @@
 """The recipes this project ships, by name.
 
-Nothing heavy is imported here: a recipe's module is loaded when the recipe is asked for, so that
-an unknown name is refused before Megatron is imported.
+Nothing heavy is imported here, Megatron with its seconds least of all: a recipe's module is loaded
+when the recipe is asked for, and the error that refuses one when it is raised.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import difflib
 import importlib
 from typing import TYPE_CHECKING
-
-from megatron.core.models.mimo.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron.mimo.recipes.recipe import Recipe
@@ -90,7 +88,7 @@ def locate_recipe(name: str) -> str:
     if name not in _RECIPES:
         near = difflib.get_close_matches(name, _RECIPES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
+        raise _error(
             f"unknown recipe {name!r}; {hint}known recipes: {', '.join(recipe_names())}; "
             "a recipe of your own is given as package.module:function"
         )
@@ -110,11 +108,17 @@ def load_recipe(name: str) -> Recipe:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ConfigError(
+        raise _error(
             f"recipe {name!r}: cannot import {module_name!r}: no module named {error.name!r}"
         ) from error
     function = getattr(module, function_name, None)
     if function is None:
-        raise ConfigError(f"recipe {name!r}: module {module_name!r} has no {function_name!r}")
+        raise _error(f"recipe {name!r}: module {module_name!r} has no {function_name!r}")
     recipe: Recipe = function()
     return recipe
+
+
+def _error(message: str) -> Exception:
+    from megatron.core.models.mimo.errors import ConfigError  # its package is Megatron's
+
+    return ConfigError(message)

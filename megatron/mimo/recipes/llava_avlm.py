@@ -25,6 +25,7 @@ def llava_avlm() -> Recipe:
 def _config() -> Any:
     from transformers import WhisperConfig
 
+    # It registers a model with transformers, which other recipes do without.
     from megatron.mimo.models.llava_avlm.reference import LlavaAvlmConfig
 
     return LlavaAvlmConfig(

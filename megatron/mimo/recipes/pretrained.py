@@ -25,7 +25,11 @@ from megatron.mimo.checkpoints.assets import (
     write_assets,
 )
 from megatron.mimo.checkpoints.folders import ASSETS, TRACKER
+from megatron.mimo.data.chat import Chat
+from megatron.mimo.data.chat_dataset import ChatDataset
+from megatron.mimo.data.conversations import ConversationFile
 from megatron.mimo.models import family_of, load_family, read_hf_config
+from megatron.mimo.models.common.family import sample_collator
 from megatron.mimo.recipes.described import refuse_other_model
 from megatron.mimo.recipes.language import language_settings
 from megatron.mimo.recipes.media_flags import (
@@ -176,8 +180,6 @@ class _Run:
 
     def build_datasets(self, args: Namespace, counts: tuple[int, int, int]) -> Datasets:
         """Training conversations in a new order in each pass; those of validation in theirs."""
-        from megatron.mimo.data.chat_dataset import ChatDataset
-
         train, valid, _ = counts
         chat = self._chat(args)
         common: dict[str, Any] = {
@@ -198,8 +200,6 @@ class _Run:
 
     def build_collator(self, args: Namespace) -> SampleCollator:
         """Pads to ``--seq-length``."""
-        from megatron.mimo.models.common.family import sample_collator
-
         config, family = self._config(args), load_family(self.family)
         vocab_size = int(str(family.arguments(config)["vocab_size"]))
         return sample_collator(family, config, seq_length=args.seq_length, vocab_size=vocab_size)
@@ -259,8 +259,6 @@ class _Run:
         return self._known[key]
 
     def _chat(self, args: Namespace) -> Chat:
-        from megatron.mimo.data.chat import Chat
-
         folders, config = asset_folders(args, PROCESSOR), self._config(args)
         key = f"processor {folders[:1]}"
         if key not in self._known:
@@ -280,8 +278,6 @@ class _Run:
 
     def _conversations(self, args: Namespace, paths: Sequence[str] | None, split: str) -> Any:
         from torch.utils.data import ConcatDataset
-
-        from megatron.mimo.data.conversations import ConversationFile
 
         if paths:
             files: list[Any] = [ConversationFile(path, ignored=args.ignore_keys) for path in paths]

@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.models.mimo.errors import MimoError
-from megatron.mimo.arguments.command_line import (
-    EarlyArguments,
-    list_recipes,
-    parse_arguments,
-    parse_early,
-)
+from megatron.mimo.arguments.command_line import parse_arguments
+from megatron.mimo.arguments.early import EarlyArguments, parse_early
 from megatron.mimo.backend import capabilities
+from megatron.mimo.backend.job import end_job
 from megatron.mimo.checkpoints.folders import write_text
 from megatron.mimo.process import failure
 from megatron.mimo.process.console import Console, format_count, format_duration
@@ -50,10 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         early = parse_early(argv)
         locate_recipe(early.recipe)
         with quiet_imports():
-            if early.list_recipes:
-                if rank == 0:
-                    print(list_recipes())
-                return 0
             recipe, args = _arguments(early, argv, rank)
         start, warning = choose_start(args, repair=rank == 0)
     except MimoError as error:
@@ -78,6 +71,7 @@ def _arguments(
 ) -> tuple[Recipe, Namespace]:
     """Select the backend, load the recipe and parse; Megatron is imported here."""
     machine = capabilities()
+    # once the backend is selected, as in _train
     from megatron.mimo.layers import install_adam
 
     install_adam()
@@ -92,6 +86,8 @@ def _arguments(
 
 def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     from megatron.core.enums import ModelType
+
+    # What they import of Megatron looks for packages that the backend may have to hide first.
     from megatron.mimo.training.curve import LossCurve
     from megatron.mimo.training.data import dataset_provider
     from megatron.mimo.training.forward_step import build_forward_step
@@ -154,6 +150,7 @@ def _finish(
     output: Path | None,
 ) -> None:
     """Evaluate and report; the checkpoint is on disk, so a signal may end this at any time."""
+    # as in _train
     from megatron.mimo.training.generate import greedy_generation
 
     leave_on_signal(args, console)
@@ -189,8 +186,6 @@ def _end_together() -> None:
     A rank that left while another still waits for it would break that one's connection.
     """
     import torch.distributed as dist
-
-    from megatron.mimo.backend.job import end_job
 
     if dist.is_initialized():
         dist.barrier()

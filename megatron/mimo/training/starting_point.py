@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.checkpoints.folders import choose, newest, problem, saved_arguments
+from megatron.mimo.lora import base_checkpoint, saved_settings, settings_from
 from megatron.mimo.training.mismatch import check_command, what_moved
 
 if TYPE_CHECKING:
@@ -80,7 +81,6 @@ def loading_weights(args: Namespace, chunks: Sequence[MimoModel]) -> Iterator[No
         args: as ``choose_start`` left them.
         chunks: the model's, filled by the time the checkpoint is read.
     """
-    from megatron.mimo.lora import base_checkpoint
     from megatron.training import training
 
     original = training.load_checkpoint
@@ -115,8 +115,6 @@ def _folder(args: Namespace, start: int | None) -> Path | None:
 
 
 def _check_adapters(args: Namespace, folder: Path, *, is_own: bool) -> None:
-    from megatron.mimo.lora import saved_settings, settings_from
-
     wanted, saved = settings_from(args), saved_settings(folder)
     if wanted is None and saved is None:
         return

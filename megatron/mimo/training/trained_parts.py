@@ -16,6 +16,9 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.data.batch import batch_device
+from megatron.mimo.lora import add_adapters, require_adapters, settings_from
+from megatron.mimo.training.frozen_layers import has_gaps
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
@@ -29,8 +32,6 @@ def apply_parts(model: MimoModel, args: Namespace) -> list[str]:
     Returns:
         Paths of the layers that got an adapter.
     """
-    from megatron.mimo.lora import add_adapters, settings_from
-
     if args.freeze:
         model.freeze(*args.freeze)
     settings = settings_from(args)
@@ -64,7 +65,6 @@ def survey_parts(chunks: Sequence[MimoModel], args: Namespace, adapters: list[st
         ConfigError: a name that no rank has, or nothing is trained.
     """
     from megatron.core.models.mimo.model.freezing import parameter_paths, part_names
-    from megatron.mimo.training.frozen_layers import has_gaps
 
     paths = [item for chunk in chunks for item in parameter_paths(chunk).items()]
     known = part_names(chunks[0].mimo_config.modality_submodules_spec)
@@ -103,7 +103,6 @@ def _gather(paths: Sequence[tuple[nn.Parameter, tuple[str, ...]]], adapters: lis
 
 def _check_names(args: Namespace, known: list[str], parts: _Parts) -> None:
     from megatron.core.models.mimo.model.freezing import no_such_part, selects
-    from megatron.mimo.lora import require_adapters, settings_from
 
     everything = parts.frozen | parts.trained
     for name in args.freeze:
@@ -122,8 +121,6 @@ def _check_names(args: Namespace, known: list[str], parts: _Parts) -> None:
 
 
 def _count_text(parameters: Sequence[nn.Parameter], args: Namespace) -> str:
-    from megatron.mimo.data.batch import batch_device
-
     counts = torch.zeros(2, dtype=torch.float64)
     tp = args.tensor_model_parallel_size
     for parameter in parameters:

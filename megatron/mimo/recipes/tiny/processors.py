@@ -46,6 +46,7 @@ def llava_next_processor(config: Any) -> Any:
 
 def llava_avlm_processor(config: Any) -> Any:
     """A ``LlavaAvlmProcessor``."""
+    # It registers a processor with transformers, which other models do without.
     from megatron.mimo.models.llava_avlm.processor import LlavaAvlmProcessor
 
     tokens = {"<image>": config.image_token_index, "<audio>": config.audio_token_index}

@@ -6,13 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.arguments.command_line import (
-    config_values,
-    list_recipes,
-    parse_arguments,
-    parse_early,
-    read_config,
-)
+from megatron.mimo.arguments.command_line import config_values, parse_arguments
+from megatron.mimo.arguments.early import list_recipes, parse_early, read_config
 from megatron.mimo.recipes import load_recipe, locate_recipe, recipe_names
 from megatron.mimo.recipes.recipe import Recipe
 
