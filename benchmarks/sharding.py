@@ -108,10 +108,10 @@ def embedding_of_rank(args: argparse.Namespace) -> dict[str, Any]:
     ours = build_model(import_library(stock=False), spec, case)
     ours.language_model = stock.language_model
     from megatron.core.models.mimo.alignment import build_alignment_plan
-    from megatron.core.models.mimo.model.embedding import cut_for_rank
+    from megatron.core.models.mimo.partition.utils import sequence_cut
 
     whole = build_alignment_plan(case.input_ids_BS, case.special_token_ids)
-    plan = cut_for_rank(whole, ours.partition_adapter, None)
+    plan = sequence_cut(ours.partition_adapter, None).share_of_plan(whole)
 
     def run_stock() -> Tensor:
         text = stock.get_text_embeddings(case.input_ids_BS, None, case.special_token_ids)

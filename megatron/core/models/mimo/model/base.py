@@ -29,7 +29,6 @@ from megatron.core.models.mimo.model.build import (
     refuse_grids,
     refuse_multi_token_prediction,
 )
-from megatron.core.models.mimo.model.embedding import own_piece
 from megatron.core.models.mimo.model.encoder_splits import (
     keep_reducible_splits,
     split_encoders,
@@ -41,16 +40,21 @@ from megatron.core.models.mimo.model.inputs import (
     check_count,
     check_encoder_order,
     check_modality_names,
-    held_padding,
+    check_padding_mask,
     is_empty,
     refuse_row_order,
     require_token_id,
 )
 from megatron.core.models.mimo.model.recomputation import prepare_recomputation
-from megatron.core.models.mimo.model.rotary import own_the_cut, refuse_mrope, rotary_positions
+from megatron.core.models.mimo.model.rotary import (
+    leave_cutting_to_the_model,
+    positions_to_rotate_by,
+    refuse_mrope,
+)
 from megatron.core.models.mimo.model.streams import EmbedsStreams, Rows
 from megatron.core.models.mimo.model.wrapped_modules import WrappedModules
 from megatron.core.models.mimo.partition.packing import check_one_row, packed_params
+from megatron.core.models.mimo.partition.utils import sequence_cut
 from megatron.core.models.mimo.submodules.state import Offsets, descended_state, forgive_extra_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
@@ -129,7 +133,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
         split_encoders(self.modality_submodules, mimo_config, cp_group, tp_group)
         self.language_model = build_module(mimo_config.language_model_spec)
         self._attention = AttentionSupport.of(self.language_model)
-        self._rotates_in_3d = own_the_cut(self.language_model)
+        self._rotates_in_3d = leave_cutting_to_the_model(self.language_model)
         self._takes_loss_mask = accepts(self.language_model.forward, "loss_mask")
         self._refuse_scattering_embedding()
         self.register_load_state_dict_post_hook(forgive_extra_state)  # type: ignore[no-untyped-call]
@@ -267,7 +271,7 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
             vocab_size = getattr(unwrap_model(self.language_model), "vocab_size", None)
             return build_alignment_plan(input_ids_BS, self.special_token_ids, vocab_size=vocab_size)
         checks.check_plan(plan, input_ids_BS)
-        return own_piece(plan, self.partition_adapter)
+        return plan
 
     def _forward_encoders(
         self,
@@ -330,18 +334,19 @@ class MimoModel(EmbedsStreams, WrappedModules, MegatronModule):
                 "no hidden states have arrived from the previous pipeline stage; call "
                 "set_input_tensor before every forward"
             )
-        if adapter is not None:
-            _, labels, loss_mask, packed = adapter.shard(None, labels, loss_mask, packed)
-            span_ids = None if span_ids is None else adapter.cut(span_ids, packed)
+        cut = sequence_cut(adapter, packed)
+        tokens = (labels, loss_mask, span_ids)
+        labels, loss_mask, span_ids = [x if x is None else cut.context_share(x) for x in tokens]
         vocab_size = getattr(unwrap_model(self.language_model), "vocab_size", None)
         labels, loss_mask, no_label = checks.labels_in_vocabulary(labels, loss_mask, vocab_size)
         if self._rotates_in_3d:
-            position_ids = rotary_positions(self.language_model, position_ids, adapter, packed)
+            position_ids = positions_to_rotate_by(self.language_model, position_ids, cut)
         extra: dict[str, Any] = {"loss_mask": loss_mask} if self._takes_loss_mask else {}
         if inference_context is not None:
             extra |= {"inference_context": inference_context, "runtime_gather_output": True}
         if padding_mask is not None:
-            extra["padding_mask"] = held_padding(self.language_model, padding_mask, adapter, packed)
+            check_padding_mask(self.language_model, padding_mask)
+            extra["padding_mask"] = cut.rank_share(padding_mask)
         output = self.language_model(
             input_ids=None,
             position_ids=position_ids,

@@ -16,9 +16,7 @@ from megatron.core.models.mimo.errors import (
     UnsupportedError,
 )
 from megatron.core.models.mimo.model.build import accepts
-from megatron.core.models.mimo.partition.utils import PartitionAdapter
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.utils import get_pg_rank, get_pg_size, unwrap_model
+from megatron.core.utils import unwrap_model
 
 ModalityInputs = Mapping[str, Mapping[str, Mapping[str, Any]] | None]
 
@@ -109,17 +107,8 @@ def require_token_id(modality: str, special_token_ids: Mapping[str, int]) -> Non
         )
 
 
-def held_padding(
-    language_model: torch.nn.Module,
-    padding_mask_BS: torch.Tensor,
-    adapter: PartitionAdapter | None,
-    packed: PackedSeqParams | None,
-) -> torch.Tensor:
-    """The part [B, S_local] of a padding mask for the positions whose hidden states a rank holds.
-
-    Raises:
-        InputError: a mask that is not bool [B, S], or a language model that takes none.
-    """
+def check_padding_mask(language_model: torch.nn.Module, padding_mask_BS: torch.Tensor) -> None:
+    """Raise ``InputError`` for a mask that is not bool [B, S], or that the model does not take."""
     if padding_mask_BS.dtype != torch.bool or padding_mask_BS.dim() != 2:
         raise InputError(
             f"padding_mask is {padding_mask_BS.dtype} of shape {list(padding_mask_BS.shape)}; "
@@ -130,10 +119,3 @@ def held_padding(
         raise InputError(
             f"padding_mask was given, and {type(model).__name__} does not take one; leave it out"
         )
-    if adapter is None:
-        return padding_mask_BS
-    held_BS = adapter.cut(padding_mask_BS, packed)
-    if not adapter.cfg.seq_parallel:
-        return held_BS
-    size, rank = get_pg_size(adapter.cfg.tp_group), get_pg_rank(adapter.cfg.tp_group)
-    return held_BS.chunk(size, dim=1)[rank].contiguous()

@@ -16,11 +16,7 @@ from megatron.core.models.mimo.alignment import AlignmentPlan, build_alignment_p
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import InputError, UnsupportedError
 from megatron.core.models.mimo.model.build import is_replaced
-from megatron.core.models.mimo.model.embedding import (
-    cut_for_rank,
-    embed_streams,
-    merge_streams,
-)
+from megatron.core.models.mimo.model.embedding import embed_streams, merge_streams
 from megatron.core.models.mimo.model.idle import take_part
 from megatron.core.models.mimo.model.inputs import (
     check_count,
@@ -28,7 +24,7 @@ from megatron.core.models.mimo.model.inputs import (
     refuse_row_order,
     require_token_id,
 )
-from megatron.core.models.mimo.partition.utils import PartitionAdapter
+from megatron.core.models.mimo.partition.utils import PartitionAdapter, sequence_cut
 from megatron.core.utils import unwrap_model
 
 Rows = dict[str, torch.Tensor]
@@ -72,9 +68,8 @@ class EmbedsStreams(nn.Module):
                 assert held_SBH is not None
                 merged_SBH = held_SBH
         else:
-            if adapter is not None and plan.positions_S is None:
-                plan = cut_for_rank(plan, adapter, packed)
-            merged_SBH = embed_streams(embedding, plan, rows, position_ids)
+            own_plan = sequence_cut(adapter, packed).share_of_plan(plan)
+            merged_SBH = embed_streams(embedding, own_plan, rows, position_ids)
         merged_SBH = take_part(merged_SBH, idle)
         if torch.is_grad_enabled() and not merged_SBH.requires_grad:
             # Layers that are recomputed in backward get gradients only where their input needs one.
