@@ -74,7 +74,7 @@ def sharded(tp: int, cp: int, text_only: bool) -> dict[str, Any]:
         LanguageModelEmbedding,
     )
     from megatron.core.models.mimo.alignment import build_alignment_plan
-    from megatron.core.models.mimo.model.embedding import embed_streams
+    from megatron.core.models.mimo.model.merge import embed_streams
     from megatron.core.models.mimo.partition.utils import (
         PartitionAdapter,
         PartitionConfig,

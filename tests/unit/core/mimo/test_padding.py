@@ -8,7 +8,7 @@ from torch import nn
 
 from megatron.core.models.mimo.alignment.cut import SequenceCut
 from megatron.core.models.mimo.errors import InputError
-from megatron.core.models.mimo.model.inputs import check_padding_mask
+from megatron.core.models.mimo.model.checks import check_padding_mask
 
 
 class TakesNone(nn.Module):

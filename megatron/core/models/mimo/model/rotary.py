@@ -17,8 +17,8 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
 from megatron.core.models.mimo.alignment.cut import SequenceCut
 from megatron.core.models.mimo.config import MimoModelConfig
+from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.models.mimo.errors import ConfigError, InputError, UnsupportedError
-from megatron.core.models.mimo.model.build import language_config
 from megatron.core.utils import unwrap_model
 
 _AXES = 3  # time, height, width

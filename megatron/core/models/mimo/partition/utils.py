@@ -10,6 +10,8 @@ from torch.distributed import ProcessGroup
 from megatron.core import tensor_parallel
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo.alignment.cut import SequenceCut
+from megatron.core.models.mimo.config import MimoModelConfig
+from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.parallel_state import get_context_parallel_group, get_tensor_model_parallel_group
 from megatron.core.utils import get_pg_rank, get_pg_size
@@ -149,3 +151,22 @@ def sequence_cut(
 ) -> SequenceCut:
     """The cut of a model's ``partition_adapter``; where that is None, nothing is cut."""
     return SequenceCut() if adapter is None else adapter.sequence_cut(packed_seq_params)
+
+
+def build_partition_adapter(
+    mimo_config: MimoModelConfig, cp_group: ProcessGroup | None, tp_group: ProcessGroup | None
+) -> PartitionAdapter | None:
+    """What cuts the sequence for this rank; None where nothing does."""
+    config = language_config(mimo_config)
+    params = mimo_config.language_model_spec.params
+    if config.context_parallel_size <= 1 and not config.sequence_parallel:
+        return None
+    return PartitionAdapter(
+        PartitionConfig.from_mp_config(
+            config,
+            max_seq_len=params.get("max_sequence_length", 4096),
+            kv_format=mimo_config.kv_format,
+            cp_group=cp_group,
+            tp_group=tp_group,
+        )
+    )

@@ -21,8 +21,8 @@ from megatron.core.models.mimo.alignment import (
 )
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import InputError
+from megatron.core.models.mimo.model.checks import check_rows
 from megatron.core.models.mimo.model.host_memory import empty_like_rows
-from megatron.core.models.mimo.model.inputs import check_rows
 from megatron.core.models.mimo.model.lookup import call_as, look_up_rows, look_up_text
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
