@@ -181,6 +181,8 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     ours = build_model(import_library(stock=False), spec, case).to(args.device)
     ours.language_model = stock.language_model
     alignment = importlib.import_module(f"{LIBRARY}.alignment")
+    merge = importlib.import_module(f"{LIBRARY}.model.merge")
+    embedding = ours.language_model.embedding
     from megatron.mimo.data.broadcast import move
 
     ids_on_host_BS = case.input_ids_BS.cpu()
@@ -199,7 +201,8 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         )
 
     def run_ours(plan: Any = plan) -> torch.Tensor:
-        return ours._embed(case.input_ids_BS, None, case.rows, plan, None)
+        embedded: torch.Tensor = merge.embed_streams(embedding, plan, case.rows, None)
+        return embedded
 
     leaves = [stock.language_model.embedding.word_embeddings.weight, *case.rows.values()]
     check_equal(run_stock, run_ours, leaves, case)

@@ -108,10 +108,11 @@ def embedding_of_rank(args: argparse.Namespace) -> dict[str, Any]:
     ours = build_model(import_library(stock=False), spec, case)
     ours.language_model = stock.language_model
     from megatron.core.models.mimo.alignment import build_alignment_plan
-    from megatron.core.models.mimo.model.embedding import cut_for_rank
+    from megatron.core.models.mimo.model.merge import embed_streams
+    from megatron.core.models.mimo.partition.utils import sequence_cut
 
     whole = build_alignment_plan(case.input_ids_BS, case.special_token_ids)
-    plan = cut_for_rank(whole, ours.partition_adapter, None)
+    plan = sequence_cut(ours.partition_adapter, None).share_of_plan(whole)
 
     def run_stock() -> Tensor:
         text = stock.get_text_embeddings(case.input_ids_BS, None, case.special_token_ids)
@@ -124,7 +125,7 @@ def embedding_of_rank(args: argparse.Namespace) -> dict[str, Any]:
         return held_SBH
 
     def run_ours() -> Tensor:
-        return ours._embed(case.input_ids_BS, None, case.rows, plan, None)
+        return embed_streams(ours.language_model.embedding, plan, case.rows, None)
 
     leaves = [stock.language_model.embedding.word_embeddings.weight, *case.rows.values()]
     check_forward(run_stock, run_ours)

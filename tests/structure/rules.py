@@ -17,16 +17,13 @@ MAX_METHODS = 12
 LIBRARY = "megatron.core.models.mimo"
 TRAINING_LAYER = "megatron.mimo"
 
-# Which parts of the library each part may import. What is not listed, it may not.
-_BASICS = frozenset({"errors", "config"})
-_STEPS = frozenset({"alignment", "partition", "comm", "submodules"})
+# The library's parts from low to high: each may import those before it. A part that is not listed
+# may import none. Optimizers take modules as arguments.
+_ORDER = ("errors", "config", "alignment", "partition", "comm", "submodules", "model")
 IMPORTS_OF_PART: dict[str, frozenset[str]] = {
-    "errors": frozenset(),
-    "config": frozenset({"errors"}),
-    **dict.fromkeys(_STEPS, _BASICS),
-    "checkpoint": _BASICS,
-    "optimizer": _BASICS | {"checkpoint"},
-    "model": _BASICS | _STEPS | {"checkpoint"},
+    **{part: frozenset(_ORDER[:place]) for place, part in enumerate(_ORDER)},
+    "checkpoint": frozenset({"errors", "config"}),
+    "optimizer": frozenset({"errors", "config", "checkpoint"}),
 }
 
 # Folders of the training layer, from low to high: each imports only those before it.

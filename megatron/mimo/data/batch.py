@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron.core.models.mimo.model.embedding import cut_for_rank
 from megatron.core.models.mimo.partition.packing import packed_params
-from megatron.core.models.mimo.partition.utils import PartitionAdapter
+from megatron.core.models.mimo.partition.utils import PartitionAdapter, sequence_cut
 from megatron.mimo.data.sample import Sample
 
 __all__ = ["Batch", "Collator", "batch_device", "keep_for_stage"]
@@ -38,7 +37,7 @@ def keep_for_stage(
         packed = packed_params(
             batch.get("packing_kwargs"), tokens=batch["input_ids"].size(1), cp_size=adapter.cp_size
         )
-        kept["alignment_plan"] = cut_for_rank(kept["alignment_plan"], adapter, packed)
+        kept["alignment_plan"] = sequence_cut(adapter, packed).share_of_plan(kept["alignment_plan"])
     if kept.get("modality_inputs"):
         kept["modality_inputs"] = _cast(kept["modality_inputs"], dtype)
     return kept

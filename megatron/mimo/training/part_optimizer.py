@@ -63,7 +63,7 @@ def rate_overrides(args: Namespace, chunks: Sequence[MimoModel]) -> dict[Any, An
 
     Where several names hold a parameter, the longest one counts.
     """
-    from megatron.core.models.mimo.model.freezing import parameter_paths
+    from megatron.core.models.mimo.model.freezing import paths_by_parameter
     from megatron.core.optimizer import ParamKey
     from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
@@ -75,7 +75,9 @@ def rate_overrides(args: Namespace, chunks: Sequence[MimoModel]) -> dict[Any, An
             fixed = {"start_wd": value, "end_wd": value}
             values[f"{flag} {name}"] = scaled if flag == "lr" else fixed
             chosen[f"{flag} {name}"] = set()
-        for parameter, own in (pair for chunk in chunks for pair in parameter_paths(chunk).items()):
+        for parameter, own in (
+            pair for chunk in chunks for pair in paths_by_parameter(chunk).items()
+        ):
             name = _longest(own, rates)
             if name is not None:
                 chosen[f"{flag} {name}"].add(parameter)

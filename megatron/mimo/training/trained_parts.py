@@ -64,9 +64,9 @@ def survey_parts(chunks: Sequence[MimoModel], args: Namespace, adapters: list[st
     Raises:
         ConfigError: a name that no rank has, or nothing is trained.
     """
-    from megatron.core.models.mimo.model.freezing import parameter_paths, part_names
+    from megatron.core.models.mimo.model.freezing import part_names, paths_by_parameter
 
-    paths = [item for chunk in chunks for item in parameter_paths(chunk).items()]
+    paths = [item for chunk in chunks for item in paths_by_parameter(chunk).items()]
     known = part_names(chunks[0].mimo_config.modality_submodules_spec)
     parts = _gather(paths, adapters)
     _check_names(args, known, parts)

@@ -153,8 +153,8 @@ def test_what_is_refused_in_a_batch(ranks: RankPool, sizes: Sizes, stock: bool) 
 
 def waits(kind: Kind, sizes: Sizes) -> dict[str, int]:
     """What waits for the device in forward and backward, with a plan cut on the host."""
-    from megatron.core.models.mimo.model.embedding import cut_for_rank
     from megatron.core.models.mimo.partition.packing import packed_params
+    from megatron.core.models.mimo.partition.utils import sequence_cut
     from megatron.mimo.backend.host_sync import HostSyncCounter
 
     class Counter(HostSyncCounter):
@@ -192,7 +192,7 @@ def waits(kind: Kind, sizes: Sizes) -> dict[str, int]:
     batch = next(iter(batches(kind, sizes)))
     if model.partition_adapter is not None:
         packed = packed_params(batch["packing_kwargs"], cp_size=sizes.cp)
-        plan = cut_for_rank(batch["alignment_plan"], model.partition_adapter, packed)
+        plan = sequence_cut(model.partition_adapter, packed).share_of_plan(batch["alignment_plan"])
         batch["alignment_plan"] = plan
     with counter:
         losses, _ = model(**batch)

@@ -30,7 +30,7 @@ FAMILIES = {
 
 def waits(layout: Layout, design: Design) -> list[Counter[str]]:
     """What waits in forward and backward of micro-batches with images, sounds, both, neither."""
-    from megatron.core.models.mimo.model.embedding import cut_for_rank
+    from megatron.core.models.mimo.partition.utils import sequence_cut
     from megatron.mimo.backend.host_sync import HostSyncCounter
 
     class WaitsOfDevice(HostSyncCounter):
@@ -59,8 +59,8 @@ def waits(layout: Layout, design: Design) -> list[Counter[str]]:
             plan=True,
         )
         if model.partition_adapter is not None:  # as the training layer does, on the host
-            inputs["alignment_plan"] = cut_for_rank(
-                inputs["alignment_plan"], model.partition_adapter, None
+            inputs["alignment_plan"] = sequence_cut(model.partition_adapter, None).share_of_plan(
+                inputs["alignment_plan"]
             )
         with WaitsOfDevice() as counter:
             losses_BS, mask_BS = wrapped(**inputs)

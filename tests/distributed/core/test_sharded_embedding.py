@@ -74,8 +74,12 @@ def sharded(tp: int, cp: int, text_only: bool) -> dict[str, Any]:
         LanguageModelEmbedding,
     )
     from megatron.core.models.mimo.alignment import build_alignment_plan
-    from megatron.core.models.mimo.model.embedding import cut_for_rank, embed_streams
-    from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
+    from megatron.core.models.mimo.model.merge import embed_streams
+    from megatron.core.models.mimo.partition.utils import (
+        PartitionAdapter,
+        PartitionConfig,
+        sequence_cut,
+    )
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     groups = model_parallel(tp=tp, cp=cp)
@@ -102,7 +106,7 @@ def sharded(tp: int, cp: int, text_only: bool) -> dict[str, Any]:
     ids_BS, rows = batch(text_only)
     adapter = PartitionAdapter(PartitionConfig.from_mp_config(config, max_seq_len=SEQUENCE))
     special = {"images": IMAGE, "sound": SOUND}
-    plan = cut_for_rank(build_alignment_plan(ids_BS, special), adapter, None)
+    plan = sequence_cut(adapter, None).share_of_plan(build_alignment_plan(ids_BS, special))
     with LargestTensor() as largest:
         held_SBH = embed_streams(embedding, plan, rows, None)
         held_SBH.backward(weight_SBH[plan.positions_S])
@@ -144,9 +148,12 @@ def gradient_of_frequent_tokens(tp: int, *, sequence_parallel: bool) -> float:
     Compared with a sum in fp64. One rounding to bf16 is 2e-3 in this norm.
     """
     from megatron.core.models.mimo.alignment import build_alignment_plan
-    from megatron.core.models.mimo.model.embedding import cut_for_rank
     from megatron.core.models.mimo.model.lookup import look_up_text
-    from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
+    from megatron.core.models.mimo.partition.utils import (
+        PartitionAdapter,
+        PartitionConfig,
+        sequence_cut,
+    )
     from megatron.core.tensor_parallel import VocabParallelEmbedding
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -172,7 +179,7 @@ def gradient_of_frequent_tokens(tp: int, *, sequence_parallel: bool) -> float:
     plan = build_alignment_plan(ids_BS, {})
     if sequence_parallel:
         adapter = PartitionAdapter(PartitionConfig.from_mp_config(config, max_seq_len=1024))
-        plan = cut_for_rank(plan, adapter, None)
+        plan = sequence_cut(adapter, None).share_of_plan(plan)
     gradient_SBH = torch.rand(1024, 2, HIDDEN, generator=generator).add(0.5).bfloat16()
     positions_S = slice(None) if plan.positions_S is None else plan.positions_S
     mine_NH = gradient_SBH[positions_S].transpose(0, 1).flatten(0, 1)

@@ -106,7 +106,7 @@ def train(name: str, layout: Layout, expected: Expected) -> list[float]:
 
 def waits(name: str, layout: Layout) -> dict[str, int]:
     """What waits for the device in forward and backward of a micro-batch; runs on every rank."""
-    from megatron.core.models.mimo.model.embedding import cut_for_rank
+    from megatron.core.models.mimo.partition.utils import sequence_cut
     from megatron.mimo.backend.host_sync import HostSyncCounter
     from megatron.mimo.models import load_family
 
@@ -117,8 +117,8 @@ def waits(name: str, layout: Layout) -> dict[str, int]:
     samples = [family.sample(config, family.example(config, generator)) for _ in range(2)]
     batch = _collator(family, config, samples)(samples)
     if model.partition_adapter is not None:  # as the training layer does, on the host
-        batch["alignment_plan"] = cut_for_rank(
-            batch["alignment_plan"], model.partition_adapter, None
+        batch["alignment_plan"] = sequence_cut(model.partition_adapter, None).share_of_plan(
+            batch["alignment_plan"]
         )
     with HostSyncCounter() as counter:
         losses_BS, mask_BS = model(**batch)
@@ -257,15 +257,15 @@ def _forward(
     vocab_size: int,
 ) -> tuple[Tensor, Any]:
     from megatron.core import parallel_state
+    from megatron.core.models.mimo.partition.utils import sequence_cut
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
     from megatron.core.utils import unwrap_model
 
     batch = dict(next(batches))
     labels_BS, expected_BVS = batch.pop("labels"), batch.pop("expected")
     output, mask_BS = model(**batch)
-    adapter = unwrap_model(model).partition_adapter
-    if adapter is not None:  # this rank's part of every sequence
-        labels_BS, expected_BVS = (adapter.cut(one, None) for one in (labels_BS, expected_BVS))
+    cut = sequence_cut(unwrap_model(model).partition_adapter, None)
+    labels_BS, expected_BVS = cut.context_share(labels_BS), cut.context_share(expected_BVS)
     expected_BSV = expected_BVS.transpose(1, 2)
 
     def sum_losses(logits_BSV: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

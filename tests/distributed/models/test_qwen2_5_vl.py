@@ -45,7 +45,7 @@ def test_trains_as_a_plain_loop_does(ranks: RankPool, expected: Expected) -> Non
 def packed_logits(expected: Expected, cp: int) -> list[float]:
     """Distance from transformers of this rank's logits of each sample, all in one packed row."""
     from megatron.core import parallel_state
-    from megatron.core.models.mimo.partition.positions import packed_context_parallel_positions
+    from megatron.core.models.mimo.alignment.cut import packed_context_parallel_positions
     from megatron.mimo.arguments.standalone import build_model, model_arguments
     from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.data import PackingCollator

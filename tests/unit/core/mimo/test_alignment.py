@@ -19,11 +19,11 @@ from megatron.core.models.mimo.alignment import (
     plan_from_indices,
     take_rows,
 )
-from megatron.core.models.mimo.errors import InputError
-from megatron.core.models.mimo.partition.positions import (
+from megatron.core.models.mimo.alignment.cut import (
     context_parallel_positions,
     sequence_parallel_positions,
 )
+from megatron.core.models.mimo.errors import InputError
 
 HIDDEN = 3
 IDS = {"images": 90, "audio": -200}

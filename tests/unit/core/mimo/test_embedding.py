@@ -99,7 +99,7 @@ def check_lookup_of_a_frozen_table() -> None:
 
 def check_merge_against_numerical_gradients() -> None:
     from megatron.core.models.mimo.alignment import build_alignment_plan, cut_plan
-    from megatron.core.models.mimo.model.embedding import merge_streams
+    from megatron.core.models.mimo.model.merge import merge_streams
 
     long_BS = torch.full((2, 20), 1).index_fill(1, torch.arange(2, 18), 30)  # copied as blocks
     for ids_BS in (IDS_BS, long_BS):
@@ -119,7 +119,7 @@ def check_merge_against_numerical_gradients() -> None:
 
 def check_merge_gradient_in_closed_form() -> None:
     from megatron.core.models.mimo.alignment import build_alignment_plan
-    from megatron.core.models.mimo.model.embedding import merge_streams
+    from megatron.core.models.mimo.model.merge import merge_streams
 
     plan = build_alignment_plan(IDS_BS, TOKENS)
     counts = {"text": plan.text_ids_N.numel(), **plan.counts}

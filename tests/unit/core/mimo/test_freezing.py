@@ -68,12 +68,12 @@ def check_layers_are_numbered_over_all_stages() -> None:
 
 
 def check_a_tied_output_layer_is_the_embedding() -> None:
-    from megatron.core.models.mimo.model.freezing import parameter_paths
+    from megatron.core.models.mimo.model.freezing import paths_by_parameter
 
     tied = ("language.embedding.word_embeddings.weight", "language.output_layer.weight")
     for whole in ({}, {"pre_process": False}):
         model = build(share_embeddings_and_output_weights=True, **whole)
-        paths = parameter_paths(model)
+        paths = paths_by_parameter(model)
         assert list(paths.values()).count(tied) == 1
         model.freeze("language.embedding.word_embeddings")
         assert [paths[p] for p in paths if not p.requires_grad] == [tied]

@@ -14,9 +14,9 @@ from megatron.core.models.mimo.alignment import (
     media_span_ids,
     place_rows,
 )
+from megatron.core.models.mimo.alignment.cut import packed_context_parallel_positions
 from megatron.core.models.mimo.errors import InputError, UnsupportedError
 from megatron.core.models.mimo.partition.packing import check_one_row, packed_params
-from megatron.core.models.mimo.partition.positions import packed_context_parallel_positions
 
 IMAGE, SOUND = 30, 31
 TOKENS = {"images": IMAGE, "sounds": SOUND}

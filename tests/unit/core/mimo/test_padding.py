@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from megatron.core.models.mimo.alignment.cut import SequenceCut
 from megatron.core.models.mimo.errors import InputError
-from megatron.core.models.mimo.model.inputs import held_padding
+from megatron.core.models.mimo.model.checks import check_padding_mask
 
 
 class TakesNone(nn.Module):
@@ -22,9 +23,10 @@ class TakesOne(nn.Module):
 
 def test_padding_masks_that_do_not_fit() -> None:
     mask_BS = torch.zeros(2, 4, dtype=torch.bool)
-    assert held_padding(TakesOne(), mask_BS, None, None) is mask_BS
+    check_padding_mask(TakesOne(), mask_BS)
+    assert SequenceCut().rank_share(mask_BS) is mask_BS
     with pytest.raises(InputError, match=r"TakesNone does not take one; leave it out"):
-        held_padding(TakesNone(), mask_BS, None, None)
+        check_padding_mask(TakesNone(), mask_BS)
     for wrong in (mask_BS.float(), mask_BS[0]):
         with pytest.raises(InputError, match=r"expected torch\.bool \[B, S\], True where a token"):
-            held_padding(TakesOne(), wrong, None, None)
+            check_padding_mask(TakesOne(), wrong)

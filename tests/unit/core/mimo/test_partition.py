@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.models.mimo.errors import InputError
-from megatron.core.models.mimo.partition.positions import (
+from megatron.core.models.mimo.alignment.cut import (
     context_parallel_positions,
     packed_context_parallel_positions,
     sequence_parallel_positions,
 )
+from megatron.core.models.mimo.errors import InputError
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from tests.rank_pool import RankPool, model_parallel
 

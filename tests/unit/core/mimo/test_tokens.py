@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.core.models.mimo.model import tokens
+from megatron.core.models.mimo.model import checks, labels
 from tests.rank_pool import RankPool
 from tests.unit.core.mimo.tiny import IDS_BS, VOCABULARY, build, inputs
 
@@ -21,10 +21,10 @@ def test_a_label_outside_of_the_vocabulary_is_refused_unless_it_is_masked(label:
     labels_BS[1, 2] = label
     for mask in (mask_BS, None):
         with pytest.raises(InputError, match=rf"labels\[1, 2\] is {label}; expected .* in 0..7"):
-            tokens.labels_in_vocabulary(labels_BS, mask, 8)
+            labels.labels_in_vocabulary(labels_BS, mask, 8)
     mask_BS[1, 2] = 0
     mask_BS = mask_BS.bfloat16()
-    found_BS, _, is_none_BS = tokens.labels_in_vocabulary(labels_BS, mask_BS, 8)
+    found_BS, _, is_none_BS = labels.labels_in_vocabulary(labels_BS, mask_BS, 8)
     assert found_BS is not None
     assert is_none_BS is not None
     assert found_BS.tolist() == [[1, 2, 3], [4, 5, 0]]
@@ -33,18 +33,18 @@ def test_a_label_outside_of_the_vocabulary_is_refused_unless_it_is_masked(label:
 
 def test_labels_that_are_all_there_are_left_alone() -> None:
     mask_BS = torch.ones(2, 3)
-    assert tokens.labels_in_vocabulary(LABELS_BS, mask_BS, 8) == (LABELS_BS, mask_BS, None)
-    assert tokens.labels_in_vocabulary(None, mask_BS, 8) == (None, mask_BS, None)
+    assert labels.labels_in_vocabulary(LABELS_BS, mask_BS, 8) == (LABELS_BS, mask_BS, None)
+    assert labels.labels_in_vocabulary(None, mask_BS, 8) == (None, mask_BS, None)
 
 
 def test_minus_100_is_no_label() -> None:
     labels_BS = LABELS_BS.clone()
     labels_BS[0, 1] = -100
-    found_BS, mask_BS, is_none_BS = tokens.labels_in_vocabulary(labels_BS, torch.ones(2, 3), 8)
+    found_BS, mask_BS, is_none_BS = labels.labels_in_vocabulary(labels_BS, torch.ones(2, 3), 8)
     assert found_BS is not None
     assert mask_BS is not None
     assert (found_BS[0, 1], mask_BS.sum()) == (0, 5)
-    assert tokens.without(torch.ones(2, 3), is_none_BS).tolist() == [[1, 0, 1], [1, 1, 1]]
+    assert labels.without(torch.ones(2, 3), is_none_BS).tolist() == [[1, 0, 1], [1, 1, 1]]
 
 
 SHAPES: dict[str, tuple[dict[str, Any], str]] = {
@@ -62,11 +62,11 @@ SHAPES: dict[str, tuple[dict[str, Any], str]] = {
 def test_all_that_tokens_have_is_of_one_shape(change: dict[str, Any], message: str) -> None:
     whole: dict[str, Any] = dict.fromkeys(("input_ids", "position_ids", "labels"), LABELS_BS)
     whole["loss_mask"] = torch.ones(2, 3)
-    tokens.check_shapes(**whole)
-    tokens.check_shapes(**(whole | {"position_ids": LABELS_BS.expand(3, 2, 3)}))
-    tokens.check_shapes(**(whole | {"position_ids": LABELS_BS[:1], "input_ids": None}))
+    checks.check_shapes(**whole)
+    checks.check_shapes(**(whole | {"position_ids": LABELS_BS.expand(3, 2, 3)}))
+    checks.check_shapes(**(whole | {"position_ids": LABELS_BS[:1], "input_ids": None}))
     with pytest.raises(InputError, match=message):
-        tokens.check_shapes(**(whole | change))
+        checks.check_shapes(**(whole | change))
 
 
 def same_shape_other_ids() -> None:

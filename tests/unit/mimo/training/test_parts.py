@@ -47,7 +47,7 @@ def test_a_rate_without_name_or_number(word: str, capsys: pytest.CaptureFixture[
 def check_rates_follow_the_schedule() -> None:
     """Every parameter's rate and decay at every step, on a cosine with a warm-up."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.models.mimo.model.freezing import parameter_paths
+    from megatron.core.models.mimo.model.freezing import paths_by_parameter
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer import get_standard_config_overrides as standard
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -76,7 +76,7 @@ def check_rates_follow_the_schedule() -> None:
         wd_incr_steps=10,
         wd_incr_style="constant",
     )
-    paths = parameter_paths(model)
+    paths = paths_by_parameter(model)
 
     def rates() -> dict[str, tuple[float, float]]:
         return {

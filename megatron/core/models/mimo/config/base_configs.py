@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 if TYPE_CHECKING:
     from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -73,6 +74,22 @@ class MimoModelConfig:
         if isinstance(self.encoder_split, str):
             return self.encoder_split
         return self.encoder_split.get(modality, "auto")
+
+
+def language_config(mimo_config: MimoModelConfig) -> TransformerConfig:
+    """The language model's ``TransformerConfig``, from its spec.
+
+    Raises:
+        ConfigError: the spec holds none.
+    """
+    params = mimo_config.language_model_spec.params or {}
+    if "config" not in params:
+        raise ConfigError(
+            "language_model_spec.params has no 'config'; expected the language model's "
+            f"TransformerConfig beside {sorted(params)}"
+        )
+    config: TransformerConfig = params["config"]
+    return config
 
 
 def _check_special_token_ids(special_token_ids: Mapping[str, int] | None) -> None:

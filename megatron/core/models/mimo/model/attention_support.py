@@ -17,8 +17,8 @@ from torch import nn
 
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo.config import MimoModelConfig
+from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.models.mimo.errors import InputError, UnsupportedError
-from megatron.core.models.mimo.model.build import language_config
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec

@@ -12,8 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo.comm.encoder_split import EncoderSplit, Gradients, Sharers
 from megatron.core.models.mimo.config import MimoModelConfig
+from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
-from megatron.core.models.mimo.model.build import language_config
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
 
 _GRADIENTS: Mapping[str, Gradients] = {"cp": "shares", "tp": "copies"}
@@ -81,11 +81,12 @@ def _choose(
     return tuple(sharers)
 
 
-def keep_reducible_splits(modality: str, submodule: nn.Module, config: MimoModelConfig) -> None:
-    """Split over tensor-parallel ranks only what ``finalize_model_grads`` of the model reaches.
+def leave_out_unreduced_ranks(modality: str, submodule: nn.Module, config: MimoModelConfig) -> None:
+    """Split over tensor-parallel ranks only where their gradients are averaged afterwards.
 
-    A modality that has a data-parallel wrapper of its own is finalised by the script, which may
-    not average over tensor-parallel ranks. "auto" then leaves these ranks out.
+    ``finalize_model_grads`` of the whole model does that. A modality that has a data-parallel
+    wrapper of its own is finalised by the script, which may not: "auto" then leaves these ranks
+    out.
 
     Raises:
         UnsupportedError: the split was asked for by name.

@@ -59,8 +59,11 @@ def paths_of(model: Any, own: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, 
                 yield root + _renumbered(name, numbers).removeprefix(prefix), found
 
 
-def parameter_paths(model: Any) -> dict[nn.Parameter, tuple[str, ...]]:
-    """Each parameter's path; both of its paths where the output layer is the embedding."""
+def paths_by_parameter(model: Any) -> dict[nn.Parameter, tuple[str, ...]]:
+    """Map every parameter of a model to the paths by which a part that holds it may be named.
+
+    That is one path, and two for a table that is both the embedding and the output layer.
+    """
     paths: dict[nn.Parameter, tuple[str, ...]] = {
         parameter: (path,) for path, parameter in paths_of(model, list(model.named_parameters()))
     }
@@ -109,7 +112,7 @@ def freeze_parts(model: Any, names: Iterable[str], *, frozen: bool) -> None:
     is_whole = role.is_first_stage(language) and role.is_last_stage(language)
     for name in names:
         _refuse_wrapped(model, name)
-        paths = parameter_paths(model)
+        paths = paths_by_parameter(model)
         selected = [
             parameter for parameter, own in paths.items() if any(selects(name, p) for p in own)
         ]

@@ -1,9 +1,9 @@
 """Multimodal RoPE under sharding: the model cuts positions, the rotary embedding does not.
 
 megatron-core's ``MultimodalRotaryEmbedding`` deals the whole sequence out to context-parallel
-ranks. Packed rows are dealt out document by document, so positions are cut here, by the same
-``PartitionAdapter`` that cuts everything else: position ids of a dense batch before the embedding,
-those of a packed row per document in megatron-core's THD rotation, which takes the whole row's.
+ranks. Packed rows are dealt out document by document, so the model cuts positions as it cuts
+everything else (``SequenceCut``): position ids of a dense batch before the embedding. Those of a
+packed row stay whole; megatron-core's rotation of such rows takes each document's share itself.
 
 Legend: S sequence, B micro-batch, T packed tokens.
 """
@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
+from megatron.core.models.mimo.alignment.cut import SequenceCut
 from megatron.core.models.mimo.config import MimoModelConfig
+from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.models.mimo.errors import ConfigError, InputError, UnsupportedError
-from megatron.core.models.mimo.model.build import language_config
-from megatron.core.models.mimo.partition.utils import PartitionAdapter
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import unwrap_model
 
 _AXES = 3  # time, height, width
@@ -50,28 +49,30 @@ def refuse_mrope(mimo_config: MimoModelConfig) -> None:
         raise ConfigError(_fusion_message("kv_format = 'thd'"))
 
 
-def own_the_cut(language_model: Any) -> bool:
-    """Whether it rotates by 3-D positions; if so, its embedding takes them as they are given."""
+def leave_cutting_to_the_model(language_model: Any) -> bool:
+    """Let a multimodal rotary embedding rotate by the positions that it is given, uncut.
+
+    Megatron's would cut them over its context-parallel group, whatever documents a row has.
+
+    Returns:
+        True where the language model rotates by positions in three axes.
+    """
     rotary = getattr(language_model, "rotary_pos_emb", None)
     if not isinstance(rotary, MultimodalRotaryEmbedding):
         return False
-    rotary.cp_group = None  # it would cut by this group, over the borders of documents
+    rotary.cp_group = None
     return True
 
 
-def rotary_positions(
-    language_model: Any,
-    position_ids: torch.Tensor | None,
-    adapter: PartitionAdapter | None,
-    packed: PackedSeqParams | None,
+def positions_to_rotate_by(
+    language_model: Any, position_ids: torch.Tensor | None, cut: SequenceCut
 ) -> torch.Tensor:
-    """Position ids for the embedding: [3, B, S / cp], or [3, 1, T] of a packed row.
+    """Position ids for a multimodal rotary embedding: [3, B, S / cp], or [3, 1, T] of a packed row.
 
     Args:
-        language_model: one that :func:`own_the_cut` answered True for.
+        language_model: has an embedding that :func:`leave_cutting_to_the_model` has prepared.
         position_ids: long [3, B, S], or [B, S] for three equal axes; uncut.
-        adapter: cuts sequences; None where nothing is cut.
-        packed: of a packed row.
+        cut: of this micro-batch.
 
     Raises:
         InputError: no position ids, or of another shape.
@@ -85,13 +86,12 @@ def rotary_positions(
             f"position_ids are {got}; multimodal RoPE takes [3, B, S] (time, height, width), or "
             "[B, S] where they are equal, on every pipeline stage"
         )
-    if packed is not None:
-        if unwrap_model(language_model).config.apply_rope_fusion:
-            raise UnsupportedError(_fusion_message("packing_kwargs"))
-        return position_ids
-    if adapter is None:
-        return position_ids
-    return adapter.cut(position_ids, None)
+    if cut.places is None:
+        return cut.context_share(position_ids)
+    # The rotation of packed rows cuts the whole row's rotary embedding document by document.
+    if unwrap_model(language_model).config.apply_rope_fusion:
+        raise UnsupportedError(_fusion_message("packing_kwargs"))
+    return position_ids
 
 
 def _fusion_message(what: str) -> str:

@@ -1,4 +1,7 @@
-"""What a training loop asks of a model whose modules carry their own data-parallel wrappers."""
+"""What Megatron's schedules and training loops ask of the outermost module.
+
+It answers for the language model, and for modules that carry data-parallel wrappers of their own.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,38 @@ from typing import Any
 from torch import nn
 
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.utils import unwrap_model
+
+# What schedules, gradient finalisation and CUDA graph capture look up on the outermost module.
+_ASKED_OF_LANGUAGE_MODEL = frozenset(
+    {
+        "decoder",
+        "mtp",
+        "position_embedding_type",
+        "post_process",
+        "pre_process",
+        "rotary_pos_emb",
+        "share_embeddings_and_output_weights",
+        "shared_embedding_or_output_weight",
+    }
+)
 
 
 class WrappedModules(nn.Module):
-    """Hands data-parallel calls on to the modules that are wrapped; a mixin of ``MimoModel``.
+    """Hands on what is asked to the modules that it is meant for; a mixin of ``MimoModel``.
 
-    Each call reaches only wrappers whose overlap option needs it, and is a no-op for a model
-    wrapped as a whole.
+    A data-parallel call reaches only wrappers whose overlap option needs it, and is a no-op for a
+    model wrapped as a whole.
     """
 
     language_model: Any  # any Megatron language model; a wrapper of one once a script wraps it
     modality_submodules: nn.ModuleDict
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the language model where Megatron asks the outermost module."""
+        if name in _ASKED_OF_LANGUAGE_MODEL:
+            return getattr(unwrap_model(super().__getattr__("language_model")), name)
+        return super().__getattr__(name)
 
     def _wrapped(self, option: str | None = None) -> Iterator[Any]:
         for module in (self.language_model, *self.modality_submodules.values()):

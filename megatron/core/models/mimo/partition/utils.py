@@ -9,11 +9,9 @@ from torch.distributed import ProcessGroup
 
 from megatron.core import tensor_parallel
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.models.mimo.partition.positions import (
-    context_parallel_positions,
-    packed_context_parallel_positions,
-    require_divisible,
-)
+from megatron.core.models.mimo.alignment.cut import SequenceCut
+from megatron.core.models.mimo.config import MimoModelConfig
+from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.parallel_state import get_context_parallel_group, get_tensor_model_parallel_group
 from megatron.core.utils import get_pg_rank, get_pg_size
@@ -106,32 +104,40 @@ class PartitionAdapter:
             AssertionError: S is not divisible by the shard factor, or differs from
                 ``max_seq_len`` under tensor-parallel communication overlap.
         """
-        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        if embeddings is not None and not packed:
-            self.check_length(embeddings.size(0))
-        if self.cfg.use_cp:
-            row = packed_seq_params if packed else None
-            embeddings, labels, loss_mask = self._shard_context(embeddings, labels, loss_mask, row)
-        if self.cfg.seq_parallel and embeddings is not None:
-            embeddings = tensor_parallel.scatter_to_sequence_parallel_region(
-                embeddings, group=self.cfg.tp_group
-            )
+        cut = self.sequence_cut(packed_seq_params)
+        if embeddings is not None:
+            if cut.places is None:
+                cut.check_length(embeddings.size(0))
+            embeddings = cut.context_share(embeddings, dim=0)
+            if self.cfg.seq_parallel:
+                embeddings = tensor_parallel.scatter_to_sequence_parallel_region(
+                    embeddings, group=self.cfg.tp_group
+                )
+        labels, loss_mask = (
+            None if tokens is None else cut.context_share(tokens) for tokens in (labels, loss_mask)
+        )
         return embeddings, labels, loss_mask, packed_seq_params
 
-    def check_length(self, sequence_length: int) -> None:
-        """Assert that a sequence of this length can be cut; see ``shard``."""
-        factor = self.cfg.shard_factor()
-        # AssertionError is the public contract here (stock MIMO raises it), hence not ValueError.
-        assert sequence_length % factor == 0, (
-            f"sequence length {sequence_length} should be divisible by {factor} for "
-            "sequence/context parallelism; pad it to "
-            f"{-(-sequence_length // factor) * factor}"
+    def sequence_cut(self, packed_seq_params: PackedSeqParams | None) -> SequenceCut:
+        """How the sequences of one micro-batch are cut.
+
+        Args:
+            packed_seq_params: of a packed row, else None.
+        """
+        cfg = self.cfg
+        places = None
+        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+            places = packed_seq_params.cu_seqlens_q_padded
+            if places is None:
+                places = packed_seq_params.cu_seqlens_q
+        return SequenceCut(
+            cp_rank=get_pg_rank(cfg.cp_group) if cfg.use_cp else 0,
+            cp_size=get_pg_size(cfg.cp_group) if cfg.use_cp else 1,
+            tp_rank=get_pg_rank(cfg.tp_group) if cfg.seq_parallel else 0,
+            tp_size=get_pg_size(cfg.tp_group) if cfg.seq_parallel else 1,
+            places=places,
+            only_length=cfg.max_seq_len if cfg.seq_parallel and cfg.tp_comm_overlap else None,
         )
-        if self.cfg.seq_parallel and self.cfg.tp_comm_overlap:
-            assert sequence_length == self.cfg.max_seq_len, (
-                f"TP Comm overlap needs sequences of exactly max_seq_len = {self.cfg.max_seq_len}, "
-                f"got {sequence_length}; pad them or turn tp_comm_overlap off"
-            )
 
     @property
     def cp_size(self) -> int:
@@ -139,47 +145,28 @@ class PartitionAdapter:
         size: int = get_pg_size(self.cfg.cp_group) if self.cfg.use_cp else 1
         return size
 
-    def cut(self, tokens: torch.Tensor, packed_seq_params: PackedSeqParams | None) -> torch.Tensor:
-        """This context-parallel rank's part of what every token has: [..., S] to [..., S / cp]."""
-        if not self.cfg.use_cp:
-            return tokens
-        positions_S = self.positions(tokens.size(-1), packed_seq_params)
-        return tokens.index_select(-1, positions_S.to(tokens.device, non_blocking=True))
 
-    def positions(
-        self, sequence_length: int, packed_seq_params: PackedSeqParams | None
-    ) -> torch.Tensor:
-        """Sequence positions that this context-parallel rank holds: long [S / cp], ascending."""
-        cp_rank, cp_size = get_pg_rank(self.cfg.cp_group), get_pg_size(self.cfg.cp_group)
-        if packed_seq_params is None:
-            return context_parallel_positions(sequence_length, cp_rank=cp_rank, cp_size=cp_size)
-        cu_seqlens = packed_seq_params.cu_seqlens_q_padded
-        if cu_seqlens is None:
-            cu_seqlens = packed_seq_params.cu_seqlens_q
-        require_divisible(sequence_length, 2 * cp_size, "2*cp")
-        return packed_context_parallel_positions(
-            cu_seqlens, total_tokens=sequence_length, cp_rank=cp_rank, cp_size=cp_size
+def sequence_cut(
+    adapter: PartitionAdapter | None, packed_seq_params: PackedSeqParams | None
+) -> SequenceCut:
+    """The cut of a model's ``partition_adapter``; where that is None, nothing is cut."""
+    return SequenceCut() if adapter is None else adapter.sequence_cut(packed_seq_params)
+
+
+def build_partition_adapter(
+    mimo_config: MimoModelConfig, cp_group: ProcessGroup | None, tp_group: ProcessGroup | None
+) -> PartitionAdapter | None:
+    """What cuts the sequence for this rank; None where nothing does."""
+    config = language_config(mimo_config)
+    params = mimo_config.language_model_spec.params
+    if config.context_parallel_size <= 1 and not config.sequence_parallel:
+        return None
+    return PartitionAdapter(
+        PartitionConfig.from_mp_config(
+            config,
+            max_seq_len=params.get("max_sequence_length", 4096),
+            kv_format=mimo_config.kv_format,
+            cp_group=cp_group,
+            tp_group=tp_group,
         )
-
-    def _shard_context(
-        self,
-        embeddings_SBH: torch.Tensor | None,
-        labels_BS: torch.Tensor | None,
-        loss_mask_BS: torch.Tensor | None,
-        packed_seq_params: PackedSeqParams | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        lengths = [
-            tensor.size(dim)
-            for tensor, dim in ((embeddings_SBH, 0), (labels_BS, 1), (loss_mask_BS, 1))
-            if tensor is not None
-        ]
-        if not lengths:
-            return None, None, None
-        positions_S = self.positions(lengths[0], packed_seq_params)
-
-        def cut(tensor: torch.Tensor | None, dim: int) -> torch.Tensor | None:
-            if tensor is None:
-                return None
-            return tensor.index_select(dim, positions_S.to(tensor.device, non_blocking=True))
-
-        return cut(embeddings_SBH, 0), cut(labels_BS, 1), cut(loss_mask_BS, 1)
+    )

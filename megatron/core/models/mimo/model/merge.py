@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,20 +16,17 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.mimo.alignment import (
     AlignmentPlan,
     Stream,
-    cut_plan,
     place_rows,
     take_rows,
 )
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import InputError
+from megatron.core.models.mimo.model.checks import check_rows
 from megatron.core.models.mimo.model.host_memory import empty_like_rows
-from megatron.core.models.mimo.model.inputs import check_rows
 from megatron.core.models.mimo.model.lookup import call_as, look_up_rows, look_up_text
-from megatron.core.models.mimo.partition.positions import sequence_parallel_positions
-from megatron.core.models.mimo.partition.utils import PartitionAdapter
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from megatron.core.utils import get_pg_rank, get_pg_size
+from megatron.core.utils import get_pg_rank
 
 
 def embed_streams(
@@ -97,44 +93,6 @@ def _position_rows(
         return look_up_rows(weight_PH, positions_SB)
 
     return call_as(table, forward, positions_SB)
-
-
-def cut_for_rank(plan: AlignmentPlan, adapter: PartitionAdapter, packed: Any) -> AlignmentPlan:
-    """The plan of this rank's context- and sequence-parallel part.
-
-    Made on the host (where the plan is) it costs no synchronisation: a training loop calls it
-    before it moves the batch.
-
-    Args:
-        plan: the plan of the whole sequence.
-        adapter: the model's ``partition_adapter``.
-        packed: ``PackedSeqParams`` of a packed batch, else None.
-    """
-    config = adapter.cfg
-    device = plan.text_ids_N.device
-    if packed is None:
-        adapter.check_length(plan.sequence_length)
-    if config.use_cp:
-        positions_S = adapter.positions(plan.sequence_length, packed)
-        plan = cut_plan(plan, positions_S.to(device))
-    if not config.seq_parallel:
-        return plan
-    tp_size = get_pg_size(config.tp_group)
-    pieces = []
-    for tp_rank in range(tp_size):
-        positions_S = sequence_parallel_positions(
-            plan.sequence_length, tp_rank=tp_rank, tp_size=tp_size
-        )
-        pieces.append(cut_plan(plan, positions_S.to(device)))
-    return own_piece(replace(plan, pieces=tuple(pieces)), adapter)
-
-
-def own_piece(plan: AlignmentPlan, adapter: PartitionAdapter | None) -> AlignmentPlan:
-    """This rank's plan, of one that another rank of the tensor-parallel group may have cut."""
-    if not plan.pieces or adapter is None:
-        return plan
-    own: AlignmentPlan = plan.pieces[get_pg_rank(adapter.cfg.tp_group)]
-    return replace(own, pieces=plan.pieces)
 
 
 def merge_streams(

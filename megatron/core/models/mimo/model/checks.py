@@ -1,35 +1,36 @@
-"""Checks of what every token of a batch brings: ids, positions, labels, masks, and their plan.
+"""Checks of what a batch brings, before anything is computed from it.
 
 What lies on a device is checked by type and shape alone: reading it would wait for the device.
-Legend: S sequence, B micro-batch, N tokens of a stream, V vocabulary.
+Legend: S sequence, B micro-batch, N rows of one stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron.core.models.mimo.alignment import AlignmentPlan
 from megatron.core.models.mimo.config.base_configs import TEXT
-from megatron.core.models.mimo.errors import InputError
+from megatron.core.models.mimo.errors import (
+    ConfigError,
+    InputError,
+    PlaceholderMismatchError,
+    UnsupportedError,
+)
+from megatron.core.models.mimo.model.signatures import accepts
+from megatron.core.utils import unwrap_model
 
-NO_LABEL = -100  # Hugging Face's mark
+ModalityInputs = Mapping[str, Mapping[str, Mapping[str, Any]] | None]
 
 _INTEGERS = (torch.int64, torch.int32)
 
 
-_TENSORS = (
-    *("input_ids", "position_ids", "labels", "loss_mask", "span_ids", "padding_mask"),
-    "attention_mask",
-)
-
-
-def check_tensors(*values: Any) -> None:
-    """Raise ``InputError`` unless each of the arguments named in ``_TENSORS`` is one, or None."""
-    for name, value in zip(_TENSORS, values, strict=True):
+def check_tensors(**values: Any) -> None:
+    """Raise ``InputError`` unless each argument, given by its name, is a tensor or None."""
+    for name, value in values.items():
         if value is not None and not torch.is_tensor(value):
             raise _other_type(name, value, "a tensor")
 
@@ -104,7 +105,7 @@ def refuse_other_ids(
     plan: AlignmentPlan, input_ids_BS: torch.Tensor, special_token_ids: Mapping[str, int]
 ) -> None:
     """Raise ``InputError`` for a plan of other ids, where plan and ids are on the host."""
-    if plan.pieces or not _on_host(input_ids_BS, plan.text_ids_N):
+    if plan.pieces or not on_host(input_ids_BS, plan.text_ids_N):
         return
     ids_BS, B = input_ids_BS.numpy(), plan.batch_size
     for name, stream in plan.streams.items():
@@ -128,68 +129,93 @@ def refuse_other_ids(
             )
 
 
-def labels_in_vocabulary(
-    labels_BS: torch.Tensor | None, loss_mask_BS: torch.Tensor | None, vocab_size: int | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Labels that a loss can be taken of, the loss mask, and where there is no label.
-
-    Labels of -100, and on the host those outside of the vocabulary whose loss is masked, are no
-    labels: they become 0 and their loss has to be left out.
-
-    Args:
-        labels_BS: integer [B, S].
-        loss_mask_BS: [B, S].
-        vocab_size: V; None where the model does not say.
-
-    Returns:
-        Labels, mask, and bool [B, S], True where there is no label (None where all are there).
-
-    Raises:
-        InputError: labels on the host that are outside of the vocabulary and not masked.
-    """
-    if labels_BS is None:
-        return None, loss_mask_BS, None
-    if _on_host(labels_BS):
-        is_none = _unlabelled(labels_BS, loss_mask_BS, vocab_size)
-        if not is_none.any():
-            return labels_BS, loss_mask_BS, None
-        is_none_BS = torch.from_numpy(is_none)
-    else:
-        is_none_BS = labels_BS == NO_LABEL
-    if loss_mask_BS is not None:
-        loss_mask_BS = loss_mask_BS.masked_fill(is_none_BS, 0)
-    return labels_BS.masked_fill(is_none_BS, 0), loss_mask_BS, is_none_BS
+def check_modality_names(modality_inputs: ModalityInputs | None, known: Iterable[str]) -> None:
+    """Raise ``InputError`` for inputs of a modality that the model does not have."""
+    known = list(known)
+    for name in modality_inputs or {}:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(
+                f"modality_inputs name {name!r}, but the model has the modalities {known}{hint}"
+            )
 
 
-def without(output: Any, is_none_BS: torch.Tensor | None) -> Any:
-    """A loss per token without that of tokens that have no label."""
-    if is_none_BS is None or not torch.is_tensor(output) or output.shape != is_none_BS.shape:
-        return output
-    return output.masked_fill(is_none_BS, 0)
+def check_encoder_order(
+    expected: Mapping[str, tuple[str, ...]], submodules: torch.nn.ModuleDict
+) -> None:
+    """Raise ``InputError`` where a plan counts on another order of a modality's encoders."""
+    for name, encoders in expected.items():
+        got = tuple(unwrap_model(submodules[name]).encoders) if name in submodules else encoders
+        if got != encoders:
+            raise InputError(
+                f"alignment_plan orders the rows of {name} by encoders {list(encoders)}, and the "
+                f"model concatenates them in the order {list(got)}; give the collator the model's"
+            )
 
 
-def _unlabelled(
-    labels_BS: torch.Tensor, loss_mask_BS: torch.Tensor | None, vocab_size: int | None
-) -> np.ndarray:
-    """Where labels on the host are none; refuses those outside of the vocabulary that count."""
-    labels = labels_BS.numpy()
-    is_none = labels == NO_LABEL
-    outside = (labels < 0) & ~is_none
-    if vocab_size is not None:
-        outside |= labels >= vocab_size
-    wrong = outside
-    if outside.any() and loss_mask_BS is not None and _on_host(loss_mask_BS):
-        wrong = outside & (loss_mask_BS.detach().float().numpy() != 0)  # NumPy has no bfloat16
-    if wrong.any():
-        sample, position = np.argwhere(wrong)[0]
-        bounds = "at least 0" if vocab_size is None else f"in 0..{vocab_size - 1}"
-        raise InputError(
-            f"labels[{sample}, {position}] is {labels[sample, position]}; expected a token id "
-            f"{bounds}, or {NO_LABEL} where there is no label"
+def refuse_row_order(plan: AlignmentPlan, method: str) -> None:
+    """Raise ``UnsupportedError`` where a method that sees no plan would put rows out of order."""
+    if plan.encoders:
+        raise UnsupportedError(
+            f"alignment_plan orders the rows of {sorted(plan.encoders)} by encoder, and a script "
+            f"replaced {method}, which gets no plan; give these modalities one encoder each, or "
+            "do not replace the method"
         )
-    return np.asarray(is_none | outside)
 
 
-def _on_host(*tensors: torch.Tensor) -> bool:
+def check_count(modality: str, placeholders: int, rows: int) -> None:
+    """Raise ``PlaceholderMismatchError`` unless every placeholder has a row and every row one."""
+    if placeholders != rows:
+        remedy = "the batch lacks inputs" if placeholders > rows else "the batch lacks placeholders"
+        raise PlaceholderMismatchError(
+            f"Number of {modality} tokens ({placeholders}) does not match number of {modality} "
+            f"embeddings ({rows}); {remedy}, or they were cut apart: each placeholder token in "
+            "input_ids takes exactly one row",
+            modality=modality,
+            placeholders=placeholders,
+            rows=rows,
+        )
+
+
+def check_rows(modality: str, rows: torch.Tensor, hidden_size: int, dtype: torch.dtype) -> None:
+    """Raise ``InputError`` unless rows are [N, hidden_size] in the text embedding's dtype."""
+    if rows.dim() != 2 or rows.size(1) != hidden_size:
+        raise InputError(
+            f"{modality} embeddings have shape {tuple(rows.shape)}; the language model's "
+            f"hidden_size is {hidden_size}, so [N, {hidden_size}] is expected: let the "
+            "projection end in that width"
+        )
+    if rows.dtype != dtype:
+        raise InputError(
+            f"{modality} embeddings are {rows.dtype} and text embeddings {dtype}; build encoder "
+            "and language model with the same params_dtype, or cast in the projection"
+        )
+
+
+def require_token_id(modality: str, special_token_ids: Mapping[str, int]) -> None:
+    """Raise ``ConfigError`` for a modality whose placeholder token is not known."""
+    if modality not in special_token_ids:
+        raise ConfigError(
+            f"No special token ID defined for modality {modality}; special_token_ids has "
+            f"{sorted(special_token_ids)}"
+        )
+
+
+def check_padding_mask(language_model: torch.nn.Module, padding_mask_BS: torch.Tensor) -> None:
+    """Raise ``InputError`` for a mask that is not bool [B, S], or that the model does not take."""
+    if padding_mask_BS.dtype != torch.bool or padding_mask_BS.dim() != 2:
+        raise InputError(
+            f"padding_mask is {padding_mask_BS.dtype} of shape {list(padding_mask_BS.shape)}; "
+            "expected torch.bool [B, S], True where a token is padding"
+        )
+    model = unwrap_model(language_model)
+    if not accepts(model.forward, "padding_mask"):
+        raise InputError(
+            f"padding_mask was given, and {type(model).__name__} does not take one; leave it out"
+        )
+
+
+def on_host(*tensors: torch.Tensor) -> bool:
     """True where memory can be read through NumPy, which no device has to be asked for."""
     return all(type(one) is torch.Tensor and one.device.type == "cpu" for one in tensors)

@@ -1,0 +1,44 @@
+"""Models that cannot be built: refused before their modules are, or as soon as they are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.mimo.config import MimoModelConfig
+from megatron.core.models.mimo.config.base_configs import language_config
+from megatron.core.models.mimo.errors import UnsupportedError
+from megatron.core.models.mimo.partition.utils import PartitionAdapter
+from megatron.core.utils import unwrap_model
+
+
+def refuse_grids(mimo_config: MimoModelConfig) -> None:
+    """Raise ``UnsupportedError`` for layouts in which modules have process grids of their own."""
+    grids = mimo_config.module_to_grid_map
+    if grids is not None:
+        raise UnsupportedError(
+            f"module_to_grid_map gives {sorted(grids)} process grids of their own; this release "
+            "runs the uniform layout, in which all modules share Megatron's groups. Pass None, or "
+            "set MEGATRON_MIMO_OVERLAY=0 to use megatron-core's own MIMO for module grids"
+        )
+
+
+def refuse_multi_token_prediction(mimo_config: MimoModelConfig) -> None:
+    """Raise ``UnsupportedError`` where the language model would look up tokens by itself."""
+    layers = getattr(language_config(mimo_config), "mtp_num_layers", None)
+    if layers:
+        raise UnsupportedError(
+            f"mtp_num_layers = {layers}: multi-token prediction embeds input_ids inside the "
+            "language model, where placeholders have no embedding; set it to None"
+        )
+
+
+def refuse_scattering_embedding(language_model: Any, adapter: PartitionAdapter | None) -> None:
+    """Raise ``UnsupportedError`` where the embedding would cut text before rows are merged."""
+    embedding = getattr(unwrap_model(language_model), "embedding", None)
+    scatters = getattr(embedding, "scatter_to_sequence_parallel", False)
+    if adapter is not None and adapter.cfg.seq_parallel and scatters:
+        raise UnsupportedError(
+            "sequence parallelism requires the language model's embedding scatter to be "
+            "disabled, because rows are merged first; pass "
+            "scatter_embedding_sequence_parallel=False in language_model_spec.params"
+        )
