@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
+from megatron.mimo.arguments.standalone import build_model, model_settings, process_groups
 from megatron.mimo.checkpoints.weights import load_hugging_face
 from megatron.mimo.inference import Generator, SamplingOptions
 from megatron.mimo.models import load_family
@@ -69,8 +69,8 @@ def make_sides(
     theirs = family.reference(config).eval().to(device)
     theirs.generation_config.eos_token_id = None
     theirs.generation_config.pad_token_id = 0
-    arguments = model_arguments(family, config, flags=["--transformer-impl", "local"])
-    ours = build_model(family, config, arguments, device=device)
+    settings = model_settings(family, config, changes={"transformer_impl": "local"})
+    ours = build_model(family, config, settings, device=device)
     load_hugging_face(ours, theirs.state_dict(), family.keys(config))
     features = make_prompts(config, args)
     prompts = [
@@ -84,13 +84,13 @@ def make_sides(
         for i in range(args.batch)
     ]
     media = family.media(config)
-    collate = sample_collator(family, config, seq_length=2048, vocab_size=arguments.vocab_size)
+    collate = sample_collator(family, config, seq_length=2048, vocab_size=settings.tokens)
 
     def generator(*, use_cache: bool) -> Callable[[int], Tokens]:
         generate = Generator(
             ours,
             collate,
-            vocab_size=arguments.vocab_size,
+            vocab_size=settings.tokens,
             batch_size=args.batch,
             use_cache=use_cache,
         )

@@ -83,18 +83,20 @@ def adam(model: Any, device: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type != "cpu")
 
 
-def measure_ours(size: str, rounds: int, flags: list[str], *, beside: bool) -> dict[str, Any]:
+def measure_ours(
+    size: str, rounds: int, changes: dict[str, object], *, beside: bool
+) -> dict[str, Any]:
     """Our report; with ``beside``, transformers' too, measured in turn in this process."""
-    from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
+    from megatron.mimo.arguments.standalone import build_model, model_settings, process_groups
     from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.models import load_family
 
     family, config, dtype = load_family("llava"), configuration(size), SIZES[size]["dtype"]
     with process_groups() as device:
-        args = model_arguments(family, config, dtype=dtype, flags=flags)
-        args.gradient_accumulation_fusion = False  # it adds to main_grad, which a DDP wrapper makes
+        changes |= {"gradient_accumulation_fusion": False}  # main_grad, which a DDP wrapper makes
+        settings = model_settings(family, config, dtype=dtype, changes=changes)
         original: Any = reference(config, device, dtype)
-        model = build_model(family, config, args, device=device).train()
+        model = build_model(family, config, settings, device=device).train()
         load_hugging_face(model, original.state_dict(), family.keys(config))
         losses = our_losses(size, model, device)
         optimizers = dict.fromkeys(losses, adam(model, device))
@@ -103,7 +105,9 @@ def measure_ours(size: str, rounds: int, flags: list[str], *, beside: bool) -> d
             losses = {"transformers": theirs(original, given, device, dtype)} | losses
             optimizers["transformers"] = adam(original, device)
         del original
-        return _report(size, losses, optimizers, rounds, device) | {"layers": args.transformer_impl}
+        return _report(size, losses, optimizers, rounds, device) | {
+            "layers": settings.transformer.transformer_impl
+        }
 
 
 def measure_theirs(size: str, rounds: int) -> dict[str, Any]:
@@ -249,14 +253,14 @@ def main() -> None:
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # as if not there
     has_gpu = torch.cuda.is_available()
     size = arguments.size or ("2b" if has_gpu else "tiny")
-    name, given = "--transformer-impl", arguments.transformer_impl
-    flags = [f"{name}={given}"] if given else []
+    given = arguments.transformer_impl
+    changes = {"transformer_impl": given} if given else {}
     if arguments.side == "transformers":
         report = measure_theirs(size, arguments.rounds)
     else:
         both = arguments.side == "both"
         other = _theirs_elsewhere(arguments, size) if both and has_gpu else None
-        report = measure_ours(size, arguments.rounds, flags, beside=both and not has_gpu)
+        report = measure_ours(size, arguments.rounds, changes, beside=both and not has_gpu)
         if arguments.beside is not None and arguments.beside.is_file():
             other = json.loads(arguments.beside.read_text())
         if both:

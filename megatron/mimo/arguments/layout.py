@@ -7,12 +7,23 @@ Megatron checks many of these too, some of them only where a layer is built and 
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.arguments.interleaving import check_experts, check_interleaving
 from megatron.mimo.arguments.recomputation import check_recomputation
 
-__all__ = ["check_layout"]
+__all__ = ["check_layout", "check_model"]
+
+# With any of these, stages need not have equally many layers.
+_UNEVEN = (
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
 
 
 def check_layout(args: Namespace) -> None:
@@ -22,7 +33,7 @@ def check_layout(args: Namespace) -> None:
         ConfigError: naming the sizes that do not fit.
     """
     _check_world(args)
-    _check_model(args)
+    check_model(vars(args))
     _check_sequence(args)
     _check_batch(args)
     check_interleaving(args)
@@ -62,40 +73,43 @@ def _check_world(args: Namespace) -> None:
         )
 
 
-def _check_model(args: Namespace) -> None:
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    _divides(args.num_attention_heads, tp, "attention heads", "tensor-parallel size")
-    if args.group_query_attention and args.num_query_groups:
-        groups = args.num_query_groups
-        if groups % tp and tp % groups:
-            raise ConfigError(
-                f"{groups} query groups and tensor-parallel size {tp}: one must divide the other"
-            )
-    if args.multi_latent_attention and tp > 1 and args.transformer_impl == "local":
+def check_model(values: Mapping[str, Any]) -> None:
+    """Check a language model's sizes against its tensor- and pipeline-parallel sizes.
+
+    Args:
+        values: Megatron's arguments by destination; those that are absent are off.
+
+    Raises:
+        ConfigError: naming the sizes that do not fit.
+    """
+    tp, pp = values["tensor_model_parallel_size"], values["pipeline_model_parallel_size"]
+    _divides(values["num_attention_heads"], tp, "attention heads", "tensor-parallel size")
+    groups = values.get("num_query_groups")
+    if values.get("group_query_attention") and groups and groups % tp and tp % groups:
+        raise ConfigError(
+            f"{groups} query groups and tensor-parallel size {tp}: one must divide the other"
+        )
+    is_local = values["transformer_impl"] == "local"
+    if values.get("multi_latent_attention") and tp > 1 and is_local:
         raise ConfigError(
             f"--multi-latent-attention with tensor-parallel size {tp} on megatron-core's local "
             "layers: they do not sum the gradient of the keys' positions, which all heads share, "
             "over the ranks; use --tensor-model-parallel-size 1"
         )
-    _divides(args.hidden_size, tp, "hidden size", "tensor-parallel size")
-    if args.ffn_hidden_size:
-        _divides(args.ffn_hidden_size, tp, "feed-forward size", "tensor-parallel size")
-    if args.kv_channels is None:
-        _divides(args.hidden_size, args.num_attention_heads, "hidden size", "attention heads")
-    uneven = (
-        args.decoder_first_pipeline_num_layers is not None
-        or args.decoder_last_pipeline_num_layers is not None
-        or args.pipeline_model_parallel_layout is not None
-        or args.account_for_embedding_in_pipeline_split
-        or args.account_for_loss_in_pipeline_split
-    )
-    if args.num_layers and not uneven:
-        if pp > args.num_layers:
+    _divides(values["hidden_size"], tp, "hidden size", "tensor-parallel size")
+    if values.get("ffn_hidden_size"):
+        _divides(values["ffn_hidden_size"], tp, "feed-forward size", "tensor-parallel size")
+    if values.get("kv_channels") is None:
+        heads = values["num_attention_heads"]
+        _divides(values["hidden_size"], heads, "hidden size", "attention heads")
+    layers = values["num_layers"]
+    if layers and not any(values.get(name) for name in _UNEVEN):
+        if pp > layers:
             raise ConfigError(
-                f"pipeline-parallel size {pp} is larger than the model's {args.num_layers} "
-                f"layers; use at most {args.num_layers} stages"
+                f"pipeline-parallel size {pp} is larger than the model's {layers} "
+                f"layers; use at most {layers} stages"
             )
-        _divides(args.num_layers, pp, "layers", "pipeline-parallel size")
+        _divides(layers, pp, "layers", "pipeline-parallel size")
 
 
 def _check_sequence(args: Namespace) -> None:

@@ -7,28 +7,26 @@ and a layout, and nothing global but Megatron's process groups.
 from __future__ import annotations
 
 import os
-from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.arguments.command_line import parse_arguments
+from megatron.mimo.arguments.layout import check_model
+from megatron.mimo.arguments.model_alone import settings_of
 from megatron.mimo.backend import capabilities, select_backend
+from megatron.mimo.backend.defaults import argument_defaults
 from megatron.mimo.backend.job import end_job, leave_job
 from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.place import Place, Places
+from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.process.launcher import LaunchError, join_job
-from megatron.mimo.process.quiet import stdout, warnings_shown
-from megatron.mimo.recipes.language import language_settings
-from megatron.mimo.recipes.recipe import Recipe
+from megatron.mimo.process.quiet import warnings_shown
 
-__all__ = ["build_model", "model_arguments", "process_groups"]
-
-_DTYPES = {torch.float32: "--fp32", torch.bfloat16: "--bf16", torch.float16: "--fp16"}
+__all__ = ["build_model", "model_settings", "process_groups"]
 
 
 @contextmanager
@@ -93,16 +91,16 @@ def process_groups(*, tp_size: int = 1, pp_size: int = 1, seed: int = 1) -> Iter
             end_job()
 
 
-def model_arguments(
+def model_settings(
     family: Family,
     config: Any,
     *,
     tp_size: int = 1,
     pp_size: int = 1,
     dtype: torch.dtype = torch.float32,
-    flags: Sequence[str] = (),
-) -> Namespace:
-    """Megatron's arguments for a model alone, parsed and validated as those of a run are.
+    changes: Mapping[str, object] | None = None,
+) -> LanguageSettings:
+    """What a family's language model is built of, as in a run that changes nothing of it.
 
     Args:
         family: the model's.
@@ -110,51 +108,37 @@ def model_arguments(
         tp_size: tensor-parallel size.
         pp_size: pipeline-parallel size.
         dtype: of the parameters.
-        flags: any further flags of ``pretrain_mimo.py`` (``["--transformer-impl", "local"]``).
+        changes: further arguments of the model, by Megatron's names for them
+            (``{"transformer_impl": "local"}``, ``{"sequence_parallel": True}``); they win.
 
     Raises:
-        ConfigError: Megatron refuses the combination.
+        ConfigError: sizes that do not fit, what this machine cannot do, or no argument of a model.
     """
     machine = capabilities()
-    from megatron.training.models.gpt import calculate_padded_vocab_size
-
-    arguments = family.arguments(config)
-    recipe = Recipe(
-        name=family.name,
-        summary="a model without a run",
-        arguments={**arguments, "seq_length": arguments["max_position_embeddings"], "lr": 0.0},
-        build_model=_no_data,
-        build_datasets=_no_data,
-        build_collator=_no_data,
-    )
-    layout = [
-        f"--tensor-model-parallel-size={tp_size}",
-        f"--pipeline-model-parallel-size={pp_size}",
-    ]
-    with stdout(shown=False):
-        args = parse_arguments(
-            recipe,
-            machine=machine,
-            config={},
-            argv=["--no-output", "--train-iters=1", *layout, _DTYPES[dtype], *flags],
-        )
-        args.padded_vocab_size = calculate_padded_vocab_size(
-            args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
-        )
-    return args
+    values = {
+        **argument_defaults(machine),
+        **family.arguments(config),
+        "tensor_model_parallel_size": tp_size,
+        "pipeline_model_parallel_size": pp_size,
+        **(changes or {}),
+    }
+    check_model(values)
+    return settings_of(values, dtype=dtype)
 
 
-def build_model(family: Family, config: Any, args: Namespace, *, device: torch.device) -> Any:
+def build_model(
+    family: Family, config: Any, settings: LanguageSettings, *, device: torch.device
+) -> Any:
     """This rank's part of the model, with random weights, on ``device``.
 
     Args:
         family: the model's.
         config: its Hugging Face configuration.
-        args: as :func:`model_arguments` returns them.
+        settings: as :func:`model_settings` returns them.
         device: where the parameters are; "meta" for names and shapes without memory.
 
     Returns:
-        A ``MimoModel`` in evaluation mode, in ``args.params_dtype``, not wrapped.
+        A ``MimoModel`` in evaluation mode, in the dtype of the settings, not wrapped.
     """
     from megatron.core import parallel_state
     from megatron.core.models.mimo import MimoModel
@@ -167,10 +151,10 @@ def build_model(family: Family, config: Any, args: Namespace, *, device: torch.d
         is_last_stage=parallel_state.is_pipeline_last_stage(),
     )
     with warnings_shown(shown=False), torch.device(device):
-        built = family.build(config, language_settings(args), Places(language=place))
+        built = family.build(config, settings, Places(language=place))
         model = MimoModel(built, cp_group=groups.cp, tp_group=groups.tp)
     model.pg_collection = groups
-    return model.to(device=device, dtype=args.params_dtype).eval()
+    return model.to(device=device, dtype=settings.transformer.params_dtype).eval()
 
 
 def _start_job(backend: str) -> None:
@@ -187,7 +171,3 @@ def _start_job(backend: str) -> None:
     if backend == "nccl":
         torch.cuda.set_device(int(environment["LOCAL_RANK"]))
     dist.init_process_group(backend)
-
-
-def _no_data(*_: Any) -> NoReturn:
-    raise AssertionError("a model without a run has no data")

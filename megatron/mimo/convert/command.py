@@ -250,9 +250,9 @@ def _verify(given: argparse.Namespace) -> tuple[str, int]:
         raise ConfigError("verify takes HF_DIR and CHECKPOINT, or --tiny FAMILY; see --help")
     if given.weights_only and given.transformer_impl:
         raise ConfigError("--transformer-impl has no effect on --weights-only; leave it away")
-    flags = [f"--transformer-impl={given.transformer_impl}"] if given.transformer_impl else []
+    changes = {"transformer_impl": given.transformer_impl} if given.transformer_impl else None
     if given.tiny:
-        findings = verify_tiny(given.tiny, tp_size=given.tp, pp_size=given.pp, flags=flags)
+        findings = verify_tiny(given.tiny, tp_size=given.tp, pp_size=given.pp, changes=changes)
     else:
         findings = verify_checkpoint(
             given.source,
@@ -262,7 +262,7 @@ def _verify(given: argparse.Namespace) -> tuple[str, int]:
             samples=given.samples,
             weights_only=given.weights_only,
             allowed=Allowed(logits=given.logits, gradients=given.gradients),
-            flags=flags,
+            changes=changes,
         )
     good = all(finding.equal for finding in findings)
     lines = [*map(str, findings), "equal" if good else "NOT equal"]

@@ -5,7 +5,7 @@ Legend: B micro-batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.utils import unwrap_model
-from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
+from megatron.mimo.arguments.standalone import build_model, model_settings, process_groups
 from megatron.mimo.checkpoints.slots import match_slots, model_slots
 from megatron.mimo.checkpoints.weights import load_weights, make_parameter
 from megatron.mimo.convert.reference import NEW_TOKENS, Expected
@@ -73,7 +73,7 @@ def compare_model(
     *,
     tp_size: int,
     pp_size: int,
-    flags: Sequence[str] = (),
+    changes: Mapping[str, object] | None = None,
 ) -> Comparison:
     """Load a checkpoint in fp32 and compare; every rank of the job takes part.
 
@@ -86,24 +86,24 @@ def compare_model(
         expected: what transformers computes.
         tp_size: tensor-parallel size.
         pp_size: pipeline-parallel size; both together are the number of processes.
-        flags: of ``pretrain_mimo.py``, for our model.
+        changes: of our model, as ``model_settings`` takes them.
     """
     found = Comparison()
     with process_groups(tp_size=tp_size, pp_size=pp_size) as device:
-        args = model_arguments(family, config, tp_size=tp_size, pp_size=pp_size, flags=flags)
-        model = build_model(family, config, args, device=device)
+        settings = model_settings(family, config, tp_size=tp_size, pp_size=pp_size, changes=changes)
+        model = build_model(family, config, settings, device=device)
         load_weights(model, checkpoint)
         longest = max(example["input_ids"].size(1) for example in expected.examples)
         collate = sample_collator(
-            family, config, seq_length=longest + 5, vocab_size=args.vocab_size
+            family, config, seq_length=longest + 5, vocab_size=settings.tokens
         )
         samples = [family.sample(config, example) for example in expected.examples]
-        generator = Generator(model, collate, vocab_size=args.vocab_size)
+        generator = Generator(model, collate, vocab_size=settings.tokens)
         found.answers = generator(
             samples, SamplingOptions(max_new_tokens=NEW_TOKENS, rules=expected.rules)
         )
         batch = collate(samples)
-        _step(model, _on(device, batch), expected, args, found)
+        _step(model, _on(device, batch), expected, settings.tokens, found)
         found.gradients = _compare_gradients(model, family.keys(config), expected)
     return found
 
@@ -118,7 +118,7 @@ def _on(device: torch.device, value: Any) -> Any:
 
 
 def _step(
-    model: Any, batch: dict[str, Any], expected: Expected, args: Any, found: Comparison
+    model: Any, batch: dict[str, Any], expected: Expected, tokens: int, found: Comparison
 ) -> None:
     """Forward and backward by Megatron's schedule; gradients end in ``main_grad``."""
     model.model_type = ModelType.encoder_or_decoder
@@ -126,7 +126,7 @@ def _step(
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     wrapped.zero_grad_buffer()
     count, length = batch["input_ids"].shape
-    forward = partial(_forward, expected=expected, args=args, found=found)
+    forward = partial(_forward, expected=expected, tokens=tokens, found=found)
     get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=iter([batch]),
@@ -143,7 +143,7 @@ def _forward(
     model: Any,
     *,
     expected: Expected,
-    args: Any,
+    tokens: int,
     found: Comparison,
 ) -> tuple[Tensor, Any]:
     batch = dict(next(batches))
@@ -153,7 +153,7 @@ def _forward(
 
     def sum_losses(logits_BSV: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         logits_BSV = gather_from_tensor_model_parallel_region(logits_BSV, group=groups.tp)
-        logits_BSV = logits_BSV[..., : args.vocab_size]  # transformers does not pad it
+        logits_BSV = logits_BSV[..., :tokens]  # transformers does not pad it
         for logits_SV, wanted_LV in zip(logits_BSV.detach(), expected.logits, strict=True):
             difference = logits_SV[: len(wanted_LV)].cpu() - wanted_LV
             found.logits.append(difference.abs().max().item())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
+from megatron.mimo.arguments.standalone import build_model, model_settings, process_groups
 from megatron.mimo.checkpoints.folders import ASSETS, RELEASE
 from megatron.mimo.checkpoints.match import Match, check_shapes, match_names
 from megatron.mimo.checkpoints.slots import Slot, match_slots, model_objects, model_slots
@@ -181,9 +181,9 @@ def meta_model(family: Any, config: Any) -> Iterator[Any]:
     """The whole model on one process, without memory for its parameters."""
     with process_groups():
         # Initialised for the CPU, parameters are made where torch is told: nowhere.
-        flags = ["--transformer-impl=local", "--use-cpu-initialization"]
-        args = model_arguments(family, config, flags=flags)
-        yield build_model(family, config, args, device=torch.device("meta"))
+        changes = {"transformer_impl": "local", "use_cpu_initialization": True}
+        settings = model_settings(family, config, changes=changes)
+        yield build_model(family, config, settings, device=torch.device("meta"))
 
 
 def write_parameters(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,14 @@ def compare_on_processes(
     *,
     tp_size: int,
     pp_size: int,
-    flags: Sequence[str] = (),
+    changes: Mapping[str, object] | None = None,
 ) -> list[Comparison]:
     """What each rank finds; arguments as for ``compare_model``.
 
     Raises:
         ConfigError: a process failed, or there are fewer GPUs than processes.
     """
-    how: dict[str, Any] = {"tp_size": tp_size, "pp_size": pp_size, "flags": tuple(flags)}
+    how: dict[str, Any] = {"tp_size": tp_size, "pp_size": pp_size, "changes": changes}
     count = tp_size * pp_size
     if count == 1:
         return [compare_model(family, config, checkpoint, expected, **how)]

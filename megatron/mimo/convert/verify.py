@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def verify_checkpoint(
     samples: int = 2,
     weights_only: bool = False,
     allowed: Allowed | None = None,
-    flags: Sequence[str] = (),
+    changes: Mapping[str, object] | None = None,
 ) -> list[Finding]:
     """Compare a checkpoint with a Hugging Face directory.
 
@@ -70,7 +70,7 @@ def verify_checkpoint(
         samples: random conversations that both models read, in fp32.
         weights_only: compare the files only; neither model is built.
         allowed: what passes.
-        flags: of ``pretrain_mimo.py``, for our model (``["--transformer-impl", "local"]``).
+        changes: of our model, as ``model_settings`` takes them (``{"transformer_impl": "local"}``).
 
     Raises:
         ConfigError, UnsupportedError, InputError: one of both cannot be read.
@@ -103,7 +103,7 @@ def verify_checkpoint(
     expected = compute_expected(model, family, config, samples=samples, seed=_SEED, rules=rules)
     del model
     found = compare_on_processes(
-        family, config, folder, expected, tp_size=tp_size, pp_size=pp_size, flags=flags
+        family, config, folder, expected, tp_size=tp_size, pp_size=pp_size, changes=changes
     )
     return [
         *findings,
@@ -113,7 +113,7 @@ def verify_checkpoint(
 
 
 def verify_tiny(
-    name: str, *, tp_size: int = 1, pp_size: int = 1, flags: Sequence[str] = ()
+    name: str, *, tp_size: int = 1, pp_size: int = 1, changes: Mapping[str, object] | None = None
 ) -> list[Finding]:
     """Take a small random model of a family all the way there and back.
 
@@ -124,7 +124,7 @@ def verify_tiny(
         name: of the family.
         tp_size: tensor-parallel size.
         pp_size: pipeline-parallel size.
-        flags: of ``pretrain_mimo.py``, for our model.
+        changes: of our model, as ``model_settings`` takes them.
     """
     forbid_tf32()
     family = load_family(name)
@@ -139,7 +139,9 @@ def verify_tiny(
         size = sum(parameter.nbytes for parameter in model.parameters())
         model.save_pretrained(made, max_shard_size=max(size // 3, 1))
         import_model(made, imported, shown=False)
-        findings = verify_checkpoint(made, imported, tp_size=tp_size, pp_size=pp_size, flags=flags)
+        findings = verify_checkpoint(
+            made, imported, tp_size=tp_size, pp_size=pp_size, changes=changes
+        )
         export_model(imported, exported, shown=False)
         findings.append(_compare_files(made, exported))
         findings.append(_reload(model, exported))

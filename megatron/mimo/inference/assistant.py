@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron.mimo.arguments.standalone import build_model, model_arguments
+from megatron.mimo.arguments.standalone import build_model, model_settings
 from megatron.mimo.checkpoints.assets import end_tokens, read_processor
 from megatron.mimo.checkpoints.folders import ASSETS
 from megatron.mimo.checkpoints.torch_dist import locate
@@ -168,16 +168,16 @@ def open_assistant(
     )
     # what training taught ends an answer too
     ends = {*settings.stop_tokens, chat.processor.tokenizer.eos_token_id, chat.text.turn_end}
-    args = model_arguments(
+    built = model_settings(
         family,
         config,
         tp_size=tp_size,
         pp_size=pp_size,
         dtype=dtype,
-        flags=["--transformer-impl", "local"],  # takes prompts of different lengths together
+        changes={"transformer_impl": "local"},  # takes prompts of different lengths together
     )
-    model = _load(build_model(family, config, args, device=device), folder)
-    limit, vocab_size = args.max_position_embeddings, args.vocab_size
+    model = _load(build_model(family, config, built, device=device), folder)
+    limit, vocab_size = built.max_positions, built.tokens
     collate = sample_collator(family, config, seq_length=limit, vocab_size=vocab_size)
     generator = Generator(
         model, collate, vocab_size=vocab_size, max_length=limit, batch_size=batch_size

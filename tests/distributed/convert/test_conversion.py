@@ -25,7 +25,7 @@ def save_on_ranks(folder: Path, tp: int, pp: int) -> None:
     from safetensors.torch import load_file
 
     from megatron.core import dist_checkpointing
-    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.arguments.standalone import build_model, model_settings
     from megatron.mimo.checkpoints.slots import STATE_METADATA
     from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.models import load_family
@@ -33,10 +33,10 @@ def save_on_ranks(folder: Path, tp: int, pp: int) -> None:
     model_parallel(tp=tp, pp=pp)
     family = load_family(NAME)
     config = family.tiny()
-    args = model_arguments(
-        family, config, tp_size=tp, pp_size=pp, dtype=torch.bfloat16, flags=["--vocab-size=500"]
+    settings = model_settings(
+        family, config, tp_size=tp, pp_size=pp, dtype=torch.bfloat16, changes={"vocab_size": 500}
     )
-    model = build_model(family, config, args, device=torch.device("cpu"))
+    model = build_model(family, config, settings, device=torch.device("cpu"))
     tensors = {}
     for path in (folder / "hf").glob("*.safetensors"):
         tensors |= load_file(path)
@@ -73,15 +73,15 @@ def load_on_ranks(folder: Path, tp: int, pp: int) -> None:
     """An imported checkpoint gives each rank what the weights in memory give it."""
     from safetensors.torch import load_file
 
-    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.arguments.standalone import build_model, model_settings
     from megatron.mimo.checkpoints.weights import load_hugging_face, load_weights
     from megatron.mimo.models import load_family
 
     model_parallel(tp=tp, pp=pp)
     family = load_family(NAME)
     config = family.tiny()
-    args = model_arguments(family, config, tp_size=tp, pp_size=pp)
-    models = [build_model(family, config, args, device=torch.device("cpu")) for _ in range(2)]
+    settings = model_settings(family, config, tp_size=tp, pp_size=pp)
+    models = [build_model(family, config, settings, device=torch.device("cpu")) for _ in range(2)]
     tensors = {}
     for path in (folder / "hf").glob("*.safetensors"):
         tensors |= load_file(path)
@@ -230,7 +230,7 @@ def save_adapters(folder: Path) -> None:
     from argparse import Namespace
 
     from megatron.core import dist_checkpointing
-    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.arguments.standalone import build_model, model_settings
     from megatron.mimo.checkpoints.slots import STATE_METADATA
     from megatron.mimo.checkpoints.weights import load_weights
     from megatron.mimo.lora import LoraSettings, adapted, add_adapters
@@ -239,8 +239,8 @@ def save_adapters(folder: Path) -> None:
     model_parallel(tp=2)
     family = load_family(NAME)
     config = family.tiny()
-    args = model_arguments(family, config, tp_size=2)
-    model = build_model(family, config, args, device=torch.device("cpu"))
+    settings = model_settings(family, config, tp_size=2)
+    model = build_model(family, config, settings, device=torch.device("cpu"))
     load_weights(model, folder / "mimo" / "release")
     settings = LoraSettings(modules=("language",), rank=4, alpha=8.0)
     add_adapters(model, settings)

@@ -26,20 +26,21 @@ def test_every_family_goes_there_and_back(ranks: RankPool, name: str) -> None:
     assert found == dict.fromkeys([*titles, "export", "reload"], True)
 
 
-def verify_with_a_wrong_flag() -> str:
+def verify_with_a_wrong_change() -> str:
     from megatron.core.models.mimo.errors import ConfigError
     from megatron.mimo.convert.verify import verify_tiny
 
     try:
-        verify_tiny("llava", flags=["--transformer-implx=local"])
+        verify_tiny("llava", changes={"transformer_implx": "local"})
     except ConfigError as error:
         return str(error)
     return "not refused"
 
 
-def test_flags_reach_our_model(ranks: RankPool) -> None:
-    assert ranks(1)(verify_with_a_wrong_flag) == [
-        "unknown flag --transformer-implx=local; did you mean --transformer-impl?"
+def test_changes_reach_our_model(ranks: RankPool) -> None:
+    assert ranks(1)(verify_with_a_wrong_change) == [
+        "transformer_implx: not an argument of a model alone; it takes those of Megatron's "
+        "TransformerConfig, of the vocabulary and of rotary embeddings"
     ]
 
 

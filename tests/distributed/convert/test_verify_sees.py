@@ -149,8 +149,8 @@ def test_every_kind_of_medium(ranks: RankPool, broken: Any) -> None:
 def verify_with_a_near_base() -> dict[str, str]:
     from megatron.mimo.convert.verify import verify_tiny
 
-    flags = ["--rotary-base=10030"]  # of 10,000: a difference of 20 tokens is within the tolerance
-    return {one.title: str(one) for one in verify_tiny("llava", flags=flags) if not one.equal}
+    changes = {"rotary_base": 10030}  # of 10,000: a difference of 20 tokens is within the tolerance
+    return {one.title: str(one) for one in verify_tiny("llava", changes=changes) if not one.equal}
 
 
 def test_long_positions(ranks: RankPool) -> None:

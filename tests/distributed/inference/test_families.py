@@ -49,7 +49,7 @@ def answer_by_transformers(name: str) -> Reference:
 def generate(name: str, reference: Reference) -> None:
     """All prompts together, under one layout after the other."""
     from megatron.core import parallel_state
-    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.arguments.standalone import build_model, model_settings
     from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.data import SampleCollator
     from megatron.mimo.inference import Generator, SamplingOptions
@@ -64,18 +64,18 @@ def generate(name: str, reference: Reference) -> None:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         model_parallel(tp=tp, pp=pp)
-        args = model_arguments(family, config, tp_size=tp, pp_size=pp)
-        model = build_model(family, config, args, device=torch.device("cpu"))
+        settings = model_settings(family, config, tp_size=tp, pp_size=pp)
+        model = build_model(family, config, settings, device=torch.device("cpu"))
         load_hugging_face(model, weights, family.keys(config))
         collate = SampleCollator(
-            seq_length=args.max_position_embeddings,
-            vocab_size=args.vocab_size,
+            seq_length=settings.max_positions,
+            vocab_size=settings.tokens,
             pad_id=0,
             special_token_ids=media.special_token_ids,
             media_formats=media.formats,
             mrope=media.mrope,
         )
-        generator = Generator(model, collate, vocab_size=args.vocab_size)
+        generator = Generator(model, collate, vocab_size=settings.tokens)
         assert generator(prompts, SamplingOptions(max_new_tokens=NEW_TOKENS)) == expected, layout
 
 

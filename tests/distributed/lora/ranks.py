@@ -43,17 +43,17 @@ def settings(modules: tuple[str, ...]) -> Any:
 
 def build(name: str, expected: Expected, modules: tuple[str, ...], layout: Layout) -> Any:
     """This rank's part, with transformers' weights and new adapters."""
-    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.arguments.standalone import build_model, model_settings
     from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.lora import add_adapters
     from megatron.mimo.models import load_family
 
     model_parallel(tp=layout.tp, pp=layout.pp)
     family = load_family(name)
-    args = model_arguments(
-        family, expected.config, tp_size=layout.tp, pp_size=layout.pp, flags=layout.flags
+    settings = model_settings(
+        family, expected.config, tp_size=layout.tp, pp_size=layout.pp, changes=layout.changes
     )
-    model = build_model(family, expected.config, args, device=torch.device("cpu"))
+    model = build_model(family, expected.config, settings, device=torch.device("cpu"))
     load_hugging_face(model, expected.weights, family.keys(expected.config))
     add_adapters(model, settings(modules))
     return model
@@ -171,7 +171,7 @@ def compare(
             copies = [torch.empty_like(parameter) for _ in range(group.size())]
             torch.distributed.all_gather(copies, parameter.data, group=group)
             assert all(torch.equal(copy, copies[0]) for copy in copies), key
-    save(model, folder / f"gradients-{layout.tp}-{layout.pp}-{len(layout.flags)}")
+    save(model, folder / f"gradients-{layout.tp}-{layout.pp}-{len(layout.changes)}")
     return loss, difference
 
 

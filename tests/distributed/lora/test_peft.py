@@ -19,14 +19,15 @@ from tests.distributed.lora.ranks import (
 from tests.distributed.models.ranks import Layout
 from tests.rank_pool import RankPool
 
-RECOMPUTE = (
-    *("--recompute-granularity", "full", "--recompute-method", "uniform"),
-    *("--recompute-num-layers", "1"),
-)
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 LAYOUTS = {
     "one": Layout(),
     "tp2": Layout(tp=2),
-    "tp2-sp-recompute": Layout(tp=2, flags=("--sequence-parallel", *RECOMPUTE)),
+    "tp2-sp-recompute": Layout(tp=2, changes={"sequence_parallel": True, **RECOMPUTE}),
     "pp2": Layout(pp=2),
 }
 MODULES = {
@@ -60,7 +61,7 @@ def test_equals_peft(ranks: RankPool, case: Case, layout: Layout) -> None:
     for loss, difference in results:
         assert loss == pytest.approx(wanted.base.loss, rel=1e-4)
         assert difference < 1e-4
-    (saved,) = folder.glob(f"gradients-{layout.tp}-{layout.pp}-{len(layout.flags)}")
+    (saved,) = folder.glob(f"gradients-{layout.tp}-{layout.pp}-{len(layout.changes)}")
     (found,) = ranks(1)(read_adapters, case.name, case.modules, wanted.base, saved)
     assert _errors(found, wanted.gradients) == {}
 

@@ -5,8 +5,8 @@ Legend: B micro-batch, S sequence, L tokens of one sample, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -32,13 +32,13 @@ MICRO_BATCH = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Sizes of the parallelism; ``flags`` are further ones of ``pretrain_mimo.py``."""
+    """Sizes of the parallelism; ``changes`` are further arguments of the model."""
 
     tp: int = 1
     pp: int = 1
     cp: int = 1
     dp: int = 1
-    flags: tuple[str, ...] = ()
+    changes: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     @property
     def world_size(self) -> int:
@@ -149,12 +149,12 @@ def _build(name: str, layout: Layout, expected: Expected) -> tuple[Any, Any]:
 
 
 def _model(family: Any, config: Any, layout: Layout) -> Any:
-    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.arguments.standalone import build_model, model_settings
 
     model_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp)
-    flags = [f"--context-parallel-size={layout.cp}", *layout.flags]
-    args = model_arguments(family, config, tp_size=layout.tp, pp_size=layout.pp, flags=flags)
-    return build_model(family, config, args, device=torch.device("cpu"))
+    changes = {"context_parallel_size": layout.cp, **layout.changes}
+    settings = model_settings(family, config, tp_size=layout.tp, pp_size=layout.pp, changes=changes)
+    return build_model(family, config, settings, device=torch.device("cpu"))
 
 
 def _collator(family: Any, config: Any, samples: Sequence[Any]) -> Any:

@@ -228,23 +228,23 @@ def run_reference(config: Any, example: dict[str, Any], state: Any = None) -> tu
 
 
 def run_ours(config: Any, example: dict[str, Any], state: Any) -> Any:
-    from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
+    from megatron.mimo.arguments.standalone import build_model, model_settings, process_groups
     from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.models.common.family import sample_collator
 
     family = load_family(config.model_type)
     with process_groups() as device:
-        args = model_arguments(family, config)
-        model = build_model(family, config, args, device=device)
+        settings = model_settings(family, config)
+        model = build_model(family, config, settings, device=device)
         load_hugging_face(model, state, family.keys(config))
         sample = family.sample(config, example)
         collate = sample_collator(
-            family, config, seq_length=len(sample.token_ids), vocab_size=args.vocab_size
+            family, config, seq_length=len(sample.token_ids), vocab_size=settings.tokens
         )
         batch = collate([sample])
         batch.pop("labels")
         with torch.no_grad():
-            return model(**batch)[0][0][:, : args.vocab_size]
+            return model(**batch)[0][0][:, : settings.tokens]
 
 
 def example_of(config: Any) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_equals_transformers(
 def test_equals_transformers_under_sequence_parallelism(
     ranks: RankPool, expected: Callable[[str], Expected]
 ) -> None:
-    layout = Layout(tp=2, flags=("--sequence-parallel",))
+    layout = Layout(tp=2, changes={"sequence_parallel": True})
     check(ranks, "llava_next", layout, expected("llava_next"))
 
 

@@ -56,8 +56,8 @@ def text_family() -> Any:
     return Family(
         name="text",
         arguments=language_arguments,
-        build=lambda config, args, stage: MimoModelConfig(
-            language_model_spec=language_spec(args, stage),
+        build=lambda config, settings, places: MimoModelConfig(
+            language_model_spec=language_spec(settings, places.language),
             modality_submodules_spec={},
             special_token_ids={},
         ),
@@ -69,13 +69,13 @@ def text_family() -> Any:
     )
 
 
-def compare(settings: dict[str, Any]) -> None:
+def compare(changes: dict[str, Any]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
+    from megatron.mimo.arguments.standalone import build_model, model_settings, process_groups
     from megatron.mimo.checkpoints.weights import load_hugging_face
 
-    config = AutoConfig.for_model(**SMALL | settings)
+    config = AutoConfig.for_model(**SMALL | changes)
     torch.manual_seed(1)
     reference = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for parameter in reference.parameters():
@@ -83,8 +83,8 @@ def compare(settings: dict[str, Any]) -> None:
     family = text_family()
     ids_BS = torch.randint(0, config.vocab_size, (2, 300))  # far enough for any kind of RoPE
     with process_groups() as device:
-        args = model_arguments(family, config)
-        model = build_model(family, config, args, device=device)
+        settings = model_settings(family, config)
+        model = build_model(family, config, settings, device=device)
         weights = reference.state_dict()
         if config.tie_word_embeddings:
             del weights["lm_head.weight"]

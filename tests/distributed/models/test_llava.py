@@ -44,20 +44,20 @@ def with_layers_and_ties(config: Any) -> None:
     config.tie_word_embeddings = True
 
 
-RECOMPUTE = (
-    "--recompute-granularity=full",
-    "--recompute-method=uniform",
-    "--recompute-num-layers=2",
-)
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 2,
+}
 
 
 @pytest.mark.parametrize(
     ("name", "change", "layout"),
     [
         ("llava_next", with_siglip_tiles, Layout(tp=2)),
-        ("llava", with_siglip_and_qwen2, Layout(tp=2, flags=("--sequence-parallel",))),
+        ("llava", with_siglip_and_qwen2, Layout(tp=2, changes={"sequence_parallel": True})),
         ("llava", with_layers_and_ties, Layout(pp=2)),
-        ("llava", with_layers_and_ties, Layout(tp=2, flags=RECOMPUTE)),
+        ("llava", with_layers_and_ties, Layout(tp=2, changes=RECOMPUTE)),
     ],
     ids=["siglip-tiles-tp2", "siglip-qwen2-tp2", "layers-tied-pp2", "layers-tied-tp2-recomputed"],
 )
@@ -69,14 +69,14 @@ def test_other_configurations(
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.arguments.standalone import build_model, model_settings
     from megatron.mimo.models import load_family
 
     model_parallel()
     family = load_family(name)
     config = family.tiny()
-    args = model_arguments(family, config, dtype=dtype)
-    return build_model(family, config, args, device=torch.device("cpu")), config
+    settings = model_settings(family, config, dtype=dtype)
+    return build_model(family, config, settings, device=torch.device("cpu")), config
 
 
 def text_only() -> None:

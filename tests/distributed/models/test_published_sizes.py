@@ -20,7 +20,7 @@ RECIPES = (
 def match_on_meta(recipe: str) -> None:
     import torch
 
-    from megatron.mimo.arguments.standalone import build_model, model_arguments, process_groups
+    from megatron.mimo.arguments.standalone import build_model, model_settings, process_groups
     from megatron.mimo.checkpoints.match import check_shapes, match_names
     from megatron.mimo.checkpoints.slots import match_slots, model_slots
     from megatron.mimo.models import family_of
@@ -33,7 +33,7 @@ def match_on_meta(recipe: str) -> None:
     with meta:
         theirs = family.reference(config).state_dict()
     with process_groups():
-        model = build_model(family, config, model_arguments(family, config), device=meta)
+        model = build_model(family, config, model_settings(family, config), device=meta)
         table = family.keys(config)
         match = match_names(theirs.keys(), table, source=recipe)
         matched = list(match_slots(model_slots(model), table))

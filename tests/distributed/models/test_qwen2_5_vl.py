@@ -46,7 +46,7 @@ def packed_logits(expected: Expected, cp: int) -> list[float]:
     """Distance from transformers of this rank's logits of each sample, all in one packed row."""
     from megatron.core import parallel_state
     from megatron.core.models.mimo.alignment.cut import packed_context_parallel_positions
-    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.arguments.standalone import build_model, model_settings
     from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.data import PackingCollator
     from megatron.mimo.models import load_family
@@ -55,9 +55,8 @@ def packed_logits(expected: Expected, cp: int) -> list[float]:
     model_parallel(cp=cp)
     family = load_family("qwen2_5_vl")
     config = expected.config
-    flags = (f"--context-parallel-size={cp}",)
-    args = model_arguments(family, config, flags=flags)
-    model = build_model(family, config, args, device=torch.device("cpu"))
+    settings = model_settings(family, config, changes={"context_parallel_size": cp})
+    model = build_model(family, config, settings, device=torch.device("cpu"))
     load_hugging_face(model, expected.weights, family.keys(config))
     samples = [family.sample(config, example) for example in expected.examples]
     media = family.media(config)

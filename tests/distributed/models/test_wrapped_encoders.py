@@ -6,7 +6,6 @@ another layout.
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,7 +79,7 @@ class Reference(nn.Module):
         return self.language(inputs_embeds=embeddings)
 
 
-def build(config: Any, args: Namespace, stage: Any) -> Any:
+def build(config: Any, settings: Any, places: Any) -> Any:
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
@@ -88,13 +87,13 @@ def build(config: Any, args: Namespace, stage: Any) -> Any:
     from megatron.mimo.encoders import HuggingFaceEncoder, Projector
     from megatron.mimo.models.common.language import language_spec
 
-    language = language_spec(args, stage)
+    language = language_spec(settings, places.language)
     projection = {
         "config": language.params["config"],
         "input_size": 32,
         "output_size": config.hidden_size,
         "num_layers": 1,
-        "pg_collection": stage.pg_collection,
+        "pg_collection": places["images"].groups,
     }
 
     def modality(name: str, **params: Any) -> ModuleSpec:
@@ -303,16 +302,16 @@ def save_and_sum(folder: str, tp: int, weights: dict[str, Tensor] | None) -> dic
     """The encoders' state, after it was saved (with ``weights``) or loaded (without)."""
     from megatron.core import dist_checkpointing
     from megatron.mimo import models
-    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.arguments.standalone import build_model, model_settings
     from megatron.mimo.checkpoints.weights import load_hugging_face
     from tests.rank_pool import model_parallel
 
     with registered():
         model_parallel(tp=tp)
         family, config = models.load_family(NAME), tiny()
-        args = model_arguments(family, config, tp_size=tp)
+        settings = model_settings(family, config, tp_size=tp)
         torch.manual_seed(99)
-        model = build_model(family, config, args, device=torch.device("cpu"))
+        model = build_model(family, config, settings, device=torch.device("cpu"))
         if weights is not None:
             load_hugging_face(model, weights, family.keys(config))
             dist_checkpointing.save(model.sharded_state_dict(), folder)

@@ -77,7 +77,7 @@ def random_pixels(grids: list[tuple[int, int, int]]) -> list[Tensor]:
 
 def build(tp: int) -> tuple[Any, Any]:
     """Our images part and transformers' encoder, with the same weights."""
-    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.arguments.standalone import build_model, model_settings
     from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.models import load_family
     from tests.rank_pool import model_parallel
@@ -91,8 +91,8 @@ def build(tp: int) -> tuple[Any, Any]:
         for parameter in reference.parameters():
             if parameter.dim() == 1:
                 parameter += 0.2 * torch.randn_like(parameter)
-    args = model_arguments(family, config, tp_size=tp)
-    model = build_model(family, config, args, device=torch.device("cpu"))
+    settings = model_settings(family, config, tp_size=tp)
+    model = build_model(family, config, settings, device=torch.device("cpu"))
     load_hugging_face(model, reference.state_dict(), family.keys(config))
     return model.modality_submodules["images"], reference.model.visual
 

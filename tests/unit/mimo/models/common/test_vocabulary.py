@@ -12,14 +12,14 @@ from tests.rank_pool import RankPool, model_parallel
 
 def build_family(tp: int, multiple: int) -> tuple[Any, int]:
     """A model of a family, outside of a run, and its vocabulary."""
-    from megatron.mimo.arguments.standalone import build_model, model_arguments
+    from megatron.mimo.arguments.standalone import build_model, model_settings
     from megatron.mimo.models import load_family
 
     family = load_family("llava")
     config = family.tiny()
-    flags = [f"--make-vocab-size-divisible-by={multiple}"]
-    args = model_arguments(family, config, tp_size=tp, flags=flags)
-    return build_model(family, config, args, device=torch.device("cpu")), 500
+    changes = {"make_vocab_size_divisible_by": multiple}
+    settings = model_settings(family, config, tp_size=tp, changes=changes)
+    return build_model(family, config, settings, device=torch.device("cpu")), 500
 
 
 def build_tied(tp: int, multiple: int) -> tuple[Any, int]:
