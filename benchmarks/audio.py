@@ -42,7 +42,7 @@ def make_encoder(reference: Any) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.mimo.models.common.audio_tower import audio_rows, audio_spec
+    from megatron.mimo.models.common.audio_tower import audio_entries, audio_spec
     from megatron.mimo.models.common.place import Place
 
     language = TransformerConfig(
@@ -54,7 +54,7 @@ def make_encoder(reference: Any) -> Any:
     encoder = build_module(audio_spec(reference.config, language, place))
     weights, ours = reference.state_dict(), encoder.state_dict()
     with torch.no_grad():
-        for row in audio_rows(reference.config, mimo="", hf=""):
+        for row in audio_entries(reference.config, mimo="", hf=""):
             for one in row.each():
                 parameter = one.transform.to_mimo([weights[name] for name in one.hf])
                 ours[one.mimo].copy_(parameter)

@@ -95,7 +95,7 @@ def _trainings(*, cpu: bool, full: bool) -> list[Step]:
             ),
             Step(
                 name=f"packed.{kind}",
-                title=f"LLaVA's twin on packed rows, {words}",
+                title=f"LLaVA's twin on packed sequences, {words}",
                 command=(_TRAIN, *_PACKED, *layers_flag, *length),
                 needs=needs,
                 figures=reading.training,
@@ -116,11 +116,11 @@ def _trainings(*, cpu: bool, full: bool) -> list[Step]:
 
 
 def _formats(length: tuple[str, ...], longer: dict[str, float]) -> list[Step]:
-    """FP8 on packed rows, CUDA graphs on padded ones."""
+    """FP8 on packed sequences, CUDA graphs on padded ones."""
     return [
         Step(
             name="fp8",
-            title="FP8 (`--fp8-format hybrid`), LLaVA's twin on packed rows",
+            title="FP8 (`--fp8-format hybrid`), LLaVA's twin on packed sequences",
             command=(_TRAIN, *_PACKED, "--fp8-format", "hybrid", *length),
             needs=("gpu", "te", "fp8"),
             may_refuse=True,

@@ -157,7 +157,7 @@ def test_import_rule_tells_bad_from_good(part: str, bad: str, good: str) -> None
         (
             "models.llava.model",
             "from megatron.mimo.models.llava_next.tiles import Size",
-            "from megatron.mimo.models.common.keys import Row",
+            "from megatron.mimo.models.common.keys import KeyEntry",
         ),
         (
             "models.common.keys",

@@ -79,7 +79,7 @@ def check_spellings(names: Collection[str], table: KeyTable) -> None:
         table: of the model's family.
 
     Raises:
-        InputError: some are in no row, under no known spelling.
+        InputError: some are in no entry, under no known spelling.
     """
     known = {name for row in table.each() for name in row.hf} | {name for name, _ in table.tied}
     unknown = [
@@ -89,7 +89,7 @@ def check_spellings(names: Collection[str], table: KeyTable) -> None:
     ]
     if unknown:
         raise InputError(
-            f"{len(unknown)} parameters of the module tree of transformers are in no row of the "
+            f"{len(unknown)} parameters of the module tree of transformers are in no entry of the "
             f"family's key table: {_some(unknown)}; add the prefixes by which it calls them to "
             "the aliases of its KeyTable, or add rows"
         )

@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.models.common.keys import KeyTable, Row
+from megatron.mimo.models.common.keys import KeyEntry, KeyTable
 
 __all__ = ["STATE_METADATA", "Slot", "match_slots", "model_objects", "model_slots"]
 
@@ -43,7 +43,7 @@ class Slot:
     """One parameter of this rank.
 
     Attributes:
-        name: of the parameter in the whole model, as ``Row.mimo`` has it.
+        name: of the parameter in the whole model, as ``KeyEntry.mimo`` has it.
         key: of the global tensor in a checkpoint.
         sharded: Megatron's description, with this rank's parameter in it.
     """
@@ -116,7 +116,7 @@ def _state(model: Any) -> dict[str, Any]:
     return state
 
 
-def match_slots(slots: list[Slot], table: KeyTable) -> Iterator[tuple[Slot, Row]]:
+def match_slots(slots: list[Slot], table: KeyTable) -> Iterator[tuple[Slot, KeyEntry]]:
     """Each slot with its row.
 
     Raises:
@@ -128,7 +128,7 @@ def match_slots(slots: list[Slot], table: KeyTable) -> Iterator[tuple[Slot, Row]
         row = rows.get(slot.name) or rows.get(slot.key)
         if row is None:
             raise ConfigError(
-                f"the model's parameter {slot.name} has no row in its family's key table; "
+                f"the model's parameter {slot.name} has no entry in its family's key table; "
                 "Family.keys has to name every parameter"
             )
         yield slot, row

@@ -16,7 +16,7 @@ from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.checkpoints.folders import problem
 from megatron.mimo.checkpoints.match import check_shapes, match_names
 from megatron.mimo.checkpoints.slots import STATE_METADATA, Slot, match_slots, model_slots
-from megatron.mimo.models.common.keys import KeyTable, Row
+from megatron.mimo.models.common.keys import KeyEntry, KeyTable
 
 __all__ = ["load_hugging_face", "load_weights", "make_parameter"]
 
@@ -49,7 +49,7 @@ def load_hugging_face(model: Any, tensors: Mapping[str, Tensor], table: KeyTable
             piece.data.copy_(whole[piece.global_slice()[piece.prepend_axis_num :]])
 
 
-def make_parameter(row: Row, parts: Mapping[str, Tensor]) -> Tensor:
+def make_parameter(row: KeyEntry, parts: Mapping[str, Tensor]) -> Tensor:
     """A row's parameter, whole, from its Hugging Face weights by canonical name.
 
     Raises:

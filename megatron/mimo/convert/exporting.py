@@ -32,7 +32,7 @@ from megatron.mimo.lora.merge import adapter_names, merge_adapter
 from megatron.mimo.lora.peft import export_adapters, module_names
 from megatron.mimo.lora.settings import LoraSettings, frozen_parts, saved_settings
 from megatron.mimo.models import family_of, read_hf_config
-from megatron.mimo.models.common.keys import KeyTable, Row
+from megatron.mimo.models.common.keys import KeyEntry, KeyTable
 
 __all__ = ["DEFAULT_SHARD_SIZE", "export_model", "read_parameter"]
 
@@ -99,7 +99,7 @@ def export_model(
                 (out / INDEX_FILE).write_text(output.index)
             sink = Sink(out, output, meter)
 
-            def convert(pair: tuple[Slot, Row]) -> None:
+            def convert(pair: tuple[Slot, KeyEntry]) -> None:
                 slot, row = pair
                 whole = read_parameter(reader, slot, settings)
                 for name, part in zip(row.hf, row.transform.to_hf(whole), strict=True):
@@ -154,12 +154,12 @@ def _read(
     return reader.read(key, start, (*(1 for _ in range(added)), *sizes)).view(sizes)
 
 
-def _first_name(pair: tuple[Slot, Row]) -> str:
+def _first_name(pair: tuple[Slot, KeyEntry]) -> str:
     return pair[1].hf[0]
 
 
 def _kinds(
-    pairs: list[tuple[Slot, Row]],
+    pairs: list[tuple[Slot, KeyEntry]],
     table: KeyTable,
     reader: CheckpointReader,
     dtype: torch.dtype | None,

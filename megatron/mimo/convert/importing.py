@@ -36,7 +36,7 @@ from megatron.mimo.convert.ties import config_of_files, say_untied
 from megatron.mimo.convert.weights import FLOATS, Weights, WeightSource
 from megatron.mimo.models import family_of, read_hf_config
 from megatron.mimo.models.common.family import Family
-from megatron.mimo.models.common.keys import KeyTable, Row
+from megatron.mimo.models.common.keys import KeyEntry, KeyTable
 
 __all__ = [
     "Imported",
@@ -267,7 +267,7 @@ def _parameters(
 
 
 def _maker(
-    row: Row, names: Mapping[str, str], weights: WeightSource, dtype: torch.dtype | None
+    row: KeyEntry, names: Mapping[str, str], weights: WeightSource, dtype: torch.dtype | None
 ) -> Callable[[], Tensor]:
     def make() -> Tensor:
         whole = make_parameter(row, {name: weights.read(file) for name, file in names.items()})

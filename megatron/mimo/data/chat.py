@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron.core.models.mimo.errors import ConfigError, InputError, MimoError
 from megatron.mimo.data.chat_media import read_medium
 from megatron.mimo.data.chat_text import ChatText
-from megatron.mimo.data.conversations import MEDIA_KINDS, Conversation, Part
+from megatron.mimo.data.conversations import MEDIA_KINDS, ContentPart, Conversation
 from megatron.mimo.data.media_files import MediaLimits, Video
 from megatron.mimo.data.model_inputs import ConversationModel
 from megatron.mimo.data.sample import Sample
@@ -123,7 +123,7 @@ class Chat:
         """The sample of a conversation that is written as ``text``; ``spans`` are learned."""
         media: dict[str, list[Any]] = {}
         for turn in conversation.turns:
-            for part in turn.parts:
+            for part in turn.content:
                 if part.kind != "text":
                     medium = self._read(part, conversation.name)
                     media.setdefault(part.kind, []).append(medium)
@@ -140,7 +140,7 @@ class Chat:
                 f"{conversation.name}: the processor refuses it: {type(error).__name__}: {error}"
             ) from error
 
-    def _read(self, part: Part, name: str) -> Any:
+    def _read(self, part: ContentPart, name: str) -> Any:
         if getattr(self.processor, _READERS[part.kind], None) is None:
             kinds = [kind for kind in MEDIA_KINDS if getattr(self.processor, _READERS[kind], None)]
             raise InputError(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.conversation import Part
+from megatron.mimo.data.conversation import ContentPart
 from megatron.mimo.data.media_files import (
     MediaLimits,
     Video,
@@ -26,7 +26,7 @@ from megatron.mimo.data.media_files import (
 __all__ = ["read_medium"]
 
 
-def read_medium(part: Part, processor: Any, *, video_fps: float, limits: MediaLimits) -> Any:
+def read_medium(part: ContentPart, processor: Any, *, video_fps: float, limits: MediaLimits) -> Any:
     """A Pillow image or array, float32 [L], or a ``Video``.
 
     Args:
@@ -78,7 +78,7 @@ def _recording(value: Any, extractor: Any, limits: MediaLimits) -> np.ndarray:
     return audio_L
 
 
-def _video(part: Part, video_fps: float, limits: MediaLimits) -> Video:
+def _video(part: ContentPart, video_fps: float, limits: MediaLimits) -> Video:
     value, settings = part.value, dict[str, Any](part.settings)
     is_list = isinstance(value, list | tuple) and bool(value)
     if isinstance(value, Path) or (is_list and all(isinstance(one, Path) for one in value)):

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
-from megatron.mimo.data.conversation import Conversation, Part, Turn
+from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
 
 __all__ = ["ChatText", "Span"]
 
@@ -96,7 +96,7 @@ class ChatText:
     @cached_property
     def turn_end(self) -> int | None:
         """The token with which the template ends an answer; None where it writes none."""
-        hello = Turn(role="user", parts=(Part(kind="text", value="Hello"),))
+        hello = Turn(role="user", content=(ContentPart(kind="text", value="Hello"),))
         greeting = Conversation(name="a greeting", turns=(hello,))
         try:
             tail = self._tail(greeting, self._messages(greeting))
@@ -170,7 +170,7 @@ class ChatText:
     def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
         """What chat templates take; the media are only named here."""
         for turn in conversation.turns:
-            for part in turn.parts:
+            for part in turn.content:
                 found = [mark for mark in self.marks if part.kind == "text" and mark in part.value]
                 if found:
                     raise InputError(
@@ -181,7 +181,7 @@ class ChatText:
         return [
             {
                 "role": turn.role,
-                "content": [_described(part) for part in turn.parts],
+                "content": [_described(part) for part in turn.content],
                 **turn.fields,
             }
             for turn in conversation.turns
@@ -237,6 +237,6 @@ class ChatText:
         return text
 
 
-def _described(part: Part) -> dict[str, str]:
+def _described(part: ContentPart) -> dict[str, str]:
     """A part as chat templates read it; the media are read elsewhere."""
     return {"type": "text", "text": part.value} if part.kind == "text" else {"type": part.kind}

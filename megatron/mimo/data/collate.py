@@ -19,11 +19,11 @@ from megatron.mimo.data.sample import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """A sample in a row.
+class PlacedSample:
+    """A sample in a sequence.
 
     Attributes:
-        sample: its tokens are the first of the place.
+        sample: its tokens come first.
         start: position of the first of them.
         length: tokens and padding.
     """
@@ -98,11 +98,13 @@ class SampleCollator:
         """
         if not samples:
             raise InputError("a micro-batch of 0 samples; expected at least one")
-        rows = [[Place(sample=sample, start=0, length=self.seq_length)] for sample in samples]
+        rows = [
+            [PlacedSample(sample=sample, start=0, length=self.seq_length)] for sample in samples
+        ]
         return self._fill(rows)
 
-    def _fill(self, rows: Sequence[Sequence[Place]]) -> dict[str, Any]:
-        """The micro-batch of rows that hold samples at places, side by side."""
+    def _fill(self, rows: Sequence[Sequence[PlacedSample]]) -> dict[str, Any]:
+        """The micro-batch of sequences that hold samples side by side."""
         shape_BS = (len(rows), self.seq_length)
         input_ids_BS = torch.full(shape_BS, self.pad_id, dtype=torch.int64)
         labels_BS = torch.full(shape_BS, self.pad_id, dtype=torch.int64)

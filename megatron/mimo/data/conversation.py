@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["MEDIA_KINDS", "Conversation", "Part", "Turn"]
+__all__ = ["MEDIA_KINDS", "ContentPart", "Conversation", "Turn"]
 
 MEDIA_KINDS = ("image", "video", "audio")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
-    """A piece of a turn.
+class ContentPart:
+    """A text or a medium in what a turn says.
 
     Attributes:
         kind: "text", or one of ``MEDIA_KINDS``.
@@ -34,13 +34,13 @@ class Turn:
 
     Attributes:
         role: "system", "user", "assistant" or "tool".
-        parts: in order.
+        content: its parts, in order.
         is_learned: False for a turn of the assistant's that is context only.
         fields: what chat templates write besides the content: tool_calls, reasoning_content ...
     """
 
     role: str
-    parts: tuple[Part, ...]
+    content: tuple[ContentPart, ...]
     is_learned: bool = True
     fields: Mapping[str, Any] = field(default_factory=dict)
 

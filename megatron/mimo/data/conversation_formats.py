@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.conversation import MEDIA_KINDS, Conversation, Part, Turn
+from megatron.mimo.data.conversation import MEDIA_KINDS, ContentPart, Conversation, Turn
 from megatron.mimo.data.conversation_keys import (
     FIELDS,
     known_keys,
@@ -65,7 +65,7 @@ def parse(entry: Any, name: str, folder: Path, *, ignored: Collection[str] = ())
     if system is not None:
         if turns[0].role == "system":
             raise InputError(f"{name}: has 'system' and a first turn of the system; keep one")
-        turns.insert(0, Turn(role="system", parts=(Part(kind="text", value=system),)))
+        turns.insert(0, Turn(role="system", content=(ContentPart(kind="text", value=system),)))
     tools = read_tools(entry, name)
     return check(Conversation(name=name, turns=tuple(turns), tools=tools))
 
@@ -109,7 +109,7 @@ def check(conversation: Conversation) -> Conversation:
             "conversation out"
         )
     for number, turn in enumerate(turns):
-        media = [part.kind for part in turn.parts if part.kind != "text"]
+        media = [part.kind for part in turn.content if part.kind != "text"]
         if media and turn.role == "assistant":
             raise InputError(
                 f"{name}, message {number}: the assistant's turn holds {media}; a model that "
@@ -137,13 +137,13 @@ def _message(turn: Any, name: str, folder: Path, ignored: Collection[str]) -> Tu
         raise InputError(f"{name}: content is {type(content).__name__}; expected text or a list")
     return Turn(
         role=role,
-        parts=tuple(_part(part, name, folder, ignored) for part in content),
+        content=tuple(_part(part, name, folder, ignored) for part in content),
         is_learned=learned(given, role, name),
         fields={key: given[key] for key in FIELDS if given.get(key)},
     )
 
 
-def _part(part: Any, name: str, folder: Path, ignored: Collection[str]) -> Part:
+def _part(part: Any, name: str, folder: Path, ignored: Collection[str]) -> ContentPart:
     kind: Any = part.get("type") if isinstance(part, dict) else None
     is_text = kind == "text" and isinstance(part.get("text"), str)
     if not is_text and kind not in MEDIA_KINDS:
@@ -153,17 +153,17 @@ def _part(part: Any, name: str, folder: Path, ignored: Collection[str]) -> Part:
         )
     given = known_keys(part, kind, name, ignored)
     if is_text:
-        return Part(kind="text", value=part["text"])
+        return ContentPart(kind="text", value=part["text"])
     paths = [given[key] for key in ("path", kind) if key in given]
     if len(paths) > 1 and paths[0] != paths[1]:
         raise InputError(f'{name}: the {kind} has "path" and "{kind}", which differ; keep one')
     if paths and kind == "video" and _is_list_of_paths(paths[0]):
         frames = tuple(_local(path, "frame", name, folder) for path in paths[0])
-        return Part(kind=kind, value=frames, settings=read_settings(given, name))
+        return ContentPart(kind=kind, value=frames, settings=read_settings(given, name))
     if not paths or not isinstance(paths[0], str):
         raise InputError(f'{name}: the {kind} has no "path" to a file; got {sorted(part)}')
     settings = read_settings(given, name) if kind == "video" else {}
-    return Part(kind=kind, value=_local(paths[0], kind, name, folder), settings=settings)
+    return ContentPart(kind=kind, value=_local(paths[0], kind, name, folder), settings=settings)
 
 
 def _is_list_of_paths(value: Any) -> bool:
@@ -216,7 +216,7 @@ def _llava_turns(
         role = _SPEAKERS[speaker]
         is_learned = learned(known_keys(turn, "turn", here, ignored), role, here)
         parts = _marked_parts(turn["value"], waiting, here)
-        turns.append(Turn(role=role, parts=parts, is_learned=is_learned))
+        turns.append(Turn(role=role, content=parts, is_learned=is_learned))
     left = {kind: [shown(path) for path in paths] for kind, paths in waiting.items() if paths}
     if left:
         raise InputError(
@@ -226,19 +226,21 @@ def _llava_turns(
     return turns
 
 
-def _marked_parts(text: str, waiting: Mapping[str, list[Path]], name: str) -> tuple[Part, ...]:
+def _marked_parts(
+    text: str, waiting: Mapping[str, list[Path]], name: str
+) -> tuple[ContentPart, ...]:
     """Text with marks for media -> text and media; a line break beside a mark goes with it."""
     parts, at = [], 0
     for mark in _MARK.finditer(text):
         before, kind = text[at : mark.start()], mark[1]
         if before:
-            parts.append(Part(kind="text", value=before))
+            parts.append(ContentPart(kind="text", value=before))
         if not waiting[kind]:
             raise InputError(f"{name}: <{kind}> without a file; {kind!r} names too few")
-        parts.append(Part(kind=kind, value=waiting[kind].pop(0)))
+        parts.append(ContentPart(kind=kind, value=waiting[kind].pop(0)))
         at = mark.end()
     if text[at:] or not parts:
-        parts.append(Part(kind="text", value=text[at:]))
+        parts.append(ContentPart(kind="text", value=text[at:]))
     return tuple(parts)
 
 

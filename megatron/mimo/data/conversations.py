@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, overload
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.conversation import MEDIA_KINDS, Conversation, Part, Turn
+from megatron.mimo.data.conversation import MEDIA_KINDS, ContentPart, Conversation, Turn
 from megatron.mimo.data.conversation_formats import parse
 
-__all__ = ["MEDIA_KINDS", "Conversation", "ConversationFile", "Part", "Turn", "parse"]
+__all__ = ["MEDIA_KINDS", "ContentPart", "Conversation", "ConversationFile", "Turn", "parse"]
 
 
 class ConversationFile(Sequence[Conversation]):

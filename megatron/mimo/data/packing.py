@@ -1,7 +1,7 @@
-"""Several samples in one row: which, and the micro-batch of it.
+"""Several samples in one sequence: which, and the micro-batch of it.
 
-A packed row [1, T] holds documents side by side; attention, positions and labels end at their
-borders. Shape legend: T tokens of a row, padding included.
+A packed sequence [1, T] holds documents side by side; attention, positions and labels end at their
+borders. Shape legend: T tokens of a sequence, padding included.
 """
 
 from __future__ import annotations
@@ -14,17 +14,24 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from megatron.core.models.mimo.errors import ConfigError, InputError, MimoError
-from megatron.mimo.data.collate import Place, SampleCollator
+from megatron.mimo.data.collate import PlacedSample, SampleCollator
 from megatron.mimo.data.sample import Sample
 
-__all__ = ["FirstFit", "PackedDataset", "PackingCollator", "Row", "first_fit", "rows_of"]
+__all__ = [
+    "FirstFit",
+    "PackedDataset",
+    "PackedSequence",
+    "PackingCollator",
+    "first_fit",
+    "packed_sequences",
+]
 
-Row = tuple[Sample, ...]
+PackedSequence = tuple[Sample, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackingCollator(SampleCollator):
-    """Turns the samples of one row into the micro-batch that ``MimoModel.forward`` takes.
+    """Turns the samples of one packed sequence into what ``MimoModel.forward`` takes.
 
     Attributes:
         seq_length: T.
@@ -50,11 +57,11 @@ class PackingCollator(SampleCollator):
         """What the place of each document is a multiple of."""
         return 2 * self.cp_size if self.cp_size > 1 else 1
 
-    def __call__(self, samples: Sequence[Sample | Row]) -> dict[str, Any]:
-        """Collate one row.
+    def __call__(self, samples: Sequence[Sample | PackedSequence]) -> dict[str, Any]:
+        """Collate one packed sequence.
 
         Args:
-            samples: one item of a ``PackedDataset``, or the samples of one row.
+            samples: one item of a ``PackedDataset``, or the samples of one sequence.
 
         Returns:
             What ``SampleCollator`` gives, with B = 1, and ``packing_kwargs``: the documents'
@@ -62,19 +69,19 @@ class PackingCollator(SampleCollator):
             ids start anew in each document, the last token of a document has no label.
 
         Raises:
-            InputError: several rows, samples that do not fit into one, or as ``SampleCollator``.
+            InputError: several sequences, samples that do not fit into one; as ``SampleCollator``.
         """
         documents = self._documents(samples)
         places, start = [], 0
         for sample in documents:
             self._check_tokens(sample)
             length = -(-len(sample.token_ids) // self.multiple) * self.multiple
-            places.append(Place(sample=sample, start=start, length=length))
+            places.append(PlacedSample(sample=sample, start=start, length=length))
             start += length
         if start > self.seq_length:
             raise InputError(
                 f"{len(documents)} samples ({documents[0].name} to {documents[-1].name}) take "
-                f"{start} tokens in one row of seq_length {self.seq_length}; pack fewer"
+                f"{start} tokens in one sequence of seq_length {self.seq_length}; pack fewer"
             )
         batch = self._fill([places])
         rest = [self.seq_length - start] if start < self.seq_length else []
@@ -83,16 +90,18 @@ class PackingCollator(SampleCollator):
         batch["packing_kwargs"] = _borders(lengths, rooms)
         return batch
 
-    def _documents(self, samples: Sequence[Sample | Row]) -> list[Sample]:
-        rows = [item for item in samples if not isinstance(item, Sample)]
-        if rows and len(samples) > 1:
+    def _documents(self, samples: Sequence[Sample | PackedSequence]) -> list[Sample]:
+        packed = [item for item in samples if not isinstance(item, Sample)]
+        if packed and len(samples) > 1:
             raise InputError(
-                f"a micro-batch of {len(samples)} packed rows; a packed micro-batch is one row: "
-                "set --micro-batch-size 1 and make the rows longer"
+                f"a micro-batch of {len(samples)} packed sequences; a packed micro-batch is one "
+                "sequence: set --micro-batch-size 1 and make the sequences longer"
             )
-        documents = [*rows[0]] if rows else [item for item in samples if isinstance(item, Sample)]
+        documents = (
+            [*packed[0]] if packed else [item for item in samples if isinstance(item, Sample)]
+        )
         if not documents:
-            raise InputError("a packed row of 0 samples; expected at least one")
+            raise InputError("a packed sequence of 0 samples; expected at least one")
         return documents
 
 
@@ -110,83 +119,83 @@ def _borders(lengths: Sequence[int], rooms: Sequence[int]) -> dict[str, Any]:
 
 
 class FirstFit:
-    """Puts items into rows, one after the other: each into the oldest open row that has room.
+    """Puts items into bins, one after the other: each into the oldest open bin that has room.
 
-    A row that is closed stays as it is, whatever follows: the first ``closed`` rows are a function
+    A bin that is closed stays as it is, whatever follows: the first ``closed`` bins are a function
     of the items so far alone.
 
     Args:
-        capacity: of a row.
-        open_rows: when more rows than this are open, the oldest is closed: bounds the work, and
+        capacity: of a bin.
+        open_bins: when more bins than this are open, the oldest is closed: bounds the work, and
             how far items are moved.
 
     Attributes:
-        rows: rows of item numbers, ascending in each row, in the order in which rows were opened.
+        bins: item numbers of each, ascending, in the order in which bins were opened.
     """
 
-    def __init__(self, capacity: int, *, open_rows: int = 64) -> None:
-        self.rows: list[list[int]] = []
+    def __init__(self, capacity: int, *, open_bins: int = 64) -> None:
+        self.bins: list[list[int]] = []
         self._capacity = capacity
-        self._open_rows = open_rows
-        self._free: dict[int, int] = {}  # open row -> room in it, oldest first
+        self._open_bins = open_bins
+        self._free: dict[int, int] = {}  # open bin -> room in it, oldest first
         self._count = 0
 
     @property
     def closed(self) -> int:
-        """How many rows, from the first, are final."""
-        return next(iter(self._free), len(self.rows))
+        """How many bins, from the first, are final."""
+        return next(iter(self._free), len(self.bins))
 
     def add(self, length: int) -> None:
         """Place the next item.
 
         Raises:
-            InputError: it is longer than a row.
+            InputError: it is longer than a bin.
         """
         if length > self._capacity:
             raise InputError(
-                f"sample {self._count} takes {length} tokens, more than a row of "
+                f"sample {self._count} takes {length} tokens, more than a sequence of "
                 f"{self._capacity}; raise --seq-length or shorten the sample"
             )
-        row = next((row for row, room in self._free.items() if room >= length), None)
-        if row is None:
-            row = len(self.rows)
-            self.rows.append([])
-            self._free[row] = self._capacity
-            if len(self._free) > self._open_rows:
+        index = next((index for index, room in self._free.items() if room >= length), None)
+        if index is None:
+            index = len(self.bins)
+            self.bins.append([])
+            self._free[index] = self._capacity
+            if len(self._free) > self._open_bins:
                 del self._free[next(iter(self._free))]
-        self.rows[row].append(self._count)
+        self.bins[index].append(self._count)
         self._count += 1
-        self._free[row] -= length
-        if not self._free[row]:
-            del self._free[row]
+        self._free[index] -= length
+        if not self._free[index]:
+            del self._free[index]
 
 
-def first_fit(lengths: Sequence[int], capacity: int, *, open_rows: int = 64) -> list[list[int]]:
-    """The rows of ``FirstFit`` for items of these lengths.
+def first_fit(lengths: Sequence[int], capacity: int, *, open_bins: int = 64) -> list[list[int]]:
+    """The bins of ``FirstFit`` for items of these lengths.
 
     Raises:
-        InputError: an item that is longer than a row.
+        InputError: an item that is longer than a bin.
     """
-    fit = FirstFit(capacity, open_rows=open_rows)
+    fit = FirstFit(capacity, open_bins=open_bins)
     for length in lengths:
         fit.add(length)
-    return fit.rows
+    return fit.bins
 
 
-class PackedDataset(Dataset[Row]):
-    """Rows of a dataset's samples, by first fit; row i is a function of the lengths alone.
+class PackedDataset(Dataset[PackedSequence]):
+    """Packed sequences of a dataset, by first fit; number i is a function of the lengths alone.
 
-    All samples are in some row: one pass over the dataset. ``rows_of`` gives those of a dataset
-    that goes on as long as a run asks for samples.
+    All samples are in some sequence: one pass over the dataset. ``packed_sequences`` gives those
+    of a dataset that goes on as long as a run asks for samples.
 
-    Every rank computes the same rows, and a run resumes at any row by its number.
+    Every rank computes the same ones, and a run resumes at any of them by its number.
 
     Args:
         dataset: map-style, of ``Sample``.
         seq_length: T.
         multiple: places are multiples of this; ``PackingCollator.multiple``.
         lengths: tokens of each sample; None reads every sample once for its length.
-        rows: sample numbers of each row, where they are known already.
+        packed: sample numbers of each sequence, where they are known already.
     """
 
     def __init__(
@@ -196,11 +205,11 @@ class PackedDataset(Dataset[Row]):
         seq_length: int,
         multiple: int = 1,
         lengths: Sequence[int] | None = None,
-        rows: list[list[int]] | None = None,
+        packed: list[list[int]] | None = None,
     ) -> None:
         self._dataset = dataset
-        if rows is not None:
-            self._rows = rows
+        if packed is not None:
+            self._packed = packed
             return
         count: int = len(dataset)  # type: ignore[arg-type]
         if lengths is None:
@@ -208,48 +217,48 @@ class PackedDataset(Dataset[Row]):
         if len(lengths) != count:
             raise ConfigError(f"{len(lengths)} lengths for {count} samples; give one for each")
         places = [-(-length // multiple) * multiple for length in lengths]
-        self._rows = first_fit(places, seq_length)
+        self._packed = first_fit(places, seq_length)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._packed)
 
-    def __getitem__(self, index: int) -> Row:
-        return tuple(self._dataset[number] for number in self._rows[index])
+    def __getitem__(self, index: int) -> PackedSequence:
+        return tuple(self._dataset[number] for number in self._packed[index])
 
 
-def rows_of(
-    larger: Callable[[int], Dataset[Sample]], rows: int, *, seq_length: int, multiple: int = 1
+def packed_sequences(
+    larger: Callable[[int], Dataset[Sample]], count: int, *, seq_length: int, multiple: int = 1
 ) -> PackedDataset:
-    """The first ``rows`` rows of samples that go on for as long as they are asked for.
+    """The first ``count`` packed sequences of samples that go on as long as they are asked for.
 
-    Row i is a function of the samples alone: asking for more rows adds rows behind those there
-    are. A row counts once no later sample can join it, so that some 64 rows more are read for
-    their lengths. Where the dataset ends, rows are those of one pass over it.
+    Sequence i is a function of the samples alone: asking for more adds some behind those there
+    are. One counts once no later sample can join it, so that samples of some 64 more are read for
+    their lengths. Where the dataset ends, the sequences are those of one pass over it.
 
     Args:
         larger: gives a dataset of this many samples, or fewer where there are no more; sample i is
             the same in each.
-        rows: how many are needed.
+        count: how many are needed.
         seq_length: T.
         multiple: as ``PackedDataset`` takes it.
     """
     fit = FirstFit(seq_length)
-    count, wanted = 0, max(rows, 1)
+    read, wanted = 0, max(count, 1)
     while True:
         dataset = larger(wanted)
         available: int = len(dataset)  # type: ignore[arg-type]
-        while count < available and fit.closed < rows:
-            length = _length(dataset, count)
+        while read < available and fit.closed < count:
+            length = _length(dataset, read)
             fit.add(-(-length // multiple) * multiple)
-            count += 1
-        if fit.closed >= rows:
-            done = fit.rows[:rows]
+            read += 1
+        if fit.closed >= count:
+            done = fit.bins[:count]
         elif available < wanted:
-            done = fit.rows
+            done = fit.bins
         else:
             wanted *= 2
             continue
-        return PackedDataset(dataset, seq_length=seq_length, rows=done)
+        return PackedDataset(dataset, seq_length=seq_length, packed=done)
 
 
 def _length(dataset: Dataset[Sample], index: int) -> int:

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.encoders.plain import pretrained_encoder_config
 from megatron.mimo.encoders.projectors import Projector
-from megatron.mimo.encoders.qwen2_5_vl_layout import (
+from megatron.mimo.encoders.qwen2_5_vl_geometry import (
     Grid,
     PatchGeometry,
     PatchSequence,

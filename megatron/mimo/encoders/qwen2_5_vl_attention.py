@@ -18,7 +18,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.mimo.encoders.qwen2_5_vl_layout import PatchSequence
+from megatron.mimo.encoders.qwen2_5_vl_geometry import PatchSequence
 from megatron.mimo.layers import encoder_layer_spec
 
 __all__ = ["WindowAttention", "rotated", "window_layer_spec"]
@@ -60,7 +60,7 @@ def rotated(heads_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 
 
 class WindowAttention(MegatronModule):
-    """In the place of a ``core_attention``; takes packed rows that are a ``PatchSequence``.
+    """In the place of a ``core_attention``; takes packed sequences that are a ``PatchSequence``.
 
     Args:
         config: of the encoder.

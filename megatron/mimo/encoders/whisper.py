@@ -134,7 +134,7 @@ class WhisperEncoder(MegatronModule):
             "lengths": [frames],
         }
 
-    def rows_of(self, length: int) -> int:
+    def packed_sequences(self, length: int) -> int:
         """Rows that a clip of ``length`` frames gives."""
         return stem_length(length) // self.pooling
 
@@ -142,7 +142,7 @@ class WhisperEncoder(MegatronModule):
         self, input_features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None = None
     ) -> list[int]:
         """Rows of each clip."""
-        return [self.rows_of(length) for length in _lengths(input_features, lengths)]
+        return [self.packed_sequences(length) for length in _lengths(input_features, lengths)]
 
     def forward(
         self, input_features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None = None
@@ -158,7 +158,7 @@ class WhisperEncoder(MegatronModule):
             lengths: frames of each clip that are no silence, on the host; F by default.
 
         Returns:
-            [sum of :meth:`rows_of`, H], clip by clip.
+            [sum of :meth:`packed_sequences`, H], clip by clip.
 
         Raises:
             InputError: features or lengths that do not fit the encoder or each other.
@@ -224,7 +224,7 @@ class WhisperEncoder(MegatronModule):
                     f"clip {number} is {clip.dtype} {list(clip.shape)}; expected floating point "
                     f"[{self.num_mel_bins}, 1 to {self.window}] (mel bins, frames)"
                 )
-            if self.rows_of(length) < 1 or length > clip.size(1):
+            if self.packed_sequences(length) < 1 or length > clip.size(1):
                 raise InputError(
                     f"clip {number} has length {length} and {clip.size(1)} frames; expected a "
                     f"length of {_STRIDE * self.pooling - 1} to {clip.size(1)}"

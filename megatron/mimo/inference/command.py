@@ -61,7 +61,7 @@ def _answer(arguments: argparse.Namespace, device: object, rank: int) -> None:
         import torch
 
         # Megatron, once all flags are known to be right
-        from megatron.mimo.data.conversations import Conversation, Part, Turn
+        from megatron.mimo.data.conversations import ContentPart, Conversation, Turn
         from megatron.mimo.inference.assistant import open_assistant
 
     assert isinstance(device, torch.device)
@@ -70,7 +70,7 @@ def _answer(arguments: argparse.Namespace, device: object, rank: int) -> None:
     _options(arguments, SamplingOptions(temperature=1.0))  # errors before anything is loaded
     limits = media_limits(arguments)
     media = [
-        Part(kind=kind, value=_read_early(kind, Path(file), limits))
+        ContentPart(kind=kind, value=_read_early(kind, Path(file), limits))
         for kind in _MEDIA
         for file in getattr(arguments, kind)
     ]
@@ -88,10 +88,12 @@ def _answer(arguments: argparse.Namespace, device: object, rank: int) -> None:
             limits=limits,
         )
     options = _options(arguments, assistant.defaults)
-    said = Turn(role="user", parts=(*media, Part(kind="text", value=arguments.prompt)))
+    said = Turn(role="user", content=(*media, ContentPart(kind="text", value=arguments.prompt)))
     turns = [said]
     if arguments.system is not None:
-        turns.insert(0, Turn(role="system", parts=(Part(kind="text", value=arguments.system),)))
+        turns.insert(
+            0, Turn(role="system", content=(ContentPart(kind="text", value=arguments.system),))
+        )
 
     def show(_: int, piece: str) -> None:
         if rank == 0:

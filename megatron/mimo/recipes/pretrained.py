@@ -216,7 +216,7 @@ class _Run:
         )
         said = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
         right = [
-            text.strip() == question.turns[-1].parts[0].value
+            text.strip() == question.turns[-1].content[0].value
             for text, question in zip(said, questions, strict=True)
         ]
         return {

@@ -22,14 +22,14 @@ from megatron.core.models.mimo.partition.utils import PartitionAdapter, Partitio
 from megatron.mimo.data import PackedDataset, PackingCollator, SampleCollator
 from megatron.mimo.data.batch import Batch, Collator, batch_device, keep_for_stage
 from megatron.mimo.data.broadcast import broadcast_batch
-from megatron.mimo.data.packing import rows_of
+from megatron.mimo.data.packing import packed_sequences
 from megatron.mimo.process.children import left_to_parent, start_reading
 from megatron.mimo.recipes.recipe import Datasets, Recipe
 from megatron.mimo.training.origins import SampleFinder
 
-_ROW_MULTIPLE = 8  # tokens; samples are planned into rows as if padded to a multiple of it
+_PACKING_MULTIPLE = 8  # tokens; samples are packed as if padded to a multiple of it
 
-__all__ = ["BatchStream", "MicroBatches", "SampleRange", "dataset_provider"]
+__all__ = ["BatchIterator", "MicroBatches", "SampleRange", "dataset_provider"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class MicroBatches(Dataset[Batch]):
             raise ConfigError(f"the {split} dataset is empty; expected at least one sample")
 
     def __len__(self) -> int:
-        """Samples, or packed rows, of one pass."""
+        """Samples, or packed sequences, of one pass."""
         return self._length
 
     def __getitem__(self, first: int) -> Batch:
@@ -86,7 +86,7 @@ class MicroBatches(Dataset[Batch]):
         return self._collate([self.read(number % self._length) for number in numbers])
 
     def read(self, index: int) -> Any:
-        """Sample, or packed row, ``index``."""
+        """Sample, or packed sequence, ``index``."""
         try:
             return self._dataset[index]
         except Exception as error:
@@ -96,7 +96,7 @@ class MicroBatches(Dataset[Batch]):
             ) from error
 
 
-class BatchStream:
+class BatchIterator:
     """This rank's micro-batches, on its device; ranks of one TP group get the same ones.
 
     ``next`` is collective over the tensor-parallel group: its first rank reads, the others
@@ -117,7 +117,7 @@ class BatchStream:
         self._device = device
         self._keep = keep
 
-    def __iter__(self) -> BatchStream:
+    def __iter__(self) -> BatchIterator:
         return self
 
     def __next__(self) -> Batch:
@@ -143,7 +143,7 @@ def dataset_provider(
 
     def provide(
         counts: tuple[int, int | None, int | None], vp_stage: int | None = None
-    ) -> tuple[BatchStream | None, BatchStream | None, BatchStream | None]:
+    ) -> tuple[BatchIterator | None, BatchIterator | None, BatchIterator | None]:
         first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         collate = recipe.build_collator(args)
@@ -163,7 +163,7 @@ def dataset_provider(
         # every evaluation reads the same samples, so that its figures can be compared
         eval_period = max(args.eval_iters, 1) * args.eval_global_batch_size
 
-        def stream(split: str, dataset: Dataset[Any] | None) -> BatchStream | None:
+        def stream(split: str, dataset: Dataset[Any] | None) -> BatchIterator | None:
             if dataset is None:
                 return None
             training = split == "training"
@@ -181,7 +181,7 @@ def dataset_provider(
             batches = MicroBatches(split, dataset, fill, micro_batch)
             if training and samples is not None:
                 samples.stream = batches, numbers
-            return BatchStream(
+            return BatchIterator(
                 lambda: read_batches(batches, numbers, args.num_workers if training else 0),
                 group=mpu.get_tensor_model_parallel_group(),
                 device=batch_device(),
@@ -235,7 +235,7 @@ def sequence_partition(args: Namespace) -> PartitionAdapter | None:
 
 
 def packing_collator(name: str, args: Namespace, collate: Collator) -> PackingCollator:
-    """The collator of packed rows, from a recipe's collator of samples.
+    """The collator of packed sequences, from a recipe's collator of samples.
 
     Raises:
         ConfigError: the recipe has a collator of its own kind.
@@ -257,16 +257,16 @@ def pack_training_set(
     dataset: Dataset[Any],
     collate: PackingCollator,
 ) -> PackedDataset:
-    """Rows of the training samples.
+    """Packed sequences of the training samples.
 
-    Which samples share a row does not depend on the context-parallel size, up to
-    ``_ROW_MULTIPLE / 2`` ranks, so that a run can go on in another layout.
+    Which samples are packed together does not depend on the context-parallel size, up to
+    ``_PACKING_MULTIPLE / 2`` ranks, so that a run can go on in another layout.
 
-    Row i is a function of data and seed alone: a run that is made longer reads the same rows
-    first. A dataset that has as many samples as it is asked for is asked for more until its rows
-    suffice; another ends, and its rows are read again from the first, pass by pass.
+    Sequence i is a function of data and seed alone: a run that is made longer reads the same ones
+    first. A dataset that has as many samples as it is asked for is asked for more until they
+    suffice; another ends, and is read again from its first sequence, pass by pass.
     """
-    multiple = math.lcm(collate.multiple, _ROW_MULTIPLE)
+    multiple = math.lcm(collate.multiple, _PACKING_MULTIPLE)
 
     def larger(count: int) -> Dataset[Any]:
         train = dataset
@@ -276,7 +276,7 @@ def pack_training_set(
             train = built
         return train
 
-    return rows_of(larger, counts[0], seq_length=args.seq_length, multiple=multiple)
+    return packed_sequences(larger, counts[0], seq_length=args.seq_length, multiple=multiple)
 
 
 def read_batches(batches: MicroBatches, numbers: SampleRange, workers: int) -> Iterator[Batch]:

@@ -133,7 +133,8 @@ def test_what_is_refused_in_a_batch(ranks: RankPool, sizes: Sizes, stock: bool) 
         deaf if stock else "InputError: input_ids has shape [2, 64] with packing_kwargs",
         deaf
         if stock
-        else "InputError: document 0 of the packed row takes 6 tokens, not divisible by 2*cp = 4"
+        else "InputError: document 0 of the packed sequence takes 6 tokens, not divisible by "
+        "2*cp = 4"
         if cp
         else "done",
         deaf if stock else "UnsupportedError: packing_kwargs have ['cp_group']",

@@ -13,7 +13,7 @@ from tests.distributed.core.layouts import Layout, build_chunks, model_inputs, w
 from tests.distributed.core.reference import Design, make_batches
 from tests.rank_pool import RankPool, model_parallel
 
-# Of one family each; packed rows are in test_documents_refusals.
+# Of one family each; packed sequences are in test_documents_refusals.
 FAMILIES = {
     "one-rank": (Layout(), Design()),
     "tp": (Layout(tp=2), Design(tied=True)),

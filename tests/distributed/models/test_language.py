@@ -46,7 +46,7 @@ def text_family() -> Any:
     from megatron.mimo.models.common.keys import KeyTable
     from megatron.mimo.models.common.language import (
         language_arguments,
-        language_rows,
+        language_entries,
         language_spec,
     )
 
@@ -61,7 +61,7 @@ def text_family() -> Any:
             modality_submodules_spec={},
             special_token_ids={},
         ),
-        keys=lambda config: KeyTable(rows=language_rows(config, model="model.", head="")),
+        keys=lambda config: KeyTable(entries=language_entries(config, model="model.", head="")),
         media=lambda config: Media(special_token_ids={}, formats={}),
         sample=no_media,
         tiny=no_media,

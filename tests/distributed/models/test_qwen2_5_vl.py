@@ -1,6 +1,6 @@
-"""Qwen2.5-VL beyond what every family shows: tied embeddings, packed rows, context parallelism.
+"""Qwen2.5-VL beyond what every family shows: tied embeddings, packing, context parallelism.
 
-Legend: L tokens of one sample, T of a packed row, V vocabulary.
+Legend: L tokens of one sample, T of a packed sequence, V vocabulary.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_trains_as_a_plain_loop_does(ranks: RankPool, expected: Expected) -> Non
 
 
 def packed_logits(expected: Expected, cp: int) -> list[float]:
-    """Distance from transformers of this rank's logits of each sample, all in one packed row."""
+    """Distance from transformers of this rank's logits of each sample, all packed together."""
     from megatron.core import parallel_state
     from megatron.core.models.mimo.alignment.cut import packed_context_parallel_positions
     from megatron.mimo.arguments.standalone import build_model, model_settings

@@ -126,22 +126,22 @@ def build(config: Any, settings: Any, places: Any) -> Any:
 
 
 def key_table(config: Any) -> Any:
-    from megatron.mimo.models.common.keys import KeyTable, Row
-    from megatron.mimo.models.common.language import language_rows
+    from megatron.mimo.models.common.keys import KeyEntry, KeyTable
+    from megatron.mimo.models.common.language import language_entries
 
     reference = Reference(config)
-    rows = list(language_rows(config, model="language.model.", head="language."))
+    rows = list(language_entries(config, model="language.model.", head="language."))
     for hf, modality, name in (("vision", "images", "dino"), ("audio", "audio", "whisper")):
         ours = f"modality_submodules.{modality}."
         rows += [
-            Row(mimo=f"{ours}encoders.{name}.model.{key}", hf=(f"{hf}.{key}",))
+            KeyEntry(mimo=f"{ours}encoders.{name}.model.{key}", hf=(f"{hf}.{key}",))
             for key in reference.get_submodule(hf).state_dict()
         ]
         rows += [
-            Row(mimo=f"{ours}input_projections.0.linear_fc1.{kind}", hf=(f"from_{hf}.{kind}",))
+            KeyEntry(mimo=f"{ours}input_projections.0.linear_fc1.{kind}", hf=(f"from_{hf}.{kind}",))
             for kind in ("weight", "bias")
         ]
-    return KeyTable(rows=tuple(rows))
+    return KeyTable(entries=tuple(rows))
 
 
 def sample(config: Any, features: Mapping[str, Tensor], **given: Any) -> Any:

@@ -75,7 +75,7 @@ def _documents(
     sums: Tensor | None, padded: Tensor | None, tokens: int, name: str
 ) -> tuple[Document, ...]:
     if sums is None:
-        raise InputError(f"packed_seq_params.cu_seqlens_{name} is None; a packed row needs it")
+        raise InputError(f"packed_seq_params.cu_seqlens_{name} is None; a packed sequence needs it")
     lengths = _lengths(sums, f"cu_seqlens_{name}")
     places = lengths if padded is None else _lengths(padded, f"cu_seqlens_{name}_padded")
     if len(places) != len(lengths):

@@ -111,7 +111,7 @@ def dense_attention(
 def packed_attention(
     q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, rule: Rule, packed: PackedSeqParams
 ) -> Tensor:
-    """Attention inside each document of a packed row: [T, H, D].
+    """Attention inside each document of a packed sequence: [T, H, D].
 
     On CUDA in half precision one kernel takes all documents and reads their boundaries on the
     device. Elsewhere each document is a tile, and the boundaries have to be on the host: free on

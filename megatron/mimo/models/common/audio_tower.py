@@ -20,17 +20,18 @@ from megatron.mimo.data import MediaFormat, MediaItem
 from megatron.mimo.encoders import Projector, WhisperEncoder, plain_encoder_config
 from megatron.mimo.encoders.whisper import frames_needed, stem_length
 from megatron.mimo.layers import encoder_layer_spec
-from megatron.mimo.models.common.keys import FusedQKV, Row
+from megatron.mimo.models.common.keys import FusedQKV, KeyEntry
 from megatron.mimo.models.common.place import Place
 
 __all__ = [
     "AUDIO",
     "ENCODER",
     "TINY_AUDIO",
+    "TOWER",
+    "audio_entries",
     "audio_format",
     "audio_items",
     "audio_modality",
-    "audio_rows",
     "audio_spec",
     "example_audio",
     "rows_of_clip",
@@ -38,6 +39,7 @@ __all__ = [
 
 AUDIO = "modality_submodules.audio."  # where the modality is in the model
 ENCODER = "whisper"  # what the encoder is called
+TOWER = f"{AUDIO}encoders.{ENCODER}."  # where it is in the model
 TINY_AUDIO: dict[str, Any] = {
     "num_mel_bins": 16,
     "encoder_layers": 2,
@@ -127,7 +129,7 @@ def audio_spec(audio: Any, language: TransformerConfig, place: Place) -> ModuleS
     )
 
 
-def audio_rows(audio: Any, *, mimo: str, hf: str) -> tuple[Row, ...]:
+def audio_entries(audio: Any, *, mimo: str, hf: str) -> tuple[KeyEntry, ...]:
     """Parameter names of the encoder.
 
     Args:
@@ -138,19 +140,19 @@ def audio_rows(audio: Any, *, mimo: str, hf: str) -> tuple[Row, ...]:
     layers = range(audio.encoder_layers)
     heads = audio.encoder_attention_heads
     ours, theirs = mimo + "transformer.layers.{i}.", hf + "layers.{i}."
-    rows = [Row(mimo=mimo + "position_embedding", hf=(hf + "embed_positions.weight",))]
+    rows = [KeyEntry(mimo=mimo + "position_embedding", hf=(hf + "embed_positions.weight",))]
     for kind in ("weight", "bias"):
         rows += [
-            Row(mimo=f"{mimo}{name}.{kind}", hf=(f"{hf}{other}.{kind}",))
+            KeyEntry(mimo=f"{mimo}{name}.{kind}", hf=(f"{hf}{other}.{kind}",))
             for name, other in _OUTSIDE.items()
         ]
         rows += [
-            Row(mimo=f"{ours}{name}.{kind}", hf=(f"{theirs}{other}.{kind}",), layers=layers)
+            KeyEntry(mimo=f"{ours}{name}.{kind}", hf=(f"{theirs}{other}.{kind}",), layers=layers)
             for name, other in _LAYER.items()
         ]
         missing = ("k",) if kind == "bias" else ()
         rows.append(
-            Row(
+            KeyEntry(
                 mimo=f"{ours}self_attention.linear_qkv.{kind}",
                 hf=tuple(
                     f"{theirs}self_attn.{name}_proj.{kind}" for name in "qkv" if name not in missing

@@ -23,10 +23,10 @@ from megatron.core.models.mimo.errors import ConfigError, InputError
 __all__ = [
     "Concatenated",
     "FusedQKV",
+    "KeyEntry",
     "KeyTable",
     "PaddedVocabulary",
     "Reshaped",
-    "Row",
     "Same",
     "Transform",
 ]
@@ -169,7 +169,7 @@ class Reshaped:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class KeyEntry:
     """One parameter of ours, or one per layer.
 
     Attributes:
@@ -189,17 +189,17 @@ class Row:
         numbered = {"{i}" in name for name in (self.mimo, *self.hf)}
         if numbered != {self.layers is not None}:
             raise ConfigError(
-                f"row {self.mimo!r} <-> {list(self.hf)}, layers={self.layers}: expected '{{i}}' in "
-                "all of its names with layers, in none without"
+                f"entry {self.mimo!r} <-> {list(self.hf)}, layers={self.layers}: expected '{{i}}' "
+                "in all of its names with layers, in none without"
             )
 
-    def each(self) -> Iterator[Row]:
-        """The row of every layer, without ``{i}``; itself where it has none."""
+    def each(self) -> Iterator[KeyEntry]:
+        """The entry of every layer, without ``{i}``; itself where it has none."""
         if self.layers is None:
             yield self
             return
         for layer in self.layers:
-            yield Row(
+            yield KeyEntry(
                 mimo=self.mimo.replace("{i}", str(layer)),
                 hf=tuple(name.replace("{i}", str(layer)) for name in self.hf),
                 transform=self.transform,
@@ -208,38 +208,38 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyTable:
-    """All rows of a model.
+    """All entries of a model.
 
     Attributes:
-        rows: every parameter of ours stands in one row, every Hugging Face weight in at most one.
+        entries: every parameter of ours stands in one, every Hugging Face weight in at most one.
         carried: patterns (``*`` for anything) of Hugging Face weights that our model does not
             have; conversion keeps them aside and gives them back.
-        aliases: (spelling, spelling in ``rows``) of prefixes: older files name weights otherwise.
-            Those that follow are tried on the result of those before.
-        tied: (name, name in ``rows``) of weights that are one; files may hold either or both.
+        aliases: (spelling, spelling in ``entries``) of prefixes: older files name weights
+            otherwise. Those that follow are tried on the result of those before.
+        tied: (name, name in ``entries``) of weights that are one; files may hold either or both.
     """
 
-    rows: tuple[Row, ...]
+    entries: tuple[KeyEntry, ...]
     carried: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for title, names in (
-            ("parameter", [row.mimo for row in self.each()]),
-            ("Hugging Face weight", [name for row in self.each() for name in row.hf]),
+            ("parameter", [entry.mimo for entry in self.each()]),
+            ("Hugging Face weight", [name for entry in self.each() for name in entry.hf]),
         ):
             twice = [name for name, count in Counter(names).items() if count > 1]
             if twice:
-                raise ConfigError(f"{title} {twice[0]!r} stands in two rows; expected one")
+                raise ConfigError(f"{title} {twice[0]!r} stands in two entries; expected one")
 
-    def each(self) -> Iterator[Row]:
-        """All rows, one per layer."""
-        for row in self.rows:
-            yield from row.each()
+    def each(self) -> Iterator[KeyEntry]:
+        """All entries, one per layer."""
+        for entry in self.entries:
+            yield from entry.each()
 
     def canonical(self, name: str) -> str:
-        """A Hugging Face weight's name as ``rows`` has it, from any known spelling."""
+        """A Hugging Face weight's name as ``entries`` have it, from any known spelling."""
         for spelling, canonical in self.aliases:
             if name.startswith(spelling):
                 name = canonical + name.removeprefix(spelling)
@@ -249,16 +249,16 @@ class KeyTable:
         """Whether our model does without the weight of this canonical name."""
         return any(fnmatchcase(name, pattern) for pattern in self.carried)
 
-    def hf_shapes(self, row: Row, mimo_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Shapes of a row's Hugging Face weights, given that of our parameter.
+    def hf_shapes(self, entry: KeyEntry, mimo_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of an entry's Hugging Face weights, given that of our parameter.
 
         Raises:
             InputError: the transform cannot have made a parameter of this shape.
         """
         try:
-            parts = row.transform.to_hf(torch.empty(tuple(mimo_shape), device="meta"))
+            parts = entry.transform.to_hf(torch.empty(tuple(mimo_shape), device="meta"))
         except RuntimeError as error:
             raise InputError(
-                f"{row.mimo} of shape {list(mimo_shape)} does not fit {row.transform}: {error}"
+                f"{entry.mimo} of shape {list(mimo_shape)} does not fit {entry.transform}: {error}"
             ) from error
-        return {name: tuple(part.shape) for name, part in zip(row.hf, parts, strict=True)}
+        return {name: tuple(part.shape) for name, part in zip(entry.hf, parts, strict=True)}

@@ -12,12 +12,12 @@ from typing import Any
 from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.layers import language_layer_spec
-from megatron.mimo.models.common.keys import Concatenated, FusedQKV, PaddedVocabulary, Row
+from megatron.mimo.models.common.keys import Concatenated, FusedQKV, KeyEntry, PaddedVocabulary
 from megatron.mimo.models.common.place import Place
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.vocabulary import UnpaddedGPT
 
-__all__ = ["ROTARY_BUFFERS", "language_arguments", "language_rows", "language_spec"]
+__all__ = ["ROTARY_BUFFERS", "language_arguments", "language_entries", "language_spec"]
 
 ROTARY_BUFFERS = ("*.rotary_emb.inv_freq", "*.rotary_pos_emb.inv_freq")
 """Patterns of what old versions of transformers wrote beside weights, and none of them reads."""
@@ -113,7 +113,7 @@ def language_spec(settings: LanguageSettings, place: Place) -> ModuleSpec:
     )
 
 
-def language_rows(text: Any, *, model: str, head: str) -> tuple[Row, ...]:
+def language_entries(text: Any, *, model: str, head: str) -> tuple[KeyEntry, ...]:
     """Parameter names of a language model.
 
     Args:
@@ -130,16 +130,16 @@ def language_rows(text: Any, *, model: str, head: str) -> tuple[Row, ...]:
     layers = range(text.num_hidden_layers)
     vocabulary = PaddedVocabulary(text.vocab_size)
 
-    def row(mimo: str, *hf: str, **given: Any) -> Row:
+    def row(mimo: str, *hf: str, **given: Any) -> KeyEntry:
         names = tuple(theirs + name for name in hf)
-        return Row(mimo=ours + mimo, hf=names, layers=layers, **given)
+        return KeyEntry(mimo=ours + mimo, hf=names, layers=layers, **given)
 
     def projections(kind: str) -> tuple[str, ...]:
         return tuple(f"self_attn.{name}_proj.{kind}" for name in "qkv")
 
     embedding = "language_model.embedding.word_embeddings.weight"
     rows = [
-        Row(mimo=embedding, hf=(model + "embed_tokens.weight",), transform=vocabulary),
+        KeyEntry(mimo=embedding, hf=(model + "embed_tokens.weight",), transform=vocabulary),
         row("input_layernorm.weight", "input_layernorm.weight"),
         row("self_attention.linear_qkv.weight", *projections("weight"), transform=qkv),
         row("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
@@ -151,13 +151,13 @@ def language_rows(text: Any, *, model: str, head: str) -> tuple[Row, ...]:
             transform=Concatenated(2),
         ),
         row("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
-        Row(mimo="language_model.decoder.final_layernorm.weight", hf=(model + "norm.weight",)),
+        KeyEntry(mimo="language_model.decoder.final_layernorm.weight", hf=(model + "norm.weight",)),
     ]
     if _has_qkv_bias(text):
         rows.append(row("self_attention.linear_qkv.bias", *projections("bias"), transform=qkv))
     if not text.tie_word_embeddings:
         output = "language_model.output_layer.weight"
-        rows.append(Row(mimo=output, hf=(head + "lm_head.weight",), transform=vocabulary))
+        rows.append(KeyEntry(mimo=output, hf=(head + "lm_head.weight",), transform=vocabulary))
     return tuple(rows)
 
 

@@ -14,15 +14,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.data import MediaFormat, MediaItem
 from megatron.mimo.encoders import Projector
 from megatron.mimo.models.common.config_fields import check_fields
-from megatron.mimo.models.common.keys import KeyTable, Row
-from megatron.mimo.models.common.language import ROTARY_BUFFERS, language_arguments, language_rows
+from megatron.mimo.models.common.keys import KeyEntry, KeyTable
+from megatron.mimo.models.common.language import (
+    ROTARY_BUFFERS,
+    language_arguments,
+    language_entries,
+)
 from megatron.mimo.models.common.place import Place
 from megatron.mimo.models.common.vision_tower import (
     image_shape,
     rows_per_image,
     tower_carried,
+    tower_entries,
     tower_name,
-    tower_rows,
     tower_spec,
 )
 
@@ -33,7 +37,7 @@ __all__ = [
     "image_format",
     "image_items",
     "key_table",
-    "projector_rows",
+    "projector_entries",
     "projector_spec",
     "text_config",
 ]
@@ -91,17 +95,17 @@ def projector_spec(config: Any, language: TransformerConfig, place: Place) -> Mo
     )
 
 
-def projector_rows(config: Any, *, mimo: str, hf: str) -> tuple[Row, ...]:
+def projector_entries(config: Any, *, mimo: str, hf: str) -> tuple[KeyEntry, ...]:
     """Parameter names of an MLP of a LLaVA-like configuration, below these prefixes."""
     kinds = ("weight", "bias") if config.multimodal_projector_bias else ("weight",)
     return tuple(
-        Row(mimo=f"{mimo}linear_fc{number}.{kind}", hf=(f"{hf}linear_{number}.{kind}",))
+        KeyEntry(mimo=f"{mimo}linear_fc{number}.{kind}", hf=(f"{hf}linear_{number}.{kind}",))
         for number in (1, 2)
         for kind in kinds
     )
 
 
-def key_table(config: Any, *, projector: str = "", more: tuple[Row, ...] = ()) -> KeyTable:
+def key_table(config: Any, *, projector: str = "", more: tuple[KeyEntry, ...] = ()) -> KeyTable:
     """Parameter names of a LLaVA-like model.
 
     Args:
@@ -111,16 +115,16 @@ def key_table(config: Any, *, projector: str = "", more: tuple[Row, ...] = ()) -
     """
     vision, layer = config.vision_config, config.vision_feature_layer
     encoder = f"{_IMAGES}encoders.{tower_name(vision)}."
-    projections = projector_rows(
+    projections = projector_entries(
         config, mimo=f"{_IMAGES}input_projections.0.{projector}", hf="multi_modal_projector."
     )
-    language = language_rows(
+    language = language_entries(
         text_config(config), model="language_model.model.", head="language_model."
     )
     return KeyTable(
-        rows=(
+        entries=(
             *language,
-            *tower_rows(vision, feature_layer=layer, mimo=encoder, hf="vision_tower."),
+            *tower_entries(vision, feature_layer=layer, mimo=encoder, hf="vision_tower."),
             *projections,
             *more,
         ),

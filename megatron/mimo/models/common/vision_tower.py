@@ -10,15 +10,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.encoders import ClipEncoder, layer_numbers, plain_encoder_config
 from megatron.mimo.layers import encoder_layer_spec
-from megatron.mimo.models.common.keys import FusedQKV, Reshaped, Row
+from megatron.mimo.models.common.keys import FusedQKV, KeyEntry, Reshaped
 from megatron.mimo.models.common.place import Place
 
 __all__ = [
     "image_shape",
     "rows_per_image",
     "tower_carried",
+    "tower_entries",
     "tower_name",
-    "tower_rows",
     "tower_spec",
 ]
 
@@ -111,9 +111,9 @@ def tower_spec(
     )
 
 
-def tower_rows(
+def tower_entries(
     vision: Any, *, feature_layer: int | Sequence[int], mimo: str, hf: str
-) -> tuple[Row, ...]:
+) -> tuple[KeyEntry, ...]:
     """Parameter names of the encoder.
 
     Args:
@@ -131,8 +131,8 @@ def tower_rows(
     convolution = (width, vision.num_channels, patch, patch)
     linear = Reshaped((width, vision.num_channels * patch**2), convolution)
 
-    def row(ours: str, theirs: str, **given: Any) -> Row:
-        return Row(mimo=mimo + ours, hf=(hf + theirs,), **given)
+    def row(ours: str, theirs: str, **given: Any) -> KeyEntry:
+        return KeyEntry(mimo=mimo + ours, hf=(hf + theirs,), **given)
 
     rows = [
         row("patch_embedding.weight", "embeddings.patch_embedding.weight", transform=linear),
@@ -151,7 +151,7 @@ def tower_rows(
             for name, other in _LAYER.items()
         ]
         rows.append(
-            Row(
+            KeyEntry(
                 mimo=f"{mimo}{ours}self_attention.linear_qkv.{kind}",
                 hf=tuple(f"{hf}{theirs}self_attn.{name}_proj.{kind}" for name in "qkv"),
                 transform=qkv,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.mimo.models.common.keys import KeyTable
-from megatron.mimo.models.common.language import ROTARY_BUFFERS, language_rows
+from megatron.mimo.models.common.language import ROTARY_BUFFERS, language_entries
 from megatron.mimo.models.common.llava_kind import text_config
-from megatron.mimo.models.qwen2_5_vl.vision import vision_rows
+from megatron.mimo.models.qwen2_5_vl.vision import vision_entries
 
 __all__ = ["key_table"]
 
@@ -16,9 +16,9 @@ def key_table(config: Any) -> KeyTable:
     """Parameter names, in the spelling of the hub, which transformers writes too."""
     head = "lm_head.weight"
     return KeyTable(
-        rows=(
-            *language_rows(text_config(config), model="model.", head=""),
-            *vision_rows(config.vision_config),
+        entries=(
+            *language_entries(text_config(config), model="model.", head=""),
+            *vision_entries(config.vision_config),
         ),
         carried=ROTARY_BUFFERS,
         # The module tree of transformers 5, which it does not write itself.

@@ -35,7 +35,7 @@ def arguments(config: Any) -> dict[str, object]:
             f"vision_config.out_hidden_size is {given}; expected {text.hidden_size}, the language "
             "model's hidden size"
         )
-    # The fused rotation takes neither packed rows nor several samples with positions in 3 axes.
+    # The fused rotation takes no packed sequences, nor several samples with positions in 3 axes.
     return {**language_arguments(text), "apply_rope_fusion": False}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data import MediaItem, Sample
 from megatron.mimo.data.positions import grid_positions
-from megatron.mimo.encoders.qwen2_5_vl_layout import Grid, PatchGeometry
+from megatron.mimo.encoders.qwen2_5_vl_geometry import Grid, PatchGeometry
 from megatron.mimo.models.common.tokens import read_tokens
 from megatron.mimo.models.qwen2_5_vl.vision import ENCODER, patch_geometry
 

@@ -19,11 +19,11 @@ from megatron.mimo.encoders.qwen2_5_vl import (
     window_encoder_config,
 )
 from megatron.mimo.encoders.qwen2_5_vl_attention import window_layer_spec
-from megatron.mimo.encoders.qwen2_5_vl_layout import PatchGeometry
-from megatron.mimo.models.common.keys import Concatenated, FusedQKV, Reshaped, Row
+from megatron.mimo.encoders.qwen2_5_vl_geometry import PatchGeometry
+from megatron.mimo.models.common.keys import Concatenated, FusedQKV, KeyEntry, Reshaped
 from megatron.mimo.models.common.place import Place
 
-__all__ = ["ENCODER", "patch_geometry", "patch_values", "vision_rows", "vision_specs"]
+__all__ = ["ENCODER", "patch_geometry", "patch_values", "vision_entries", "vision_specs"]
 
 ENCODER = "qwen2_5_vl"
 """What the encoder is called."""
@@ -116,7 +116,7 @@ def _patch_shape(vision: Any) -> tuple[int, int, int, int]:
     return (vision.in_channels, vision.temporal_patch_size, size, size)
 
 
-def vision_rows(vision: Any) -> tuple[Row, ...]:
+def vision_entries(vision: Any) -> tuple[KeyEntry, ...]:
     """Parameter names of encoder and projection."""
     encoder, merger = f"{_IMAGES}encoders.{ENCODER}.", f"{_IMAGES}input_projections.0."
     ours, theirs = encoder + "transformer.layers.{i}.", "visual.blocks.{i}."
@@ -124,19 +124,19 @@ def vision_rows(vision: Any) -> tuple[Row, ...]:
     convolution = (vision.hidden_size, *_patch_shape(vision))
     linear = Reshaped((vision.hidden_size, patch_values(vision)), convolution)
 
-    def row(mimo: str, *hf: str, **given: Any) -> Row:
+    def row(mimo: str, *hf: str, **given: Any) -> KeyEntry:
         names = tuple(theirs + name for name in hf)
-        return Row(mimo=ours + mimo, hf=names, layers=range(vision.depth), **given)
+        return KeyEntry(mimo=ours + mimo, hf=names, layers=range(vision.depth), **given)
 
     rows = [
-        Row(
+        KeyEntry(
             mimo=encoder + "patch_embedding.weight",
             hf=("visual.patch_embed.proj.weight",),
             transform=linear,
         ),
         row("input_layernorm.weight", "norm1.weight"),
         row("pre_mlp_layernorm.weight", "norm2.weight"),
-        Row(mimo=merger + "norm.weight", hf=("visual.merger.ln_q.weight",)),
+        KeyEntry(mimo=merger + "norm.weight", hf=("visual.merger.ln_q.weight",)),
     ]
     for kind in ("weight", "bias"):
         gate_up = (f"mlp.gate_proj.{kind}", f"mlp.up_proj.{kind}")
@@ -145,8 +145,8 @@ def vision_rows(vision: Any) -> tuple[Row, ...]:
             row(f"self_attention.linear_proj.{kind}", f"attn.proj.{kind}"),
             row(f"mlp.linear_fc1.{kind}", *gate_up, transform=Concatenated(2)),
             row(f"mlp.linear_fc2.{kind}", f"mlp.down_proj.{kind}"),
-            Row(mimo=f"{merger}mlp.linear_fc1.{kind}", hf=(f"visual.merger.mlp.0.{kind}",)),
-            Row(mimo=f"{merger}mlp.linear_fc2.{kind}", hf=(f"visual.merger.mlp.2.{kind}",)),
+            KeyEntry(mimo=f"{merger}mlp.linear_fc1.{kind}", hf=(f"visual.merger.mlp.0.{kind}",)),
+            KeyEntry(mimo=f"{merger}mlp.linear_fc2.{kind}", hf=(f"visual.merger.mlp.2.{kind}",)),
         ]
     return tuple(rows)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from megatron.mimo.models.common.audio_tower import AUDIO, ENCODER, audio_rows
-from megatron.mimo.models.common.keys import KeyTable, Row
-from megatron.mimo.models.common.language import ROTARY_BUFFERS, language_rows
+from megatron.mimo.models.common.audio_tower import AUDIO, TOWER, audio_entries
+from megatron.mimo.models.common.keys import KeyEntry, KeyTable
+from megatron.mimo.models.common.language import ROTARY_BUFFERS, language_entries
 from megatron.mimo.models.common.llava_kind import MODULE_TREE
 
 __all__ = ["key_table", "text_config"]
@@ -23,18 +23,18 @@ def text_config(config: Any) -> Any:
 def key_table(config: Any) -> KeyTable:
     """Parameter names."""
     projector = tuple(
-        Row(
+        KeyEntry(
             mimo=f"{AUDIO}input_projections.0.linear_fc1.{kind}",
             hf=(f"multi_modal_projector.linear.{kind}",),
         )
         for kind in ("weight", "bias")
     )
     return KeyTable(
-        rows=(
-            *language_rows(
+        entries=(
+            *language_entries(
                 text_config(config), model="language_model.model.", head="language_model."
             ),
-            *audio_rows(config.audio_config, mimo=f"{AUDIO}encoders.{ENCODER}.", hf="audio_tower."),
+            *audio_entries(config.audio_config, mimo=TOWER, hf="audio_tower."),
             *projector,
         ),
         carried=ROTARY_BUFFERS,

@@ -10,7 +10,7 @@ from typing import overload
 
 import numpy as np
 
-from megatron.mimo.data.conversations import Conversation, Part, Turn
+from megatron.mimo.data.conversations import ContentPart, Conversation, Turn
 from megatron.mimo.data.digits import load_images
 from megatron.mimo.data.media_files import Video
 
@@ -65,7 +65,7 @@ class Made(Sequence[Conversation]):
 def say_digits(name: str, random: np.random.Generator, held_out: bool) -> Conversation:
     """One or two images of digits, of different sizes."""
     shown = [_digit(random, held_out) for _ in range(random.integers(1, 3))]
-    parts = [Part(kind="image", value=digit_image(grey_HW, random)) for grey_HW, _ in shown]
+    parts = [ContentPart(kind="image", value=digit_image(grey_HW, random)) for grey_HW, _ in shown]
     return _conversation(name, parts, _DIGITS, "".join(str(digit) for _, digit in shown))
 
 
@@ -80,14 +80,14 @@ def digits_or_clip(name: str, random: np.random.Generator, held_out: bool) -> Co
         left = at % (side - 7)
         frame_HWC[:8, left : left + 8] = grey_HW[..., None]
     video = Video(frames_THWC=frames_THWC, fps=2.0)
-    return _conversation(name, [Part(kind="video", value=video)], _CLIP, str(digit))
+    return _conversation(name, [ContentPart(kind="video", value=video)], _CLIP, str(digit))
 
 
 def say_tones(name: str, random: np.random.Generator, held_out: bool) -> Conversation:
     """One or two tones of different lengths."""
     words = random.choice([*TONES], size=int(random.integers(1, 3))).tolist()
     del held_out  # a tone is made anew each time
-    parts = [Part(kind="audio", value=_tone(TONES[word], random)) for word in words]
+    parts = [ContentPart(kind="audio", value=_tone(TONES[word], random)) for word in words]
     return _conversation(name, parts, _SOUNDS, " ".join(words))
 
 
@@ -95,8 +95,8 @@ def say_tones_and_digits(name: str, random: np.random.Generator, held_out: bool)
     """A digit and a tone, in either order."""
     grey_HW, digit = _digit(random, held_out)
     word = str(random.choice([*TONES]))
-    image = Part(kind="image", value=digit_image(grey_HW, random))
-    audio = Part(kind="audio", value=_tone(TONES[word], random))
+    image = ContentPart(kind="image", value=digit_image(grey_HW, random))
+    audio = ContentPart(kind="audio", value=_tone(TONES[word], random))
     parts = [image, audio] if random.random() < 0.5 else [audio, image]
     return _conversation(name, parts, _BOTH, f"{digit} {word}")
 
@@ -109,13 +109,13 @@ def digit_image(grey_HW: np.ndarray, random: np.random.Generator) -> object:
     return Image.fromarray(grey_HW).convert("RGB").resize(size)
 
 
-def _conversation(name: str, media: list[Part], question: str, answer: str) -> Conversation:
-    asked = (*media, Part(kind="text", value=question))
+def _conversation(name: str, media: list[ContentPart], question: str, answer: str) -> Conversation:
+    asked = (*media, ContentPart(kind="text", value=question))
     return Conversation(
         name=name,
         turns=(
-            Turn(role="user", parts=asked),
-            Turn(role="assistant", parts=(Part(kind="text", value=answer),)),
+            Turn(role="user", content=asked),
+            Turn(role="assistant", content=(ContentPart(kind="text", value=answer),)),
         ),
     )
 

@@ -4,12 +4,12 @@ import pytest
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.checkpoints.match import check_shapes, check_spellings, match_names
-from megatron.mimo.models.common.keys import Concatenated, KeyTable, Row
+from megatron.mimo.models.common.keys import Concatenated, KeyEntry, KeyTable
 
 TABLE = KeyTable(
-    rows=(
-        Row(mimo="embedding", hf=("embed.weight",)),
-        Row(
+    entries=(
+        KeyEntry(mimo="embedding", hf=("embed.weight",)),
+        KeyEntry(
             mimo="layers.{i}.fc1",
             hf=("layers.{i}.gate", "layers.{i}.up"),
             transform=Concatenated(2),

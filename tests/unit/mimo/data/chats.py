@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from megatron.mimo.data.chat import Chat
-from megatron.mimo.data.conversations import Conversation, Part, Turn
+from megatron.mimo.data.conversations import ContentPart, Conversation, Turn
 from megatron.mimo.models import load_family
 from megatron.mimo.recipes.tiny import processors
 
@@ -26,10 +26,10 @@ def talk(*turns: tuple[str, Sequence[str | tuple[str, Any]]], name: str = "talk"
         turns=tuple(
             Turn(
                 role=role,
-                parts=tuple(
-                    Part(kind="text", value=part)
+                content=tuple(
+                    ContentPart(kind="text", value=part)
                     if isinstance(part, str)
-                    else Part(kind=part[0], value=part[1])
+                    else ContentPart(kind=part[0], value=part[1])
                     for part in parts
                 ),
             )

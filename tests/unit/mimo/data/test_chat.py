@@ -241,10 +241,10 @@ def test_made_conversations_are_those_of_their_number() -> None:
     made = tasks.Made(tasks.say_tones_and_digits, 50, held_out=False)
     again = tasks.Made(tasks.say_tones_and_digits, 9, held_out=False)
     for one, other in zip(made[:9], again, strict=True):
-        for part, twin in zip(one.turns[0].parts, other.turns[0].parts, strict=True):
+        for part, twin in zip(one.turns[0].content, other.turns[0].content, strict=True):
             assert np.array_equal(np.asarray(part.value), np.asarray(twin.value))
     held_out = tasks.Made(tasks.say_tones_and_digits, 50, held_out=True)
-    answers = [[one.turns[-1].parts[0].value for one in each] for each in (made, held_out)]
+    answers = [[one.turns[-1].content[0].value for one in each] for each in (made, held_out)]
     assert answers[0] != answers[1]
     assert len(set(answers[0])) > 10
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.chat_media import read_medium
-from megatron.mimo.data.conversations import Part
+from megatron.mimo.data.conversations import ContentPart
 from megatron.mimo.data.media_files import MediaLimits, Video
 from tests.unit.mimo.data.chats import chat_of
 
@@ -21,7 +21,7 @@ SHADES = [Image.new("RGB", (6, 4), (number, 0, 0)) for number in range(3)]
 
 def read(kind: str, value: Any, **settings: float) -> Any:
     family = {"image": "llava", "audio": "qwen2_audio", "video": "qwen2_5_vl"}[kind]
-    part = Part(kind=kind, value=value, settings=settings)
+    part = ContentPart(kind=kind, value=value, settings=settings)
     return read_medium(part, chat_of(family).processor, video_fps=4.0, limits=MediaLimits())
 
 

@@ -121,10 +121,12 @@ def test_keys_that_say_nothing_pass(tmp_path: Path) -> None:
 def test_system_and_settings_are_kept(tmp_path: Path) -> None:
     told = read(tmp_path, llava(system="Answer in French."))
     assert [turn.role for turn in told.turns] == ["system", "user", "assistant"]
-    assert told.turns[0].parts[0].value == "Answer in French."
+    assert told.turns[0].content[0].value == "Answer in French."
     settings = {"fps": 0.5, "video_start": 1, "video_end": 2.5}
-    assert read(tmp_path, entry({**VIDEO, **settings})).turns[0].parts[0].settings == settings
-    frames = read(tmp_path, entry({"type": "video", "video": ["b.png", "a.png"]})).turns[0].parts[0]
+    assert read(tmp_path, entry({**VIDEO, **settings})).turns[0].content[0].settings == settings
+    frames = (
+        read(tmp_path, entry({"type": "video", "video": ["b.png", "a.png"]})).turns[0].content[0]
+    )
     assert frames.value == (tmp_path / "b.png", tmp_path / "a.png")
 
 

@@ -48,7 +48,7 @@ def written(path: Path, *entries: Any) -> ConversationFile:
 
 def content(conversation: Conversation) -> list[Any]:
     return [
-        (turn.role, [(part.kind, str(part.value)) for part in turn.parts])
+        (turn.role, [(part.kind, str(part.value)) for part in turn.content])
         for turn in conversation.turns
     ]
 
@@ -64,7 +64,7 @@ def test_both_formats_say_the_same(tmp_path: Path) -> None:
             ("image", "/b.png"),
         ],
     )
-    assert [part.value for part in ours.turns[-1].parts] == ["Yes."]
+    assert [part.value for part in ours.turns[-1].content] == ["Yes."]
     assert llava.name == f"{tmp_path}/both.jsonl, line 3"  # blank lines are counted
 
 

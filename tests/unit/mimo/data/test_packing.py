@@ -20,7 +20,7 @@ from megatron.mimo.data import (
     SampleCollator,
     first_fit,
 )
-from megatron.mimo.data.packing import rows_of
+from megatron.mimo.data.packing import packed_sequences
 
 IMAGE, PAD, VOCAB = 90, 3, 50
 SETTINGS: dict[str, Any] = {
@@ -122,7 +122,7 @@ def test_an_encoder_without_items_gets_empty_tensors() -> None:
 def test_first_fit_by_a_plain_loop(seed: int) -> None:
     draw = random.Random(seed)
     lengths = [draw.randint(1, 30) for _ in range(200)]
-    rows = first_fit(lengths, 40, open_rows=10**9)
+    rows = first_fit(lengths, 40, open_bins=10**9)
     room: list[int] = []
     expected: list[list[int]] = []
     for number, length in enumerate(lengths):
@@ -133,7 +133,7 @@ def test_first_fit_by_a_plain_loop(seed: int) -> None:
         room[row] -= length
         expected[row].append(number)
     assert rows == expected
-    bounded = first_fit(lengths, 40, open_rows=4)
+    bounded = first_fit(lengths, 40, open_bins=4)
     assert sorted(number for row in bounded for number in row) == list(range(200))
     assert all(sum(lengths[number] for number in row) <= 40 for row in bounded)
     assert len(rows) <= len(bounded) < 200
@@ -168,13 +168,13 @@ def test_what_cannot_be_packed_is_refused() -> None:
     ):
         PackingCollator(**SETTINGS, seq_length=30, cp_size=2, tp_size=2)
     collate = PackingCollator(**SETTINGS, seq_length=16)
-    with pytest.raises(InputError, match=r"4 samples \(s/1 to s/4\) take 20 tokens in one row"):
+    with pytest.raises(InputError, match=r"4 samples \(s/1 to s/4\) take 20 tokens in one seq"):
         collate(DOCUMENTS)
-    with pytest.raises(InputError, match="a packed micro-batch is one row"):
+    with pytest.raises(InputError, match="a packed micro-batch is one sequence"):
         collate([(DOCUMENTS[0],), (DOCUMENTS[1],)])
     with pytest.raises(InputError, match="0 samples"):
         collate([])
-    with pytest.raises(InputError, match="sample 1 takes 50 tokens, more than a row of 40"):
+    with pytest.raises(InputError, match="sample 1 takes 50 tokens, more than a sequence of 40"):
         first_fit([40, 50], 40)
     with pytest.raises(ConfigError, match=r"span_modalities names \['sounds'\]"):
         SampleCollator(**{**SETTINGS, "span_modalities": ("sounds",)}, seq_length=8)
@@ -191,7 +191,7 @@ class Broken(Dataset[Sample]):
 def test_a_sample_that_cannot_be_read_is_named() -> None:
     for read in (
         lambda: PackedDataset(Broken(), seq_length=8),
-        lambda: rows_of(lambda _: Broken(), 1, seq_length=8),
+        lambda: packed_sequences(lambda _: Broken(), 1, seq_length=8),
     ):
         with pytest.raises(InputError, match=r"sample 0 cannot be read for its length: TypeError"):
             read()

@@ -79,7 +79,7 @@ def compare(
 
     from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.models.common.keys import KeyTable
-    from megatron.mimo.models.common.vision_tower import tower_carried, tower_rows
+    from megatron.mimo.models.common.vision_tower import tower_carried, tower_entries
 
     groups = model_parallel(tp=tp)
     vision = vision_config(kind, **sizes)
@@ -99,7 +99,7 @@ def compare(
 
     encoder = build(vision, groups, **how)
     table = KeyTable(
-        rows=tower_rows(vision, feature_layer=layers, mimo="", hf=""),
+        entries=tower_entries(vision, feature_layer=layers, mimo="", hf=""),
         carried=tower_carried(vision, feature_layer=layers, hf=""),
     )
     load_hugging_face(encoder, reference.state_dict(), table)
@@ -152,8 +152,8 @@ def last_hidden_state() -> float:
     from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.encoders import ClipEncoder
     from megatron.mimo.layers import encoder_layer_spec
-    from megatron.mimo.models.common.keys import KeyTable, Row
-    from megatron.mimo.models.common.vision_tower import tower_rows
+    from megatron.mimo.models.common.keys import KeyEntry, KeyTable
+    from megatron.mimo.models.common.vision_tower import tower_entries
 
     groups = model_parallel()
     vision = vision_config("siglip", vision_use_head=False)
@@ -172,16 +172,16 @@ def last_hidden_state() -> float:
         pg_collection=groups,
     )
     norm = tuple(
-        Row(mimo=f"transformer.final_layernorm.{kind}", hf=(f"post_layernorm.{kind}",))
+        KeyEntry(mimo=f"transformer.final_layernorm.{kind}", hf=(f"post_layernorm.{kind}",))
         for kind in ("weight", "bias")
     )
-    rows = tower_rows(vision, feature_layer=-1, mimo="", hf="")
+    rows = tower_entries(vision, feature_layer=-1, mimo="", hf="")
     weights = {
         name: tensor + 0.1 * torch.randn_like(tensor)
         for name, tensor in reference.state_dict().items()
     }
     reference.load_state_dict(weights)
-    load_hugging_face(encoder, weights, KeyTable(rows=(*rows, *norm)))
+    load_hugging_face(encoder, weights, KeyTable(entries=(*rows, *norm)))
     pixels = random_images(2)
     expected = reference(pixels).last_hidden_state.flatten(0, 1)
     return (encoder(pixels) - expected).abs().max().item()

@@ -42,7 +42,7 @@ def reference_sequence(grids: list[tuple[int, int, int]]) -> tuple[Tensor, Tenso
 
 
 def test_order_windows_and_rotation_are_those_of_transformers() -> None:
-    from megatron.mimo.encoders.qwen2_5_vl_layout import PatchGeometry, patch_sequence
+    from megatron.mimo.encoders.qwen2_5_vl_geometry import PatchGeometry, patch_sequence
 
     geometry = PatchGeometry(merge=2, window=2, head_size=8)
     found = patch_sequence(tuple(GRIDS), geometry, torch.device("cpu"), borders_on_host=True)
@@ -60,7 +60,7 @@ def test_order_windows_and_rotation_are_those_of_transformers() -> None:
 
 
 def test_a_sequence_made_for_inference_serves_training() -> None:
-    from megatron.mimo.encoders.qwen2_5_vl_layout import PatchGeometry, patch_sequence
+    from megatron.mimo.encoders.qwen2_5_vl_geometry import PatchGeometry, patch_sequence
 
     geometry = PatchGeometry(merge=2, window=3, head_size=4)
     with torch.inference_mode():
@@ -213,7 +213,7 @@ def test_patches_and_grids_that_do_not_fit_are_refused(ranks: RankPool) -> None:
     ],
 )
 def test_impossible_geometries_are_refused(sizes: dict[str, int], message: str) -> None:
-    from megatron.mimo.encoders.qwen2_5_vl_layout import PatchGeometry
+    from megatron.mimo.encoders.qwen2_5_vl_geometry import PatchGeometry
 
     with pytest.raises(ConfigError, match=message):
         PatchGeometry(**sizes)

@@ -84,14 +84,14 @@ def reference(kind: str) -> tuple[Tensor, dict[str, Tensor]]:
 def build(kind: str, groups: Any, **settings: Any) -> tuple[Any, Any]:
     """The encoder with the reference's weights, and the table of their names."""
     from megatron.core.transformer.spec_utils import build_module
-    from megatron.mimo.models.common.audio_tower import audio_rows, audio_spec
+    from megatron.mimo.models.common.audio_tower import audio_entries, audio_spec
     from megatron.mimo.models.common.place import Place
 
     config, encoder = hugging_face(kind)
     place = Place(groups=groups)
     language = language_config(tensor_model_parallel_size=groups.tp.size(), **settings)
     built = build_module(audio_spec(config, language, place))
-    rows = [one for row in audio_rows(config, mimo="", hf="") for one in row.each()]
+    rows = [one for row in audio_entries(config, mimo="", hf="") for one in row.each()]
     weights = dict(encoder.named_parameters())
     with torch.no_grad():
         for name, shard in built.sharded_state_dict().items():

@@ -18,17 +18,21 @@ from megatron.mimo.lora import (
     peft_tensors,
     weight_name,
 )
-from megatron.mimo.models.common.keys import Concatenated, FusedQKV, KeyTable, Row
+from megatron.mimo.models.common.keys import Concatenated, FusedQKV, KeyEntry, KeyTable
 
 QKV = FusedQKV(heads=4, groups=2, head_size=3)
 TABLE = KeyTable(
-    rows=(
-        Row(mimo="a.linear_qkv.weight", hf=("q.weight", "k.weight", "v.weight"), transform=QKV),
-        Row(mimo="a.linear_fc1.weight", hf=("gate.weight", "up.weight"), transform=Concatenated()),
-        Row(mimo="a.linear_proj.weight", hf=("o.weight",)),
+    entries=(
+        KeyEntry(
+            mimo="a.linear_qkv.weight", hf=("q.weight", "k.weight", "v.weight"), transform=QKV
+        ),
+        KeyEntry(
+            mimo="a.linear_fc1.weight", hf=("gate.weight", "up.weight"), transform=Concatenated()
+        ),
+        KeyEntry(mimo="a.linear_proj.weight", hf=("o.weight",)),
     )
 )
-NAMES = {name: f"inside.{name}" for row in TABLE.rows for name in row.hf}
+NAMES = {name: f"inside.{name}" for row in TABLE.entries for name in row.hf}
 SETTINGS = LoraSettings(modules=("language",), rank=2, alpha=8.0)
 
 
@@ -58,7 +62,7 @@ def test_splitting_and_merging_agree() -> None:
     """PEFT's parts, merged weight by weight, are the weights of the merged parameter."""
     tensors = _tensors()
     parts = peft_tensors(TABLE, tensors, NAMES)
-    for row in TABLE.rows:
+    for row in TABLE.entries:
         down, up = (tensors[name] for name in adapter_names(row.mimo))
         merged = merge_adapter(tensors[row.mimo], down, up, SETTINGS.scale)
         before = row.transform.to_hf(tensors[row.mimo])
@@ -96,8 +100,8 @@ def test_files(tmp_path: Path) -> None:
 def test_what_is_trained_without_adapters_goes_along(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    more = (Row(mimo="bias", hf=("o.bias",)), Row(mimo="newline", hf=("newline",)))
-    table = KeyTable(rows=(*TABLE.rows, *more))
+    more = (KeyEntry(mimo="bias", hf=("o.bias",)), KeyEntry(mimo="newline", hf=("newline",)))
+    table = KeyTable(entries=(*TABLE.entries, *more))
     names = NAMES | {"o.bias": "inside.o.bias", "newline": "inside.newline"}
     tensors = _tensors()
     trained = {"bias": torch.ones(12), "newline": torch.ones(3)}

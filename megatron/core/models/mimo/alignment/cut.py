@@ -29,8 +29,8 @@ class SequenceCut:
     Attributes:
         cp_rank, cp_size: this rank among those of context parallelism.
         tp_rank, tp_size: this rank among those of sequence parallelism; 0 of 1 where it is off.
-        places: of a packed row, int [documents + 1], the cumulative lengths of the documents with
-            their padding; None for rows that are not packed.
+        places: of a packed sequence, int [documents + 1], the cumulative lengths of the documents
+            with their padding; None for sequences that are not packed.
         only_length: the one S that is allowed; None for any.
     """
 
@@ -180,7 +180,7 @@ def context_parallel_positions(sequence_length: int, *, cp_rank: int, cp_size: i
 def packed_context_parallel_positions(
     cu_seqlens: torch.Tensor, *, total_tokens: int, cp_rank: int, cp_size: int
 ) -> torch.Tensor:
-    """Positions of one rank in a packed row: long [T / cp_size], without a host synchronisation.
+    """One rank's positions in a packed sequence: long [T / cp_size], without a wait for the device.
 
     Args:
         cu_seqlens: int [documents + 1], padded cumulative lengths, each length divisible by

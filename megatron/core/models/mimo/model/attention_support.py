@@ -76,7 +76,7 @@ class AttentionSupport:
         )
 
     def check_packing(self) -> None:
-        """Raise ``UnsupportedError`` where a layer's attention takes no packed rows."""
+        """Raise ``UnsupportedError`` where a layer's attention takes no packed sequences."""
         if not self.takes_packed_rows:
             raise UnsupportedError(
                 "packing_kwargs were given, and megatron-core's DotProductAttention cannot tell "

@@ -145,7 +145,7 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
             labels: long [B, S], already shifted; -100 is no label, without loss or gradient.
             modality_inputs: ``{modality: {encoder: {argument: tensor}}}``. A modality that is
                 left out, or whose tensors are empty, has no rows in this micro-batch.
-            packing_kwargs: arguments of ``PackedSeqParams`` for a packed row (B = 1), on every
+            packing_kwargs: arguments of ``PackedSeqParams`` for a packed sequence (B = 1), on every
                 pipeline stage. Boundaries given as integers need no wait for the device.
             modality_token_indices: ``{name: flat batch-major positions}`` for "text" and every
                 modality, in place of a plan.

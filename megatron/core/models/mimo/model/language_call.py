@@ -68,7 +68,7 @@ class LanguageCall:
     def packed_row(
         self, inputs: ForwardInputs, *, config: Any, device: torch.device
     ) -> PackedSeqParams | None:
-        """The documents of a packed row; None for rows that are not packed.
+        """The documents of a packed sequence; None for rows that are not packed.
 
         Args:
             inputs: of the micro-batch.
@@ -77,7 +77,7 @@ class LanguageCall:
 
         Raises:
             InputError: boundaries that do not fit each other, the row or context parallelism.
-            UnsupportedError: an attention that takes no packed rows.
+            UnsupportedError: an attention that takes no packed sequences.
         """
         if inputs.packing_kwargs is None:
             return None
@@ -126,7 +126,7 @@ class LanguageCall:
             inputs: of the micro-batch, uncut.
             label_share: its labels, cut.
             cut: how its sequences are cut.
-            packed: the documents of a packed row.
+            packed: the documents of a packed sequence.
         """
         position_ids, mask = inputs.position_ids, inputs.attention_mask
         if self.rotates_by_axes:

@@ -1,9 +1,9 @@
 """Multimodal RoPE under sharding: the model cuts positions, the rotary embedding does not.
 
 megatron-core's ``MultimodalRotaryEmbedding`` deals the whole sequence out to context-parallel
-ranks. Packed rows are dealt out document by document, so the model cuts positions as it cuts
+ranks. Packed sequences are dealt out document by document, so the model cuts positions as it cuts
 everything else (``SequenceCut``): position ids of a dense batch before the embedding. Those of a
-packed row stay whole; megatron-core's rotation of such rows takes each document's share itself.
+packed sequence stay whole; megatron-core's rotation takes each document's share itself.
 
 Legend: S sequence, B micro-batch, T packed tokens.
 """
@@ -67,7 +67,7 @@ def leave_cutting_to_the_model(language_model: Any) -> bool:
 def positions_to_rotate_by(
     language_model: Any, position_ids: torch.Tensor | None, cut: SequenceCut
 ) -> torch.Tensor:
-    """Position ids for a multimodal rotary embedding: [3, B, S / cp], or [3, 1, T] of a packed row.
+    """Position ids for a multimodal rotary embedding: [3, B, S / cp]; packed, [3, 1, T].
 
     Args:
         language_model: has an embedding that :func:`leave_cutting_to_the_model` has prepared.
@@ -76,7 +76,7 @@ def positions_to_rotate_by(
 
     Raises:
         InputError: no position ids, or of another shape.
-        UnsupportedError: fused rotation of a packed row.
+        UnsupportedError: fused rotation of a packed sequence.
     """
     if position_ids is not None and position_ids.dim() == 2:
         position_ids = position_ids.expand(_AXES, -1, -1)
@@ -88,7 +88,7 @@ def positions_to_rotate_by(
         )
     if cut.places is None:
         return cut.context_share(position_ids)
-    # The rotation of packed rows cuts the whole row's rotary embedding document by document.
+    # The rotation of packed sequences cuts the whole row's rotary embedding document by document.
     if unwrap_model(language_model).config.apply_rope_fusion:
         raise UnsupportedError(_fusion_message("packing_kwargs"))
     return position_ids
@@ -96,7 +96,7 @@ def positions_to_rotate_by(
 
 def _fusion_message(what: str) -> str:
     return (
-        f"{what} with multimodal RoPE and apply_rope_fusion: the fused rotation of packed rows "
-        "counts positions from the start of each document; set apply_rope_fusion=False "
+        f"{what} with multimodal RoPE and apply_rope_fusion: the fused rotation of packed "
+        "sequences counts positions from the start of each document; set apply_rope_fusion=False "
         "(--no-rope-fusion)"
     )

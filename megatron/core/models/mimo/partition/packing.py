@@ -1,4 +1,4 @@
-"""Packed rows: where the documents of a row [1, T] begin and end. T packed tokens.
+"""Packed sequences: where the documents of a row [1, T] begin and end. T packed tokens.
 
 Lengths are known where a batch is made. Given as Python integers (or host tensors) they are
 checked here and cost no wait for the device; tensors on a device are taken as they are.
@@ -32,7 +32,7 @@ def packed_params(
     cp_size: int = 1,
     device: torch.device | None = None,
 ) -> PackedSeqParams | None:
-    """THD parameters of one packed row; None for None.
+    """THD parameters of one packed sequence; None for None.
 
     Args:
         packing_kwargs: arguments of ``PackedSeqParams``. Boundaries are cumulative lengths from 0
@@ -54,8 +54,8 @@ def packed_params(
         raise InputError(f"packing_kwargs have {unknown}; expected arguments of PackedSeqParams")
     if packing_kwargs.get("qkv_format") not in (None, "thd"):
         raise InputError(
-            f"packing_kwargs have qkv_format {packing_kwargs['qkv_format']!r}; a packed row is "
-            "'thd': leave it out"
+            f"packing_kwargs have qkv_format {packing_kwargs['qkv_format']!r}; a packed "
+            "sequence is 'thd': leave it out"
         )
     own_groups = [name for name in _GROUPS if packing_kwargs.get(name) is not None]
     if own_groups:
@@ -78,7 +78,7 @@ def packed_params(
 
 
 def check_one_row(**tensors: torch.Tensor | None) -> int | None:
-    """T of a packed row, from whichever of the tensors [..., B, T] is at hand.
+    """T of a packed sequence, from whichever of the tensors [..., B, T] is at hand.
 
     Raises:
         InputError: one has B other than 1.
@@ -155,7 +155,7 @@ def _check_places(name: str, places: list[int], tokens: int | None, cp_size: int
     for number, place in enumerate(places):
         if place % factor:
             raise InputError(
-                f"document {number} of the packed row takes {place} tokens, not divisible by "
+                f"document {number} of the packed sequence takes {place} tokens, not divisible by "
                 f"2*cp = {factor}; pad it to {-(-place // factor) * factor} and give "
                 "cu_seqlens_q_padded"
             )

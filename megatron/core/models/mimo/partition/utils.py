@@ -95,7 +95,7 @@ class PartitionAdapter:
             labels: [B, S]. They follow context parallelism only: the loss is taken after the
                 tensor-parallel gather.
             loss_mask: [B, S], cut as the labels are.
-            packed_seq_params: passed through; its padded lengths steer the cut of packed rows.
+            packed_seq_params: passed through; its padded lengths steer the cut of packed sequences.
 
         Returns:
             embeddings [S / (cp*tp), B, H], labels and loss_mask [B, S / cp], packed_seq_params.
@@ -122,7 +122,7 @@ class PartitionAdapter:
         """How the sequences of one micro-batch are cut.
 
         Args:
-            packed_seq_params: of a packed row, else None.
+            packed_seq_params: of a packed sequence, else None.
         """
         cfg = self.cfg
         places = None

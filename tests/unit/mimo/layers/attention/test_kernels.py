@@ -60,7 +60,7 @@ def test_on_a_gpu(dtype: torch.dtype, window: Any, padded: Any, packed: bool) ->
     from tests.unit.mimo.layers.attention.test_core_attention import build, packed_params, run
 
     if padded and not packed:
-        pytest.skip("padding between documents is of packed rows")
+        pytest.skip("padding between documents is of packed sequences")
     places = (padded or [30, 60]) if packed else [90]
     lengths = [30, 60] if packed else [90]
     inputs = make_inputs(sum(places), 1, (4, 2), D)

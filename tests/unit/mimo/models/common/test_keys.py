@@ -10,10 +10,10 @@ from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.models.common.keys import (
     Concatenated,
     FusedQKV,
+    KeyEntry,
     KeyTable,
     PaddedVocabulary,
     Reshaped,
-    Row,
     Same,
     Transform,
 )
@@ -73,8 +73,10 @@ def test_padding_is_zero() -> None:
     assert not ours[10:].any()
 
 
-def test_rows_of_layers() -> None:
-    row = Row(mimo="a.{i}.w", hf=("b.{i}.q", "b.{i}.k"), transform=Concatenated(2), layers=range(2))
+def test_entries_of_layers() -> None:
+    row = KeyEntry(
+        mimo="a.{i}.w", hf=("b.{i}.q", "b.{i}.k"), transform=Concatenated(2), layers=range(2)
+    )
     assert [(one.mimo, one.hf) for one in row.each()] == [
         ("a.0.w", ("b.0.q", "b.0.k")),
         ("a.1.w", ("b.1.q", "b.1.k")),
@@ -84,24 +86,24 @@ def test_rows_of_layers() -> None:
 @pytest.mark.parametrize("hf", [("b.w",), ("b.{i}.w", "b.w")])
 def test_a_row_without_number_on_one_side_is_refused(hf: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=r"expected '\{i\}' in all of its names"):
-        Row(mimo="a.{i}.w", hf=hf, layers=range(2))
+        KeyEntry(mimo="a.{i}.w", hf=hf, layers=range(2))
 
 
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
-        ((Row(mimo="a", hf=("x",)), Row(mimo="a", hf=("y",))), "parameter 'a'"),
-        ((Row(mimo="a", hf=("x",)), Row(mimo="b", hf=("x",))), "Hugging Face weight 'x'"),
+        ((KeyEntry(mimo="a", hf=("x",)), KeyEntry(mimo="a", hf=("y",))), "parameter 'a'"),
+        ((KeyEntry(mimo="a", hf=("x",)), KeyEntry(mimo="b", hf=("x",))), "Hugging Face weight 'x'"),
     ],
 )
-def test_a_name_in_two_rows_is_refused(rows: tuple[Row, ...], named: str) -> None:
+def test_a_name_in_two_rows_is_refused(rows: tuple[KeyEntry, ...], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        KeyTable(rows=rows)
+        KeyTable(entries=rows)
 
 
 def test_spellings_follow_each_other() -> None:
     table = KeyTable(
-        rows=(Row(mimo="a", hf=("tower.w",)),),
+        entries=(KeyEntry(mimo="a", hf=("tower.w",)),),
         aliases=(("model.", ""), ("tower.vision_model.", "tower.")),
         carried=("tower.layers.23.*", "tower.post.weight"),
     )
@@ -113,8 +115,8 @@ def test_spellings_follow_each_other() -> None:
 
 def test_shapes_of_a_row() -> None:
     transform = FusedQKV(heads=HEADS, groups=GROUPS, head_size=SIZE)
-    row = Row(mimo="a", hf=("q", "k", "v"), transform=transform)
-    table = KeyTable(rows=(row,))
+    row = KeyEntry(mimo="a", hf=("q", "k", "v"), transform=transform)
+    table = KeyTable(entries=(row,))
     assert table.hf_shapes(row, (40, 5)) == {"q": (24, 5), "k": (8, 5), "v": (8, 5)}
     with pytest.raises(InputError, match=r"a of shape \[41, 5\] does not fit FusedQKV"):
         table.hf_shapes(row, (41, 5))

@@ -74,7 +74,7 @@ class PatchGeometry:
 
 @dataclass(kw_only=True)
 class PatchSequence(PackedSeqParams):
-    """All patches of a call as one packed row: what every layer needs to know of it.
+    """All patches of a call as one packed sequence: what every layer needs to know of it.
 
     As ``PackedSeqParams`` it says where frames begin and end.
 
