@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
 from tests.distributed.core.whole import Tensors, parts, whole
+from tests.distributed.schedule import Sizes, loss_of_labels, run_schedule, wrap_plainly
 from tests.rank_pool import model_parallel
 
 SEQUENCE, HIDDEN, VOCABULARY = 64, 16, 40
@@ -51,19 +51,6 @@ class Kind:
     positions: str = "rope"
     spans: bool = False
     packed: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Parallel sizes; sequence parallelism wherever tp > 1."""
-
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-
-    @property
-    def world_size(self) -> int:
-        return self.tp * self.pp * self.cp
 
 
 class Encoder(nn.Module):
@@ -153,7 +140,6 @@ def batches(kind: Kind, sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def transformer_config(kind: Kind, sizes: Sizes) -> Any:
-    from megatron.core.distributed import finalize_model_grads
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return TransformerConfig(
@@ -175,7 +161,6 @@ def transformer_config(kind: Kind, sizes: Sizes) -> Any:
         sequence_parallel=sizes.tp > 1,
         pipeline_model_parallel_size=sizes.pp,
         context_parallel_size=sizes.cp,
-        finalize_model_grads_func=finalize_model_grads,
     )
 
 
@@ -209,7 +194,6 @@ def language_spec(kind: Kind, sizes: Sizes, groups: Any, *, stock_attention: boo
 
 def build_model(kind: Kind, sizes: Sizes, groups: Any, *, stock_attention: bool = False) -> Any:
     """This rank's part of the model."""
-    from megatron.core.enums import ModelType
     from megatron.core.models.mimo import (
         AudioModalitySubmodules,
         MimoModel,
@@ -241,7 +225,6 @@ def build_model(kind: Kind, sizes: Sizes, groups: Any, *, stock_attention: bool 
         tp_group=groups.tp,
     )
     model.pg_collection = groups
-    model.model_type = ModelType.encoder_or_decoder
     return model
 
 
@@ -323,15 +306,11 @@ class Deviation:
 
 def run_layout(kind: Kind, sizes: Sizes, truth: Definition) -> Deviation:
     """Forward and backward by Megatron's schedule and DDP; runs on every rank."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
     model = build_model(kind, sizes, model_parallel(tp=sizes.tp, pp=sizes.pp, cp=sizes.cp))
     with torch.no_grad():
         for part in parts(model):
             part.parameter.copy_(part.of(truth.weights))
-    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-    wrapped.zero_grad_buffer()
-    loss = run_step(wrapped, list(batches(kind, sizes)))
+    loss = run_step(wrap_plainly(model), list(batches(kind, sizes)))
     errors, covered = {}, {}
     for part in parts(model):
         errors[part.name] = part.error(part.parameter.main_grad.double(), truth.gradients)
@@ -341,33 +320,7 @@ def run_layout(kind: Kind, sizes: Sizes, truth: Definition) -> Deviation:
 
 def run_step(wrapped: Any, micro_batches: Sequence[dict[str, Any]]) -> float:
     """One step of Megatron's schedule; the loss on every rank."""
-    from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    first = micro_batches[0]["input_ids"]
-    reports = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=iter(micro_batches),
-        model=[wrapped],
-        num_microbatches=len(micro_batches),
-        seq_length=SEQUENCE,
-        micro_batch_size=first.size(0),
-        forward_only=False,
+    size = micro_batches[0]["input_ids"].size(0)
+    return run_schedule(
+        [wrapped], micro_batches, loss_of_labels, seq_length=SEQUENCE, micro_batch_size=size
     )
-    total = torch.zeros(2, dtype=torch.float64)
-    if parallel_state.is_pipeline_last_stage():
-        total = torch.stack([report["sum and count"] for report in reports]).sum(dim=0)
-    dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
-    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    return (total[0] / total[1]).item()
-
-
-def _forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
-    losses, mask_BS = model(**next(data_iterator))
-
-    def sum_losses(losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        total, count = (losses_BS * mask_BS).sum(), mask_BS.sum()
-        report = {"sum and count": torch.stack([total.detach().double(), count.double()])}
-        return total, count.to(torch.int32), report
-
-    return losses, sum_losses

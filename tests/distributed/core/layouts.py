@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from tests.distributed.core.recompute import recompute_settings
 from tests.distributed.core.reference import (
@@ -22,6 +21,7 @@ from tests.distributed.core.reference import (
     transformer_config,
 )
 from tests.distributed.core.whole import Part, Tensors, parts, whole
+from tests.distributed.schedule import Sizes, loss_of_labels, run_schedule
 from tests.rank_pool import model_parallel
 
 __all__ = [  # with what other tests know from here
@@ -49,7 +49,7 @@ SMALL_BUCKET = 600  # parameters: some ten buckets, so that the order of reducti
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(Sizes):
     """Parallel sizes, and how the work is cut, repeated, reduced and optimized.
 
     Attributes:
@@ -62,11 +62,7 @@ class Layout:
         packed: a micro-batch is one row of documents, not a row for each.
     """
 
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
     ep: int = 1
-    dp: int = 1
     etp: int | None = None
     dispatcher: str = "alltoall"
     vpp: int | None = None
@@ -78,10 +74,6 @@ class Layout:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     distributed_optimizer: bool = False
-
-    @property
-    def world_size(self) -> int:
-        return self.tp * self.pp * self.cp * self.dp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,29 +283,19 @@ def copy_weights(chunks: list[Any], weights: Tensors) -> None:
 def run_step(layout: Layout, design: Design, wrapped: list[Any], batch: list[Sample]) -> float:
     """Forward and backward of a global batch by Megatron's schedule; the loss on every rank."""
     from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
     dp_rank = parallel_state.get_data_parallel_rank()
     size = layout.micro_batch
     mine = [batch[i : i + size] for i in range(0, len(batch), size)][dp_rank :: layout.dp]
     for chunk in wrapped:
         chunk.train()
-    iterators = [iter(enumerate(mine)) for _ in wrapped]
-    reports = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, layout=layout, design=design),
-        data_iterator=iterators if layout.vpp else iterators[0],
-        model=wrapped,
-        num_microbatches=len(mine),
+    return run_schedule(
+        wrapped,
+        list(enumerate(mine)),
+        partial(_forward_step, layout=layout, design=design),
         seq_length=SEQUENCE * size if layout.packed else SEQUENCE,
         micro_batch_size=1 if layout.packed else size,
-        forward_only=False,
     )
-    total = torch.zeros(2)
-    if parallel_state.is_pipeline_last_stage():
-        total = torch.stack([report["sum and count"] for report in reports]).sum(dim=0)
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    return (total[0] / total[1]).item()
 
 
 def _forward_step(
@@ -330,14 +312,7 @@ def _forward_step(
         # A plan in every other micro-batch: both ways have to give the same.
         plan=number % 2 == 0,
     )
-    losses, mask_BS = model(**batch)
-
-    def sum_losses(losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        total, count = (losses_BS * mask_BS).sum(), mask_BS.sum()
-        report = {"sum and count": torch.stack([total.detach(), count])}
-        return total, count.to(torch.int32), report
-
-    return losses, sum_losses
+    return loss_of_labels(iter([batch]), model)
 
 
 def model_inputs(

@@ -26,6 +26,7 @@ from tests.distributed.core.reference import (
     transformer_config,
 )
 from tests.distributed.core.whole import Tensors, parts
+from tests.distributed.schedule import run_schedule
 from tests.rank_pool import model_parallel
 
 
@@ -109,19 +110,16 @@ def build_optimizer(model: Any, layout: Layout, **changes: Any) -> Any:
 def gradients(model: Any, layout: Layout, batch: list[Sample]) -> None:
     """Accumulates this rank's gradients of a global batch, by Megatron's schedule."""
     from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
     chunks = [batch[i : i + MICRO_BATCH] for i in range(0, len(batch), MICRO_BATCH)]
     mine = chunks[parallel_state.get_data_parallel_rank() :: layout.dp]
     model.zero_grad_buffer()
-    get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=iter(enumerate(mine)),
-        model=[model],
-        num_microbatches=len(mine),
+    run_schedule(
+        [model],
+        list(enumerate(mine)),
+        _forward_step,
         seq_length=SEQUENCE,
         micro_batch_size=MICRO_BATCH,
-        forward_only=False,
     )
 
 

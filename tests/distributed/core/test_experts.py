@@ -28,6 +28,7 @@ from tests.distributed.core.reference import (
     transformer_config,
 )
 from tests.distributed.core.whole import parts, whole
+from tests.distributed.schedule import loss_of_labels, run_schedule
 from tests.rank_pool import RankPool, model_parallel
 
 TOLERANCE = 1e-5
@@ -51,7 +52,6 @@ def run(
     """Gradients of one batch on one process; on more, their relative errors."""
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
     groups = model_parallel(tp=layout.tp, cp=layout.cp, ep=layout.ep, etp=layout.etp)
     design = Design(experts=4)
@@ -79,22 +79,9 @@ def run(
             lengths = torch.tensor([SEQUENCE - 3, SEQUENCE - 6])
             inputs["padding_mask"] = torch.arange(SEQUENCE) >= lengths[:, None]
             inputs["loss_mask"] = inputs["loss_mask"] * ~inputs["padding_mask"]
-        losses_BS, mask_BS = chunk(**inputs)
+        return loss_of_labels(iter([inputs]), chunk)
 
-        def total(losses_BS: torch.Tensor) -> Any:
-            return (losses_BS * mask_BS).sum(), mask_BS.sum().to(torch.int32), {}
-
-        return losses_BS, total
-
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(mine),
-        model=[wrapped],
-        num_microbatches=len(mine),
-        seq_length=SEQUENCE,
-        micro_batch_size=2,
-        forward_only=False,
-    )
+    run_schedule([wrapped], mine, forward_step, seq_length=SEQUENCE, micro_batch_size=2)
     if expected is None:
         return Gradients(
             weights=weights, gradients=whole(model, lambda parameter: parameter.main_grad)

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,24 +24,17 @@ from tests.distributed.models.expected import (
     Expected,
     Tensors,
 )
+from tests.distributed.schedule import SUM_AND_COUNT, Sizes, run_schedule, wrap_plainly
 from tests.rank_pool import model_parallel
 
 MICRO_BATCH = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(Sizes):
     """Sizes of the parallelism; ``changes`` are further arguments of the model."""
 
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    dp: int = 1
     changes: Mapping[str, object] = field(default_factory=dict, hash=False)
-
-    @property
-    def world_size(self) -> int:
-        return self.tp * self.pp * self.cp * self.dp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,24 +120,13 @@ def waits(name: str, layout: Layout) -> dict[str, int]:
 
 def _build(name: str, layout: Layout, expected: Expected) -> tuple[Any, Any]:
     """The rank's part of the model with transformers' weights, bare and ready for training."""
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
-    from megatron.core.enums import ModelType
     from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.models import load_family
 
     family = load_family(name)
     model = _model(family, expected.config, layout)
     load_hugging_face(model, expected.weights, family.keys(expected.config))
-    model.model_type = ModelType.encoder_or_decoder  # as pretrain does
-    model.config.finalize_model_grads_func = finalize_model_grads
-    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-    wrapped.train()
-    wrapped.zero_grad_buffer()
-    return model, wrapped
+    return model, wrap_plainly(model)
 
 
 def _model(family: Any, config: Any, layout: Layout) -> Any:
@@ -210,29 +191,18 @@ def run_step(
     Args:
         own_loss: use the losses that the model computes in training, and compare no logits.
     """
-    from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     differences: list[float] = []
     vocab_size = expected.config.get_text_config().vocab_size
-    reports = get_forward_backward_func()(
-        forward_step_func=_forward_with_labels
+    loss = run_schedule(
+        [wrapped],
+        batches,
+        _forward_with_labels
         if own_loss
         else partial(_forward, differences=differences, vocab_size=vocab_size),
-        data_iterator=iter(batches),
-        model=wrapped,
-        num_microbatches=len(batches),
         seq_length=batches[0]["input_ids"].size(1),
         micro_batch_size=MICRO_BATCH,
-        forward_only=False,
     )
-    total = torch.zeros(2)
-    if parallel_state.is_pipeline_last_stage():
-        total = torch.stack([report["sum and count"] for report in reports]).sum(dim=0)
-    with_cp = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    dist.all_reduce(total, group=with_cp)
-    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    return (total[0] / total[1]).item(), differences
+    return loss, differences
 
 
 def _forward_with_labels(batches: Iterator[dict[str, Any]], model: Any) -> tuple[Tensor, Any]:
@@ -244,7 +214,7 @@ def _forward_with_labels(batches: Iterator[dict[str, Any]], model: Any) -> tuple
 
     def sum_losses(losses_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total, count, report = sum_loss(mask_BS, losses_BS)
-        return total, count, {"sum and count": report["lm loss"]}
+        return total, count, {SUM_AND_COUNT: report["lm loss"]}
 
     return output, sum_losses
 
@@ -276,7 +246,7 @@ def _forward(
         differences.append(difference_BSV.abs().max().item())
         losses_N = F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), reduction="none")
         total, count = (losses_N * mask_BS.flatten()).sum(), mask_BS.sum()
-        report = {"sum and count": torch.stack([total.detach(), count])}
+        report = {SUM_AND_COUNT: torch.stack([total.detach(), count])}
         return total, count.to(torch.int32), report
 
     return output, sum_losses
