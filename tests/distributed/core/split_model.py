@@ -6,6 +6,7 @@ Legend: S sequence, B micro-batch, N rows of the modality, L rows of a clip, F a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from tests.rank_pool import model_parallel
 
 SEQUENCE, BATCH, VOCABULARY, HIDDEN = 32, 2, 32, 16
 IMAGE, FEATURES, LONGEST = 31, 6, 4
+LEVEL_WIDTHS = 6, 8
+PER_TOKEN = ("input_ids", "position_ids", "labels", "loss_mask")
 # Rows of the clips in each micro-batch: uneven, none, one clip, fewer clips than ranks, even,
 # one clip that outweighs the rest.
 CLIPS = ((3, 1, 2), (), (4,), (1, 1), (2, 2, 2, 2), (1, 4, 1, 1))
@@ -23,7 +26,12 @@ CLIPS = ((3, 1, 2), (), (4,), (1, 1), (2, 2, 2, 2), (1, 4, 1, 1))
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A layout, an encoder ("clips" or "vit"), and how its work is divided."""
+    """A layout, an encoder, and how its work is divided.
+
+    Attributes:
+        encoder: "clips", "vit", or "levels": clips whose rows have two further levels.
+        packed: a micro-batch is one sequence of two documents.
+    """
 
     tp: int = 1
     cp: int = 1
@@ -33,6 +41,7 @@ class Cell:
     encoder: str = "clips"
     split: str = "auto"
     frozen: tuple[str, ...] = ()
+    packed: bool = False
 
     @property
     def world_size(self) -> int:
@@ -76,6 +85,48 @@ class ClipEncoder(nn.Module):
         return torch.cat(rows) if rows else hidden.new_zeros(0, hidden.size(-1))
 
 
+class LeveledEncoder(ClipEncoder):
+    """As ``ClipEncoder``, with two levels of each row, of two widths."""
+
+    num_levels = 2
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.deep = nn.ModuleList([nn.Linear(width, LEVEL_WIDTHS[0]), nn.Linear(width, width)])
+
+    def blank_inputs(self) -> dict[str, Any]:
+        return {"clips": torch.zeros(1, LONGEST, FEATURES), "lengths": [1]}
+
+    def forward(self, clips: torch.Tensor, lengths: list[int]) -> Any:
+        from megatron.core.models.mimo.alignment import EncodedRows
+
+        rows_NH = super().forward(clips, lengths)
+        levels = tuple(torch.tanh(deep(rows_NH)) for deep in self.deep)
+        return EncodedRows(rows_NH=rows_NH, levels=levels)
+
+
+def leveled_language_model() -> type[nn.Module]:
+    """A GPT whose layer l adds level l to its output."""
+    from megatron.core.models.gpt import GPTModel
+
+    class LeveledGPT(GPTModel):
+        def forward(self, *args: Any, level_rows: tuple[Any, ...] = (), **kwargs: Any) -> Any:
+            def add(level: Any, _: Any, __: Any, output: tuple[torch.Tensor, Any]) -> Any:
+                return level.add_to(output[0]), *output[1:]
+
+            hooks = [
+                layer.register_forward_hook(partial(add, level))
+                for layer, level in zip(self.decoder.layers, level_rows, strict=False)
+            ]
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    return LeveledGPT
+
+
 def run(cell: Cell, weights: Tensors | None = None, *, dropout: float = 0.0) -> Result:
     """Loss and gradients of the global batch, reduced by Megatron; on every rank of the cell.
 
@@ -97,7 +148,8 @@ def run(cell: Cell, weights: Tensors | None = None, *, dropout: float = 0.0) -> 
     seen = watch_encoder(model.modality_submodules["images"])
     ddp = DistributedDataParallelConfig(overlap_grad_reduce=cell.overlap, bucket_size=200)
     wrapped = DistributedDataParallel(model.config, ddp, model)
-    mine = micro_batches(cell.encoder)[parallel_state.get_data_parallel_rank() :: cell.dp]
+    dp_rank = parallel_state.get_data_parallel_rank()
+    mine = micro_batches(cell.encoder, packed=cell.packed)[dp_rank :: cell.dp]
     with wrapped.no_sync():
         sums = [_step(wrapped, batch) for batch in mine[:-1]]
     sums.append(_step(wrapped, mine[-1]))
@@ -136,11 +188,51 @@ def build(cell: Cell, groups: Any, *, dropout: float = 0.0) -> Any:
         VisionModalitySubmodules,
     )
     from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.mimo.layers import language_layer_spec
 
-    config = TransformerConfig(
-        num_layers=1,
+    config = _transformer_config(cell)
+    language = ModuleSpec(
+        module=leveled_language_model() if cell.encoder == "levels" else GPTModel,
+        params={
+            "config": config,
+            "transformer_layer_spec": language_layer_spec(config),
+            "vocab_size": VOCABULARY,
+            "max_sequence_length": SEQUENCE,
+            "position_embedding_type": "rope",
+            "scatter_embedding_sequence_parallel": False,
+            "pg_collection": groups,
+        },
+    )
+
+    def projection(width: int) -> Any:
+        return ModuleSpec(nn.Linear, {"in_features": width, "out_features": HIDDEN})
+
+    parts: dict[str, Any] = {
+        "encoders": {"encoder": _encoder(cell, config, groups, dropout)},
+        "input_projections": [projection(8)],
+    }
+    if cell.encoder == "levels":
+        parts["level_projections"] = [projection(width) for width in LEVEL_WIDTHS]
+    model = MimoModel(
+        MimoModelConfig(
+            language,
+            {"images": ModuleSpec(module=VisionModalitySubmodules, submodules=parts)},
+            {"images": IMAGE},
+            kv_format="thd" if cell.packed else "sbhd",
+            encoder_split=cell.split,
+        ),
+        cp_group=groups.cp,
+        tp_group=groups.tp,
+    )
+    model.freeze(*cell.frozen)
+    return model
+
+
+def _transformer_config(cell: Cell) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=3 if cell.encoder == "levels" else 1,
         hidden_size=HIDDEN,
         num_attention_heads=4,
         ffn_hidden_size=32,
@@ -156,34 +248,6 @@ def build(cell: Cell, groups: Any, *, dropout: float = 0.0) -> Any:
         context_parallel_size=cell.cp,
         sequence_parallel=cell.sequence_parallel,
     )
-    language = ModuleSpec(
-        module=GPTModel,
-        params={
-            "config": config,
-            "transformer_layer_spec": language_layer_spec(config),
-            "vocab_size": VOCABULARY,
-            "max_sequence_length": SEQUENCE,
-            "position_embedding_type": "rope",
-            "scatter_embedding_sequence_parallel": False,
-            "pg_collection": groups,
-        },
-    )
-    images = ModuleSpec(
-        module=VisionModalitySubmodules,
-        submodules={
-            "encoders": {"encoder": _encoder(cell, config, groups, dropout)},
-            "input_projections": [
-                ModuleSpec(nn.Linear, {"in_features": 8, "out_features": HIDDEN})
-            ],
-        },
-    )
-    model = MimoModel(
-        MimoModelConfig(language, {"images": images}, {"images": IMAGE}, encoder_split=cell.split),
-        cp_group=groups.cp,
-        tp_group=groups.tp,
-    )
-    model.freeze(*cell.frozen)
-    return model
 
 
 def _encoder(cell: Cell, config: Any, groups: Any, dropout: float) -> Any:
@@ -193,6 +257,8 @@ def _encoder(cell: Cell, config: Any, groups: Any, dropout: float) -> Any:
 
     if cell.encoder == "clips":
         return ModuleSpec(ClipEncoder, {"width": 8, "dropout": dropout})
+    if cell.encoder == "levels":
+        return ModuleSpec(LeveledEncoder, {"width": 8})
     vision = encoder_config(config, num_layers=1, hidden_size=8, num_attention_heads=4)
     params = {
         "config": vision,
@@ -205,27 +271,31 @@ def _encoder(cell: Cell, config: Any, groups: Any, dropout: float) -> Any:
     return ModuleSpec(VisionTransformer, params)
 
 
-def micro_batches(encoder: str) -> list[dict[str, Any]]:
+def micro_batches(encoder: str, *, packed: bool = False) -> list[dict[str, Any]]:
     """Arguments of the model for every micro-batch, always the same."""
     generator = torch.Generator().manual_seed(11)
-    return [_micro_batch(encoder, clips, generator) for clips in CLIPS]
+    batches = [_micro_batch(encoder, clips, generator) for clips in CLIPS]
+    if packed:
+        for batch in batches:
+            batch |= {name: batch[name].reshape(1, -1) for name in PER_TOKEN}
+            batch["packing_kwargs"] = {"cu_seqlens_q": [0, 24, BATCH * SEQUENCE]}
+    return batches
 
 
 def _micro_batch(
     encoder: str, clips: tuple[int, ...], generator: torch.Generator
 ) -> dict[str, Any]:
-    rows = sum(clips) if encoder == "clips" else 4 * len(clips)
+    rows = 4 * len(clips) if encoder == "vit" else sum(clips)
     ids = torch.randint(0, IMAGE, (BATCH * SEQUENCE,), generator=generator)
     ids[torch.randperm(BATCH * SEQUENCE, generator=generator)[:rows]] = IMAGE
     ids_BS = ids.view(BATCH, SEQUENCE)
     labels_BS = ids_BS.roll(-1, dims=1)
-    inputs = {
-        "clips": {
-            "clips": torch.randn(len(clips), LONGEST, FEATURES, generator=generator),
-            "lengths": list(clips),
-        },
-        "vit": {"pixel_values": torch.randn(len(clips), 2, 4, 4, generator=generator)},
-    }[encoder]
+    inputs: dict[str, Any] = {
+        "clips": torch.randn(len(clips), LONGEST, FEATURES, generator=generator),
+        "lengths": list(clips),
+    }
+    if encoder == "vit":
+        inputs = {"pixel_values": torch.randn(len(clips), 2, 4, 4, generator=generator)}
     return {
         "input_ids": ids_BS,
         "position_ids": torch.arange(SEQUENCE).expand_as(ids_BS),

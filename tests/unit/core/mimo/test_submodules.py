@@ -13,6 +13,7 @@ from megatron.core.models.mimo import (
     ModalitySubmodules,
     VisionModalitySubmodules,
 )
+from megatron.core.models.mimo.alignment import EncodedRows
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -228,3 +229,47 @@ def test_recomputed_projections_keep_no_activations(rows_need_gradient: bool) ->
     assert all(map(torch.equal, gradients, expected))
     assert 2 * 50 in kept
     assert 2 * 50 not in kept_recomputing
+
+
+def test_levels_are_combined_and_projected_beside_their_rows() -> None:
+    encoders = {"a": Returns(), "b": Returns()}
+    for encoder in encoders.values():
+        encoder.num_levels = 2  # type: ignore[assignment]
+    submodules = ModalitySubmodules(
+        encoders=encoders,
+        input_projections=[Scale(2.0)],
+        level_projections=[Scale(3.0), OutputAndBias(torch.ones(2))],
+    )
+    encoded = {
+        name: {"value": EncodedRows(rows_NH=rows(count), levels=(rows(count, 4), rows(count, 2)))}
+        for name, count in (("a", 2), ("b", 1))
+    }
+    got = submodules(encoded)
+    assert isinstance(got, EncodedRows)
+    assert got.rows_NH.equal(2 * torch.cat([rows(2), rows(1)]))
+    assert got.levels[0].equal(3 * torch.cat([rows(2, 4), rows(1, 4)]))
+    assert got.levels[1].equal(torch.cat([rows(2, 2), rows(1, 2)]) + 1)
+
+
+def test_levels_of_samples_become_rows_in_the_layout_of_the_encoder() -> None:
+    value_SBH = rows(6).view(2, 3, 3).transpose(0, 1)
+    encoded = EncodedRows(rows_NH=value_SBH, levels=(value_SBH + 1,))
+    submodules = one_encoder(output_layout="sbh", num_levels=1)
+    (got,) = submodules.encode({"e": {"value": encoded}})
+    assert isinstance(got, EncodedRows)
+    assert got.rows_NH.equal(rows(6))
+    assert got.levels[0].equal(rows(6) + 1)
+
+
+def test_levels_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InputError, match=r"level 0 of encoded rows is torch.float32 \[1, 3\]"):
+        EncodedRows(rows_NH=rows(2), levels=(rows(1),))
+    with pytest.raises(InputError, match="gave 1 levels of its rows, and its num_levels is 0"):
+        one_encoder().encode({"e": {"value": EncodedRows(rows_NH=rows(2), levels=(rows(2),))}})
+    with pytest.raises(InputError, match="gave 0 levels of its rows, and its num_levels is 1"):
+        one_encoder(num_levels=1).encode({"e": {"value": rows(2)}})
+    uneven = ModalitySubmodules(
+        encoders={"a": one_encoder(num_levels=1).encoders["e"], "b": Scale()}
+    )
+    with pytest.raises(ConfigError, match=r"give \{'a': 1, 'b': 0\} levels"):
+        _ = uneven.num_levels

@@ -11,6 +11,7 @@ buffer, no mask of the merged size, no transposed copy.
 """
 
 from megatron.core.models.mimo.alignment.cut import cut_plan
+from megatron.core.models.mimo.alignment.encoded_rows import Encoded, EncodedRows
 from megatron.core.models.mimo.alignment.from_ids import (
     build_alignment_plan,
     check_input_ids,
@@ -22,6 +23,8 @@ from megatron.core.models.mimo.alignment.spans import media_span_ids
 
 __all__ = [
     "AlignmentPlan",
+    "Encoded",
+    "EncodedRows",
     "RowOrder",
     "Run",
     "Stream",

@@ -35,12 +35,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from megatron.core.models.mimo.alignment import Encoded, EncodedRows
 from megatron.core.models.mimo.errors import InputError
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import get_pg_rank, get_pg_size, unwrap_model
 
 Inputs = Mapping[str, Any]
-Encode = Callable[[Inputs], torch.Tensor]
+Encode = Callable[[Inputs], Encoded]
 Gradients = Literal["shares", "copies"]
 
 
@@ -69,17 +70,18 @@ class EncoderSplit:
 
     def __call__(
         self, name: str, encoder: torch.nn.Module, encode: Encode, inputs: Inputs
-    ) -> torch.Tensor:
+    ) -> Encoded:
         """Rows [N, H] of all items, on every rank and as ``encode(inputs)`` would order them.
 
         All ranks of ``sharers`` take part, with equal inputs: per group one exchange of [N, H] in
         forward, and for "shares" one reduction of [N, H] in backward where the encoder is trained.
-        A group in which no rank would save work exchanges nothing.
+        Levels of the rows travel beside them, in the same exchange. A group in which no rank would
+        save work exchanges nothing.
 
         Args:
             name: the encoder's, for errors.
             encoder: has ``rows_per_item(**inputs)``.
-            encode: runs it: rows [n, H] of the items it is given.
+            encode: runs it: rows [n, H] of the items it is given, with their levels.
             inputs: keyword arguments of the encoder's call.
 
         Raises:
@@ -101,10 +103,10 @@ class EncoderSplit:
             return encode(inputs)
         apart = any(sharers.gradients == "copies" for sharers, _ in exchanges)
         with _own_generator() if apart and encoder.training else nullcontext():
-            rows_NH = _encode_part(name, encode, inputs, counts, first, last)
+            encoded = _encode_part(name, encode, inputs, counts, first, last)
         for sharers, rows in reversed(exchanges):
-            rows_NH = gather_rows(rows_NH, rows, sharers)
-        return rows_NH
+            encoded = gather_encoded(encoded, rows, sharers)
+        return encoded.simplest()
 
 
 def rows_of_items(name: str, encoder: torch.nn.Module, inputs: Inputs) -> list[int]:
@@ -164,6 +166,16 @@ def cut_inputs(name: str, inputs: Inputs, num_items: int, first: int, last: int)
         else:
             held[key] = value
     return held
+
+
+def gather_encoded(encoded: EncodedRows, counts: Sequence[int], sharers: Sharers) -> EncodedRows:
+    """``gather_rows`` of rows and levels together, side by side in one exchange."""
+    if not encoded.levels:
+        return EncodedRows(rows_NH=gather_rows(encoded.rows_NH, counts, sharers))
+    widths = [tensor.size(1) for tensor in encoded.tensors]
+    gathered = gather_rows(torch.cat(encoded.tensors, dim=1), counts, sharers)
+    rows_NH, *levels = gathered.split(widths, dim=1)
+    return EncodedRows(rows_NH=rows_NH, levels=tuple(levels))
 
 
 def gather_rows(rows_NH: torch.Tensor, counts: Sequence[int], sharers: Sharers) -> torch.Tensor:
@@ -228,20 +240,20 @@ def _wait_for(works: Sequence[dist.Work | None]) -> None:
 
 def _encode_part(
     name: str, encode: Encode, inputs: Inputs, counts: Sequence[int], first: int, last: int
-) -> torch.Tensor:
+) -> EncodedRows:
     """Rows [n, H] of items ``first`` to ``last``; [0, H] where there are none."""
     is_idle = first == last
     if is_idle:
         first = min(range(len(counts)), key=counts.__getitem__)
         last = first + 1
-    rows_NH = encode(cut_inputs(name, inputs, len(counts), first, last))
+    encoded = EncodedRows.of(encode(cut_inputs(name, inputs, len(counts), first, last)))
     expected = sum(counts[first:last])
-    if rows_NH.size(0) != expected:
+    if encoded.num_rows != expected:
         raise InputError(
-            f"encoder '{name}' gave {rows_NH.size(0)} rows for items {first} to {last - 1}, and "
+            f"encoder '{name}' gave {encoded.num_rows} rows for items {first} to {last - 1}, and "
             f"its rows_per_item announced {expected}; both have to agree for it to be split"
         )
-    return rows_NH[:0] if is_idle else rows_NH
+    return encoded.map(lambda tensor: tensor[:0]) if is_idle else encoded
 
 
 def _fill(rows: Sequence[int], capacity: int) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron.core.models.mimo.alignment import AlignmentPlan
+from megatron.core.models.mimo.alignment import AlignmentPlan, EncodedRows
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig, RankRole
 from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.models.mimo.errors import InputError
@@ -34,6 +34,7 @@ from megatron.core.models.mimo.model.refusals import (
     refuse_grids,
     refuse_multi_token_prediction,
     refuse_scattering_embedding,
+    refuse_untaken_levels,
 )
 from megatron.core.models.mimo.model.rotary import refuse_mrope
 from megatron.core.models.mimo.model.wrapped_modules import WrappedModules
@@ -101,6 +102,7 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         self.language_model = build_module(mimo_config.language_model_spec)
         self._language_call = LanguageCall.of(self.language_model)
         refuse_scattering_embedding(self.language_model, self.partition_adapter)
+        refuse_untaken_levels(self.modality_submodules, self.language_model)
         self.register_load_state_dict_post_hook(forgive_extra_state)  # type: ignore[no-untyped-call]
         prepare_recomputation(self)
 
@@ -186,8 +188,9 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         plan = plan_of(inputs, self.special_token_ids, self.language_model)
         check_encoder_order(plan.encoders, self.modality_submodules)
         rows = self._forward_encoders(input_ids, modality_inputs, None)
-        for name in {**plan.counts, **rows}:
-            check_count(name, plan.counts.get(name, 0), rows[name].size(0) if name in rows else 0)
+        given = {name: EncodedRows.of(encoded).num_rows for name, encoded in rows.items()}
+        for name in {**plan.counts, **given}:
+            check_count(name, plan.counts.get(name, 0), given.get(name, 0))
         if alignment_plan is not None and input_ids is not None:
             refuse_other_ids(alignment_plan, input_ids, self.special_token_ids)
         return self._language_output(inputs, rows, plan)
@@ -207,17 +210,17 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         device = next(self.parameters()).device
         packed = call.packed_row(inputs, config=self.config, device=device)
         cut = sequence_cut(adapter, packed)
-        embeddings_SBH = None
-        if plan is not None:
-            embeddings_SBH = self._embed(inputs, rows, plan, cut, packed)
-        elif self.input_tensors is None:
+        merged = None if plan is None else self._embed(inputs, rows, plan, cut, packed)
+        if merged is None and self.input_tensors is None:
             raise InputError(
                 "no hidden states have arrived from the previous pipeline stage; call "
                 "set_input_tensor before every forward"
             )
         labels = share_of_labels(inputs, cut, self.language_model)
-        arguments = call.arguments(self.language_model, inputs, labels, cut=cut, packed=packed)
-        output = self.language_model(decoder_input=embeddings_SBH, **arguments)
+        arguments = call.arguments(
+            self.language_model, inputs, labels, merged=merged, cut=cut, packed=packed
+        )
+        output = self.language_model(**arguments)
         self._forget_input_tensor()
         return without(output, labels.without_label_BS), labels.loss_mask_BS
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron.core.models.mimo.alignment import AlignmentPlan
+from megatron.core.models.mimo.alignment import AlignmentPlan, EncodedRows
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import (
     ConfigError,
@@ -161,6 +161,17 @@ def refuse_row_order(plan: AlignmentPlan, method: str) -> None:
             f"alignment_plan orders the rows of {sorted(plan.encoders)} by encoder, and a script "
             f"replaced {method}, which gets no plan; give these modalities one encoder each, or "
             "do not replace the method"
+        )
+
+
+def refuse_levels_without_plan(encoded: Mapping[str, EncodedRows]) -> None:
+    """Raise ``UnsupportedError`` for levels where a script merges rows by a way of its own."""
+    names = sorted(name for name, one in encoded.items() if one.levels)
+    if names:
+        raise UnsupportedError(
+            f"the encoders of {names} give levels of their rows, and a script merges rows itself "
+            "(get_text_embeddings or align_embeddings_by_token_positions is replaced, or the "
+            "embedding is not Megatron's), where levels have no place; do not replace the methods"
         )
 
 

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron.core.models.mimo.alignment import Encoded
 from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.model.checks import ModalityInputs, require_token_id
 from megatron.core.models.mimo.model.encoder_splits import leave_out_unreduced_ranks
 from megatron.core.models.mimo.model.idle import idle_rows
 
-Rows = dict[str, torch.Tensor]
+Rows = dict[str, Encoded]
 
 
 def encode_modalities(
     submodules: nn.ModuleDict,
     modality_inputs: ModalityInputs | None,
-    hidden_states: Mapping[str, torch.Tensor] | None,
+    hidden_states: Mapping[str, Encoded] | None,
     *,
     mimo_config: MimoModelConfig,
     special_token_ids: Mapping[str, int],
@@ -30,10 +31,12 @@ def encode_modalities(
 ) -> Rows:
     """Rows [N, H] of every modality; [0, H] for one that has no inputs in this micro-batch.
 
+    They are tensors, and ``EncodedRows`` where they have levels.
+
     Args:
         submodules: modality -> ``ModalitySubmodules``, those of this rank.
         modality_inputs: what the encoders are called with.
-        hidden_states: modality -> features [N, H_encoder] that were encoded already.
+        hidden_states: modality -> rows [N, H_encoder] that were encoded already.
         mimo_config: what the model was built from.
         special_token_ids: placeholder token id of each modality.
         hidden_size: H.

@@ -2,7 +2,7 @@
 
 A name is a path of modules: ``language`` and the path inside the language model, or a modality and
 the path inside it. Layers are numbered over the whole model, whatever stage holds them, and
-``images.projections`` stands for the input and the output projections.
+``images.projections`` stands for the input, level and output projections.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import nn
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.core.models.mimo.submodules.base import PARTS, PROJECTIONS
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 _PROJECTIONS = "projections"
-_PARTS = ("encoders", "decoders", "input_projections", "output_projections")
 _LAYER = re.compile(r"(.*?\.layers\.\d+)(\..*|$)")
 
 
@@ -30,7 +30,9 @@ def part_names(modality_specs: Mapping[str, ModuleSpec]) -> list[str]:
     names = [MIMO_LANGUAGE_MODULE_KEY]
     for modality, spec in modality_specs.items():
         names += [modality, f"{modality}.{_PROJECTIONS}"]
-        for part in _PARTS:
+        for part in PARTS:
+            if part == "level_projections" and part not in (spec.submodules or {}):
+                continue  # few models have them
             names.append(f"{modality}.{part}")
             inner = (spec.submodules or {}).get(part)
             if isinstance(inner, Mapping):
@@ -83,7 +85,7 @@ def selects(name: str, path: str) -> bool:
     modality, dot, rest = name.partition(".")
     if dot and rest.partition(".")[0] == _PROJECTIONS:
         inner = rest.removeprefix(_PROJECTIONS)
-        spelled = [f"{modality}.{side}_{_PROJECTIONS}{inner}" for side in ("input", "output")]
+        spelled = [f"{modality}.{part}{inner}" for part in PROJECTIONS]
     return any(path == one or path.startswith(f"{one}.") for one in spelled)
 
 

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.mimo.alignment import Encoded, EncodedRows
 from megatron.core.utils import unwrap_model
 
 
-def idle_rows(submodule: torch.nn.Module, hidden_size: int) -> torch.Tensor | None:
+def idle_rows(submodule: torch.nn.Module, hidden_size: int) -> Encoded | None:
     """No rows [0, H], whose gradient gives every trainable parameter of ``submodule`` zeros.
 
     None where there is nothing to give a gradient to. Call it in the place of ``submodule``.
@@ -35,8 +36,8 @@ def idle_rows(submodule: torch.nn.Module, hidden_size: int) -> torch.Tensor | No
         return None
     blanks = _blank_inputs(submodule)
     if blanks is not None:
-        rows_NH: torch.Tensor = submodule(encoder_inputs=blanks)
-        return rows_NH[:0]
+        encoded = EncodedRows.of(submodule(encoder_inputs=blanks))
+        return encoded.map(lambda tensor: tensor[:0]).simplest()
     _announce(submodule)
     # One node per parameter: autograd runs the nodes that were made last first.
     return torch.cat([_ZeroGradient.apply(parameter, hidden_size) for parameter in parameters])

@@ -17,11 +17,12 @@ from megatron.core.models.mimo.model.attention_support import AttentionSupport
 from megatron.core.models.mimo.model.checks import check_padding_mask
 from megatron.core.models.mimo.model.forward_inputs import ForwardInputs
 from megatron.core.models.mimo.model.labels import labels_in_vocabulary
+from megatron.core.models.mimo.model.levels import MergedSequence
 from megatron.core.models.mimo.model.rotary import (
     leave_cutting_to_the_model,
     positions_to_rotate_by,
 )
-from megatron.core.models.mimo.model.signatures import accepts
+from megatron.core.models.mimo.model.signatures import accepts, names_argument
 from megatron.core.models.mimo.partition.packing import check_one_row, packed_params
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import unwrap_model
@@ -50,11 +51,15 @@ class LanguageCall:
         attention: what its attention can do.
         rotates_by_axes: it has multimodal RoPE.
         takes_loss_mask: its ``forward`` has a ``loss_mask``.
+        takes_level_rows: its ``forward`` has ``level_rows``, a tuple of ``LevelRows``. It calls
+            ``level_rows[l].add_to(hidden)`` on the output of its layer l; it is called without
+            the argument where a micro-batch has no levels.
     """
 
     attention: AttentionSupport
     rotates_by_axes: bool
     takes_loss_mask: bool
+    takes_level_rows: bool
 
     @classmethod
     def of(cls, language_model: torch.nn.Module) -> LanguageCall:
@@ -63,6 +68,7 @@ class LanguageCall:
             attention=AttentionSupport.of(language_model),
             rotates_by_axes=leave_cutting_to_the_model(language_model),
             takes_loss_mask=accepts(language_model.forward, "loss_mask"),
+            takes_level_rows=names_argument(language_model.forward, "level_rows"),
         )
 
     def packed_row(
@@ -116,17 +122,22 @@ class LanguageCall:
         inputs: ForwardInputs,
         label_share: LabelShare,
         *,
+        merged: MergedSequence | None,
         cut: SequenceCut,
         packed: PackedSeqParams | None,
     ) -> dict[str, Any]:
-        """Keyword arguments of the language model's ``forward``, all but ``decoder_input``.
+        """Keyword arguments of the language model's ``forward``.
 
         Args:
             language_model: maybe wrapped.
             inputs: of the micro-batch, uncut.
             label_share: its labels, cut.
+            merged: what the decoder reads, on the first pipeline stage.
             cut: how its sequences are cut.
             packed: the documents of a packed sequence.
+
+        Raises:
+            UnsupportedError: levels of rows, and a language model that takes none.
         """
         position_ids, mask = inputs.position_ids, inputs.attention_mask
         if self.rotates_by_axes:
@@ -136,10 +147,19 @@ class LanguageCall:
         arguments = {
             "input_ids": None,
             "position_ids": position_ids,
+            "decoder_input": None if merged is None else merged.hidden_SBH,
             "labels": label_share.labels_BS,
             "attention_mask": mask,
             "packed_seq_params": packed,
         }
+        if merged is not None and merged.levels:
+            if not self.takes_level_rows:
+                raise UnsupportedError(
+                    f"encoders gave {len(merged.levels)} levels of their rows, and "
+                    f"{type(unwrap_model(language_model)).__name__} does not take any; use a "
+                    "language model whose forward has level_rows, or encoders without levels"
+                )
+            arguments["level_rows"] = merged.levels
         if self.takes_loss_mask:
             arguments["loss_mask"] = label_share.loss_mask_BS
         if inputs.inference_context is not None:

@@ -5,7 +5,7 @@ Legend: S sequence, B micro-batch, H hidden, N rows of one stream.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -133,18 +133,50 @@ class _MergeStreams(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
-        grads: list[torch.Tensor | None] = []
-        for name, num_rows, needed in zip(
-            ctx.names, ctx.num_rows, ctx.needs_input_grad[3:], strict=True
-        ):
-            if not needed:
-                grads.append(None)
-            elif name != TEXT and ctx.plan.pieces:
-                streams = [piece.streams[name] for piece in ctx.plan.pieces]
-                grads.append(_exchange_rows(grad_outputs[0], streams, num_rows, ctx.tp_group))
-            else:
-                grads.append(take_rows(grad_outputs[0], ctx.plan.streams[name], num_rows))
+        grads = gradients_of_rows(
+            grad_outputs[0],
+            ctx.plan,
+            names=ctx.names,
+            counts=ctx.num_rows,
+            needed=ctx.needs_input_grad[3:],
+            group=ctx.tp_group,
+        )
         return None, None, None, *grads
+
+
+def gradients_of_rows(
+    grad_SBH: torch.Tensor,
+    plan: AlignmentPlan,
+    *,
+    names: Sequence[str],
+    counts: Sequence[int],
+    needed: Sequence[bool],
+    group: dist.ProcessGroup | None,
+) -> list[torch.Tensor | None]:
+    """Gradients [N, H] of rows that were placed by a plan, None where none is needed.
+
+    With a sequence-parallel plan, all ranks of ``group`` take part: each broadcasts the gradient
+    of the modality rows that it placed.
+
+    Args:
+        grad_SBH: gradient of this rank's merged sequence.
+        plan: by which the rows were placed.
+        names: the streams that the rows are of.
+        counts: N of each stream.
+        needed: of which streams a gradient is wanted; equal on all ranks.
+        group: the tensor-parallel ranks.
+    """
+    grads: list[torch.Tensor | None] = []
+    for name, count, wanted in zip(names, counts, needed, strict=True):
+        if not wanted:
+            grads.append(None)
+        elif name != TEXT and plan.pieces:
+            streams = [piece.streams[name] for piece in plan.pieces]
+            assert group is not None, "only a tensor-parallel group has pieces"
+            grads.append(_exchange_rows(grad_SBH, streams, count, group))
+        else:
+            grads.append(take_rows(grad_SBH, plan.streams[name], count))
+    return grads
 
 
 def _exchange_rows(

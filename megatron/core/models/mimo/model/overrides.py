@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.mimo.alignment import AlignmentPlan, build_alignment_plan
+from megatron.core.models.mimo.alignment import AlignmentPlan, EncodedRows, build_alignment_plan
 from megatron.core.models.mimo.alignment.cut import SequenceCut
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig, RankRole
 from megatron.core.models.mimo.config.base_configs import TEXT
@@ -22,12 +22,14 @@ from megatron.core.models.mimo.model.checks import (
     ModalityInputs,
     check_count,
     check_rows,
+    refuse_levels_without_plan,
     refuse_row_order,
     require_token_id,
 )
 from megatron.core.models.mimo.model.encode import Rows, encode_modalities
 from megatron.core.models.mimo.model.forward_inputs import ForwardInputs, plan_of
 from megatron.core.models.mimo.model.idle import take_part
+from megatron.core.models.mimo.model.levels import LevelRows, MergedSequence, place_levels
 from megatron.core.models.mimo.model.merge import embed_streams, merge_streams
 from megatron.core.models.mimo.model.refusals import refuse_scattering_embedding
 from megatron.core.models.mimo.model.signatures import is_replaced
@@ -199,31 +201,42 @@ class StockEntryPoints(nn.Module):
 
     def _embed(
         self, inputs: ForwardInputs, rows: Rows, plan: AlignmentPlan, cut: SequenceCut, packed: Any
-    ) -> torch.Tensor:
-        """Merged embeddings [S_local, B, H], ready for the decoder."""
+    ) -> MergedSequence:
+        """What the decoder reads: text and modality rows together, this rank's share."""
         assert inputs.input_ids_BS is not None, "the plan was made from input_ids"
         embedding = unwrap_model(self.language_model).embedding
         refuse_scattering_embedding(self.language_model, self.partition_adapter)
+        encoded = {name: EncodedRows.of(one) for name, one in rows.items()}
         # Rows [0, H] place nothing; they carry a gradient to the parameters they come from.
-        idle = [rows_NH for rows_NH in rows.values() if rows_NH.size(0) == 0]
-        rows = {name: rows_NH for name, rows_NH in rows.items() if rows_NH.size(0)}
+        idle = [tensor for one in encoded.values() if not one.num_rows for tensor in one.tensors]
+        encoded = {name: one for name, one in encoded.items() if one.num_rows}
+        rows_NH = {name: one.rows_NH for name, one in encoded.items()}
+        levels: tuple[LevelRows, ...] = ()
         by_script = is_replaced(
             self, StockEntryPoints, "get_text_embeddings", "align_embeddings_by_token_positions"
         )
         if by_script or not isinstance(embedding, LanguageModelEmbedding):
-            merged_SBH = self._embed_by_script(inputs, rows, plan, packed)
+            refuse_levels_without_plan(encoded)
+            merged_SBH = self._embed_by_script(inputs, rows_NH, plan, packed)
         else:
             own_plan = cut.share_of_plan(plan)
-            merged_SBH = embed_streams(embedding, own_plan, rows, inputs.position_ids)
+            merged_SBH = embed_streams(embedding, own_plan, rows_NH, inputs.position_ids)
+            levels = place_levels(
+                encoded, own_plan, like_SBH=merged_SBH, tp_group=embedding.tp_group
+            )
         merged_SBH = take_part(merged_SBH, idle)
         if torch.is_grad_enabled() and not merged_SBH.requires_grad:
             # Layers that are recomputed in backward get gradients only where their input needs one.
             trains = any(p.requires_grad for p in self.language_model.parameters())
             merged_SBH.requires_grad_(trains)
-        return merged_SBH
+        return MergedSequence(hidden_SBH=merged_SBH, levels=levels)
 
     def _embed_by_script(
-        self, inputs: ForwardInputs, rows: Rows, plan: AlignmentPlan, packed: Any
+        self,
+        inputs: ForwardInputs,
+        rows_NH: Mapping[str, torch.Tensor],
+        plan: AlignmentPlan,
+        packed: Any,
     ) -> torch.Tensor:
         """Merged embeddings [S_local, B, H] by stock MIMO's methods: merged whole, then cut."""
         assert inputs.input_ids_BS is not None
@@ -231,7 +244,7 @@ class StockEntryPoints(nn.Module):
         ids_BS, token_ids = inputs.input_ids_BS, self.special_token_ids
         text_NH = self.get_text_embeddings(ids_BS, inputs.position_ids, token_ids)
         merged_SBH = self.align_embeddings_by_token_positions(
-            {**rows, TEXT: text_NH}, ids_BS, token_ids
+            {**rows_NH, TEXT: text_NH}, ids_BS, token_ids
         )
         if self.partition_adapter is None:
             return merged_SBH

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.models.mimo.errors import UnsupportedError
+from megatron.core.models.mimo.model.signatures import names_argument
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
 from megatron.core.utils import unwrap_model
 
@@ -30,6 +33,35 @@ def refuse_multi_token_prediction(mimo_config: MimoModelConfig) -> None:
             f"mtp_num_layers = {layers}: multi-token prediction embeds input_ids inside the "
             "language model, where placeholders have no embedding; set it to None"
         )
+
+
+def refuse_untaken_levels(submodules: nn.ModuleDict, language_model: Any) -> None:
+    """Raise ``UnsupportedError`` for levels of rows that the language model has no place for.
+
+    Args:
+        submodules: modality -> ``ModalitySubmodules``, those of this rank.
+        language_model: this rank's part; it takes levels where its ``forward`` names an argument
+            ``level_rows``, and needs a decoder layer for each.
+    """
+    for modality, submodule in submodules.items():
+        levels = getattr(submodule, "num_levels", 0)
+        if not levels:
+            continue
+        kind = type(language_model).__name__
+        if not names_argument(language_model.forward, "level_rows"):
+            raise UnsupportedError(
+                f"the encoders of {modality!r} give {levels} levels of their rows, and {kind} "
+                "does not take any; use a language model whose forward has level_rows, or "
+                "encoders without levels"
+            )
+        decoder = getattr(language_model, "decoder", None)
+        layers = len(getattr(decoder, "layers", range(levels)))
+        if layers < levels:
+            raise UnsupportedError(
+                f"the encoders of {modality!r} give {levels} levels of their rows for the first "
+                f"{levels} decoder layers, and this pipeline stage, the first, holds {layers}; "
+                "give it more layers (decoder_first_pipeline_num_layers), or use fewer stages"
+            )
 
 
 def refuse_scattering_embedding(language_model: Any, adapter: PartitionAdapter | None) -> None:

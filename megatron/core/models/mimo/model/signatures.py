@@ -14,6 +14,11 @@ def accepts(function: Any, name: str) -> bool:
     )
 
 
+def names_argument(function: Any, name: str) -> bool:
+    """True where ``function`` has an argument of that name, ``**kwargs`` left aside."""
+    return name in inspect.signature(function).parameters
+
+
 def is_replaced(model: object, owner: type, *names: str) -> bool:
     """True where a subclass, or the instance, has put its own in place of a method of ``owner``."""
     return any(

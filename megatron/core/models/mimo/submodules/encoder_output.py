@@ -1,0 +1,65 @@
+"""What an encoder returns, as rows. Legend: N rows, B samples, S positions of one, H features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.core.models.mimo.alignment import Encoded, EncodedRows
+from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.utils import unwrap_model
+
+_LAYOUTS = ("bsh", "sbh")
+
+
+def levels_of(encoder: nn.Module) -> int:
+    """How many further levels of its rows an encoder says that it gives."""
+    levels: int = getattr(unwrap_model(encoder), "num_levels", 0)
+    return levels
+
+
+def run_encoder(name: str, encoder: nn.Module, inputs: Mapping[str, Any]) -> Encoded:
+    """Call an encoder with its inputs: rows [N, H], with their levels where it gives any.
+
+    Raises:
+        InputError: an output that is not rows, or another number of levels than it declares.
+    """
+    output = encoder(**inputs)
+    if not isinstance(output, EncodedRows):
+        if isinstance(output, tuple) and output:
+            output = output[0]
+        encoded = EncodedRows(rows_NH=_as_rows(name, encoder, output))
+    else:
+        encoded = output.map(lambda tensor: _as_rows(name, encoder, tensor))
+    if len(encoded.levels) != levels_of(encoder):
+        raise InputError(
+            f"encoder '{name}' gave {len(encoded.levels)} levels of its rows, and its num_levels "
+            f"is {levels_of(encoder)}; set num_levels to what it gives, and return them in an "
+            "EncodedRows"
+        )
+    return encoded.simplest()
+
+
+def _as_rows(name: str, encoder: nn.Module, output: Any) -> torch.Tensor:
+    if not torch.is_tensor(output) or output.dim() not in (2, 3):
+        got = tuple(output.shape) if torch.is_tensor(output) else type(output).__name__
+        raise InputError(
+            f"Encoder '{name}' output {got} is not supported; expected a tensor [rows, hidden] "
+            "or [batch, sequence, hidden], or a tuple that starts with one"
+        )
+    if output.dim() == 2:
+        return output
+    default = "sbh" if isinstance(encoder, TransformerBlock) else "bsh"
+    layout = getattr(encoder, "output_layout", default)
+    if layout not in _LAYOUTS:
+        raise ConfigError(
+            f"Encoder '{name}' has output_layout {layout!r}; expected one of {list(_LAYOUTS)}"
+        )
+    if layout == "sbh":
+        output = output.transpose(0, 1)
+    rows_NH: torch.Tensor = output.reshape(-1, output.size(-1))
+    return rows_NH
