@@ -50,10 +50,10 @@ def build(name: str, expected: Expected, modules: tuple[str, ...], layout: Layou
 
     model_parallel(tp=layout.tp, pp=layout.pp)
     family = load_family(name)
-    settings = model_settings(
+    built_of = model_settings(
         family, expected.config, tp_size=layout.tp, pp_size=layout.pp, changes=layout.changes
     )
-    model = build_model(family, expected.config, settings, device=torch.device("cpu"))
+    model = build_model(family, expected.config, built_of, device=torch.device("cpu"))
     load_hugging_face(model, expected.weights, family.keys(expected.config))
     add_adapters(model, settings(modules))
     return model
