@@ -1,3 +1,5 @@
+"""The loss of a micro-batch: its sum, its count, what is reported."""
+
 from __future__ import annotations
 
 import torch
