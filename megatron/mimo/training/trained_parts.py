@@ -67,7 +67,7 @@ def survey_parts(chunks: Sequence[MimoModel], args: Namespace, adapters: list[st
     from megatron.core.models.mimo.model.freezing import part_names, paths_by_parameter
 
     paths = [item for chunk in chunks for item in paths_by_parameter(chunk).items()]
-    known = part_names(chunks[0].mimo_config.modality_submodules_spec)
+    known = part_names(chunks[0].mimo_config)
     parts = _gather(paths, adapters)
     _check_names(args, known, parts)
     return Trained(

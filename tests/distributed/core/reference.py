@@ -64,6 +64,7 @@ class Design:
         media: False leaves out all images and sounds.
         mrope: multimodal RoPE, with positions in three dimensions.
         spans: an image's tokens see each other in both directions.
+        heads: two further heads, of ``tests/distributed/core/heads.py``.
     """
 
     layers: int = 2
@@ -79,6 +80,7 @@ class Design:
     media: bool = True
     mrope: bool = False
     spans: bool = False
+    heads: bool = False
 
 
 def make_batches(*, media: bool = True) -> list[list[Sample]]:
@@ -175,6 +177,7 @@ def build_model(
     from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.mimo.layers import language_layer_spec
+    from tests.distributed.core.heads import head_specs
 
     language = ModuleSpec(
         module=GPTModel,
@@ -203,6 +206,7 @@ def build_model(
             modality_submodules_spec={"images": images, "sounds": _sound_spec()},
             special_token_ids=PLACEHOLDERS,
             kv_format="thd" if packed else "sbhd",
+            heads=head_specs() if design.heads else {},
         ),
         cp_group=groups.cp,
         tp_group=groups.tp,

@@ -91,7 +91,10 @@ class SequenceCut:
 
         Not for what needs a gradient: the other ranks' shares get none here.
         """
-        share = self.context_share(whole, dim)
+        return self.sequence_share(self.context_share(whole, dim), dim)
+
+    def sequence_share(self, share: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """This sequence-parallel rank's share of a ``context_share``, which gets no gradient."""
         if self.tp_size == 1:
             return share
         require_divisible(share.size(dim), self.tp_size, "tp")

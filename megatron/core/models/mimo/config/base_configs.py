@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,8 +17,23 @@ if TYPE_CHECKING:
 
 KV_FORMATS = ("sbhd", "thd")
 ENCODER_SPLITS = ("auto", "never", "cp", "tp", "tp-cp")
+HEADS = "heads"  # as a part of a model
 TEXT = "text"  # the stream of ordinary tokens; no modality may take its name
 _RESERVED_NAMES = (TEXT, MIMO_LANGUAGE_MODULE_KEY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """A further head on the last pipeline stage, with a loss of its own.
+
+    Attributes:
+        module: spec of a module that is called with ``HeadInputs`` (``model/heads.py``) and gives
+            its loss per position.
+        weight: of its loss in the sum that is trained.
+    """
+
+    module: ModuleSpec
+    weight: float = 1.0
 
 
 @dataclass
@@ -41,11 +57,13 @@ class MimoModelConfig:
             allows (see ``ModalitySubmodules``). One value for all modalities, or modality ->
             value, "auto" for those left out. What cannot be divided as asked is refused when the
             model is built.
+        heads: name -> further head; a model that has any gives ``Losses`` in place of the loss
+            per token.
 
     Raises:
         ConfigError: (a ``ValueError``) names that are reserved, placeholder ids that are shared
             or not integers, an unknown ``kv_format`` or ``encoder_split``, a grid map whose keys
-            are not the modules.
+            are not the modules, heads that are none.
     """
 
     language_model_spec: ModuleSpec = field(default_factory=ModuleSpec)
@@ -54,6 +72,7 @@ class MimoModelConfig:
     module_to_grid_map: dict[str, HyperCommGrid] | None = None
     kv_format: str = "sbhd"
     encoder_split: str | Mapping[str, str] = "auto"
+    heads: Mapping[str, HeadSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kv_format not in KV_FORMATS:
@@ -68,6 +87,7 @@ class MimoModelConfig:
         if self.module_to_grid_map:
             _check_grid_names(self.module_to_grid_map, self.modality_submodules_spec)
         _check_encoder_split(self.encoder_split, self.modality_submodules_spec)
+        _check_heads(self.heads, self.modality_submodules_spec)
 
     def encoder_split_of(self, modality: str) -> str:
         """The value of ``encoder_split`` for one modality."""
@@ -116,6 +136,25 @@ def _check_grid_names(grids: Mapping[str, object], modalities: Mapping[str, obje
             f"{MIMO_LANGUAGE_MODULE_KEY!r}. Missing: {sorted(expected - set(grids))}, "
             f"Extra: {sorted(set(grids) - expected)}"
         )
+
+
+def _check_heads(heads: Mapping[str, HeadSpec], modalities: Mapping[str, object]) -> None:
+    if heads and HEADS in modalities:
+        raise ConfigError(
+            f"a modality is called {HEADS!r}, which names the heads of a model that has any; "
+            "rename the key in modality_submodules_spec"
+        )
+    for name, head in heads.items():
+        if name in _RESERVED_NAMES or not name or "." in name:
+            raise ConfigError(
+                f"a head cannot be called {name!r}: {', '.join(_RESERVED_NAMES)} are reserved and "
+                "a name has no dot; rename the key in heads"
+            )
+        if not isinstance(head, HeadSpec) or not math.isfinite(head.weight):
+            raise ConfigError(
+                f"heads[{name!r}] is {head!r}; expected a HeadSpec of a module's spec and a finite "
+                "weight"
+            )
 
 
 def _check_encoder_split(

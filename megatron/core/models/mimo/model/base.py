@@ -15,8 +15,8 @@ from megatron.core.models.mimo.alignment import AlignmentPlan, EncodedRows
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig, RankRole
 from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.models.mimo.errors import InputError
-from megatron.core.models.mimo.model.attention_support import refuse_attention
 from megatron.core.models.mimo.model.checks import (
+    HeadTargets,
     ModalityInputs,
     check_count,
     check_encoder_order,
@@ -26,17 +26,16 @@ from megatron.core.models.mimo.model.encode import Rows
 from megatron.core.models.mimo.model.encoder_splits import split_encoders
 from megatron.core.models.mimo.model.forward_inputs import ForwardInputs, plan_of
 from megatron.core.models.mimo.model.freezing import freeze_parts
+from megatron.core.models.mimo.model.heads import Heads
 from megatron.core.models.mimo.model.labels import without
 from megatron.core.models.mimo.model.language_call import LanguageCall, share_of_labels
 from megatron.core.models.mimo.model.overrides import ModelOutput, StockEntryPoints
 from megatron.core.models.mimo.model.recomputation import prepare_recomputation
 from megatron.core.models.mimo.model.refusals import (
-    refuse_grids,
-    refuse_multi_token_prediction,
+    refuse_description,
     refuse_scattering_embedding,
     refuse_untaken_levels,
 )
-from megatron.core.models.mimo.model.rotary import refuse_mrope
 from megatron.core.models.mimo.model.wrapped_modules import WrappedModules
 from megatron.core.models.mimo.partition.utils import build_partition_adapter, sequence_cut
 from megatron.core.models.mimo.submodules.state import Offsets, descended_state, forgive_extra_state
@@ -59,6 +58,7 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
     Attributes:
         modality_submodules: modality -> ``ModalitySubmodules``, those of this rank.
         language_model: this rank's part of the language model.
+        heads: further heads, on the last pipeline stage.
         role: which modules this rank runs.
         partition_adapter: cuts sequences; None without context or sequence parallelism.
 
@@ -76,10 +76,7 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         cp_group: ProcessGroup | None = None,
         tp_group: ProcessGroup | None = None,
     ) -> None:
-        refuse_grids(mimo_config)
-        refuse_multi_token_prediction(mimo_config)
-        refuse_attention(mimo_config)
-        refuse_mrope(mimo_config)
+        refuse_description(mimo_config)
         super().__init__(language_config(mimo_config))
         self.mimo_config = mimo_config
         self.special_token_ids = dict(mimo_config.special_token_ids or {})
@@ -102,6 +99,8 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         self.language_model = build_module(mimo_config.language_model_spec)
         self._language_call = LanguageCall.of(self.language_model)
         refuse_scattering_embedding(self.language_model, self.partition_adapter)
+        heads = mimo_config.heads if self.role.is_last_stage(MIMO_LANGUAGE_MODULE_KEY) else {}
+        self.heads = Heads(heads, self.language_model, self.partition_adapter)
         refuse_untaken_levels(self.modality_submodules, self.language_model)
         self.register_load_state_dict_post_hook(forgive_extra_state)  # type: ignore[no-untyped-call]
         prepare_recomputation(self)
@@ -135,6 +134,7 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         span_ids: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
         inference_context: Any = None,
+        head_targets: HeadTargets | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Run this rank's part of the model.
 
@@ -159,10 +159,13 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
                 losses do not count a token.
             inference_context: megatron-core's cache of keys and values, in generation; logits are
                 then those that the language model gives for it, over the whole vocabulary.
+            head_targets: ``{head: {name: [B, S, ...]}}``; "mask" says where its loss counts, which
+                is where the text's does if it is left out.
 
         Returns:
             ``(output, loss_mask)``. On the last stage output is the loss per token [B, S], or
-            logits [B, S, V] without labels; on others the hidden states [S_local, B, H].
+            logits [B, S, V] without labels; on others the hidden states [S_local, B, H]. A model
+            with heads gives ``Losses`` in place of the loss per token.
             ``loss_mask`` is this context-parallel rank's part.
 
         Raises:
@@ -181,8 +184,9 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
             span_ids_BS=span_ids,
             padding_mask_BS=padding_mask,
             inference_context=inference_context,
+            head_targets=head_targets,
         )
-        inputs.check(self.mimo_config.modality_submodules_spec)
+        inputs.check(self.mimo_config.modality_submodules_spec, self.mimo_config.heads)
         if not self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
             return self._language_output(inputs, {}, None)
         plan = plan_of(inputs, self.special_token_ids, self.language_model)
@@ -220,9 +224,16 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         arguments = call.arguments(
             self.language_model, inputs, labels, merged=merged, cut=cut, packed=packed
         )
-        output = self.language_model(**arguments)
+        with self.heads.reading(self.language_model) as hidden:
+            output = self.language_model(**arguments)
         self._forget_input_tensor()
-        return without(output, labels.without_label_BS), labels.loss_mask_BS
+        output = without(output, labels.without_label_BS)
+        if hidden and labels.labels_BS is not None:
+            group = None if adapter is None else adapter.cfg.tp_group
+            output = self.heads.losses(
+                hidden[0], output, labels, inputs.head_targets, cut=cut, tp_group=group
+            )
+        return output, labels.loss_mask_BS
 
     def sharded_state_dict(
         self,

@@ -23,6 +23,7 @@ from megatron.core.models.mimo.errors import (
 from megatron.core.models.mimo.model.signatures import accepts
 from megatron.core.utils import unwrap_model
 
+HeadTargets = Mapping[str, Mapping[str, torch.Tensor] | None]
 ModalityInputs = Mapping[str, Mapping[str, Mapping[str, Any]] | None]
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -86,6 +87,31 @@ def check_shapes(
             f"torch.int64 {[batch, length]}, as {first} has, or {[3, batch, length]} for "
             "multimodal RoPE"
         )
+
+
+def check_head_targets(
+    targets: HeadTargets | None, heads: Iterable[str], like_BS: torch.Tensor | None
+) -> None:
+    """Raise ``InputError`` unless targets are [B, S, ...] tensors of heads that the model has.
+
+    Args:
+        targets: head -> name -> what every position brings.
+        heads: those of the model.
+        like_BS: of the micro-batch's [B, S]; None where it is not known.
+    """
+    heads = list(heads)
+    for head, tensors in (targets or {}).items():
+        if head not in heads:
+            raise InputError(f"head_targets name {head!r}, but the model has the heads {heads}")
+        for name, target in (tensors or {}).items():
+            where = f"head_targets[{head!r}][{name!r}]"
+            if not torch.is_tensor(target):
+                raise _other_type(where, target, "a tensor")
+            if like_BS is not None and target.shape[:2] != like_BS.shape:
+                raise InputError(
+                    f"{where} has shape {list(target.shape)}; expected {list(like_BS.shape)} "
+                    "first, as labels have"
+                )
 
 
 def check_plan(plan: AlignmentPlan, input_ids_BS: torch.Tensor) -> None:

@@ -19,7 +19,9 @@ from megatron.core.models.mimo.alignment import (
 )
 from megatron.core.models.mimo.errors import InputError
 from megatron.core.models.mimo.model.checks import (
+    HeadTargets,
     ModalityInputs,
+    check_head_targets,
     check_mappings,
     check_modality_names,
     check_plan,
@@ -51,12 +53,14 @@ class ForwardInputs:
     span_ids_BS: torch.Tensor | None = None
     padding_mask_BS: torch.Tensor | None = None
     inference_context: Any = None
+    head_targets: HeadTargets | None = None
 
-    def check(self, modalities: Iterable[str]) -> None:
+    def check(self, modalities: Iterable[str], heads: Iterable[str]) -> None:
         """Raise ``InputError`` unless types, shapes and names fit each other and the model.
 
         Args:
             modalities: those that the model has.
+            heads: those that it has, on whatever stage.
         """
         check_tensors(
             input_ids=self.input_ids_BS,
@@ -69,6 +73,7 @@ class ForwardInputs:
         )
         check_mappings(self.modality_inputs, self.packing_kwargs, self.token_indices)
         check_modality_names(self.modality_inputs, modalities)
+        check_head_targets(self.head_targets, heads, self.labels_BS)
         if self.inference_context is None:  # with which positions are those of all keys
             check_shapes(self.input_ids_BS, self.position_ids, self.labels_BS, self.loss_mask_BS)
 
@@ -78,6 +83,7 @@ class ForwardInputs:
             "span_ids": self.span_ids_BS,
             "padding_mask": self.padding_mask_BS,
             "inference_context": self.inference_context,
+            "head_targets": self.head_targets,
         }
         return {name: value for name, value in ours.items() if value is not None}
 

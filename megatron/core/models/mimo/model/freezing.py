@@ -15,20 +15,22 @@ from typing import Any
 from torch import nn
 
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
+from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig
+from megatron.core.models.mimo.config.base_configs import HEADS
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.models.mimo.submodules.base import PARTS, PROJECTIONS
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 _PROJECTIONS = "projections"
 _LAYER = re.compile(r"(.*?\.layers\.\d+)(\..*|$)")
 
 
-def part_names(modality_specs: Mapping[str, ModuleSpec]) -> list[str]:
+def part_names(mimo_config: MimoModelConfig) -> list[str]:
     """The names that the description of a model gives, in all of its stages."""
     names = [MIMO_LANGUAGE_MODULE_KEY]
-    for modality, spec in modality_specs.items():
+    if mimo_config.heads:
+        names += [HEADS, *(f"{HEADS}.{name}" for name in mimo_config.heads)]
+    for modality, spec in mimo_config.modality_submodules_spec.items():
         names += [modality, f"{modality}.{_PROJECTIONS}"]
         for part in PARTS:
             if part == "level_projections" and part not in (spec.submodules or {}):
@@ -45,8 +47,8 @@ def paths_of(model: Any, own: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, 
 
     Args:
         model: a ``MimoModel``, its modules not wrapped.
-        own: (name in ``model``, what it names); what is outside of the language model and the
-            modalities is left out.
+        own: (name in ``model``, what it names); what is outside of the language model, the
+            modalities and the heads is left out.
     """
     numbers = {
         f"{name}.layers.{position}": f"{name}.layers.{layer.layer_number - 1}"
@@ -54,7 +56,11 @@ def paths_of(model: Any, own: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, 
         if isinstance(block, TransformerBlock)
         for position, layer in enumerate(block.layers)
     }
-    roots = {"language_model.": f"{MIMO_LANGUAGE_MODULE_KEY}.", "modality_submodules.": ""}
+    roots = {
+        "language_model.": f"{MIMO_LANGUAGE_MODULE_KEY}.",
+        "modality_submodules.": "",
+        "heads.": f"{HEADS}.",
+    }
     for name, found in own:
         for prefix, root in roots.items():
             if name.startswith(prefix):
@@ -108,7 +114,7 @@ def no_such_part(doing: str, name: str, known: list[str], paths: Iterable[str]) 
 
 def freeze_parts(model: Any, names: Iterable[str], *, frozen: bool) -> None:
     """Set what is trained; see ``MimoModel.freeze``."""
-    known = part_names(model.mimo_config.modality_submodules_spec)
+    known = part_names(model.mimo_config)
     role = model.role
     language = MIMO_LANGUAGE_MODULE_KEY
     is_whole = role.is_first_stage(language) and role.is_last_stage(language)

@@ -6,6 +6,7 @@ Legend: S sequence, B micro-batch, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,21 @@ from megatron.core.models.mimo.errors import InputError
 from megatron.core.models.mimo.model.checks import on_host
 
 NO_LABEL = -100  # Hugging Face's mark
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelShare:
+    """Labels of the positions of a context-parallel rank.
+
+    Attributes:
+        labels_BS: long [B, S / cp]; 0 where there is none.
+        loss_mask_BS: [B, S / cp].
+        without_label_BS: True where there is no label; None where all are there.
+    """
+
+    labels_BS: torch.Tensor | None
+    loss_mask_BS: torch.Tensor | None
+    without_label_BS: torch.Tensor | None
 
 
 def labels_in_vocabulary(

@@ -16,7 +16,7 @@ from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.models.mimo.model.attention_support import AttentionSupport
 from megatron.core.models.mimo.model.checks import check_padding_mask
 from megatron.core.models.mimo.model.forward_inputs import ForwardInputs
-from megatron.core.models.mimo.model.labels import labels_in_vocabulary
+from megatron.core.models.mimo.model.labels import LabelShare, labels_in_vocabulary
 from megatron.core.models.mimo.model.levels import MergedSequence
 from megatron.core.models.mimo.model.rotary import (
     leave_cutting_to_the_model,
@@ -26,21 +26,6 @@ from megatron.core.models.mimo.model.signatures import accepts, names_argument
 from megatron.core.models.mimo.partition.packing import check_one_row, packed_params
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import unwrap_model
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LabelShare:
-    """Labels of the positions of a context-parallel rank.
-
-    Attributes:
-        labels_BS: long [B, S / cp]; 0 where there is none.
-        loss_mask_BS: [B, S / cp].
-        without_label_BS: True where there is no label; None where all are there.
-    """
-
-    labels_BS: torch.Tensor | None
-    loss_mask_BS: torch.Tensor | None
-    without_label_BS: torch.Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModel
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import InputError
 from megatron.core.models.mimo.model.checks import (
+    HeadTargets,
     ModalityInputs,
     check_count,
     check_rows,
@@ -152,6 +153,7 @@ class StockEntryPoints(nn.Module):
         span_ids: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
         inference_context: Any = None,
+        head_targets: HeadTargets | None = None,
     ) -> ModelOutput:
         """Merge the rows in ``input_tensors`` with text and run the language model.
 
@@ -169,6 +171,7 @@ class StockEntryPoints(nn.Module):
             span_ids_BS=span_ids,
             padding_mask_BS=padding_mask,
             inference_context=inference_context,
+            head_targets=head_targets,
         )
         plan = None
         if self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):

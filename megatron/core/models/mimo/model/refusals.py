@@ -9,9 +9,24 @@ from torch import nn
 from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.models.mimo.errors import UnsupportedError
+from megatron.core.models.mimo.model.attention_support import refuse_attention
+from megatron.core.models.mimo.model.rotary import refuse_mrope
 from megatron.core.models.mimo.model.signatures import names_argument
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
 from megatron.core.utils import unwrap_model
+
+
+def refuse_description(mimo_config: MimoModelConfig) -> None:
+    """Refuse what the description of a model alone shows not to work.
+
+    Raises:
+        ConfigError: no language configuration; a multimodal rotary embedding that does not fit.
+        UnsupportedError: module grids, multi-token prediction, an attention that cannot do its job.
+    """
+    refuse_grids(mimo_config)
+    refuse_multi_token_prediction(mimo_config)
+    refuse_attention(mimo_config)
+    refuse_mrope(mimo_config)
 
 
 def refuse_grids(mimo_config: MimoModelConfig) -> None:

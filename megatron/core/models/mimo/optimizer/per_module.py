@@ -126,6 +126,11 @@ def _modules(model: Any) -> dict[str, nn.Module | None]:
             f"got a {type(model).__name__}, expected a MimoModel; a model that is wrapped as a "
             "whole has one optimizer: get_megatron_optimizer builds it"
         )
+    if model.mimo_config.heads:
+        raise UnsupportedError(
+            f"one optimizer per module leaves out the heads {sorted(model.mimo_config.heads)}; "
+            "wrap the model as a whole and use get_megatron_optimizer"
+        )
     modules: dict[str, nn.Module | None] = {
         name: dict(model.modality_submodules.items()).get(name)
         for name in model.mimo_config.modality_submodules_spec
