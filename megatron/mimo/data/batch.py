@@ -31,7 +31,7 @@ def keep_for_stage(
     ``adapter`` the plan is cut for this rank's part of the sequence, while it is on the host.
     """
     drop = set() if pre_process else {"modality_inputs", "alignment_plan"}
-    drop |= set() if post_process else {"labels", "loss_mask"}
+    drop |= set() if post_process else {"labels", "loss_mask", "head_targets"}
     kept = {name: value for name, value in batch.items() if name not in drop}
     if adapter is not None and kept.get("alignment_plan") is not None:
         packed = packed_params(

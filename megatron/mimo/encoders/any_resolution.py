@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.models.mimo import VisionModalitySubmodules
+from megatron.core.models.mimo.alignment import Encoded, EncodedRows
 from megatron.core.models.mimo.errors import InputError, UnsupportedError
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -61,13 +62,14 @@ class AnyResolutionSubmodules(VisionModalitySubmodules):
     def forward(
         self,
         encoder_inputs: Mapping[str, Mapping[str, Any]] | None = None,
-        hidden_states: Tensor | None = None,
-    ) -> Tensor | None:
+        hidden_states: Encoded | None = None,
+    ) -> Encoded | None:
         """Rows [N, H] of all images; None where there is nothing to encode.
 
         Raises:
             InputError: not as many ``row_sources`` as images.
-            UnsupportedError: ``hidden_states``, which tell nothing of images.
+            UnsupportedError: ``hidden_states``, which tell nothing of images; an encoder that gives
+                levels, which newlines do not have.
         """
         if hidden_states is not None:
             raise UnsupportedError(
@@ -78,9 +80,15 @@ class AnyResolutionSubmodules(VisionModalitySubmodules):
             return super().forward(encoder_inputs)
         ((name, inputs),) = encoder_inputs.items()
         seen = {key: value for key, value in inputs.items() if key != _SOURCES}
-        rows_NH = super().forward({name: seen})
-        if rows_NH is None:
+        encoded = super().forward({name: seen})
+        if encoded is None:
             return None
+        if isinstance(encoded, EncodedRows):
+            raise UnsupportedError(
+                f"encoder {name!r} gives levels of its rows, and a newline has none; use an "
+                "encoder without levels for images of any resolution"
+            )
+        rows_NH = encoded
         counts = unwrap_model(self.encoders[name]).rows_per_item(**seen)
         sources = inputs.get(_SOURCES)
         if sources is None:

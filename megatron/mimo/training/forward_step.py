@@ -1,8 +1,9 @@
 """The forward step and the loss: one gradient contract for every layout.
 
-The loss of a micro-batch is the plain sum of its per-token losses. Megatron divides the summed
-gradients once, by the number of label positions of the whole global batch, so that neither
-micro-batching nor the parallel layout changes the result.
+The loss of a micro-batch is the plain sum of its per-token losses; of a model with further heads,
+the weighted sum of several (``losses``). Megatron divides the summed gradients once, by the number
+of label positions of the whole global batch, so that neither micro-batching nor the parallel layout
+changes the result.
 
 Shape legend: B micro-batch, S sequence (S_local after context parallelism), V vocabulary.
 """
@@ -10,7 +11,7 @@ Shape legend: B micro-batch, S sequence (S_local after context parallelism), V v
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.mimo.recipes.recipe import Batch, Recipe
+from megatron.core.models.mimo.config.base_configs import TEXT
+from megatron.core.models.mimo.model.heads import Losses
+from megatron.core.utils import unwrap_model
+from megatron.mimo.data.batch import Batch
+from megatron.mimo.recipes.recipe import Recipe
+from megatron.mimo.training.losses import HEAD_TARGETS, CountedBatches
 
-__all__ = ["build_forward_step", "model_inputs", "sum_loss", "token_losses", "whole_vocabulary"]
+__all__ = [
+    "build_forward_step",
+    "model_inputs",
+    "sum_loss",
+    "sum_losses",
+    "token_losses",
+    "whole_vocabulary",
+]
 
 LOSS = "lm loss"
 
@@ -82,12 +95,14 @@ def build_forward_step(recipe: Recipe, args: Namespace) -> Callable[..., tuple[T
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_timers
 
+    read = _reader()
+
     def forward_step(
         data_iterator: Iterator[Batch] | None, model: torch.nn.Module
     ) -> tuple[Tensor, LossFunction]:
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
-        batch = dict(next(data_iterator)) if data_iterator is not None else {}
+        batch, counts = read(data_iterator, model)
         timers("batch-generator").stop()
         labels_BS = batch.get("labels")
         # under context parallelism a rank has a part of each sequence only: no metric there
@@ -100,9 +115,29 @@ def build_forward_step(recipe: Recipe, args: Namespace) -> Callable[..., tuple[T
                 _evaluation_report, recipe, args, batch, labels_BS, loss_mask_BS, tp_group
             )
         output, loss_mask_BS = model(**model_inputs(batch, labels=labels_BS))
-        return output, partial(_checked_loss, args, loss_mask_BS)
+        return output, partial(_checked_loss, args, loss_mask_BS, counts)
 
     return forward_step
+
+
+def _reader() -> Callable[..., tuple[Batch, Mapping[str, Tensor]]]:
+    """Reads micro-batches of any chunk of the model, with numbers where it has several losses."""
+    counted: dict[int, CountedBatches] = {}
+
+    def read(
+        data_iterator: Iterator[Batch] | None, model: torch.nn.Module
+    ) -> tuple[Batch, Mapping[str, Tensor]]:
+        if data_iterator is None:
+            return {}, {}
+        heads = unwrap_model(model).heads
+        if not len(heads) or not torch.is_grad_enabled():
+            return dict(next(data_iterator)), {}
+        if id(model) not in counted:
+            counted[id(model)] = CountedBatches(heads)
+        batch, counts = counted[id(model)].next(data_iterator)
+        return dict(batch), counts
+
+    return read
 
 
 def model_inputs(batch: Batch, labels: Tensor | None) -> dict[str, Any]:
@@ -117,16 +152,39 @@ def model_inputs(batch: Batch, labels: Tensor | None) -> dict[str, Any]:
         "alignment_plan": batch.get("alignment_plan"),
         "packing_kwargs": batch.get("packing_kwargs"),
         "span_ids": batch.get("span_ids"),
+        HEAD_TARGETS: batch.get(HEAD_TARGETS),
     }
 
 
+def sum_losses(losses: Losses, counts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, LossReport]:
+    """As ``sum_loss``, of a model with further heads: the weighted sum of all its losses.
+
+    Args:
+        losses: of a micro-batch.
+        counts: positions of each in the global batch; {} in evaluation, which reports alone.
+    """
+    text = losses[TEXT]
+    total = losses.total(counts) if counts else text.sum
+    report = {
+        LOSS if name == TEXT else f"{name} loss": torch.stack([loss.sum.detach(), loss.count])
+        for name, loss in losses.items()
+    }
+    return total, text.count.to(torch.int32), report
+
+
 def _checked_loss(
-    args: Namespace, loss_mask_BS: Tensor, losses_BS: Tensor
+    args: Namespace,
+    loss_mask_BS: Tensor,
+    counts: Mapping[str, Tensor],
+    output: Tensor | Losses,
 ) -> tuple[Tensor, Tensor, LossReport]:
-    """``sum_loss`` under Megatron's result checks, which read the value where they are on."""
+    """The loss under Megatron's result checks, which read the value where they are on."""
     from megatron.core.rerun_state_machine import get_rerun_state_machine
 
-    total, count, report = sum_loss(loss_mask_BS, losses_BS)
+    if isinstance(output, Losses):
+        total, count, report = sum_losses(output, counts)
+    else:
+        total, count, report = sum_loss(loss_mask_BS, output)
     if torch.is_grad_enabled():
         machine = get_rerun_state_machine()
         if args.check_for_nan_in_loss_and_grad:

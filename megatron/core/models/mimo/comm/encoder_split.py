@@ -174,7 +174,7 @@ def gather_encoded(encoded: EncodedRows, counts: Sequence[int], sharers: Sharers
         return EncodedRows(rows_NH=gather_rows(encoded.rows_NH, counts, sharers))
     widths = [tensor.size(1) for tensor in encoded.tensors]
     gathered = gather_rows(torch.cat(encoded.tensors, dim=1), counts, sharers)
-    rows_NH, *levels = gathered.split(widths, dim=1)
+    rows_NH, *levels = torch.split(gathered, widths, dim=1)
     return EncodedRows(rows_NH=rows_NH, levels=tuple(levels))
 
 

@@ -68,7 +68,9 @@ class Loss:
 class Losses(dict[str, Loss]):
     """The losses of a micro-batch by name: "text", and each head's."""
 
-    def total(self, counts: Mapping[str, float], *, unit: str = TEXT) -> torch.Tensor:
+    def total(
+        self, counts: Mapping[str, float | torch.Tensor], *, unit: str = TEXT
+    ) -> torch.Tensor:
         """What to add up over micro-batches and to divide by ``counts[unit]`` once.
 
         The sum over all micro-batches and ranks, divided so, is the weighted sum of the losses,
@@ -77,16 +79,16 @@ class Losses(dict[str, Loss]):
 
         Args:
             counts: the number of valid positions of each loss in the global batch, as
-                ``count_positions`` finds them, added up.
+                ``count_positions`` finds them, added up; as tensors, nothing waits for them.
             unit: the loss by whose number everything is divided afterwards.
 
         Returns:
             0-d float32. A loss without any position in the global batch adds nothing.
         """
-        parts = [
-            loss.sum * (loss.weight * counts[unit] / max(counts[name], 1.0))
-            for name, loss in self.items()
-        ]
+        parts = []
+        for name, loss in self.items():
+            own = torch.as_tensor(counts[name]).clamp(min=1.0)
+            parts.append(loss.sum * (loss.weight * counts[unit] / own))
         return torch.stack(parts).sum()
 
 
