@@ -43,12 +43,12 @@ def part_names(mimo_config: MimoModelConfig) -> list[str]:
 
 
 def paths_of(model: Any, own: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Give everything that ``named_parameters()`` or ``named_modules()`` found its path.
+    """Pair parameters or modules of a model with their paths: the names of parts that hold them.
 
     Args:
         model: a ``MimoModel``, its modules not wrapped.
-        own: (name in ``model``, what it names); what is outside of the language model, the
-            modalities and the heads is left out.
+        own: what ``named_parameters()`` or ``named_modules()`` of the model gives; what is
+            outside of the language model, the modalities and the heads is left out.
     """
     numbers = {
         f"{name}.layers.{position}": f"{name}.layers.{layer.layer_number - 1}"

@@ -61,7 +61,7 @@ def place_levels(
     encoded: Mapping[str, EncodedRows],
     plan: AlignmentPlan,
     *,
-    like_SBH: torch.Tensor,
+    hidden_size: int,
     tp_group: dist.ProcessGroup | None,
 ) -> tuple[LevelRows, ...]:
     """The levels of all modalities, level by level; () where no modality has any.
@@ -69,15 +69,15 @@ def place_levels(
     Args:
         encoded: modality -> its rows; those that have rows in this micro-batch.
         plan: this rank's.
-        like_SBH: of the width and dtype that levels have to have.
+        hidden_size: H of the language model.
         tp_group: the language model's tensor-parallel ranks.
 
     Raises:
-        InputError: a level of another width or dtype.
+        InputError: a level of another width.
     """
     for name, one in encoded.items():
         for level_NH in one.levels:
-            check_rows(f"a level of {name}", level_NH, like_SBH.size(-1), one.rows_NH.dtype)
+            check_rows(f"a level of {name}", level_NH, hidden_size, one.rows_NH.dtype)
     return tuple(
         LevelRows(
             rows={name: one.levels[number] for name, one in encoded.items() if one.levels[number:]},

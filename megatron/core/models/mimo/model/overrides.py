@@ -225,7 +225,7 @@ class StockEntryPoints(nn.Module):
             own_plan = cut.share_of_plan(plan)
             merged_SBH = embed_streams(embedding, own_plan, rows_NH, inputs.position_ids)
             levels = place_levels(
-                encoded, own_plan, like_SBH=merged_SBH, tp_group=embedding.tp_group
+                encoded, own_plan, hidden_size=merged_SBH.size(-1), tp_group=embedding.tp_group
             )
         merged_SBH = take_part(merged_SBH, idle)
         if torch.is_grad_enabled() and not merged_SBH.requires_grad:
