@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.checkpoints.folders import ASSETS, TRACKER
+from megatron.mimo.checkpoints.folders import ASSETS
+from megatron.mimo.checkpoints.tracker import holds_checkpoint
 from megatron.mimo.models import read_hf_config
 from megatron.mimo.models.common.folder import check_links
 
@@ -71,7 +72,7 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
 def loaded_assets(args: Namespace) -> Path | None:
     """The ``hf`` folder of the checkpoint that the run begins from, if it has one."""
     for root in (args.load, args.pretrained_checkpoint):
-        if root is not None and (Path(root) / TRACKER).is_file():
+        if root is not None and holds_checkpoint(Path(root)):
             folder = Path(root) / ASSETS
             return folder if (folder / "config.json").is_file() else None
     return None

@@ -8,6 +8,7 @@ in a file; beside them Megatron's ``metadata.json``, and an object with what is 
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -36,8 +37,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.core.models.mimo.submodules.state import WITHOUT_EXTRA_STATE
 from megatron.mimo.backend.pickles import load_index
-from megatron.mimo.checkpoints.folders import ASSETS, RELEASE, TRACKER, newest, problem, write_text
+from megatron.mimo.checkpoints.folders import ASSETS, newest, require_whole, write_text
+from megatron.mimo.checkpoints.hashed_saving import hash_checkpoint
+from megatron.mimo.checkpoints.inspection import Inspector, problem
 from megatron.mimo.checkpoints.slots import STATE_METADATA
+from megatron.mimo.checkpoints.tracker import RELEASE, TRACKER, is_iteration
 
 __all__ = [
     "CheckpointFile",
@@ -47,6 +51,8 @@ __all__ = [
     "without_checksums",
 ]
 
+
+_logger = logging.getLogger(__name__)
 
 # Not a tensor, and not of a run: what a Megatron that starts from these weights asks for.
 _COMMON = {
@@ -132,6 +138,7 @@ def finish_checkpoint(
         results.append(result)
     FileSystemWriter(folder).finish(Metadata(state_dict_metadata=described), [results])
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    hash_checkpoint(folder)
     write_text(root / TRACKER, RELEASE)
 
 
@@ -149,6 +156,11 @@ class CheckpointReader:
         trouble = problem(folder)
         if trouble is not None:
             raise ConfigError(f"checkpoint {folder} cannot be used: {trouble}")
+        if not (folder / ".metadata").is_file():
+            raise ConfigError(
+                f"checkpoint {folder} cannot be used: it was written with --ckpt-format torch; "
+                "expected torch_dist (the default): train an iteration more with that"
+            )
         self.folder = folder
         with (folder / ".metadata").open("rb") as file:
             metadata = load_index(file)
@@ -218,9 +230,15 @@ class CheckpointReader:
         place = self._places[MetadataIndex(key, chunk.offsets)]
         with (self.folder / place.relative_path).open("rb") as file:
             window = _Window(file, place.offset, place.length)
-            tensor: Tensor = torch.load(
-                cast(IO[bytes], window), map_location="cpu", weights_only=True
-            )
+            try:
+                tensor: Tensor = torch.load(
+                    cast(IO[bytes], window), map_location="cpu", weights_only=True
+                )
+            except Exception as error:
+                raise InputError(
+                    f"{self.folder / place.relative_path} is damaged: {key} cannot be read from "
+                    f"it: {type(error).__name__}; name another iteration, or restore the file"
+                ) from error
         return tensor
 
 
@@ -259,23 +277,34 @@ class _Window(io.RawIOBase):
 
 
 def locate(
-    checkpoint: Path, *, iteration: int | None = None, described: bool = True
+    checkpoint: Path,
+    *,
+    iteration: int | None = None,
+    described: bool = True,
+    inspector: Inspector | None = None,
 ) -> tuple[Path, Path]:
-    """The root of a checkpoint, and the folder with the weights to use.
+    """The root of a checkpoint, and the folder with the weights to use, which are whole.
+
+    A checkpoint that is passed over, being damaged, is logged as a warning.
 
     Args:
         checkpoint: a root, or one of its ``iter_...`` folders.
         iteration: another than the newest.
         described: it has to have a folder ``hf``.
+        inspector: of all ranks that call it; by default this process looks alone.
 
     Raises:
-        ConfigError: there is none, or it has no folder ``hf``.
+        ConfigError: there is none, it is damaged, or it has no folder ``hf``.
     """
+    inspector = inspector or Inspector()
     root, folder = checkpoint, checkpoint
-    if (checkpoint / ".metadata").is_file():
-        root = checkpoint.parent
+    if is_iteration(checkpoint):
+        root = checkpoint.absolute().parent
+        require_whole(checkpoint, inspector)
     else:
-        folder = newest(checkpoint, iteration)
+        folder = newest(checkpoint, iteration, inspector=inspector)
+    for text in inspector.said if inspector.ranks.rank == 0 else ():
+        _logger.warning("warning: %s", text)
     if described and not (root / ASSETS / "config.json").is_file():
         raise ConfigError(
             f"{root} has no {ASSETS}/config.json, which says what model it is; copy the folder "
