@@ -5,8 +5,8 @@
 
 A state of random tensors, as large as asked for, is saved by megatron-core's ``dist_checkpointing``
 on one process, hashed as a run does it, compared as at the start of a run, and loaded. Each is
-repeated; figures are medians. The files are in the page cache when they are hashed, as they are in
-a run, which has just written them; ``--cold`` asks the kernel to drop them before they are compared.
+repeated; figures are medians. The files are in the page cache when they are hashed, as in a run,
+which has just written them; ``--cold`` asks the kernel to drop them before they are compared.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +66,14 @@ def measure(folder: Path, gigabytes: float, repeats: int, *, cold: bool = False)
         for number in range(repeats):
             place = folder / f"iter_{number:07d}"
             place.mkdir()
-            seconds["save"].append(_timed(lambda: _save(_state(gigabytes), place)))
-            seconds["hash"].append(_timed(lambda: hash_checkpoint(place)))
+            seconds["save"].append(_timed(partial(_save, _state(gigabytes), place)))
+            seconds["hash"].append(_timed(partial(hash_checkpoint, place)))
             if cold:
                 _drop(place)
-            verdicts: list[str | None] = []
-            seconds["compare"].append(
-                _timed(lambda: verdicts.append(Inspector().problem(place)))
-            )
-            assert verdicts == [None], verdicts
-            seconds["load"].append(_timed(lambda: _load(_state(gigabytes), place)))
+            inspector = Inspector()
+            seconds["compare"].append(_timed(partial(inspector.problem, place)))
+            assert inspector.problem(place) is None
+            seconds["load"].append(_timed(partial(_load, _state(gigabytes), place)))
             size = sum(path.stat().st_size for path in place.iterdir())
             shutil.rmtree(place)
     median = {name: statistics.median(several) for name, several in seconds.items()}

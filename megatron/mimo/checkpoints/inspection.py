@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron.mimo.backend.pickles import load_index, load_object
 from megatron.mimo.checkpoints.hashes import (
     MANIFEST,
+    FileHash,
     ManifestError,
     first_change,
     read_manifest,
@@ -91,7 +94,7 @@ def problem(folder: Path) -> str | None:
         return first_change(folder, manifest) if manifest else _first_file_that_is_no_zip(folder)
     return (
         _problem_of_format(folder)
-        or _problem_of_index(folder)
+        or _problem_of_index(folder, manifest)
         or (first_change(folder, manifest) if manifest else None)
     )
 
@@ -113,7 +116,7 @@ def _problem_of_format(folder: Path) -> str | None:
     return None
 
 
-def _problem_of_index(folder: Path) -> str | None:
+def _problem_of_index(folder: Path, manifest: Mapping[str, FileHash] | None) -> str | None:
     """What is wrong with the index, or with the files that it names."""
     try:
         needed: dict[str, int] = {}
@@ -136,7 +139,8 @@ def _problem_of_index(folder: Path) -> str | None:
         actual = path.stat().st_size
         if actual < size:
             return f"{name} has {actual} bytes, expected {size}: it is cut off"
-    return None
+    unnamed = sorted({_INDEX, _FORMAT, *needed} - manifest.keys()) if manifest is not None else []
+    return f"{MANIFEST} does not name {unnamed[0]}" if unnamed else None
 
 
 def _places(folder: Path) -> list[Any]:
@@ -151,18 +155,19 @@ def _first_hole(folder: Path, rank: int, size: int) -> str | None:
     """
     if not (folder / _INDEX).is_file():
         return None
-    places = _places(folder)
-    mine = set(share(sorted({place.relative_path for place in places}), rank=rank, size=size))
-    for place in sorted(places, key=lambda one: (one.relative_path, one.offset)):
-        if place.relative_path not in mine or place.length < _ZIP_END_SIZE:
-            continue
-        with (folder / place.relative_path).open("rb") as file:
-            file.seek(place.offset)
-            start = file.read(len(_ZIP_START))
-            file.seek(place.offset + place.length - _ZIP_END_SIZE)
-            end = file.read(len(_ZIP_END))
-        if not any(start) or (start == _ZIP_START) != (end == _ZIP_END):
-            return f"{place.relative_path} holds no tensor at byte {place.offset}: it is damaged"
+    pieces: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for place in _places(folder):
+        if place.length >= _ZIP_END_SIZE:
+            pieces[place.relative_path].append((place.offset, place.length))
+    for name in share(sorted(pieces), rank=rank, size=size):
+        with (folder / name).open("rb") as file:
+            for offset, length in sorted(pieces[name]):
+                file.seek(offset)
+                start = file.read(len(_ZIP_START))
+                file.seek(offset + length - _ZIP_END_SIZE)
+                end = file.read(len(_ZIP_END))
+                if not any(start) or (start == _ZIP_START) != (end == _ZIP_END):
+                    return f"{name} holds no tensor at byte {offset}: it is damaged"
     return None
 
 

@@ -70,8 +70,19 @@ def starting_job() -> Ranks:
 
     def exchange(value: Any) -> list[Any]:
         number = next(_rounds)
-        store.set(f"{number}/{rank}", json.dumps(value))
-        return [json.loads(store.get(f"{number}/{other}")) for other in range(size)]
+        try:
+            store.set(f"{number}/{rank}", json.dumps(value))
+            values = [json.loads(store.get(f"{number}/{other}")) for other in range(size)]
+            if store.add(f"{number}/read", 1) == size:
+                store.set(f"{number}/done", "")
+            if rank == 0:  # whose store may end with it
+                store.wait([f"{number}/done"])
+        except RuntimeError as error:
+            raise ConfigError(
+                f"rank {rank} waited for the others to look at the checkpoint, and one did not "
+                f"answer: {str(error).splitlines()[0]}; its own message says why"
+            ) from error
+        return values
 
     return Ranks(rank=rank, size=size, exchange=exchange)
 

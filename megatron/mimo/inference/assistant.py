@@ -185,12 +185,9 @@ def open_assistant(
     model = _load(build_model(family, config, built, device=device), folder)
     limit, vocab_size = built.max_positions, built.tokens
     collate = sample_collator(family, config, seq_length=limit, vocab_size=vocab_size)
-    generator = Generator(
-        model, collate, vocab_size=vocab_size, max_length=limit, batch_size=batch_size
-    )
     return Assistant(
         chat,
-        generator,
+        Generator(model, collate, vocab_size=vocab_size, max_length=limit, batch_size=batch_size),
         sorted(ends - {None}),
         defaults=settings.options,
         keep_special_tokens=keep_special_tokens,
