@@ -53,13 +53,13 @@ class FileHash:
     hash: str
 
 
-def list_files(folder: Path) -> list[str]:
-    """The files in a checkpoint's folder and below, but for its manifest; relative, sorted."""
+def list_files(folder: Path, *, manifest: str = MANIFEST) -> list[str]:
+    """The files in a folder and below, but for its manifest; relative, sorted."""
     found = []
     for parent, _, names in os.walk(folder):
         for name in names:
             path = Path(parent, name)
-            if name != MANIFEST and not name.startswith(f".{MANIFEST}") and path.is_file():
+            if name != manifest and not name.startswith(f".{manifest}") and path.is_file():
                 found.append(path.relative_to(folder).as_posix())
     return sorted(found)
 
@@ -132,33 +132,35 @@ def first_change(
     return None
 
 
-def write_manifest(folder: Path, files: Mapping[str, FileHash]) -> None:
-    """Write the hashes of all files beside them; readers see all or nothing."""
+def write_manifest(
+    folder: Path, files: Mapping[str, FileHash], *, manifest: str = MANIFEST
+) -> None:
+    """Write the hashes of all files beside them, as ``manifest``; readers see all or nothing."""
     content = {
         "algorithm": _ALGORITHM,
         "files": {
             name: {"size": one.size, "hash": one.hash} for name, one in sorted(files.items())
         },
     }
-    fresh = folder / f".{MANIFEST}.new"
+    fresh = folder / f".{manifest}.new"
     with fresh.open("w") as file:
         json.dump(content, file, indent=0)
         file.flush()
         os.fsync(file.fileno())
-    fresh.replace(folder / MANIFEST)
+    fresh.replace(folder / manifest)
 
 
-def read_manifest(folder: Path) -> dict[str, FileHash] | None:
-    """What ``write_manifest`` wrote; None for a checkpoint without.
+def read_manifest(folder: Path, *, manifest: str = MANIFEST) -> dict[str, FileHash] | None:
+    """What ``write_manifest`` wrote; None for a folder without.
 
     Raises:
         ManifestError: it is damaged.
     """
-    path = folder / MANIFEST
+    path = folder / manifest
     if not os.path.lexists(path):
         return None
     if not path.is_file():
-        raise ManifestError(f"{MANIFEST} is not a file")
+        raise ManifestError(f"{manifest} is not a file")
     try:
         content = json.loads(path.read_bytes())
         files = {
@@ -168,10 +170,10 @@ def read_manifest(folder: Path) -> dict[str, FileHash] | None:
         algorithm = content["algorithm"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ManifestError(
-            f"{MANIFEST} cannot be read: {type(error).__name__}: {str(error)[:100]}"
+            f"{manifest} cannot be read: {type(error).__name__}: {str(error)[:100]}"
         ) from error
     if algorithm != _ALGORITHM:
-        raise ManifestError(f"{MANIFEST} has hashes of {algorithm!r}, expected {_ALGORITHM!r}")
+        raise ManifestError(f"{manifest} has hashes of {algorithm!r}, expected {_ALGORITHM!r}")
     return files
 
 

@@ -43,6 +43,7 @@ class Inspector:
         hashes: compare the bytes with the hashes that were written with them.
 
     Attributes:
+        hashes: as given.
         unchecked: folders of whole checkpoints whose bytes were not compared, for want of hashes.
         said: what the user should know, for those who look for a checkpoint to add to.
     """
@@ -51,7 +52,7 @@ class Inspector:
         self.ranks = ranks or Ranks()
         self.unchecked: set[Path] = set()
         self.said: list[str] = []
-        self._hashes = hashes
+        self.hashes = hashes
         self._verdicts: dict[Path, str | None] = {}
 
     def problem(self, folder: Path) -> str | None:
@@ -63,13 +64,13 @@ class Inspector:
         if folder not in self._verdicts:
             answers = self.ranks.gather(self._look(folder))
             self._verdicts[folder] = next(filter(None, answers), None)
-            if self._hashes and not os.path.lexists(folder / MANIFEST):
+            if self.hashes and not os.path.lexists(folder / MANIFEST):
                 self.unchecked.add(folder)
         return self._verdicts[folder]
 
     def _look(self, folder: Path) -> str | None:
         trouble = problem(folder)
-        if trouble is not None or not self._hashes:
+        if trouble is not None or not self.hashes:
             return trouble
         manifest = read_manifest(folder)
         rank, size = self.ranks.rank, self.ranks.size

@@ -8,8 +8,8 @@ in a file; beside them Megatron's ``metadata.json``, and an object with what is 
 from __future__ import annotations
 
 import io
-import logging
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +37,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.core.models.mimo.submodules.state import WITHOUT_EXTRA_STATE
 from megatron.mimo.backend.pickles import load_index
+from megatron.mimo.checkpoints.assets import changed_asset
 from megatron.mimo.checkpoints.folders import ASSETS, newest, require_whole, write_text
 from megatron.mimo.checkpoints.hashed_saving import hash_checkpoint
 from megatron.mimo.checkpoints.inspection import Inspector, problem
@@ -51,8 +52,6 @@ __all__ = [
     "without_checksums",
 ]
 
-
-_logger = logging.getLogger(__name__)
 
 # Not a tensor, and not of a run: what a Megatron that starts from these weights asks for.
 _COMMON = {
@@ -285,7 +284,7 @@ def locate(
 ) -> tuple[Path, Path]:
     """The root of a checkpoint, and the folder with the weights to use, which are whole.
 
-    A checkpoint that is passed over, being damaged, is logged as a warning.
+    A checkpoint that is passed over, being damaged, is told on standard error.
 
     Args:
         checkpoint: a root, or one of its ``iter_...`` folders.
@@ -303,8 +302,13 @@ def locate(
         require_whole(checkpoint, inspector)
     else:
         folder = newest(checkpoint, iteration, inspector=inspector)
+    if inspector.hashes:
+        broken = changed_asset(root / ASSETS, weights=True)
+        if broken is not None:
+            raise ConfigError(broken)
+        inspector.said += filter(None, [changed_asset(root / ASSETS)])
     for text in inspector.said if inspector.ranks.rank == 0 else ():
-        _logger.warning("warning: %s", text)
+        sys.stderr.write(f"warning: {text}\n")
     if described and not (root / ASSETS / "config.json").is_file():
         raise ConfigError(
             f"{root} has no {ASSETS}/config.json, which says what model it is; copy the folder "

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.checkpoints.folders import choose, newest, saved_arguments, settle
+from megatron.mimo.checkpoints.assets import changed_asset
+from megatron.mimo.checkpoints.folders import ASSETS, choose, newest, saved_arguments, settle
 from megatron.mimo.checkpoints.inspection import Inspector
 from megatron.mimo.checkpoints.ranks import starting_job
 from megatron.mimo.lora import base_checkpoint, saved_settings, settings_from
@@ -70,6 +71,8 @@ def choose_start(args: Namespace, *, repair: bool) -> tuple[int | None, str | No
             "away to start from scratch"
         )
     if folder is not None:
+        if inspector.hashes:
+            said.append(changed_asset(folder.parent / ASSETS))
         _check_adapters(args, folder, is_own=not began_elsewhere and start is not None)
         saved = saved_arguments(folder)
         if saved is not None:
