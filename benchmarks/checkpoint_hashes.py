@@ -57,9 +57,9 @@ def main() -> None:
 
 def measure(folder: Path, gigabytes: float, repeats: int, *, cold: bool = False) -> dict[str, Any]:
     """All figures."""
+    from megatron.mimo.arguments.standalone import process_groups
     from megatron.mimo.checkpoints.hashed_saving import hash_checkpoint
     from megatron.mimo.checkpoints.inspection import Inspector
-    from megatron.mimo.arguments.standalone import process_groups
 
     seconds: dict[str, list[float]] = {"save": [], "hash": [], "compare": [], "load": []}
     with process_groups():
