@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.backend import select_backend
 from megatron.mimo.checkpoints.hashes import MANIFEST
-from megatron.mimo.checkpoints.inspection import Inspector, problem
+from megatron.mimo.checkpoints.inspection import FORMAT, Inspector, problem
 from megatron.mimo.checkpoints.tracker import (
     RELEASE,
     TRACKER,
@@ -107,7 +107,8 @@ def settle(folder: Path, *, repair: bool, inspector: Inspector) -> tuple[str | N
     found, said = _first_whole(root, inspector)
     if found is None:
         tracked = root.tracker.name is not None or root.tracker.trouble is not None
-        finished = any(os.path.lexists(root.path(name) / MANIFEST) for name in root.names())
+        ends = (root.path(name) / end for name in root.names() for end in (FORMAT, MANIFEST))
+        finished = any(map(os.path.lexists, ends))
         if not tracked and not any(inspector.ranks.gather(finished)):
             return None, f"{folder} holds only unfinished checkpoints; starting from scratch"
         raise ConfigError(

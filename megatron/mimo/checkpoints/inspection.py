@@ -26,9 +26,10 @@ from megatron.mimo.checkpoints.hashes import (
 )
 from megatron.mimo.checkpoints.ranks import Ranks
 
-__all__ = ["Inspector", "problem"]
+__all__ = ["FORMAT", "Inspector", "problem"]
 
-_INDEX, _FORMAT = ".metadata", "metadata.json"
+FORMAT = "metadata.json"  # what is written last, but for the hashes
+_INDEX = ".metadata"
 _ZIP_START, _ZIP_END, _ZIP_END_SIZE = b"PK\x03\x04", b"PK\x05\x06", 22  # of what torch.save writes
 
 
@@ -102,18 +103,18 @@ def problem(folder: Path) -> str | None:
 
 def _problem_of_format(folder: Path) -> str | None:
     """What is wrong with the two files that are written last."""
-    for name, what in ((_INDEX, "its index (.metadata)"), (_FORMAT, _FORMAT)):
+    for name, what in ((_INDEX, "its index (.metadata)"), (FORMAT, FORMAT)):
         if not (folder / name).is_file():
             if os.path.lexists(folder / name):
                 return f"{what} is not a file"
             return f"{what} is missing: writing it was interrupted"
     try:
-        content = json.loads((folder / _FORMAT).read_bytes())
+        content = json.loads((folder / FORMAT).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        return f"{_FORMAT} cannot be read: {type(error).__name__}: {str(error)[:100]}"
+        return f"{FORMAT} cannot be read: {type(error).__name__}: {str(error)[:100]}"
     backend = content.get("sharded_backend") if isinstance(content, dict) else None
     if backend != "torch_dist":
-        return f"{_FORMAT} says the format {backend!r}, expected 'torch_dist'"
+        return f"{FORMAT} says the format {backend!r}, expected 'torch_dist'"
     return None
 
 
@@ -140,7 +141,7 @@ def _problem_of_index(folder: Path, manifest: Mapping[str, FileHash] | None) -> 
         actual = path.stat().st_size
         if actual < size:
             return f"{name} has {actual} bytes, expected {size}: it is cut off"
-    unnamed = sorted({_INDEX, _FORMAT, *needed} - manifest.keys()) if manifest is not None else []
+    unnamed = sorted({_INDEX, FORMAT, *needed} - manifest.keys()) if manifest is not None else []
     return f"{MANIFEST} does not name {unnamed[0]}" if unnamed else None
 
 

@@ -149,6 +149,11 @@ def test_all_damaged_is_refused_with_all_that_is_wrong(root: Path) -> None:
     (root / TRACKER).unlink()  # a start from scratch would write over them
     with pytest.raises(ConfigError, match="no complete checkpoint is left"):
         choose(arguments(root), repair=True)
+    for path in root.glob("*/hashes.json"):  # of an older version
+        path.unlink()
+        zero(path.with_name("__0_0.distcp"), Random(0))
+    with pytest.raises(ConfigError, match="no complete checkpoint is left"):
+        choose(arguments(root), repair=True)
 
 
 def test_without_hashes_it_is_loaded_and_said(root: Path) -> None:
