@@ -64,10 +64,11 @@ class _Root:
     @classmethod
     def read(cls, folder: Path, inspector: Inspector) -> _Root:
         tracker = Tracker.read(folder)
-        seen = (
-            *(tracker.name, tracker.trouble),
-            *(iterations(folder), (folder / RELEASE).is_dir()),
-        )
+        try:
+            found = iterations(folder), (folder / RELEASE).is_dir()
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be read: {error.strerror}; mend that") from error
+        seen = (tracker.name, tracker.trouble, *found)
         name, trouble, numbers, has_release = inspector.ranks.gather(seen)[0]
         tracker = Tracker(name=name, trouble=trouble)
         return cls(folder=folder, tracker=tracker, numbers=tuple(numbers), has_release=has_release)

@@ -63,7 +63,11 @@ class Inspector:
             folder: one iteration's.
         """
         if folder not in self._verdicts:
-            answers = self.ranks.gather(self._look(folder))
+            try:
+                seen = self._look(folder)
+            except OSError as error:  # a dead disk, or not ours to read
+                seen = f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
+            answers = self.ranks.gather(seen)
             self._verdicts[folder] = next(filter(None, answers), None)
             if self.hashes and not os.path.lexists(folder / MANIFEST):
                 self.unchecked.add(folder)
