@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,9 @@ from megatron.mimo.checkpoints.ranks import Ranks, running_job
 __all__ = ["hash_checkpoint", "hashed_by_writers"]
 
 
-def hash_checkpoint(folder: Path, ranks: Ranks | None = None) -> None:
+def hash_checkpoint(
+    folder: Path, ranks: Ranks | None = None, *, known: Mapping[str, FileHash] | None = None
+) -> None:
     """Write the manifest of a checkpoint whose files are all on the disk.
 
     Collective over ``ranks``: each reads the files that it has written, whose bytes its host still
@@ -32,15 +34,17 @@ def hash_checkpoint(folder: Path, ranks: Ranks | None = None) -> None:
     Args:
         folder: of the checkpoint.
         ranks: this process alone by default.
+        known: hashes of files that this rank has taken as it wrote them.
     """
-    ranks = ranks or Ranks()
+    ranks, known = ranks or Ranks(), known or {}
     names = list_files(folder)
     mine = [name for name in names if written_by(name) == ranks.rank]
     others = [name for name in names if (written_by(name) or 0) >= ranks.size]
     others += [name for name in names if written_by(name) is None]
     others = ranks.gather(sorted(others))[0]  # rank 0 has written most of them
     mine += share(others, rank=ranks.rank, size=ranks.size)
-    _put_together(folder, hash_files(folder, sorted(set(mine))), ranks)
+    found = hash_files(folder, sorted({*mine} - known.keys()))
+    _put_together(folder, found | dict(known), ranks)
 
 
 @contextmanager

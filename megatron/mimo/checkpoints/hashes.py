@@ -11,14 +11,16 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Buffer, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 __all__ = [
     "MANIFEST",
     "FileHash",
+    "HashedWrites",
     "ManifestError",
     "first_change",
     "hash_files",
@@ -62,6 +64,38 @@ def list_files(folder: Path, *, manifest: str = MANIFEST) -> list[str]:
             if name != manifest and not name.startswith(f".{manifest}") and path.is_file():
                 found.append(path.relative_to(folder).as_posix())
     return sorted(found)
+
+
+class HashedWrites:
+    """A file that is written from its start to its end, and hashed on the way.
+
+    Args:
+        file: new, open for writing.
+
+    Attributes:
+        size: bytes written so far.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.size = 0
+        self._file = file
+        self._value = 0
+
+    def write(self, data: Buffer) -> int:
+        """Write all of it."""
+        self._file.write(data)
+        self._value = zlib.crc32(data, self._value)
+        count = memoryview(data).nbytes
+        self.size += count
+        return count
+
+    def flush(self) -> None:
+        """Nothing: the file is flushed by who has opened it."""
+
+    @property
+    def hash(self) -> FileHash:
+        """Of all that was written so far."""
+        return FileHash(size=self.size, hash=f"{self._value:08x}")
 
 
 def written_by(name: str) -> int | None:

@@ -40,6 +40,7 @@ from megatron.mimo.backend.pickles import load_index
 from megatron.mimo.checkpoints.assets import changed_asset
 from megatron.mimo.checkpoints.folders import ASSETS, newest, require_whole, write_text
 from megatron.mimo.checkpoints.hashed_saving import hash_checkpoint
+from megatron.mimo.checkpoints.hashes import FileHash, HashedWrites
 from megatron.mimo.checkpoints.inspection import Inspector, problem
 from megatron.mimo.checkpoints.slots import STATE_METADATA
 from megatron.mimo.checkpoints.tracker import RELEASE, TRACKER, is_iteration
@@ -70,8 +71,9 @@ class CheckpointFile:
     """
 
     def __init__(self, folder: Path, number: int) -> None:
-        self._name = f"__{number}_0.distcp"
-        self._file = (folder / self._name).open("xb")
+        self.name = f"__{number}_0.distcp"
+        self._file = (folder / self.name).open("xb")
+        self._hashed = HashedWrites(self._file)
         self.pieces: list[tuple[ShardedTensor, WriteResult]] = []
 
     def write(self, piece: ShardedTensor) -> None:
@@ -80,12 +82,17 @@ class CheckpointFile:
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # torch.save would write all of the storage
         index = MetadataIndex(piece.key, torch.Size(piece.global_offset))
-        start = self._file.tell()
-        torch.save(tensor, self._file)
-        length = self._file.tell() - start
-        info = _StorageInfo(self._name, start, length)
+        start = self._hashed.size
+        torch.save(tensor, cast(IO[bytes], self._hashed))
+        length = self._hashed.size - start
+        info = _StorageInfo(self.name, start, length)
         result = WriteResult(index=index, size_in_bytes=length, storage_data=info)
         self.pieces.append((piece.without_data(), result))
+
+    @property
+    def hash(self) -> FileHash:
+        """Of all that was written so far."""
+        return self._hashed.hash
 
     def close(self) -> None:
         """Bring the file to the disk."""
@@ -137,7 +144,7 @@ def finish_checkpoint(
         results.append(result)
     FileSystemWriter(folder).finish(Metadata(state_dict_metadata=described), [results])
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-    hash_checkpoint(folder)
+    hash_checkpoint(folder, known={file.name: file.hash for file in files})
     write_text(root / TRACKER, RELEASE)
 
 

@@ -200,6 +200,9 @@ def test_a_damaged_manifest_is_told(root: Path, content: str, said: str) -> None
 def test_an_import_is_hashed_and_gives_way_to_nothing(tmp_path: Path) -> None:
     folder = write(tmp_path, None)
     assert choose(arguments(tmp_path), repair=True) == (0, None)
+    written = (folder / MANIFEST).read_text()  # hashed on the way
+    hash_checkpoint(folder)
+    assert (folder / MANIFEST).read_text() == written
     flip(folder / "__0_0.distcp", Random(0))
     with pytest.raises(ConfigError, match=r"release is damaged: __0_0.distcp has the hash"):
         choose(arguments(tmp_path), repair=True)
