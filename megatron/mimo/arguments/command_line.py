@@ -85,6 +85,12 @@ def add_mimo_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many of the newest checkpoints stay on disk (0: all)",
     )
+    group.add_argument(
+        "--no-checkpoint-hashes",
+        action="store_false",
+        dest="checkpoint_hashes",
+        help="neither write hashes of a checkpoint's files nor compare them when it is loaded",
+    )
     group.add_argument("--fp32", action="store_true", help="train in fp32 where bf16 is usual")
     group.add_argument("--verbose", action="store_true", help="show all that Megatron prints")
 

@@ -1,9 +1,11 @@
-"""Refuses flags under which a run would write checkpoints that its own command cannot load."""
+"""Refuses flags under which a run would not write, or not load, its own checkpoints."""
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from importlib.util import find_spec
+from pathlib import Path
 
 from megatron.core.models.mimo.errors import ConfigError
 
@@ -13,11 +15,12 @@ _EMERGING = ("muon", "lion")  # from the package emerging_optimizers
 
 
 def check_saving(args: Namespace) -> None:
-    """Check optimizer, format and kind of the checkpoints, before Megatron does.
+    """Check folders, optimizer, format and kind of the checkpoints, before Megatron does.
 
     Raises:
         ConfigError: naming the flags, and what to give in their place.
     """
+    _check_folders(args)
     _check_optimizer(args)
     _check_format(args)
     if args.non_persistent_save_interval or args.non_persistent_ckpt_type:
@@ -27,6 +30,26 @@ def check_saving(args: Namespace) -> None:
             "--keep-checkpoints N keeps the newest N and removes the others, and "
             "--save-retain-interval keeps every so many of them"
         )
+
+
+def _check_folders(args: Namespace) -> None:
+    """Refuse files, pipes and the like where a folder has to be, and folders in a file's place."""
+    for name in ("output", "save", "tensorboard_dir", "load", "pretrained_checkpoint"):
+        value = getattr(args, name, None)
+        if value is None:
+            continue
+        flag, folder = "--" + name.replace("_", "-"), Path(value)
+        nearest = next(filter(os.path.lexists, (folder, *folder.absolute().parents)))
+        if not nearest.is_dir():
+            raise ConfigError(
+                f"{flag} {value}: {nearest} is not a folder; name another one, or move it away"
+            )
+        if name in ("output", "save") and not os.access(nearest, os.W_OK | os.X_OK):
+            raise ConfigError(f"{flag} {value}: {nearest} cannot be written to; name another one")
+    for name in ("loss.csv", "metrics.json") if args.output is not None else ():
+        file = Path(args.output, name)
+        if os.path.lexists(file) and not file.is_file():
+            raise ConfigError(f"--output {args.output}: {file} is not a file; move it away")
 
 
 def _check_optimizer(args: Namespace) -> None:

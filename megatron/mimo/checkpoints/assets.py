@@ -5,26 +5,82 @@ from __future__ import annotations
 import json
 import shutil
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.checkpoints.folders import ASSETS, TRACKER
+from megatron.mimo.checkpoints.folders import ASSETS
+from megatron.mimo.checkpoints.hashes import (
+    FileHash,
+    ManifestError,
+    first_change,
+    hash_files,
+    list_files,
+    read_manifest,
+    write_manifest,
+)
+from megatron.mimo.checkpoints.tracker import holds_checkpoint
 from megatron.mimo.models import read_hf_config
 from megatron.mimo.models.common.folder import check_links
 
 __all__ = [
+    "ASSET_HASHES",
     "CONFIG",
     "PROCESSOR",
     "asset_folders",
+    "changed_asset",
     "end_tokens",
+    "hash_assets",
     "loaded_assets",
     "read_processor",
     "write_assets",
 ]
 
 CONFIG, PROCESSOR = "config.json", "*processor_config.json"
+ASSET_HASHES = "mimo_hashes.json"
+_WEIGHTS = ".safetensors"
 GENERATION = "generation_config.json"
+
+
+def hash_assets(folder: Path, *names: str) -> None:
+    """Write hashes of what a folder ``hf`` holds beside it.
+
+    Args:
+        folder: it is whole.
+        names: of files that were changed: only their hashes are renewed, where there are some.
+    """
+    known: dict[str, FileHash] = {}
+    if names:
+        with suppress(ManifestError):
+            known = read_manifest(folder, manifest=ASSET_HASHES) or {}
+        if not known:
+            return
+    found = hash_files(folder, names or list_files(folder, manifest=ASSET_HASHES))
+    write_manifest(folder, known | found, manifest=ASSET_HASHES)
+
+
+def changed_asset(folder: Path, *, weights: bool = False) -> str | None:
+    """What has changed in a folder ``hf`` since it was written, to be said; None where nothing has.
+
+    People may change these files; disks should not.
+
+    Args:
+        folder: with hashes, or without (an older one): then nothing is known to have changed.
+        weights: the weights that lie in it, or all that does not hold weights.
+    """
+    try:
+        known = read_manifest(folder, manifest=ASSET_HASHES) or {}
+        chosen = {name: one for name, one in known.items() if name.endswith(_WEIGHTS) == weights}
+        change = first_change(folder, chosen) or first_change(folder, chosen, list(chosen))
+    except ManifestError as error:
+        change = str(error)
+    if change is None:
+        return None
+    return (
+        f"{folder}/{change}; restore it or, if it was changed on purpose, remove "
+        f"{folder / ASSET_HASHES}"
+    )
 
 
 def read_processor(folder: Path) -> Any:
@@ -71,7 +127,7 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
 def loaded_assets(args: Namespace) -> Path | None:
     """The ``hf`` folder of the checkpoint that the run begins from, if it has one."""
     for root in (args.load, args.pretrained_checkpoint):
-        if root is not None and (Path(root) / TRACKER).is_file():
+        if root is not None and holds_checkpoint(Path(root)):
             folder = Path(root) / ASSETS
             return folder if (folder / "config.json").is_file() else None
     return None

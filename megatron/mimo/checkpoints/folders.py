@@ -1,23 +1,25 @@
-"""Which checkpoint a run may start from, and how many of them stay on disk.
-
-Megatron writes ``iter_0000100/``: first the ``*.distcp`` files, then ``.metadata`` that indexes
-them, then ``metadata.json``, and at last the tracker file with the number 100. A run that is
-killed leaves any prefix of this; nothing but a directory that passes ``problem`` is ever loaded.
-"""
+"""Which checkpoint a run may start from, and how many of them stay on disk."""
 
 from __future__ import annotations
 
 import os
-import pickle
-import re
 import shutil
 import warnings
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.backend import select_backend
-from megatron.mimo.backend.pickles import load_index, load_object
+from megatron.mimo.checkpoints.hashes import MANIFEST
+from megatron.mimo.checkpoints.inspection import FORMAT, Inspector, problem
+from megatron.mimo.checkpoints.tracker import (
+    RELEASE,
+    TRACKER,
+    Tracker,
+    iteration_name,
+    iterations,
+)
 
 __all__ = [
     "ASSETS",
@@ -28,76 +30,148 @@ __all__ = [
     "newest",
     "problem",
     "prune",
+    "require_whole",
     "saved_arguments",
+    "settle",
     "write_text",
 ]
 
-TRACKER = "latest_checkpointed_iteration.txt"
-"""The file that makes a folder one of checkpoints: it names the last."""
 ASSETS = "hf"
 """The folder beside the checkpoints with all that a model has besides weights."""
-RELEASE = "release"  # in place of an iteration: weights that were imported, without a run's state
-_NAME = re.compile(r"iter_(\d{7,})")
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
     """The iteration directories of ``folder``, oldest first, complete or not."""
-    if not folder.is_dir():
-        return {}
-    found = {}
-    for path in folder.iterdir():
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    return {number: folder / iteration_name(number) for number in iterations(folder)}
 
 
-def problem(path: Path) -> str | None:
-    """What keeps a checkpoint directory from being loaded; None when it is complete.
+@dataclass(frozen=True, kw_only=True)
+class _Root:
+    """A folder of checkpoints as rank 0 sees it.
 
-    Checks that all parts exist with the sizes its index gives, not the bytes in them
-    (``--verify-integrity`` does).
+    Attributes:
+        folder: what ``--load`` names.
+        tracker: what stands in its tracker file.
+        numbers: of its iterations, oldest first.
+        has_release: whether there is a folder ``release``.
     """
-    if not path.is_dir():
-        return "it does not exist"
-    if any(path.glob("mp_rank_0*")):
-        return None  # written with --ckpt-format torch, which has no index to check
-    if not (path / ".metadata").is_file():
-        return "its index (.metadata) is missing: writing it was interrupted"
-    if not (path / "metadata.json").is_file():
-        return "metadata.json is missing: writing it was interrupted"
-    try:
-        with (path / ".metadata").open("rb") as file:
-            index = load_index(file).storage_data or {}
-        needed: dict[str, int] = {}
-        for part in index.values():
-            end = part.offset + part.length
-            needed[part.relative_path] = max(needed.get(part.relative_path, 0), end)
-    except Exception as error:  # noqa: BLE001 - a damaged pickle raises anything
-        return f"its index (.metadata) cannot be read: {type(error).__name__}: {error}"
-    if (path / "common.pt").is_file():  # of older versions of megatron-core
+
+    folder: Path
+    tracker: Tracker
+    numbers: tuple[int, ...]
+    has_release: bool
+
+    @classmethod
+    def read(cls, folder: Path, inspector: Inspector) -> _Root:
+        tracker = Tracker.read(folder)
         try:
-            with (path / "common.pt").open("rb") as file:
-                load_object(file)
-        except Exception as error:  # noqa: BLE001 - as above
-            reason = str(error).partition(". ")[0].partition("\n")[0]
-            return f"common.pt cannot be read: {type(error).__name__}: {reason}"
-    for name, size in sorted(needed.items()):
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        actual = (path / name).stat().st_size
-        if actual < size:
-            return f"{name} has {actual} bytes, expected {size}: it is cut off"
-    return None
+            found = iterations(folder), (folder / RELEASE).is_dir()
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be read: {error.strerror}; mend that") from error
+        seen = (tracker.name, tracker.trouble, *found)
+        name, trouble, numbers, has_release = inspector.ranks.gather(seen)[0]
+        tracker = Tracker(name=name, trouble=trouble)
+        return cls(folder=folder, tracker=tracker, numbers=tuple(numbers), has_release=has_release)
+
+    @property
+    def is_empty(self) -> bool:
+        nothing = self.tracker.name is None and self.tracker.trouble is None
+        return nothing and not self.numbers and not self.has_release
+
+    def path(self, name: str) -> Path:
+        return self.folder / (RELEASE if name == RELEASE else iteration_name(int(name)))
+
+    def names(self) -> list[str]:
+        """All that may be loaded: what the tracker says, then from the newest to the oldest."""
+        others = [str(number) for number in reversed(self.numbers)]
+        first = [self.tracker.name] if self.tracker.name is not None else []
+        return list(dict.fromkeys([*first, *others, *([RELEASE] if self.has_release else [])]))
 
 
-def choose(args: Namespace, *, repair: bool) -> tuple[int | None, str | None]:
+def settle(folder: Path, *, repair: bool, inspector: Inspector) -> tuple[str | None, str | None]:
+    """Find the newest checkpoint in ``folder`` that is whole; its tracker file names it then.
+
+    Args:
+        folder: a root.
+        repair: rewrite the tracker file when it does not name that checkpoint (one rank only).
+        inspector: of all ranks.
+
+    Returns:
+        "release", a number, or None where there is nothing to load; and a warning or None.
+
+    Raises:
+        ConfigError: all checkpoints are damaged, or the tracker file cannot be written.
+    """
+    root = _Root.read(folder, inspector)
+    if root.is_empty:
+        return None, None
+    found, said = _first_whole(root, inspector)
+    if found is None:
+        tracked = root.tracker.name is not None or root.tracker.trouble is not None
+        ends = (root.path(name) / end for name in root.names() for end in (FORMAT, MANIFEST))
+        finished = any(map(os.path.lexists, ends))
+        if not tracked and not any(inspector.ranks.gather(finished)):
+            return None, f"{folder} holds only unfinished checkpoints; starting from scratch"
+        raise ConfigError(
+            f"{said}; no complete checkpoint is left there; restore it, or remove {folder} to "
+            "start from scratch"
+        )
+    if found == root.tracker.name:
+        return found, said or None
+    _put_right(folder, found, repair=repair, inspector=inspector)
+    what = "the imported weights" if found == RELEASE else f"iteration {found}"
+    return found, "; ".join([said, f"using the newest complete one, {what}"])
+
+
+def _first_whole(root: _Root, inspector: Inspector) -> tuple[str | None, str]:
+    """The first checkpoint that can be loaded, and what is wrong with those before it."""
+    said = []
+    if root.tracker.trouble is not None:
+        said.append(f"{root.folder / TRACKER} is damaged: {root.tracker.trouble}")
+    elif root.tracker.name is None:
+        said.append(f"{root.folder / TRACKER} is missing")
+    for name in root.names():
+        trouble = inspector.problem(root.path(name))
+        if trouble is None:
+            if root.path(name) in inspector.unchecked:
+                unchecked = _unchecked(root.path(name))
+                return name, unchecked if name == root.tracker.name else "; ".join(
+                    [*said, unchecked]
+                )
+            return name, "; ".join(said)
+        said.append(f"checkpoint {root.path(name)} is damaged: {trouble}")
+    return None, "; ".join(said)
+
+
+def _unchecked(folder: Path) -> str:
+    return (
+        f"{folder} has no {MANIFEST} (it is older, or was written without): its bytes are unchecked"
+    )
+
+
+def _put_right(folder: Path, name: str, *, repair: bool, inspector: Inspector) -> None:
+    """Rewrite the tracker file on one rank, and tell all of them where that fails."""
+    failed = None
+    if repair:
+        try:
+            Tracker.put_right(folder, name)
+        except ConfigError as error:
+            failed = str(error)
+    failure = next(filter(None, inspector.ranks.gather(failed)), None)
+    if failure is not None:
+        raise ConfigError(failure)
+
+
+def choose(
+    args: Namespace, *, repair: bool, inspector: Inspector | None = None
+) -> tuple[int | None, str | None]:
     """Find the checkpoint to start from, in ``args.load``.
 
     Args:
         args: parsed arguments; ``explicit_load`` says that the user named the directory.
         repair: rewrite the tracker file when it does not name the chosen checkpoint (one rank
             only; the others come to the same answer before and after).
+        inspector: of all ranks; by default this process looks alone.
 
     Returns:
         The iteration (None: start from scratch), and a warning to show or None.
@@ -108,54 +182,25 @@ def choose(args: Namespace, *, repair: bool) -> tuple[int | None, str | None]:
     """
     if args.load is None:
         return None, None
+    inspector = inspector or Inspector()
     folder = Path(args.load)
-    tracked = _read_tracker(folder)
-    available = checkpoints(folder)
-    if args.ckpt_step and args.pretrained_checkpoint is not None and tracked is None:
-        origin = Path(args.pretrained_checkpoint)
-        _require(origin, args.ckpt_step, checkpoints(origin))
-        return None, None
+    root = _Root.read(folder, inspector)
+    if args.ckpt_step and args.pretrained_checkpoint is not None and root.tracker.name is None:
+        root = _Root.read(Path(args.pretrained_checkpoint), inspector)
     if args.ckpt_step:
-        _require(folder, args.ckpt_step, available)
-        return args.ckpt_step, None
-    if tracked == RELEASE:
-        trouble = problem(folder / RELEASE)
-        if trouble is not None:
-            raise ConfigError(
-                f"checkpoint {folder}/{RELEASE} is damaged: {trouble}; import the model again"
-            )
-        return 0, None
-    if tracked is None and not available:
+        said = _require(root, args.ckpt_step, inspector)
+        if root.tracker.trouble is not None:  # Megatron reads it all the same
+            _put_right(root.folder, str(args.ckpt_step), repair=repair, inspector=inspector)
+        return args.ckpt_step if root.folder == folder else None, said
+    if root.is_empty:
         if args.explicit_load and args.pretrained_checkpoint is None:
             raise ConfigError(
                 f"--load {folder}: there is no checkpoint; "
                 + (_what_else(folder) or "leave --load away to start from scratch, or correct it")
             )
         return None, None
-    wanted = int(tracked) if tracked and tracked.isdigit() else None
-    if wanted is not None:
-        trouble = problem(folder / f"iter_{wanted:07d}")
-        if trouble is None:
-            return wanted, None
-        what = f"checkpoint {folder}/iter_{wanted:07d} is damaged: {trouble}"
-    elif tracked is None:
-        what = f"{folder}/{TRACKER} is missing"
-    else:
-        what = f"{folder}/{TRACKER} is damaged: it says {tracked!r}, expected an iteration"
-    complete = [
-        number for number, path in available.items() if number != wanted and problem(path) is None
-    ]
-    if wanted is None and tracked is None and not complete:
-        return None, f"{folder} holds only unfinished checkpoints; starting from scratch"
-    if not complete:
-        raise ConfigError(
-            f"{what}; no complete checkpoint is left there; "
-            f"restore it, or remove {folder} to start from scratch"
-        )
-    newest = complete[-1]
-    if repair:
-        write_text(folder / TRACKER, str(newest))
-    return newest, f"{what}; using the newest complete one, iteration {newest}"
+    found, said = settle(folder, repair=repair, inspector=inspector)
+    return None if found is None else 0 if found == RELEASE else int(found), said
 
 
 def _what_else(folder: Path) -> str | None:
@@ -170,33 +215,40 @@ def _what_else(folder: Path) -> str | None:
     return None
 
 
-def newest(folder: Path, iteration: int | None = None) -> Path:
-    """The directory of the newest complete checkpoint in ``folder``, or of the one asked for.
+def newest(
+    folder: Path, iteration: int | None = None, *, inspector: Inspector | None = None
+) -> Path:
+    """The directory of the newest whole checkpoint in ``folder``, or of the one asked for.
 
     Args:
         folder: what ``--save`` or ``convert import`` wrote.
         iteration: another than the newest.
+        inspector: is told what the user should know; by default nobody is.
 
     Raises:
         ConfigError: there is none that can be used.
     """
-    available = checkpoints(folder)
+    inspector = inspector or Inspector()
+    root = _Root.read(folder, inspector)
     if iteration is not None:
-        _require(folder, iteration, available)
-        return available[iteration]
-    if _read_tracker(folder) == RELEASE:
-        return folder / RELEASE
-    complete = [path for path in available.values() if problem(path) is None]
-    if not complete:
-        damaged = f" but {len(available)} damaged ones" if available else ""
+        said = _require(root, iteration, inspector)
+        inspector.said += [said] if said else []
+        return root.path(str(iteration))
+    if not root.names():
         raise ConfigError(
-            f"{folder} holds no checkpoint{damaged}; "
+            f"{folder} holds no checkpoint; "
             + (
                 _what_else(folder)
                 or f"expected a directory with {TRACKER}, as --save and convert import write it"
             )
         )
-    return complete[-1]
+    found, text = _first_whole(root, inspector)
+    if found is None:
+        raise ConfigError(f"{text}; no complete checkpoint is left there; restore it")
+    if found != root.tracker.name:
+        text += f"; using {root.path(found)}"
+    inspector.said += [text] if text else []
+    return root.path(found)
 
 
 def saved_arguments(checkpoint: Path) -> Namespace | None:
@@ -205,8 +257,6 @@ def saved_arguments(checkpoint: Path) -> Namespace | None:
     Args:
         checkpoint: one iteration's directory.
     """
-    from torch.distributed.checkpoint import CheckpointException
-
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     if not (checkpoint / "metadata.json").is_file():
@@ -216,7 +266,7 @@ def saved_arguments(checkpoint: Path) -> Namespace | None:
         warnings.simplefilter("ignore")  # that there is no process group: none is needed
         try:
             args: Namespace | None = load_common_state_dict(str(checkpoint)).get("args")
-        except (pickle.UnpicklingError, CheckpointException) as error:
+        except Exception as error:  # of any kind, for damaged bytes
             raise ConfigError(
                 f"checkpoint {checkpoint} cannot be used: what it holds beside tensors cannot be "
                 f"read: {_last_line(error)}; choose another one"
@@ -258,10 +308,10 @@ def prune(folder: Path, *, keep: int, retain_interval: int | None) -> None:
         keep: how many of the newest stay; 0 keeps all.
         retain_interval: ``--save-retain-interval``: multiples of it stay as well.
     """
-    tracked = _read_tracker(folder)
-    if keep == 0 or tracked is None or not tracked.isdigit():
+    tracked = Tracker.read(folder).iteration
+    if keep == 0 or tracked is None:
         return
-    done = {number: path for number, path in checkpoints(folder).items() if number <= int(tracked)}
+    done = {number: path for number, path in checkpoints(folder).items() if number <= tracked}
     for number in list(done)[:-keep]:
         retained = retain_interval is not None and number % retain_interval == 0
         if not retained and not done[number].is_symlink():
@@ -279,18 +329,36 @@ def write_text(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
-def _read_tracker(folder: Path) -> str | None:
-    try:
-        return (folder / TRACKER).read_text(errors="replace").strip()
-    except FileNotFoundError:
-        return None
+def require_whole(folder: Path, inspector: Inspector) -> None:
+    """Refuse one iteration's folder that was named and cannot be loaded.
 
-
-def _require(folder: Path, step: int, available: dict[int, Path]) -> None:
-    path = folder / f"iter_{step:07d}"
-    trouble = problem(path)
+    Raises:
+        ConfigError: with what is wrong with it.
+    """
+    trouble = inspector.problem(folder)
     if trouble is not None:
         raise ConfigError(
-            f"iteration {step} was asked for: checkpoint {path} cannot be used: {trouble}; "
-            f"available: {', '.join(map(str, available)) or 'none'}"
+            f"checkpoint {folder} cannot be used: {trouble}; name its parent folder, for the "
+            "newest whole one, or restore it"
         )
+    if folder in inspector.unchecked:
+        inspector.said.append(_unchecked(folder))
+
+
+def _require(root: _Root, step: int, inspector: Inspector) -> str | None:
+    """Refuse an iteration that was asked for and cannot be loaded; what to say of one that can."""
+    path = root.path(str(step))
+    trouble = inspector.problem(path)
+    if trouble is not None:
+        others = [str(number) for number in root.numbers if number != step]
+        raise ConfigError(
+            f"iteration {step} was asked for: checkpoint {path} cannot be used: {trouble}; "
+            f"available: {', '.join(others) or 'none'}: name one of these, or none for the newest "
+            "whole one"
+        )
+    if root.tracker.name == RELEASE:
+        raise ConfigError(
+            f"iteration {step} was asked for, and {root.folder / TRACKER} says {RELEASE!r}, which "
+            f"Megatron loads then; write {step} into it"
+        )
+    return _unchecked(path) if path in inspector.unchecked else None

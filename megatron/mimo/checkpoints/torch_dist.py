@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,8 +37,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.core.models.mimo.submodules.state import WITHOUT_EXTRA_STATE
 from megatron.mimo.backend.pickles import load_index
-from megatron.mimo.checkpoints.folders import ASSETS, RELEASE, TRACKER, newest, problem, write_text
+from megatron.mimo.checkpoints.assets import changed_asset
+from megatron.mimo.checkpoints.folders import ASSETS, newest, require_whole, write_text
+from megatron.mimo.checkpoints.hashed_saving import hash_checkpoint
+from megatron.mimo.checkpoints.hashes import FileHash, HashedWrites
+from megatron.mimo.checkpoints.inspection import Inspector, problem
 from megatron.mimo.checkpoints.slots import STATE_METADATA
+from megatron.mimo.checkpoints.tracker import RELEASE, TRACKER, is_iteration
 
 __all__ = [
     "CheckpointFile",
@@ -65,8 +71,9 @@ class CheckpointFile:
     """
 
     def __init__(self, folder: Path, number: int) -> None:
-        self._name = f"__{number}_0.distcp"
-        self._file = (folder / self._name).open("xb")
+        self.name = f"__{number}_0.distcp"
+        self._file = (folder / self.name).open("xb")
+        self._hashed = HashedWrites(self._file)
         self.pieces: list[tuple[ShardedTensor, WriteResult]] = []
 
     def write(self, piece: ShardedTensor) -> None:
@@ -75,12 +82,17 @@ class CheckpointFile:
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # torch.save would write all of the storage
         index = MetadataIndex(piece.key, torch.Size(piece.global_offset))
-        start = self._file.tell()
-        torch.save(tensor, self._file)
-        length = self._file.tell() - start
-        info = _StorageInfo(self._name, start, length)
+        start = self._hashed.size
+        torch.save(tensor, cast(IO[bytes], self._hashed))
+        length = self._hashed.size - start
+        info = _StorageInfo(self.name, start, length)
         result = WriteResult(index=index, size_in_bytes=length, storage_data=info)
         self.pieces.append((piece.without_data(), result))
+
+    @property
+    def hash(self) -> FileHash:
+        """Of all that was written so far."""
+        return self._hashed.hash
 
     def close(self) -> None:
         """Bring the file to the disk."""
@@ -132,6 +144,7 @@ def finish_checkpoint(
         results.append(result)
     FileSystemWriter(folder).finish(Metadata(state_dict_metadata=described), [results])
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    hash_checkpoint(folder, known={file.name: file.hash for file in files})
     write_text(root / TRACKER, RELEASE)
 
 
@@ -149,6 +162,11 @@ class CheckpointReader:
         trouble = problem(folder)
         if trouble is not None:
             raise ConfigError(f"checkpoint {folder} cannot be used: {trouble}")
+        if not (folder / ".metadata").is_file():
+            raise ConfigError(
+                f"checkpoint {folder} cannot be used: it was written with --ckpt-format torch; "
+                "expected torch_dist (the default): train an iteration more with that"
+            )
         self.folder = folder
         with (folder / ".metadata").open("rb") as file:
             metadata = load_index(file)
@@ -218,9 +236,15 @@ class CheckpointReader:
         place = self._places[MetadataIndex(key, chunk.offsets)]
         with (self.folder / place.relative_path).open("rb") as file:
             window = _Window(file, place.offset, place.length)
-            tensor: Tensor = torch.load(
-                cast(IO[bytes], window), map_location="cpu", weights_only=True
-            )
+            try:
+                tensor: Tensor = torch.load(
+                    cast(IO[bytes], window), map_location="cpu", weights_only=True
+                )
+            except Exception as error:
+                raise InputError(
+                    f"{self.folder / place.relative_path} is damaged: {key} cannot be read from "
+                    f"it: {type(error).__name__}; name another iteration, or restore the file"
+                ) from error
         return tensor
 
 
@@ -259,23 +283,39 @@ class _Window(io.RawIOBase):
 
 
 def locate(
-    checkpoint: Path, *, iteration: int | None = None, described: bool = True
+    checkpoint: Path,
+    *,
+    iteration: int | None = None,
+    described: bool = True,
+    inspector: Inspector | None = None,
 ) -> tuple[Path, Path]:
-    """The root of a checkpoint, and the folder with the weights to use.
+    """The root of a checkpoint, and the folder with the weights to use, which are whole.
+
+    A checkpoint that is passed over, being damaged, is told on standard error.
 
     Args:
         checkpoint: a root, or one of its ``iter_...`` folders.
         iteration: another than the newest.
         described: it has to have a folder ``hf``.
+        inspector: of all ranks that call it; by default this process looks alone.
 
     Raises:
-        ConfigError: there is none, or it has no folder ``hf``.
+        ConfigError: there is none, it is damaged, or it has no folder ``hf``.
     """
+    inspector = inspector or Inspector()
     root, folder = checkpoint, checkpoint
-    if (checkpoint / ".metadata").is_file():
-        root = checkpoint.parent
+    if is_iteration(checkpoint):
+        root = checkpoint.absolute().parent
+        require_whole(checkpoint, inspector)
     else:
-        folder = newest(checkpoint, iteration)
+        folder = newest(checkpoint, iteration, inspector=inspector)
+    if inspector.hashes:
+        broken = changed_asset(root / ASSETS, weights=True)
+        if broken is not None:
+            raise ConfigError(broken)
+        inspector.said += filter(None, [changed_asset(root / ASSETS)])
+    for text in inspector.said if inspector.ranks.rank == 0 else ():
+        sys.stderr.write(f"warning: {text}\n")
     if described and not (root / ASSETS / "config.json").is_file():
         raise ConfigError(
             f"{root} has no {ASSETS}/config.json, which says what model it is; copy the folder "

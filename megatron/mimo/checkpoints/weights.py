@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.mimo.errors import ConfigError, InputError
-from megatron.mimo.checkpoints.folders import problem
+from megatron.mimo.checkpoints.inspection import problem
 from megatron.mimo.checkpoints.match import check_shapes, match_names
 from megatron.mimo.checkpoints.slots import STATE_METADATA, Slot, match_slots, model_slots
 from megatron.mimo.models.common.keys import KeyEntry, KeyTable
+
+_NOT_THIS_MODEL = (CheckpointingException, CheckpointException, KeyError)
+_DAMAGED = (UnpicklingError, EOFError, ValueError, TypeError)
 
 __all__ = ["load_hugging_face", "load_weights", "make_parameter"]
 
@@ -76,6 +80,7 @@ def load_weights(model: Any, checkpoint: Path) -> None:
     """Fill a built ``MimoModel`` with the weights of a checkpoint, imported or trained.
 
     Every rank of the model's groups takes part; the layout may differ from the one that saved.
+    Hashes are not compared here: ``checkpoint.locate`` does that.
 
     Args:
         model: without wrappers.
@@ -88,17 +93,17 @@ def load_weights(model: Any, checkpoint: Path) -> None:
     trouble = problem(checkpoint)
     if trouble is not None:
         raise ConfigError(f"checkpoint {checkpoint} cannot be used: {trouble}")
-    saved = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
     data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    metadata = {**STATE_METADATA, **saved, "dp_cp_group": data_parallel}
     try:
+        saved = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
+        metadata = {**STATE_METADATA, **saved, "dp_cp_group": data_parallel}
         state = dist_checkpointing.load(
             model.sharded_state_dict(metadata=metadata),
             str(checkpoint),
             strict="assume_ok_unexpected",
         )
-    except (CheckpointingException, CheckpointException, KeyError) as error:
-        reason = str(error).strip().splitlines()[-1]
+    except (*_NOT_THIS_MODEL, *_DAMAGED) as error:
+        reason = next(iter(reversed(str(error).strip().splitlines())), type(error).__name__)
         raise InputError(f"{checkpoint} does not hold this model: {reason}") from error
     names = model.state_dict().keys()
     model.load_state_dict({name: value for name, value in state.items() if name in names})

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron.core.models.mimo.errors import InputError
+from megatron.mimo.checkpoints.assets import ASSET_HASHES
 from megatron.mimo.convert.weights import (
     FLOATS,
     INDEX_FILE,
@@ -42,7 +43,7 @@ NAMES_FILE = "mimo_weights.json"
 CARRIED_FILE = "mimo_carried.safetensors"
 # Weights, in this format or another: never copied.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
-_OWN = (NAMES_FILE, CARRIED_FILE, INDEX_FILE)
+_OWN = (NAMES_FILE, CARRIED_FILE, INDEX_FILE, ASSET_HASHES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,8 +145,18 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--adapters-only", action="store_true", help="write the adapters in PEFT's format"
     )
+    _add_hashes(parser)
     _add_common(parser)
     parser.set_defaults(run=_export)
+
+
+def _add_hashes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-checkpoint-hashes",
+        action="store_false",
+        dest="hashes",
+        help="do not compare the checkpoint's files with the hashes written with them",
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -185,6 +195,7 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--gradients", type=float, default=1e-3, metavar="X", help="allowed, relative"
     )
+    _add_hashes(parser)
     parser.set_defaults(run=_verify)
 
 
@@ -230,6 +241,7 @@ def _export(given: argparse.Namespace) -> tuple[str, int]:
         dtype=_dtype(given.dtype),
         max_shard_size=given.max_shard_size,
         adapters_only=given.adapters_only,
+        hashes=given.hashes,
         threads=given.threads,
         shown=not given.quiet,
     )
@@ -263,6 +275,7 @@ def _verify(given: argparse.Namespace) -> tuple[str, int]:
             weights_only=given.weights_only,
             allowed=Allowed(logits=given.logits, gradients=given.gradients),
             changes=changes,
+            hashes=given.hashes,
         )
     good = all(finding.equal for finding in findings)
     lines = [*map(str, findings), "equal" if good else "NOT equal"]

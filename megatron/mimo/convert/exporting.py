@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.checkpoints.folders import ASSETS
+from megatron.mimo.checkpoints.inspection import Inspector
 from megatron.mimo.checkpoints.slots import Slot, match_slots, model_slots
 from megatron.mimo.checkpoints.torch_dist import CheckpointReader, locate
 from megatron.mimo.convert.assets import CARRIED_FILE, copy_assets, read_name_index
@@ -48,6 +49,7 @@ def export_model(
     dtype: torch.dtype | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     adapters_only: bool = False,
+    hashes: bool = True,
     threads: int | None = None,
     shown: bool = True,
 ) -> str:
@@ -64,6 +66,7 @@ def export_model(
         dtype: of floating-point weights; those of the checkpoint by default.
         max_shard_size: bytes of a file, where the files of an import are not known.
         adapters_only: write the adapters in PEFT's format, and nothing else.
+        hashes: compare the checkpoint's files with the hashes that were written with them.
         threads: that read and write; as many as there are processors, at most 4, by default.
         shown: draw a progress bar on a terminal.
 
@@ -74,7 +77,7 @@ def export_model(
         ConfigError, UnsupportedError, InputError: see docs/conversion.md; nothing is left behind.
     """
     check_target(target)
-    root, folder = locate(checkpoint, iteration=iteration)
+    root, folder = locate(checkpoint, iteration=iteration, inspector=Inspector(hashes=hashes))
     assets = root / ASSETS
     config = read_hf_config(assets)
     family = family_of(config)

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.arguments.standalone import build_model, model_settings, process_groups
+from megatron.mimo.checkpoints.assets import hash_assets
 from megatron.mimo.checkpoints.folders import ASSETS, RELEASE
 from megatron.mimo.checkpoints.match import Match, check_shapes, match_names
 from megatron.mimo.checkpoints.slots import Slot, match_slots, model_objects, model_slots
@@ -166,6 +167,7 @@ def import_weights(
         write_parameters(root, parameters, objects, meter, threads=threads)
         imported.write_assets(root / ASSETS)
         carry_weights(weights, match.carried, root / ASSETS, dtype=dtype)
+        hash_assets(root / ASSETS)
     notes = [f"imported {imported.family.name}: {len(parameters)} parameters, {meter.end()}"]
     notes += imported.notes
     if match.carried:

@@ -15,6 +15,7 @@ import torch
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.backend.exact import forbid_tf32
 from megatron.mimo.checkpoints.folders import ASSETS
+from megatron.mimo.checkpoints.inspection import Inspector
 from megatron.mimo.checkpoints.match import check_spellings
 from megatron.mimo.checkpoints.torch_dist import locate
 from megatron.mimo.convert.compare import Comparison
@@ -59,6 +60,7 @@ def verify_checkpoint(
     weights_only: bool = False,
     allowed: Allowed | None = None,
     changes: Mapping[str, object] | None = None,
+    hashes: bool = True,
 ) -> list[Finding]:
     """Compare a checkpoint with a Hugging Face directory.
 
@@ -71,12 +73,13 @@ def verify_checkpoint(
         weights_only: compare the files only; neither model is built.
         allowed: what passes.
         changes: of our model, as ``model_settings`` takes them (``{"transformer_impl": "local"}``).
+        hashes: compare the checkpoint's files with the hashes that were written with them.
 
     Raises:
         ConfigError, UnsupportedError, InputError: one of both cannot be read.
     """
     forbid_tf32()
-    root, folder = locate(checkpoint)
+    root, folder = locate(checkpoint, inspector=Inspector(hashes=hashes))
     said, ours = read_hf_config(source), read_hf_config(root / ASSETS)
     family = family_of(said)
     if family.name != family_of(ours).name:

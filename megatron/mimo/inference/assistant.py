@@ -13,6 +13,8 @@ import torch
 from megatron.mimo.arguments.standalone import build_model, model_settings
 from megatron.mimo.checkpoints.assets import end_tokens, read_processor
 from megatron.mimo.checkpoints.folders import ASSETS
+from megatron.mimo.checkpoints.inspection import Inspector
+from megatron.mimo.checkpoints.ranks import running_job
 from megatron.mimo.checkpoints.torch_dist import locate
 from megatron.mimo.checkpoints.weights import load_weights
 from megatron.mimo.data.chat import Chat
@@ -126,6 +128,7 @@ def open_assistant(
     keep_special_tokens: bool = False,
     video_fps: float | None = None,
     limits: MediaLimits | None = None,
+    hashes: bool = True,
 ) -> Assistant:
     """Load a checkpoint of any layout, imported or trained; adapters are merged.
 
@@ -145,13 +148,16 @@ def open_assistant(
             that end it: boxes of a grounding model, say.
         video_fps: frames per second that are kept of videos; as in training by default.
         limits: of media files.
+        hashes: compare the checkpoint's files with the hashes that were written with them, each
+            rank a share.
 
     Raises:
-        ConfigError: no checkpoint, no ``hf`` folder, no processor, or one of another model.
+        ConfigError: no whole checkpoint, no ``hf`` folder, no processor, or one of another model.
         InputError: the checkpoint does not hold the model that ``hf`` describes.
     """
     described = hf is None or not (hf / "config.json").is_file()
-    root, folder = locate(checkpoint, iteration=iteration, described=described)
+    inspector = Inspector(running_job(), hashes=hashes)
+    root, folder = locate(checkpoint, iteration=iteration, described=described, inspector=inspector)
     assets = root / ASSETS
     if hf is not None and not (assets / "config.json").is_file():
         assets = hf
@@ -179,12 +185,9 @@ def open_assistant(
     model = _load(build_model(family, config, built, device=device), folder)
     limit, vocab_size = built.max_positions, built.tokens
     collate = sample_collator(family, config, seq_length=limit, vocab_size=vocab_size)
-    generator = Generator(
-        model, collate, vocab_size=vocab_size, max_length=limit, batch_size=batch_size
-    )
     return Assistant(
         chat,
-        generator,
+        Generator(model, collate, vocab_size=vocab_size, max_length=limit, batch_size=batch_size),
         sorted(ends - {None}),
         defaults=settings.options,
         keep_special_tokens=keep_special_tokens,

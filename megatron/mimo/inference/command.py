@@ -86,6 +86,7 @@ def _answer(arguments: argparse.Namespace, device: object, rank: int) -> None:
             keep_special_tokens=arguments.keep_special_tokens,
             video_fps=arguments.video_fps,
             limits=limits,
+            hashes=arguments.hashes,
         )
     options = _options(arguments, assistant.defaults)
     said = Turn(role="user", content=(*media, ContentPart(kind="text", value=arguments.prompt)))
@@ -155,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
     add_media_arguments(parser, video_fps=None)
     parser.add_argument("--hf", metavar="DIR", help="processor and tokenizer (default: ROOT/hf)")
     parser.add_argument("--iteration", type=int, metavar="N", help="default: the newest")
+    parser.add_argument(
+        "--no-checkpoint-hashes",
+        action="store_false",
+        dest="hashes",
+        help="do not compare the checkpoint's files with the hashes written with them",
+    )
     answer = parser.add_argument_group(
         "answer", "by default as the model's generation_config.json says"
     )

@@ -11,6 +11,7 @@ from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.data.media_source import MediaLimits
 
 __all__ = [
+    "MEDIA_FILE",
     "VIDEO_FPS",
     "add_media_arguments",
     "keep_media_settings",
@@ -19,7 +20,7 @@ __all__ = [
 ]
 
 VIDEO_FPS = 2.0
-_FILE = "mimo_media.json"  # in a checkpoint's folder hf
+MEDIA_FILE = "mimo_media.json"  # in a checkpoint's folder hf
 
 
 def add_media_arguments(parser: ArgumentParser, *, video_fps: float | None) -> None:
@@ -81,9 +82,9 @@ def media_limits(args: Namespace) -> MediaLimits:
 
 def keep_media_settings(folder: Path, *, video_fps: float) -> None:
     """Write down how a run reads media, so that generation reads them alike."""
-    fresh = folder / f"{_FILE}.new"
+    fresh = folder / f"{MEDIA_FILE}.new"
     fresh.write_text(json.dumps({"video_fps": video_fps}) + "\n")
-    fresh.replace(folder / _FILE)
+    fresh.replace(folder / MEDIA_FILE)
 
 
 def kept_video_fps(folder: Path) -> float:
@@ -92,7 +93,7 @@ def kept_video_fps(folder: Path) -> float:
     Raises:
         ConfigError: the file is damaged.
     """
-    file = folder / _FILE
+    file = folder / MEDIA_FILE
     if not file.is_file():
         return VIDEO_FPS
     try:

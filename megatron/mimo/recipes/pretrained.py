@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.checkpoints.assets import (
+    ASSET_HASHES,
     CONFIG,
     PROCESSOR,
     asset_folders,
     end_tokens,
+    hash_assets,
     loaded_assets,
     read_processor,
     write_assets,
@@ -33,6 +35,7 @@ from megatron.mimo.models.common.family import sample_collator
 from megatron.mimo.recipes.described import refuse_other_model
 from megatron.mimo.recipes.language import language_settings
 from megatron.mimo.recipes.media_flags import (
+    MEDIA_FILE,
     VIDEO_FPS,
     add_media_arguments,
     keep_media_settings,
@@ -232,6 +235,7 @@ class _Run:
         refuse_other_model(args, load_family(self.family).arguments(config))
         if target.is_dir() and (save / TRACKER).is_file():
             keep_media_settings(target, video_fps=args.video_fps)
+            hash_assets(target, MEDIA_FILE)
             return
         fresh = save / f"{ASSETS}.new"
         shutil.rmtree(fresh, ignore_errors=True)
@@ -241,6 +245,11 @@ class _Run:
         else:
             write_assets(fresh, config, self._chat(args).processor, args.hf)
         keep_media_settings(fresh, video_fps=args.video_fps)
+        if args.checkpoint_hashes:
+            is_hashed = (
+                fresh / ASSET_HASHES
+            ).is_file()  # came along, with what it says of the rest
+            hash_assets(fresh, *([MEDIA_FILE] if is_hashed else []))
         shutil.rmtree(target, ignore_errors=True)
         fresh.rename(target)
 

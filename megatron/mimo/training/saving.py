@@ -11,10 +11,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import MimoError
-from megatron.mimo.checkpoints.folders import TRACKER
+from megatron.mimo.checkpoints.tracker import TRACKER, iteration_name
 from megatron.mimo.process.failure import is_disk_full
 
-__all__ = ["SaveError", "atomic_tracker", "save_error"]
+__all__ = ["SaveError", "atomic_tracker", "clear_place", "save_error"]
 
 
 _FULL = 32 * 2**20  # bytes; less than this free is full
@@ -49,6 +49,21 @@ def save_error(
         f"the checkpoint of iteration {iteration} could not be written to {folder}: {reason}; "
         f"{kept}"
     )
+
+
+def clear_place(folder: Path, iteration: int) -> None:
+    """Remove what stands where a checkpoint is to be written: one that is damaged, or given up.
+
+    Collective. Parts of it would stay among the new ones, and what stands in a file's place (a
+    folder, a named pipe) would stop the writers.
+    """
+    place = folder / iteration_name(iteration)
+    if dist.get_rank() == 0 and not place.is_symlink():
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+    dist.barrier()
 
 
 @contextmanager

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.checkpoints.folders import choose, newest, problem, saved_arguments
+from megatron.mimo.checkpoints.assets import changed_asset
+from megatron.mimo.checkpoints.folders import ASSETS, choose, newest, saved_arguments, settle
+from megatron.mimo.checkpoints.inspection import Inspector
+from megatron.mimo.checkpoints.ranks import starting_job
 from megatron.mimo.lora import base_checkpoint, saved_settings, settings_from
 from megatron.mimo.training.mismatch import check_command, what_moved
 
@@ -39,10 +42,11 @@ def choose_start(args: Namespace, *, repair: bool) -> tuple[int | None, str | No
             those of the checkpoint.
     """
     args.loads_adapters = True
+    inspector = Inspector(starting_job(), hashes=args.checkpoint_hashes)
     began_elsewhere = args.save is not None and Path(args.load) != Path(args.save)
     origin = args.load if began_elsewhere else args.pretrained_checkpoint
     said: list[str | None] = []
-    if origin is not None and args.save is not None and _is_complete(Path(args.save)):
+    if origin is not None and args.save is not None and _is_complete(Path(args.save), inspector):
         flag = "--load" if began_elsewhere else "--pretrained-checkpoint"
         said.append(
             f"continuing the run in {args.save}; it began from {flag} {origin}, "
@@ -54,9 +58,12 @@ def choose_start(args: Namespace, *, repair: bool) -> tuple[int | None, str | No
         said.append(
             f"--ckpt-step: going back to iteration {args.ckpt_step}, at each start of this command"
         )
-    start, warning = choose(args, repair=repair)
+    start, warning = choose(args, repair=repair, inspector=inspector)
     said.append(warning)
-    folder = _folder(args, start)
+    if start is None and args.pretrained_checkpoint is not None and not args.ckpt_step:
+        _, warning = settle(Path(args.pretrained_checkpoint), repair=repair, inspector=inspector)
+        said.append(warning)
+    folder = _folder(args, start, inspector)
     args.checkpoint = None if folder is None else str(folder)
     if folder is None and args.exit_on_missing_checkpoint:
         raise ConfigError(
@@ -64,6 +71,8 @@ def choose_start(args: Namespace, *, repair: bool) -> tuple[int | None, str | No
             "away to start from scratch"
         )
     if folder is not None:
+        if inspector.hashes:
+            said.append(changed_asset(folder.parent / ASSETS))
         _check_adapters(args, folder, is_own=not began_elsewhere and start is not None)
         saved = saved_arguments(folder)
         if saved is not None:
@@ -98,19 +107,17 @@ def loading_weights(args: Namespace, chunks: Sequence[MimoModel]) -> Iterator[No
         training.load_checkpoint = original
 
 
-def _is_complete(folder: Path) -> bool:
-    try:
-        return problem(newest(folder)) is None
-    except ConfigError:
-        return False
+def _is_complete(folder: Path, inspector: Inspector) -> bool:
+    return settle(folder, repair=False, inspector=inspector)[0] is not None
 
 
-def _folder(args: Namespace, start: int | None) -> Path | None:
-    """The directory that Megatron will read."""
+def _folder(args: Namespace, start: int | None, inspector: Inspector) -> Path | None:
+    """The directory that Megatron will read; what is to be said of it has been."""
     if start is not None:
-        return newest(Path(args.load), start or None)
+        return newest(Path(args.load), start or None, inspector=inspector)
     if args.pretrained_checkpoint is not None:
-        return newest(Path(args.pretrained_checkpoint), args.ckpt_step or None)
+        origin = Path(args.pretrained_checkpoint)
+        return newest(origin, args.ckpt_step or None, inspector=inspector)
     return None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,16 @@ import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import ConfigError, MimoError
 from megatron.mimo.checkpoints.folders import prune
+from megatron.mimo.checkpoints.hashed_saving import hash_checkpoint, hashed_by_writers
+from megatron.mimo.checkpoints.ranks import running_job
+from megatron.mimo.checkpoints.tracker import iteration_name
 from megatron.mimo.data.batch import batch_device
 from megatron.mimo.process.children import left_to_parent
 from megatron.mimo.process.console import Console, Pace, format_progress
 from megatron.mimo.training.curve import LossCurve
 from megatron.mimo.training.forward_step import LOSS
 from megatron.mimo.training.mismatch import explain
-from megatron.mimo.training.saving import atomic_tracker, save_error
+from megatron.mimo.training.saving import atomic_tracker, clear_place, save_error
 
 __all__ = ["LoopWatch"]
 
@@ -136,12 +139,16 @@ class LoopWatch:
             self.pace.pause()
             self._curve.sync()
             try:
+                clear_place(folder, iteration)
+                hashes = self._args.checkpoint_hashes
                 if self._args.async_save:
-                    with left_to_parent():  # its writers
+                    with left_to_parent(), hashed_by_writers() if hashes else nullcontext():
                         result = save(iteration, *args, **kwargs)
                 else:
                     with atomic_tracker(folder):
                         result = save(iteration, *args, **kwargs)
+                        if hashes:
+                            hash_checkpoint(folder / iteration_name(iteration), running_job())
             except BaseException as error:
                 raise save_error(folder, iteration, self.saved, error) from error
             if not kwargs.get("non_persistent_ckpt"):

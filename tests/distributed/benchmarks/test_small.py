@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,3 +65,18 @@ def test_real_flops_of_one_layer() -> None:
     vision = 6 * 5 * (4 * 32 * 32 + 2 * 32 * 64) + 12 * 5 * 5 * 32  # one of two layers is used
     projector = 6 * 4 * (32 * 32 + 32 * 32)
     assert real_flops(config, [10]) == text + causal + vision + projector
+
+
+def hash_small(folder: Path) -> dict[str, Any]:
+    from benchmarks.checkpoint_hashes import measure
+
+    return measure(folder, 0.001, 1, cold=True)
+
+
+def test_hashes_of_a_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
+    (report,) = ranks(1)(hash_small, tmp_path)
+    assert report["gb_per_s"].keys() == {"crc32", "sha256", "blake2b"}
+    assert min(report["gb_per_s"].values()) > 0
+    assert report["percent_of_save"] > 0
+    assert report["percent_of_load"] > 0
+    assert not list(tmp_path.iterdir())

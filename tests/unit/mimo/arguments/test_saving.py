@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.arguments.saving import check_saving
 
 ARGUMENTS: dict[str, object] = {
+    "output": None,
     "optimizer": "adam",
     "use_distributed_optimizer": False,
     "ckpt_format": "torch_dist",
@@ -58,3 +61,28 @@ def test_optimizers_of_another_package(optimizer: str) -> None:
 def test_accepted() -> None:
     for changes in ({}, ZERO, {"optimizer": "sgd"}, ZERO | {"ckpt_format": "torch"}):
         check_saving(Namespace(**(ARGUMENTS | changes)))
+
+
+@pytest.mark.parametrize("flag", ["output", "save", "load", "tensorboard_dir"])
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path, flag: str) -> None:
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    name = flag.replace("_", "-")
+    for value in ("file", "file/below", "pipe", "loop", "loop/a/b"):
+        args = Namespace(**(ARGUMENTS | {flag: str(tmp_path / value)}))
+        found = tmp_path / value.partition("/")[0]
+        with pytest.raises(ConfigError, match=f"^--{name} {args.__dict__[flag]}: {found} is not a"):
+            check_saving(args)
+    check_saving(Namespace(**(ARGUMENTS | {flag: str(tmp_path / "new/below")})))
+
+
+@pytest.mark.parametrize("name", ["loss.csv", "metrics.json"])
+def test_a_folder_in_the_place_of_a_file(tmp_path: Path, name: str) -> None:
+    args = Namespace(**(ARGUMENTS | {"output": str(tmp_path)}))
+    (tmp_path / name).touch()
+    check_saving(args)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"--output .*{name} is not a file; move it away"):
+        check_saving(args)

@@ -80,7 +80,7 @@ def test_nothing_in_an_index_is_called(what: str, tmp_path: Path) -> None:
     with pytest.raises(pickle.UnpicklingError, match="which no index has"):
         load_index(io.BytesIO(written))
     (tmp_path / ".metadata").write_bytes(written)
-    (tmp_path / "metadata.json").write_text("{}")
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     assert "which no index has" in str(problem(tmp_path))
     select_backend()
     with pytest.raises(pickle.UnpicklingError):
@@ -97,7 +97,7 @@ def test_no_part_lies_outside_of_the_checkpoint(file: str) -> None:
 
 
 def test_a_damaged_index_is_a_reason_and_runs_nothing(tmp_path: Path) -> None:
-    (tmp_path / "metadata.json").write_text("{}")
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     index = index_of()
     index.planner_data = CALLS["a function"]
     draws = random.Random(7)
@@ -131,7 +131,7 @@ def test_objects_beside_tensors_are_values(tmp_path: Path) -> None:
 
 def test_a_common_file_of_older_versions(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata(state_dict_metadata={})))
-    (tmp_path / "metadata.json").write_text("{}")
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     torch.save({"iteration": 3}, tmp_path / "common.pt")
     assert problem(tmp_path) is None
     torch.save({"iteration": CALLS["a function"]}, tmp_path / "common.pt")

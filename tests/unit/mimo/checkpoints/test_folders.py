@@ -10,7 +10,11 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.checkpoints.folders import TRACKER, checkpoints, choose, newest, problem, prune
+from megatron.mimo.checkpoints.hashed_saving import hash_checkpoint
+from megatron.mimo.checkpoints.hashes import MANIFEST
 from megatron.mimo.training.curve import LossCurve
+
+FORMAT = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
 
 
 def _write(folder: Path, iteration: int, size: int = 100) -> Path:
@@ -20,7 +24,8 @@ def _write(folder: Path, iteration: int, size: int = 100) -> Path:
     part = _StorageInfo(relative_path="__0_0.distcp", offset=20, length=size - 20)
     index = Metadata(state_dict_metadata={}, storage_data={MetadataIndex("weight"): part})
     (path / ".metadata").write_bytes(pickle.dumps(index))
-    (path / "metadata.json").write_text("{}")
+    (path / "metadata.json").write_text(FORMAT)
+    hash_checkpoint(path)
     return path
 
 
@@ -39,6 +44,8 @@ def _track(folder: Path, text: str) -> None:
 
 def test_problems_are_told(tmp_path: Path) -> None:
     path = _write(tmp_path, 3)
+    assert problem(path) is None
+    (path / MANIFEST).unlink()  # what the index alone tells
     assert problem(path) is None
     (path / "__0_0.distcp").write_bytes(b"x" * 60)
     assert problem(path) == "__0_0.distcp has 60 bytes, expected 100: it is cut off"
@@ -96,7 +103,9 @@ def test_damaged_without_a_fallback_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_first_checkpoint_cut_off_is_a_fresh_start(tmp_path: Path) -> None:
-    (_write(tmp_path, 3) / "metadata.json").unlink()
+    path = _write(tmp_path, 3)
+    (path / MANIFEST).unlink()
+    (path / "metadata.json").unlink()
     start, warning = choose(_args(tmp_path), repair=True)
     assert start is None
     assert warning is not None
