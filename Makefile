@@ -8,13 +8,14 @@ export OMP_NUM_THREADS
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test matrix check lock versions
+.PHONY: help setup train test test-fast matrix check lock versions
 
 help:
 	@echo 'make setup   prepare .venv (PYTHON=/path/to/python3.12 to choose the interpreter; LATEST=1 for the'
 	@echo '             newest versions allowed, LATEST=0 for the tested ones of requirements.lock again)'
 	@echo 'make train   train the default recipe: all GPUs, or two processes on CPU (NPROC=n, ARGS="...")'
-	@echo 'make test    run the test suite (ARGS="...")'
+	@echo 'make test    run the test suite, on up to four cores (ARGS="...")'
+	@echo 'make test-fast  its quick part, for the loop of a developer: a minute or so'
 	@echo 'make matrix  hold 300 parallel layouts against one process (ARGS="tp2 cp2", "--list", "--help")'
 	@echo 'make check   format, lint, types and structure: what CI checks besides the tests'
 	@echo 'make lock      write requirements.lock anew, from the ranges of pyproject.toml'
@@ -26,8 +27,14 @@ setup:
 train: setup
 	@scripts/train $(ARGS)
 
+# Tests of a file stay in one process, so that what its fixtures train is trained once.
+pytest := .venv/bin/python -m pytest -n auto --dist loadfile
+
 test: setup
-	.venv/bin/python -m pytest $(ARGS)
+	$(pytest) $(ARGS)
+
+test-fast: setup
+	$(pytest) -m "not slow" tests/structure tests/unit $(ARGS)
 
 matrix: setup
 	.venv/bin/python -m tests.matrix $(ARGS)

@@ -23,6 +23,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes ``-n auto`` runs tests in; none beside this one where there is a GPU.
+
+    Each has a rank pool of its own, some 2 GB with ranks, and tests with two ranks want two cores.
+    """
+    if config.option.gpu or gpu_session.has_driver():
+        return 0
+    return max(1, min(len(os.sched_getaffinity(0)), 4))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # equality is claimed in fp32, products of TE included
     config.addinivalue_line("markers", "gpu: needs a usable CUDA device; skipped without one")
