@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmarks.gpu_check.check_step import FAILED, PASSED, Step
 from benchmarks.gpu_check.reading import json_object
 from benchmarks.gpu_check.record import Record
 from benchmarks.gpu_check.running import Runner
-from benchmarks.gpu_check.step import FAILED, PASSED, Step
 from benchmarks.gpu_check.steps import build_steps, choose
 
 __all__ = ["main"]

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check.step import StepError
+from benchmarks.gpu_check.check_step import StepError
 
 __all__ = ["json_object", "tests_passed", "training", "verified"]
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check.step import NOT_RUN, Outcome, Step
+from benchmarks.gpu_check.check_step import NOT_RUN, Outcome, Step
 
 __all__ = ["Record", "short_figures"]
 

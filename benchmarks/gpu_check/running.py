@@ -11,10 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_check.check_step import (
+    FAILED,
+    NOT_RUN,
+    PASSED,
+    REFUSED,
+    Outcome,
+    Step,
+    StepError,
+)
 from benchmarks.gpu_check.machine import missing
 from benchmarks.gpu_check.processes import Ended, run_limited
 from benchmarks.gpu_check.record import Record, short_figures
-from benchmarks.gpu_check.step import FAILED, NOT_RUN, PASSED, REFUSED, Outcome, Step, StepError
 
 __all__ = ["Runner"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.gpu_check import reading
-from benchmarks.gpu_check.step import Step
+from benchmarks.gpu_check.check_step import Step
 
 __all__ = ["build_steps", "choose"]
 

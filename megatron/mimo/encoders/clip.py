@@ -139,7 +139,10 @@ class ClipEncoder(MegatronModule):
         return self.num_positions - self.drop_first_row
 
     def blank_inputs(self) -> dict[str, Tensor]:
-        """Arguments of the smallest call: one blank image."""
+        """Arguments of ``forward`` for one blank image: the smallest input there is.
+
+        A micro-batch without this modality runs it, so that every rank takes part in collectives.
+        """
         return {"pixel_values": self.position_embedding.new_zeros(1, *self.image_shape)}
 
     def rows_per_item(self, pixel_values: Tensor | Sequence[Tensor]) -> list[int]:

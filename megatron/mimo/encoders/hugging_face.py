@@ -142,7 +142,7 @@ class HuggingFaceEncoder(nn.Module):
         return self
 
     def blank_inputs(self) -> dict[str, Any]:
-        """Arguments of a call with one item of nothing."""
+        """Arguments of ``forward`` for one blank item, for micro-batches without this modality."""
         device = next(self.parameters()).device
         return {
             name: value.to(device) if torch.is_tensor(value) else value

@@ -111,7 +111,10 @@ class WindowTransformer(MegatronModule):
         )
 
     def blank_inputs(self) -> dict[str, Any]:
-        """Arguments of the smallest call: one blank square."""
+        """Arguments of ``forward`` for one blank square of patches: the smallest input there is.
+
+        A micro-batch without this modality runs it, so that every rank takes part in collectives.
+        """
         merge, values = self.geometry.merge, self.patch_embedding.in_features
         blank_TE = self.patch_embedding.weight.new_zeros(merge**2, values)
         return {"pixel_values": [blank_TE], "grid": [(1, merge, merge)]}

@@ -127,7 +127,10 @@ class WhisperEncoder(MegatronModule):
         self._packed_on_host = not uses_transformer_engine(config)
 
     def blank_inputs(self) -> dict[str, Any]:
-        """Arguments of the smallest call: one clip that gives one row."""
+        """Arguments of ``forward`` for the shortest clip that gives a row.
+
+        A micro-batch without this modality runs it, so that every rank takes part in collectives.
+        """
         frames = _STRIDE * self.pooling
         return {
             "input_features": [self.position_embedding.new_zeros(self.num_mel_bins, frames)],

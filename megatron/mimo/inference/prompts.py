@@ -109,15 +109,18 @@ def collate_prompts(
     max_length: int | None,
     three_axes: bool,
 ) -> PromptBatch:
-    """Collate prompts and move them to the right.
+    """Make one batch of prompts, padded on the left, with positions for the answers too.
 
     Args:
-        prompts: B of them.
-        collate: pads on the right, as collators of training do.
+        prompts: B samples without answers.
+        collate: the model's collator of training, which pads on the right.
         special_token_ids: placeholder token id of each modality.
-        answer_length: places for the answer.
-        max_length: positions that the model has; None for any number.
-        three_axes: the model rotates by positions in three axes.
+        answer_length: how many tokens an answer may have.
+        max_length: size of the model's table of positions; None where it has none.
+        three_axes: the model has multimodal RoPE, with positions (time, height, width).
+
+    Raises:
+        InputError: what the collator refuses.
     """
     lengths = [len(prompt.token_ids) for prompt in prompts]
     P = max(lengths)
@@ -195,7 +198,7 @@ def text_plan(tokens_B: Tensor) -> AlignmentPlan:
 
 
 def _moved_right(rows_BP: Tensor, shifts: Sequence[int]) -> Tensor:
-    """Each row rolled: the padding behind a prompt comes before it."""
+    """Each prompt rolled to the right, so that its padding stands before it."""
     return torch.stack([row.roll(shift) for row, shift in zip(rows_BP, shifts, strict=True)])
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_check import reading, steps
+from benchmarks.gpu_check.check_step import Step, StepError
 from benchmarks.gpu_check.command import check, main
 from benchmarks.gpu_check.machine import missing
 from benchmarks.gpu_check.processes import run_limited
 from benchmarks.gpu_check.record import Record
 from benchmarks.gpu_check.restart import restart
 from benchmarks.gpu_check.running import Runner
-from benchmarks.gpu_check.step import Step, StepError
 
 MACHINE: dict[str, Any] = {
     "python": "3.12",

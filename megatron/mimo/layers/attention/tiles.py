@@ -204,7 +204,7 @@ def _ruled_tiles(
 
 def _split(visibility: Visibility, queries: range, keys: range) -> list[range]:
     """The reachable keys; where all before the queries are seen, those apart from the rest."""
-    keys = visibility.reach(queries, keys)
+    keys = visibility.visible_keys(queries, keys)
     if visibility.behind is not None or visibility.ahead != 0:
         return [keys] if keys else []
     middle = min(max(queries.start, keys.start), keys.stop)

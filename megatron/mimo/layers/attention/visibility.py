@@ -25,7 +25,7 @@ class Relation(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Visibility:
-    """Query i of a document sees key j of the same document where the rule says so.
+    """Which keys j of its document a query i attends to, by the distance of their positions.
 
     Attributes:
         behind: sees keys from ``i - behind`` on; None: from the first.
@@ -65,8 +65,17 @@ class Visibility:
         )
         return Relation.NOTHING if beyond and not self.spans else Relation.PART
 
-    def reach(self, queries: range, keys: range) -> range:
-        """The part of ``keys`` outside of which these queries see nothing."""
+    def visible_keys(self, queries: range, keys: range) -> range:
+        """The smallest range of ``keys`` that holds every key which any of ``queries`` sees.
+
+        Args:
+            queries: positions in a document.
+            keys: positions in the same document.
+
+        Returns:
+            A part of ``keys``, empty where none is seen. With spans, all of ``keys``: which tokens
+            share a span is not known here.
+        """
         if self.spans:
             return keys
         start = keys.start if self.behind is None else max(keys.start, queries[0] - self.behind)
