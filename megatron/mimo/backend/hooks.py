@@ -87,7 +87,10 @@ ADAPTED = Patch(
 
 _OPTIMIZERS = "megatron.core.optimizer"
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
-_FLAG = "these say, together, that Adam takes adam_w_mode and that its groups hold the step"
+_FLAG = (
+    "without Transformer Engine and apex: together these say that Adam takes adam_w_mode and that "
+    "its groups hold the step"
+)
 
 
 def _of_adam(target: str, reason: str) -> Patch:
@@ -102,8 +105,11 @@ ADAM = (
         "without Transformer Engine and apex: torch's counts steps by parameter, and the "
         "distributed optimizer cannot put those back",
     ),
-    _of_adam(f"{_DISTRIBUTED}:Adam", "as above"),
-    _of_adam(f"{_OPTIMIZERS}:SGD", "apex's, of which only Adam may be there"),
+    _of_adam(f"{_DISTRIBUTED}:Adam", "the same, of the distributed optimizer"),
+    _of_adam(
+        f"{_OPTIMIZERS}:SGD",
+        "without Transformer Engine and apex: what stands there else is theirs",
+    ),
     _of_adam(f"{_DISTRIBUTED}:USING_TE_OPTIMIZER", _FLAG),
     _of_adam(f"{_OPTIMIZERS}:USING_PYTORCH_OPTIMIZER", _FLAG),
     _of_adam(f"{_DISTRIBUTED}:HAVE_APEX_OR_TE", _FLAG),

@@ -43,11 +43,11 @@ class PatchError(RuntimeError):
 class Scope(Enum):
     """When a patch is in place, and what takes it off."""
 
-    CPU = ("in a process that has chosen the CPU", "never: the process stays on the CPU")
-    PROCESS = ("in every process, on CPU and on GPU", "never: it holds to the end of the process")
+    CPU = ("in a process that has chosen the CPU", "never; the process stays on the CPU")
+    PROCESS = ("in every process, on CPU and on GPU", "never; it holds to the end of the process")
     RUN = ("while a run trains", "when the run's training ends")
     CALL = ("for the time of one call", "when the call ends")
-    OBJECT = ("in one object", "never: it goes with the object")
+    OBJECT = ("in one object", "never; it goes with the object")
 
     def __init__(self, when: str, undone: str) -> None:
         self.when = when
