@@ -27,7 +27,9 @@ def fill_state(optimizer: Any) -> None:
             continue  # nothing is trained here
         if part.init_state_fn is None:
             replace_in(part, ZERO_STATE, lambda _: _zero_momentum)
-        part.init_state_fn(part.optimizer, part.config)
+        # Megatron makes this state as Transformer Engine no longer takes it; the first step does.
+        if not part.config.use_precision_aware_optimizer:
+            part.init_state_fn(part.optimizer, part.config)
 
 
 def _zero_momentum(optimizer: torch.optim.Optimizer, _config: Any = None) -> None:
