@@ -42,6 +42,12 @@ TRACKER_NAME = Patch(
     reason="a checkpoint's number is written beside its place, and moved there when it is whole",
     scope=Scope.CALL,
 )
+ASYNC_SAVE = Patch(
+    name="asynchronous save",
+    target="megatron.core.dist_checkpointing:save",
+    reason="its writers hash what they have written, and the manifest is there before the tracker",
+    scope=Scope.CALL,
+)
 RESULTS_QUEUE = Patch(
     name="results queue",
     target="megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue",
@@ -119,7 +125,7 @@ ADAM = (
 
 HOOKS = (
     *(TRAIN, TRAINING_LOG, EVALUATION, EVALUATE, SAVE, LOAD, OPTIMIZER, RERUN_MACHINE),
-    *(TRACKER_NAME, RESULTS_QUEUE, ARGUMENTS, PIXELS),
+    *(TRACKER_NAME, ASYNC_SAVE, RESULTS_QUEUE, ARGUMENTS, PIXELS),
     *(LAYERS_APART, ZERO_STATE, PARSER_ERROR, ADAPTED),
 )
 """What is in place for the time of a run or a call, or in one object."""
