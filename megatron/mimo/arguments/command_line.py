@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from typing import Any, NoReturn
 
 from megatron.core.models.mimo.errors import ConfigError
@@ -25,6 +26,8 @@ from megatron.mimo.arguments.prerequisites import check_prerequisites
 from megatron.mimo.arguments.saving import check_saving
 from megatron.mimo.backend import Capabilities
 from megatron.mimo.backend.defaults import argument_defaults, check_arguments
+from megatron.mimo.backend.hooks import ARGUMENTS, PARSER_ERROR
+from megatron.mimo.backend.patching import replace_in, replaced
 from megatron.mimo.recipes import DEFAULT_RECIPE
 from megatron.mimo.recipes.recipe import Recipe
 
@@ -117,14 +120,11 @@ def parse_arguments(
     from megatron.training.arguments import parse_args, validate_args
 
     def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser.error = lambda message: _refuse(message, parser)  # type: ignore[method-assign]
+        replace_in(parser, PARSER_ERROR, lambda _: partial(_refuse, parser=parser))
         add_mimo_arguments(parser)
         if recipe.add_arguments is not None:
             recipe.add_arguments(parser)
         weak = {**_PROJECT_DEFAULTS, **argument_defaults(machine)}
-        for action in parser._actions:
-            if action.dest == "yaml_cfg":
-                action.type = _no_yaml_cfg
         parser.set_defaults(**weak)
         from_file = config_values(parser, config)
         given.update(given_by_user(parser, sys.argv[1:], from_file))
@@ -227,10 +227,6 @@ def _check_names(values: Mapping[str, object], known: Collection[str], *, source
             raise ConfigError(f"{source}: Megatron has no argument {name!r}{hint}")
 
 
-def _no_yaml_cfg(_: str) -> NoReturn:
-    raise argparse.ArgumentTypeError("not supported; use --config, which takes every flag")
-
-
 def _derive(args: argparse.Namespace, machine: Capabilities) -> None:
     """Fill in what depends on other arguments."""
     args.explicit_load = args.load is not None
@@ -284,12 +280,8 @@ def _command_line(argv: Sequence[str] | None) -> Iterator[None]:
     if argv is None:
         yield
         return
-    own = sys.argv
-    sys.argv = [own[0], *argv]
-    try:
+    with replaced({ARGUMENTS: lambda own: [own[0], *argv]}):
         yield
-    finally:
-        sys.argv = own
 
 
 def _refuse(message: str, parser: argparse.ArgumentParser | None = None) -> NoReturn:

@@ -26,8 +26,7 @@ def parse_early(argv: Sequence[str] | None = None) -> EarlyArguments:
     Raises:
         ConfigError: the configuration file cannot be read.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
     parser.add_argument("--list-recipes", action="store_true")
     parser.add_argument("--config")
@@ -79,8 +78,11 @@ def asks_for_recipes(argv: Sequence[str]) -> bool:
     return "--list-recipes" in argv
 
 
-def _refuse(message: str) -> NoReturn:
-    raise _error(message)
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse ends the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _error(message)
 
 
 def _error(message: str) -> Exception:

@@ -90,6 +90,7 @@ NAMES: Mapping[str, str] = {
         ),
         _GENERATION,
     ),
+    "yaml_cfg": "use --config, which takes every flag",
     "freeze_all_layers": "parts are frozen by name: --freeze language images ...",
     "rampup_batch_size": "Megatron reads it no longer; --step-batch-size-schedule does this",
     "dist_ckpt_format_deprecated": "Megatron reads it no longer; --ckpt-format does this",

@@ -37,9 +37,6 @@ APEX_EXTENSIONS = (
 """The compiled modules of NVIDIA's apex that megatron-core 0.19 imports; each is built by a flag
 of its own, so that an installed apex may lack any of them."""
 
-_ANSWERS = {"HAVE_TE", "HAVE_TE_GRAPHS", "HAVE_TE_EP", "HAVE_APEX"}
-"""What megatron-core's modules call their answer to "is it installed?"."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
@@ -130,14 +127,10 @@ def _find(device: str) -> Capabilities:
 def hide_cuda_packages() -> None:
     """Make what computes on CUDA alone look absent.
 
-    Modules of Megatron that are loaded already have asked, and keep the answer in a constant; the
-    names that they took from such a package are rows of the CPU backend's table.
+    Modules of Megatron that are loaded already have asked: their answers, and the names that they
+    took from such a package, are patches of the CPU backend's table.
     """
     hide("transformer_engine", "transformer_engine_torch", "apex", *APEX_EXTENSIONS)
-    for name, module in list(sys.modules.items()):
-        if name.startswith("megatron."):
-            for constant in _ANSWERS & vars(module).keys():
-                setattr(module, constant, False)
 
 
 def hide(*packages: str) -> None:

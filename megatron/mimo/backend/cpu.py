@@ -14,12 +14,13 @@ import torch.distributed
 
 from megatron.mimo.backend import torch_view
 from megatron.mimo.backend.capabilities import hide_cuda_packages
-from megatron.mimo.backend.patching import Patch, Patcher
+from megatron.mimo.backend.defects import DEFECTS
+from megatron.mimo.backend.patch import Patch
+from megatron.mimo.backend.patching import PROCESS
 from megatron.mimo.backend.table import PATCHES
 
 __all__ = ["PATCHES", "Patch", "apply", "apply_defect_patches", "is_applied"]
 
-_PATCHER = Patcher()
 _applied = False
 
 
@@ -43,13 +44,13 @@ def apply() -> None:
     _refuse_live_cuda()
     hide_cuda_packages()
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    _PATCHER.apply(PATCHES, torch_view.build_view())
+    PROCESS.apply(PATCHES, torch_view.build_view())
     _applied = True
 
 
 def apply_defect_patches() -> None:
     """Puts in place only what megatron-core 0.19 from PyPI needs on every backend."""
-    _PATCHER.apply(patch for patch in PATCHES if not patch.needs_no_cuda)
+    PROCESS.apply(DEFECTS)
 
 
 def _refuse_live_cuda() -> None:

@@ -1,9 +1,7 @@
-"""Patches of megatron-core as data, applied to modules now and to those imported later.
+"""Puts patches in place: in this process for good, for the time of a block, or in one object.
 
-A :class:`Patch` names one attribute and says what takes its place and why. A target reads
-``module:attribute.path``; the module is either an importable ``megatron.*`` module, patched when it
-is imported (or at once, if it already is), any other importable module, patched at once, or
-``VIEW``: the ``torch`` that ``megatron.*`` modules see (:mod:`megatron.mimo.backend.torch_view`).
+A patch of a ``megatron.*`` module is applied when the module is imported, or at once if it already
+is; one of another module, at once.
 """
 
 from __future__ import annotations
@@ -11,93 +9,132 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.machinery import ModuleSpec
 from types import FunctionType, ModuleType
 from typing import Any
 
-VIEW = "torch-seen-by-megatron"
+from megatron.mimo.backend.patch import EVERY, VIEW, Patch, PatchError, Scope
+
+__all__ = ["PROCESS", "Patcher", "replace_in", "replaced"]
+
 _PATCHED_PACKAGE = "megatron."
 _OWN_PACKAGES = ("megatron.mimo",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patch:
-    """One replaced attribute.
-
-    Attributes:
-        name: unique, for error messages and tests.
-        target: ``module:attribute.path``.
-        reason: what goes wrong without it.
-        replacement: called with the original (None where there is none), returns what stands in.
-        needs_no_cuda: True when the patch only makes sense without CUDA; False for defects of
-            megatron-core 0.19 from PyPI that every backend meets.
-    """
-
-    name: str
-    target: str
-    reason: str
-    replacement: Callable[[Any], Any]
-    needs_no_cuda: bool = True
-
-    @property
-    def module(self) -> str:
-        """The module part of ``target``."""
-        return self.target.partition(":")[0]
-
-    @property
-    def attribute(self) -> str:
-        """The attribute path inside ``module``."""
-        return self.target.partition(":")[2]
 
 
 class Patcher:
     """Applies patches to loaded modules and, by a meta-path finder, to those imported later.
 
-    ``originals`` maps the target of every patch that has taken effect to what stood there before.
+    Attributes:
+        patches: all that were applied.
+        originals: the target of every patch that has taken effect -> what stood there before.
+        skipped: the target of every patch that could not -> why: the installed version is not one
+            that it is made for, and has no such name.
+        view: what stands in for ``torch`` in the targets of ``VIEW``.
     """
 
     def __init__(self) -> None:
         self.patches: list[Patch] = []
         self.originals: dict[str, Any] = {}
+        self.skipped: dict[str, str] = {}
         self.view: ModuleType | None = None
         self._finder = _PatchingFinder(self)
 
     def apply(self, patches: Iterable[Patch], view: ModuleType | None = None) -> None:
-        """Adds ``patches``, and ``view`` as the ``torch`` of every ``megatron.*`` module."""
-        new = [patch for patch in patches if patch not in self.patches]
+        """Adds ``patches``; those whose target has one already are left out.
+
+        Raises:
+            PatchError: a name is not there, in a version that has to have it.
+        """
+        known = {patch.target for patch in self.patches}
+        new = [patch for patch in patches if patch.target not in known]
         self.patches += new
         self.view = view or self.view
         if self._finder not in sys.meta_path:
             sys.meta_path.insert(0, self._finder)
         for patch in new:
-            if patch.module != VIEW and not _is_patched_module(patch.module):
-                self._install(patch, importlib.import_module(patch.module))
-            elif patch.module == VIEW and self.view is not None:
+            if patch.module == VIEW and self.view is not None:
                 self._install(patch, self.view)
+            elif patch.module not in (VIEW, EVERY) and not _is_patched_module(patch.module):
+                self._install(patch, importlib.import_module(patch.module))
         for module in list(_loaded_modules()):
             self.adapt(module)
 
     def adapt(self, module: ModuleType) -> None:
         """Applies what concerns ``module``, which has been executed."""
-        if self.view is not None:
-            _use_view(module, self.view)
         for patch in self.patches:
-            if patch.module == module.__name__ and patch.target not in self.originals:
+            done = patch.target in self.originals or patch.target in self.skipped
+            if patch.module == EVERY:
+                _replace_each(patch, module)
+            elif patch.module == module.__name__ and not done:
                 self._install(patch, module)
 
     def _install(self, patch: Patch, module: ModuleType) -> None:
-        owner: Any = module
-        *path, name = patch.attribute.split(".")
-        for step in path:
-            owner = getattr(owner, step)
-        original = owner.__dict__.get(name, getattr(owner, name, None))
-        replacement = patch.replacement(original)
+        try:
+            owner, name = patch.locate(module)
+        except PatchError as error:
+            if patch.fits():
+                raise
+            self.skipped[patch.target] = str(error)
+            warnings.warn(str(error), stacklevel=2)
+            return
+        original = _standing(owner, name)
+        replacement = _replacement(patch)(original)
         self.originals[patch.target] = original
         setattr(owner, name, replacement)
         if isinstance(original, FunctionType):
             _rebind(original, replacement)
+
+
+@contextmanager
+def replaced(replacements: Mapping[Patch, Callable[[Any], Any]]) -> Iterator[None]:
+    """Puts patches in place for the time of the block, and takes them off, the last one first.
+
+    Args:
+        replacements: patch -> what is called with the original and returns what stands in.
+
+    Raises:
+        PatchError: a name is not there, whatever the version: a run counts on what it replaces.
+    """
+    with ExitStack() as undo:
+        for patch, replacement in replacements.items():
+            assert patch.scope in (Scope.RUN, Scope.CALL), patch
+            owner, name = patch.locate(importlib.import_module(patch.module))
+            original = _standing(owner, name)
+            undo.callback(setattr, owner, name, original)
+            setattr(owner, name, replacement(original))
+        yield
+
+
+def replace_in(owner: Any, patch: Patch, replacement: Callable[[Any], Any]) -> None:
+    """Puts a patch in place in one object, of the class that the patch names.
+
+    Args:
+        owner: the object.
+        patch: with ``Scope.OBJECT``.
+        replacement: called with what the object has there, returns what stands in.
+
+    Raises:
+        PatchError: the object has no such attribute.
+    """
+    assert patch.scope is Scope.OBJECT, patch
+    kind, name = patch.locate(importlib.import_module(patch.module))
+    assert isinstance(owner, kind), f"{patch.target} in a {type(owner).__name__}"
+    if not hasattr(owner, name):
+        raise patch.missing()
+    setattr(owner, name, replacement(getattr(owner, name)))
+
+
+def _standing(owner: Any, name: str) -> Any:
+    """What stands there, a static method or class method as such."""
+    return vars(owner).get(name, getattr(owner, name, None))
+
+
+def _replacement(patch: Patch) -> Callable[[Any], Any]:
+    assert patch.replacement is not None, f"{patch.name}: nothing to put in place"
+    return patch.replacement
 
 
 def _is_patched_module(name: str) -> bool:
@@ -123,24 +160,24 @@ def _rebind(original: object, replacement: object) -> None:
                 setattr(module, name, replacement)
 
 
-def _use_view(module: ModuleType, view: ModuleType) -> None:
-    """Makes ``view`` the ``torch`` of ``module`` and undoes ``torch.compile`` at its top level."""
-    import torch
-
+def _replace_each(patch: Patch, module: ModuleType) -> None:
+    """Applies a patch of ``EVERY`` to a module; one of all attributes, to its classes too."""
+    if patch.attribute != "*":
+        _replace_one(patch, module, patch.attribute)
+        return
     for name, value in list(vars(module).items()):
-        if value is torch:
-            setattr(module, name, view)
-        elif isinstance(value, FunctionType):
-            setattr(module, name, _uncompiled(value))
-        elif isinstance(value, type) and value.__module__ == module.__name__:
-            for attribute, member in list(vars(value).items()):
-                if isinstance(member, FunctionType) and _uncompiled(member) is not member:
-                    setattr(value, attribute, _uncompiled(member))
+        _replace_one(patch, module, name)
+        if isinstance(value, type) and value.__module__ == module.__name__:
+            for attribute in list(vars(value)):
+                _replace_one(patch, value, attribute)
 
 
-def _uncompiled(function: FunctionType) -> FunctionType:
-    original: FunctionType = getattr(function, "_torchdynamo_orig_callable", function)
-    return original
+def _replace_one(patch: Patch, owner: Any, name: str) -> None:
+    if name in vars(owner):
+        value = vars(owner)[name]
+        replacement = _replacement(patch)(value)
+        if replacement is not value:
+            setattr(owner, name, replacement)
 
 
 class _PatchingFinder:
@@ -174,3 +211,7 @@ class _PatchingFinder:
             self._patcher.adapt(module)
 
         loader.exec_module = execute_and_patch
+
+
+PROCESS = Patcher()
+"""What is replaced in this process, for good."""

@@ -12,11 +12,12 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from megatron.core.models.mimo.submodules.state import WITHOUT_EXTRA_STATE
 from megatron.mimo.backend import torch_view
-
-_CUDA_TYPE = "torch.cuda."
+from megatron.mimo.backend.hooks import RESULTS_QUEUE
+from megatron.mimo.backend.patching import replaced
 
 
 def undecorated(function: Any) -> Any:
@@ -43,33 +44,55 @@ def taken_from(source: str) -> Callable[[Any], Any]:
     return replacement
 
 
-def accept_cpu_types(original: Any) -> Any:
-    """``original`` with every literal ``"torch.cuda.*Tensor"`` turned into ``"torch.*Tensor"``.
+class _TypesOfCuda(TorchFunctionMode):
+    """Within it ``Tensor.type()`` says of a tensor on the CPU what it says of one on CUDA."""
 
-    ``original`` is a function, static method or class method. Nothing else of it changes.
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def naming_types_of_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original``, to which every tensor's type is one of ``torch.cuda``.
+
+    Of all functions of torch that it calls none returns anything else than before.
     """
-    if isinstance(original, staticmethod | classmethod):
-        return type(original)(accept_cpu_types(original.__func__))
-    assert isinstance(original, FunctionType), original
-    code = original.__code__
-    constants = tuple(_cpu_type(constant) for constant in code.co_consts)
-    function = FunctionType(
-        code.replace(co_consts=constants),
-        original.__globals__,
-        original.__name__,
-        original.__defaults__,
-        original.__closure__,
-    )
-    function.__kwdefaults__ = original.__kwdefaults__
-    return functools.update_wrapper(function, original)
+
+    @functools.wraps(original)
+    def function(*args: Any, **keywords: Any) -> Any:
+        with _TypesOfCuda():
+            return original(*args, **keywords)
+
+    return function
 
 
-def _cpu_type(constant: Any) -> Any:
-    if isinstance(constant, str):
-        return constant.replace(_CUDA_TYPE, "torch.")
-    if isinstance(constant, tuple):
-        return tuple(_cpu_type(item) for item in constant)
-    return constant
+def uncompiled(value: Any) -> Any:
+    """What ``torch.compile`` was given, of a function that it returned; else ``value`` itself."""
+    if isinstance(value, FunctionType):
+        return getattr(value, "_torchdynamo_orig_callable", value)
+    return value
+
+
+def without_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original`` under ``torch.no_grad``."""
+    return torch.no_grad()(original)
+
+
+def taking_no_state_as_empty(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """An optimizer's ``load_state_dict`` to which a state that is not there is an empty one."""
+
+    @functools.wraps(original)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        for level in (state_dict, state_dict.get("optimizer")):
+            if isinstance(level, dict) and "param_groups" in level:
+                level.setdefault("state", {})
+        original(self, state_dict)
+
+    return load_state_dict
 
 
 def with_default_arguments(
@@ -160,14 +183,8 @@ def collecting_in_process(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def save(*args: Any, **keywords: Any) -> Any:
-        from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-        shared = filesystem_async._results_queue
-        filesystem_async._results_queue = queue.Queue()
-        try:
+        with replaced({RESULTS_QUEUE: lambda _: queue.Queue()}):
             return original(*args, **keywords)
-        finally:
-            filesystem_async._results_queue = shared
 
     return save
 

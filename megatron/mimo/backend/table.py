@@ -1,15 +1,14 @@
-"""Every patch that lets megatron-core 0.19 run without CUDA: what, where, why."""
+"""What is replaced so that megatron-core 0.19 runs without CUDA."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from megatron.mimo.backend import gloo, job, pickles, stock
+from megatron.mimo.backend import gloo, stock
 from megatron.mimo.backend import torch_view as view
-from megatron.mimo.backend.capabilities import capabilities
-from megatron.mimo.backend.defaults import argument_defaults
-from megatron.mimo.backend.patching import VIEW, Patch
+from megatron.mimo.backend.defects import DEFECTS
+from megatron.mimo.backend.patch import EVERY, VIEW, Patch
 
 
 def _always(value: Any) -> Callable[[Any], Any]:
@@ -127,16 +126,15 @@ _TORCH_NORM = "megatron.core.transformer.torch_norm:WrappedTorchNorm"
 
 _CPU_TYPES = tuple(
     Patch(
-        name=f"tensor types of {attribute}",
-        target=f"megatron.core.optimizer.{module}:{attribute}",
+        name=f"tensor types of {kind.rpartition(':')[2]}",
+        target=f"megatron.core.optimizer.{kind}",
         reason="compares Tensor.type() with literal torch.cuda types and raises",
-        replacement=stock.accept_cpu_types,
+        replacement=stock.naming_types_of_cuda,
     )
-    for module, attribute in (
-        ("distrib_optimizer", "DistributedOptimizer._build_model_and_main_param_groups"),
-        ("distrib_optimizer", "DistributedOptimizer.__init__"),
-        ("optimizer", "Float16OptimizerWithFloat16Params.__init__"),
-        ("clip_grads", "clip_grad_by_total_norm_fp32"),
+    for kind in (
+        "distrib_optimizer:DistributedOptimizer.__init__",
+        "optimizer:Float16OptimizerWithFloat16Params.__init__",
+        "clip_grads:clip_grad_by_total_norm_fp32",
     )
 )
 
@@ -197,81 +195,27 @@ _GLOO = (
     ),
 )
 
-_DEFECTS = (
+_MODULES = (
     Patch(
-        name="state of layers for FP8",
-        target="megatron.training.checkpointing:_build_sharded_state_dict_metadata",
-        reason="a checkpoint says nothing where it need not: Transformer Engine's layers look for "
-        "state that megatron-core's never save, and a run cannot move from CPU to GPU",
-        replacement=stock.without_extra_state,
-        needs_no_cuda=False,
+        name="torch",
+        target=f"{EVERY}:torch",
+        reason="asks for CUDA devices, streams and generators; gets the CPU's",
+        replacement=view.seen_by_megatron,
     ),
     Patch(
-        name="argument defaults",
-        target="megatron.training.arguments:parse_args",
-        reason="the parser's defaults are for CUDA with Transformer Engine and apex",
-        replacement=stock.with_default_arguments(lambda: argument_defaults(capabilities())),
-        needs_no_cuda=False,
-    ),
-    Patch(
-        name="recomputation without Transformer Engine",
-        target="megatron.core.tensor_parallel.random:CheckpointWithoutOutput.__init__",
-        reason="its default asks for Transformer Engine's FP8 state, a NameError where it is not",
-        replacement=stock.without_fp8_state,
-        needs_no_cuda=False,
-    ),
-    Patch(
-        name="token count of auxiliary losses",
-        target="megatron.core.transformer.moe.router:get_tokens_per_expert_and_token_count",
-        reason="with padding, the count of the whole group stands for this rank's, under TP or CP",
-        replacement=stock.counting_tokens_of_the_group,
-        needs_no_cuda=False,
-    ),
-    Patch(
-        name="checkpoint results",
-        target="megatron.core.dist_checkpointing.strategies.torch:TorchDistSaveShardedStrategy.save",
-        reason="each rank's first save spawns a process that imports torch: seconds and memory",
-        replacement=stock.collecting_in_process,
-        needs_no_cuda=False,
-    ),
-    Patch(
-        name="index of a checkpoint",
-        target="torch.distributed.checkpoint.filesystem:FileSystemReader.read_metadata",
-        reason="unpickles whatever .metadata holds: who wrote a checkpoint runs code here",
-        replacement=pickles.reading_index,
-        needs_no_cuda=False,
-    ),
-    Patch(
-        name="objects of a checkpoint",
-        target="torch.distributed.checkpoint.default_planner:DefaultLoadPlanner.load_bytes",
-        reason="unpickles whatever the files hold beside tensors, with weights_only=False",
-        replacement=pickles.loading_objects,
-        needs_no_cuda=False,
-    ),
-    Patch(
-        name="dataset helper",
-        target="megatron.training.initialize:_compile_dependencies",
-        reason="runs make in a folder whose Makefile the wheel does not ship, and exits",
-        replacement=stock.skip_compiling_what_imports,
-        needs_no_cuda=False,
-    ),
-    Patch(
-        name="checkpoint strides",
-        target="megatron.core.dist_checkpointing.strategies.torch"
-        ":TorchDistLoadShardedStrategy.load_tensors_metadata",
-        reason="passes strides, a tensor property since torch 2.15, to torch.empty: TypeError",
-        replacement=stock.without_strides,
-        needs_no_cuda=False,
+        name="compiled functions",
+        target=f"{EVERY}:*",
+        reason="torch.compile, as by the jit fuser, in what was decorated before it was replaced",
+        replacement=stock.uncompiled,
     ),
     *(
         Patch(
-            name=f"{module}.barrier",
-            target=f"{module}:barrier",
-            reason="NCCL guesses the device from the rank, and can hang where the guess is wrong",
-            replacement=job.naming_the_device,
-            needs_no_cuda=False,
+            name=answer,
+            target=f"{EVERY}:{answer}",
+            reason="says that a package is there which computes on CUDA alone",
+            replacement=_always(False),
         )
-        for module in ("torch.distributed.distributed_c10d", "torch.distributed")
+        for answer in ("HAVE_TE", "HAVE_TE_GRAPHS", "HAVE_TE_EP", "HAVE_APEX")
     ),
 )
 
@@ -294,6 +238,7 @@ PATCHES: tuple[Patch, ...] = (
         reason="draws from the generator of the initial weights, how much depends on batch and TP",
         replacement=_answer(None),
     ),
+    *_MODULES,
     *_DEVICES,
     *_FACTORIES,
     *_STREAM_PATCHES,
@@ -321,6 +266,6 @@ PATCHES: tuple[Patch, ...] = (
         reason='a parallel load allocates by init_data("cuda") what it receives from its peers',
         replacement=view.second_argument_on_cpu,
     ),
-    *_DEFECTS,
+    *DEFECTS,
 )
-"""What :func:`megatron.mimo.backend.cpu.apply` applies, in this order."""
+"""What :func:`megatron.mimo.backend.cpu.apply` puts in place, in this order."""

@@ -28,8 +28,12 @@ CPU = torch.device("cpu")
 _HOST_GENERATOR = torch.Generator()
 
 
+@functools.cache
 def build_view() -> ModuleType:
-    """A copy of torch's namespace; a name it lacks (a submodule imported later) is torch's."""
+    """This process's copy of torch's namespace, in which patches have ``VIEW`` for their module.
+
+    A name that it lacks (a submodule imported later) is torch's.
+    """
     view = ModuleType("torch", torch.__doc__)
     vars(view).update(vars(torch))
     vars(view)["__getattr__"] = functools.partial(getattr, torch)
@@ -39,6 +43,11 @@ def build_view() -> ModuleType:
     cuda.nvtx = ModuleType("torch.cuda.nvtx")  # type: ignore[attr-defined]
     vars(view)["cuda"] = cuda
     return view
+
+
+def seen_by_megatron(value: object) -> object:
+    """The view in place of ``torch``; anything else as it is."""
+    return build_view() if value is torch else value
 
 
 def is_cuda(device: object) -> bool:

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron.mimo.backend.hooks import ASYNC_SAVE
+from megatron.mimo.backend.patching import replaced
 from megatron.mimo.checkpoints.hashes import (
     MANIFEST,
     FileHash,
@@ -55,26 +57,23 @@ def hashed_by_writers() -> Iterator[None]:
     goes on meanwhile. What they found is put together when the save is finished on all ranks,
     before the tracker file names it.
     """
-    from megatron.core import dist_checkpointing
 
-    original = dist_checkpointing.save
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def save(state: Any, folder: Any, *args: Any, **keywords: Any) -> Any:
+            request = original(state, folder, *args, **keywords)
+            if request is None:
+                return None
+            ranks = running_job()
+            if request.async_fn is not None:
+                write = partial(_write_and_hash, request.async_fn, Path(folder), ranks.rank)
+                request = request._replace(async_fn=write)
+            request.add_finalize_fn(partial(_finish, Path(folder), ranks))
+            return request
 
-    def save(state: Any, folder: Any, *args: Any, **keywords: Any) -> Any:
-        request = original(state, folder, *args, **keywords)
-        if request is None:
-            return None
-        ranks = running_job()
-        if request.async_fn is not None:
-            write = partial(_write_and_hash, request.async_fn, Path(folder), ranks.rank)
-            request = request._replace(async_fn=write)
-        request.add_finalize_fn(partial(_finish, Path(folder), ranks))
-        return request
+        return save
 
-    dist_checkpointing.save = save
-    try:
+    with replaced({ASYNC_SAVE: around}):
         yield
-    finally:
-        dist_checkpointing.save = original
 
 
 def _write_and_hash(

@@ -49,7 +49,7 @@ def config_of_files(
         return config, []
     untied = copy.deepcopy(config)
     for part in (untied, untied.get_text_config()):
-        setattr(part, _FIELD, False)
+        part.update({_FIELD: False})
     note = (
         f"warning: {'; '.join(differing)}, though config.json ties them; as in transformers, both "
         f"are kept, and the checkpoint's config.json says {_FIELD}: false"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron.core.models.mimo.errors import InputError
+from megatron.mimo.backend.hooks import PIXELS
+from megatron.mimo.backend.patching import replaced
 from megatron.mimo.data.media_source import (
     MediaLimits,
     require_file,
@@ -50,11 +52,8 @@ def open_image(path: Path | str, limits: MediaLimits) -> Image:
     """Open an image whose size, as its header says, is within the limit."""
     from PIL import Image
 
-    theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours says what to do
-    try:
+    with replaced({PIXELS: lambda _: None}):  # ours says what to do
         image = Image.open(path)
-    finally:
-        Image.MAX_IMAGE_PIXELS = theirs
     require_pixels(path, *image.size, limits.image_pixels)
     return image
 

@@ -8,6 +8,8 @@ arithmetic is torch's own (``torch.optim.adam.adam``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -15,45 +17,35 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from megatron.mimo.backend import capabilities
+from megatron.mimo.backend.hooks import ADAM
+from megatron.mimo.backend.patching import PROCESS
 
 __all__ = ["Adam", "install_adam"]
-
-_COPYING_INTO_LEAVES = (
-    "load_parameter_state_from_dp_reshardable",
-    "load_parameter_state_from_dp_zero",
-    "load_parameter_state_from_dp_zero_legacy",
-)
 
 
 def install_adam() -> bool:
     """Makes ``megatron.core.optimizer`` use :class:`Adam` where neither TE's nor apex's works.
-
-    Also mends the loading of fp32 weights of the distributed optimizer in the format
-    "dp_reshardable" and in ``--ckpt-format torch``, which copies into leaves of the autograd graph
-    and raises, whichever Adam is in use.
 
     Call it before optimizers are built; a second call does nothing.
 
     Returns:
         Whether this project's Adam is in use.
     """
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
-
-    for name in _COPYING_INTO_LEAVES:
-        load = getattr(distrib_optimizer.DistributedOptimizer, name)
-        if not hasattr(load, "__wrapped__"):
-            setattr(distrib_optimizer.DistributedOptimizer, name, torch.no_grad()(load))
     machine = capabilities()
     if not machine.has_transformer_engine() and not machine.has_apex("amp_C"):
-        optimizer.Adam = distrib_optimizer.Adam = Adam
-        optimizer.SGD = torch.optim.SGD
-        distrib_optimizer.USING_TE_OPTIMIZER = False
-        # Both mean, wherever they are read: the class takes ``adam_w_mode``, and its groups hold
-        # the step. There is no flag that says only that.
-        optimizer.USING_PYTORCH_OPTIMIZER = False
-        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+        values = (Adam, Adam, torch.optim.SGD, False, False, True, True)
+        PROCESS.apply(
+            replace(patch, replacement=partial(_taking, value))
+            for patch, value in zip(ADAM, values, strict=True)
+        )
+    from megatron.core import optimizer
+
     return optimizer.Adam is Adam
+
+
+def _taking(value: Any, _: Any) -> Any:
+    """The value, whatever stood there."""
+    return value
 
 
 class Adam(torch.optim.Optimizer):

@@ -11,10 +11,10 @@ ranks; of one that splits its inputs (row), the other way round.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,12 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from megatron.mimo.backend import capabilities
+from megatron.mimo.backend.hooks import ADAPTED
+from megatron.mimo.backend.patching import replace_in
 from megatron.mimo.lora.merge import merge_adapter
 from megatron.mimo.lora.settings import LoraSettings
 
-__all__ = ["adapt", "adapted", "base_checkpoint", "is_adaptable", "merge"]
+__all__ = ["adapt", "adapted", "is_adaptable", "load_without_adapters", "merge"]
 
 Split = Literal["column", "row"]
 
@@ -74,7 +76,7 @@ def adapt(linear: nn.Module, settings: LoraSettings, *, path: str, seed: int) ->
     split: Split = "column" if isinstance(linear, _kinds()["column"]) else "row"
     generator = torch.Generator().manual_seed(zlib.crc32(path.encode()) ^ seed)
     linear.adapter = Adapter(linear, settings, split=split, path=path, generator=generator)
-    linear.__class__ = _class_with_adapter(cast(Hashable, type(linear)))
+    replace_in(linear, ADAPTED, _class_with_adapter)
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -91,21 +93,25 @@ def merge(linear: Any) -> None:
         linear.weight.copy_(
             merge_adapter(linear.weight, adapter.down, adapter.up, adapter.settings.scale)
         )
-    linear.__class__ = type(linear).__mro__[2]
+    replace_in(linear, ADAPTED, lambda kind: kind.__mro__[2])
     del linear.adapter
 
 
-@contextmanager
-def base_checkpoint(model: nn.Module) -> Iterator[None]:
-    """Leave adapters out of the sharded state: for loading a checkpoint that has none."""
+def load_without_adapters(model: nn.Module) -> None:
+    """Leave adapters out of the sharded state until ``model`` has loaded a checkpoint."""
+    _put_in_checkpoint(model, False)
+
+    def loaded(*_: Any) -> None:
+        _put_in_checkpoint(model, True)
+        hook.remove()
+
+    hook = model.register_load_state_dict_post_hook(loaded)
+
+
+def _put_in_checkpoint(model: nn.Module, included: bool) -> None:
     layers: list[Any] = [layer for _, layer in adapted(model)]
     for layer in layers:
-        layer.adapter.is_in_checkpoint = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.adapter.is_in_checkpoint = True
+        layer.adapter.is_in_checkpoint = included
 
 
 class Adapter(nn.Module):

@@ -2,8 +2,7 @@
 
 Megatron keeps equal layers of a stack as one tensor with a layer axis, in the optimizer's state as
 in the model's, and refuses to write one with gaps. Here the optimizer's state is kept layer by
-layer, each under a key with its number, and the model's as ever. And a pipeline stage that trains
-nothing loads a checkpoint as others do.
+layer, each under a key with its number, and the model's as ever.
 """
 
 from __future__ import annotations
@@ -11,13 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.mimo.backend.hooks import LAYERS_APART
+from megatron.mimo.backend.patching import replace_in
 
-__all__ = ["has_gaps", "keep_layers_apart", "load_nothing"]
+__all__ = ["has_gaps", "keep_layers_apart"]
 
 _STACKED = re.compile(r"\.layers\.(?!\d)")  # one key for all layers; experts may add a second axis
 _LAYER = re.compile(r"(\.layers)\.\d+\.")
@@ -34,29 +34,14 @@ def has_gaps(trained: Iterable[str], frozen: Iterable[str]) -> bool:
 
 def keep_layers_apart(optimizer: Any) -> None:
     """Let the optimizer describe its sharded state layer by layer."""
-    original: Callable[..., Any] = optimizer.sharded_state_dict
 
-    def sharded_state_dict(model_sharded_state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(dict_list_map_outplace(_apart, model_sharded_state_dict), *args, **kwargs)
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def sharded_state_dict(of_model: Any, *args: Any, **keywords: Any) -> Any:
+            return original(dict_list_map_outplace(_apart, of_model), *args, **keywords)
 
-    optimizer.sharded_state_dict = sharded_state_dict
+        return sharded_state_dict
 
-
-def load_nothing(optimizer: Any) -> None:
-    """Let an optimizer without parameters load its state, which a checkpoint leaves out as empty.
-
-    Args:
-        optimizer: Megatron's, of the whole model.
-    """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        part.load_state_dict = partial(_load, part.load_state_dict)
-
-
-def _load(original: Callable[[Any], None], state_dict: Any) -> None:
-    for level in (state_dict, state_dict.get("optimizer")):
-        if isinstance(level, dict) and "param_groups" in level:
-            level.setdefault("state", {})
-    original(state_dict)
+    replace_in(optimizer, LAYERS_APART, around)
 
 
 def _apart(leaf: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.lora import load_without_adapters
 from megatron.mimo.models.common.place import Place, Places
 from megatron.mimo.models.common.vocabulary import leave_out_padding
 from megatron.mimo.recipes.recipe import Recipe
@@ -82,6 +83,8 @@ class ModelBuilder:
             tp_group=pg_collection.tp,
         )
         self._adapters += apply_parts(model, self._args)
+        if self._adapters and not self._args.loads_adapters:
+            load_without_adapters(model)
         self.chunks.append(model)
         if len(self.chunks) == (self._args.virtual_pipeline_model_parallel_size or 1):
             self.trained = survey_parts(self.chunks, self._args, self._adapters)

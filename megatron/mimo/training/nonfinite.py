@@ -12,13 +12,14 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import MimoError
+from megatron.mimo.backend.hooks import RERUN_MACHINE
+from megatron.mimo.backend.patching import replaced
 from megatron.mimo.training.culprit import Search
 from megatron.mimo.training.origins import SampleFinder
 
@@ -49,23 +50,34 @@ class ResultWatch:
         """Follow every iteration within this context."""
         from megatron.core.rerun_state_machine import RerunStateMachine
 
-        around: dict[str, Callable[..., Any]] = {
-            "should_run_forward_backward": self._run,
-            "validate_result": self._validate,
-            "should_checkpoint_and_exit": self._end,
-            "validate_state_dict": _never_load,
-        }
-        originals = {name: getattr(RerunStateMachine, name) for name in around}
-        for name, function in around.items():
-            setattr(RerunStateMachine, name, _method(partial(function, originals[name])))
         logger = logging.getLogger(RerunStateMachine.__module__)
         logger.addFilter(_is_true_here)
         try:
-            yield
+            with replaced({RERUN_MACHINE: self._watched}):
+                yield
         finally:
             logger.removeFilter(_is_true_here)
-            for name, original in originals.items():
-                setattr(RerunStateMachine, name, original)
+
+    def _watched(self, stock: Any) -> Any:
+        """Megatron's class of machine, that reports here."""
+        watch = self
+
+        class WatchedMachine(stock):
+            """Megatron's, watched."""
+
+            def should_run_forward_backward(self, *args: Any) -> bool:
+                return watch._run(super().should_run_forward_backward, self, *args)
+
+            def validate_result(self, result: Any, *args: Any, **keywords: Any) -> None:
+                watch._validate(super().validate_result, self, result, *args, **keywords)
+
+            def should_checkpoint_and_exit(self) -> tuple[bool, bool, int]:
+                return watch._end(super().should_checkpoint_and_exit, self)
+
+            def validate_state_dict(self, _: Any) -> bool:
+                return False  # the state in a checkpoint is a fault of another time
+
+        return WatchedMachine
 
     def _run(self, original: Callable[..., bool], machine: Any, *args: Any) -> bool:
         from megatron.core.rerun_state_machine import RerunMode, RerunState
@@ -76,7 +88,7 @@ class ResultWatch:
         machine.first_iteration_complete = True
         if machine.state == RerunState.NOT_RUNNING_YET:
             machine.current_iteration = self._done - 1  # its messages would be one ahead
-        runs = original(machine, *args)
+        runs = original(*args)
         self._search.end()
         if runs:
             again = machine.state == RerunState.RERUNNING_IN_PLACE
@@ -93,7 +105,7 @@ class ResultWatch:
     ) -> None:
         requested = machine.rerun_requested
         try:
-            original(machine, result, *args, **keywords)
+            original(result, *args, **keywords)
         except RuntimeError as error:  # --rerun-mode disabled
             micro_batch, what = self._what(keywords.get("message", ""), result)
             raise NonFiniteError(
@@ -106,7 +118,7 @@ class ResultWatch:
     def _end(self, original: Callable[..., Any], machine: Any) -> tuple[bool, bool, int]:
         from megatron.core.rerun_state_machine import RerunState
 
-        answer: tuple[bool, bool, int] = original(machine)
+        answer: tuple[bool, bool, int] = original()
         if not answer[1]:
             return answer
         reproduced = machine.state == RerunState.WILL_RERUN_FROM_CHECKPOINT
@@ -165,17 +177,5 @@ class ResultWatch:
         return self._search.micro_batch, f"{what} is {value}"
 
 
-def _never_load(*_: Any) -> bool:
-    """Whether the state of the machine in a checkpoint is taken over: a fault of another time."""
-    return False
-
-
 def _is_true_here(record: logging.LogRecord) -> bool:
     return "Need to rerun on a different GPU" not in record.getMessage()
-
-
-def _method(function: Callable[..., Any]) -> Callable[..., Any]:
-    def method(self: Any, *args: Any, **keywords: Any) -> Any:
-        return function(self, *args, **keywords)
-
-    return method

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
-__all__ = ["keep_state_whole"]
+from megatron.mimo.backend.hooks import ZERO_STATE
+from megatron.mimo.backend.patching import replace_in
+
+__all__ = ["fill_state"]
 
 
-def keep_state_whole(optimizer: Any) -> None:
-    """Let an optimizer save its state as a load asks for it, before its first step too.
+def fill_state(optimizer: Any) -> None:
+    """Give every parameter of a new optimizer its state, before the first step.
 
-    A load makes room for the state of every parameter. What has no state yet (fp16, whose first
-    steps are skipped until the loss scale fits) would not be saved, and not be found: it is saved
-    as the zeros that it stands for. SGD, for which Megatron knows no such zeros, gets them.
+    A load makes room for the state of every parameter, so that all of it has to be in a checkpoint,
+    which what has taken no step yet would not write (fp16, whose first steps are skipped until the
+    loss scale fits). SGD, for which Megatron knows no state to begin with, gets zeros.
 
     Args:
         optimizer: Megatron's, of the whole model.
@@ -25,15 +26,10 @@ def keep_state_whole(optimizer: Any) -> None:
         if getattr(part, "optimizer", None) is None:
             continue  # nothing is trained here
         if part.init_state_fn is None:
-            part.init_state_fn = _zero_momentum
-        for name in ("sharded_state_dict", "save_parameter_state"):
-            if hasattr(part, name):
-                setattr(part, name, partial(_with_state, part, getattr(part, name)))
-
-
-def _with_state(part: Any, describe: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-    part.init_state_fn(part.optimizer, part.config)
-    return describe(*args, **keywords)
+            replace_in(part, ZERO_STATE, lambda _: _zero_momentum)
+        # Megatron makes this state as Transformer Engine no longer takes it; the first step does.
+        if not part.config.use_precision_aware_optimizer:
+            part.init_state_fn(part.optimizer, part.config)
 
 
 def _zero_momentum(optimizer: torch.optim.Optimizer, _config: Any = None) -> None:

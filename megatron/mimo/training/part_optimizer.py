@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from megatron.mimo.training.frozen_layers import keep_layers_apart, load_nothing
-from megatron.mimo.training.optimizer_state import keep_state_whole
+from megatron.mimo.backend.hooks import OPTIMIZER
+from megatron.mimo.backend.patching import replaced
+from megatron.mimo.training.frozen_layers import keep_layers_apart
+from megatron.mimo.training.optimizer_state import fill_state
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
@@ -32,30 +34,21 @@ def part_optimizer(args: Namespace, builder: ModelBuilder) -> Iterator[None]:
         args: the run's.
         builder: has built the model by the time the optimizer is built.
     """
-    from megatron.training import training
 
-    make_config, make = training.get_megatron_optimizer_config, training.get_megatron_optimizer
+    def around(make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*positional: Any, config_overrides: dict[Any, Any], **keywords: Any) -> Any:
+            overrides = config_overrides | rate_overrides(args, builder.chunks)
+            optimizer = make(*positional, config_overrides=overrides, **keywords)
+            fill_state(optimizer)
+            assert builder.trained is not None, "the model is built first"
+            if builder.trained.has_gaps:
+                keep_layers_apart(optimizer)
+            return optimizer
 
-    def config_with_rates(arguments: Any) -> Any:
-        config, overrides = make_config(arguments)
-        return config, {**overrides, **rate_overrides(args, builder.chunks)}
+        return made
 
-    def make_with_gaps(*positional: Any, **keywords: Any) -> Any:
-        optimizer = make(*positional, **keywords)
-        load_nothing(optimizer)
-        keep_state_whole(optimizer)
-        assert builder.trained is not None, "the model is built first"
-        if builder.trained.has_gaps:
-            keep_layers_apart(optimizer)
-        return optimizer
-
-    training.get_megatron_optimizer_config = config_with_rates
-    training.get_megatron_optimizer = make_with_gaps
-    try:
+    with replaced({OPTIMIZER: around}):
         yield
-    finally:
-        training.get_megatron_optimizer_config = make_config
-        training.get_megatron_optimizer = make
 
 
 def rate_overrides(args: Namespace, chunks: Sequence[MimoModel]) -> dict[Any, Any]:

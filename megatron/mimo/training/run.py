@@ -24,7 +24,7 @@ from megatron.mimo.process.quiet import quiet_imports, stdout, warnings_shown
 from megatron.mimo.process.signals import leave_on_signal, save_on_signal
 from megatron.mimo.recipes import load_recipe, locate_recipe
 from megatron.mimo.recipes.recipe import FinishedRun, Recipe
-from megatron.mimo.training.starting_point import choose_start, loading_weights
+from megatron.mimo.training.starting_point import choose_start
 
 __all__ = ["main"]
 
@@ -116,7 +116,6 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
             curve.begin(0)
         try:
             with (
-                loading_weights(args, builder.chunks),
                 watch.installed(),
                 results.installed(),
                 part_optimizer(args, builder),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import MimoError
+from megatron.mimo.backend.hooks import TRACKER_NAME
+from megatron.mimo.backend.patching import replaced
 from megatron.mimo.checkpoints.tracker import TRACKER, iteration_name
 from megatron.mimo.process.failure import is_disk_full
 
@@ -69,23 +72,20 @@ def clear_place(folder: Path, iteration: int) -> None:
 @contextmanager
 def atomic_tracker(folder: Path) -> Iterator[None]:
     """Let Megatron write the tracker file beside its place, and move it there when it is whole."""
-    from megatron.training import checkpointing
-
     final, fresh = folder / TRACKER, folder / f"{TRACKER}.new"
     writer = dist.get_rank() == 0
     if writer and final.is_file():
         shutil.copy(final, fresh)
-    original = checkpointing.get_checkpoint_tracker_filename
-    checkpointing.get_checkpoint_tracker_filename = lambda path: (
-        str(fresh) if Path(path) == folder else original(path)
-    )
+
+    def beside(original: Callable[[Any], str]) -> Callable[[Any], str]:
+        return lambda path: str(fresh) if Path(path) == folder else original(path)
+
     try:
-        yield
+        with replaced({TRACKER_NAME: beside}):
+            yield
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
-    finally:
-        checkpointing.get_checkpoint_tracker_filename = original
     if writer:
         _sync(fresh)
         fresh.replace(final)

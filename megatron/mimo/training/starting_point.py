@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.checkpoints.assets import changed_asset
 from megatron.mimo.checkpoints.folders import ASSETS, choose, newest, saved_arguments, settle
 from megatron.mimo.checkpoints.inspection import Inspector
 from megatron.mimo.checkpoints.ranks import starting_job
-from megatron.mimo.lora import base_checkpoint, saved_settings, settings_from
+from megatron.mimo.lora import saved_settings, settings_from
 from megatron.mimo.training.mismatch import check_command, what_moved
 
-if TYPE_CHECKING:
-    from megatron.core.models.mimo import MimoModel
-
-__all__ = ["choose_start", "loading_weights"]
+__all__ = ["choose_start"]
 
 
 def choose_start(args: Namespace, *, repair: bool) -> tuple[int | None, str | None]:
@@ -80,31 +75,6 @@ def choose_start(args: Namespace, *, repair: bool) -> tuple[int | None, str | No
             said.append(check_command(args, saved, folder, goes_on=goes_on))
             said.append(what_moved(args, saved) if goes_on else None)
     return start, "; ".join(filter(None, said)) or None
-
-
-@contextmanager
-def loading_weights(args: Namespace, chunks: Sequence[MimoModel]) -> Iterator[None]:
-    """Within this context ``pretrain`` asks a checkpoint without adapters for no adapters.
-
-    Args:
-        args: as ``choose_start`` left them.
-        chunks: the model's, filled by the time the checkpoint is read.
-    """
-    from megatron.training import training
-
-    original = training.load_checkpoint
-
-    def load(*positional: Any, **keywords: Any) -> Any:
-        with ExitStack() as stack:
-            for chunk in chunks if not args.loads_adapters else ():
-                stack.enter_context(base_checkpoint(chunk))
-            return original(*positional, **keywords)
-
-    training.load_checkpoint = load
-    try:
-        yield
-    finally:
-        training.load_checkpoint = original
 
 
 def _is_complete(folder: Path, inspector: Inspector) -> bool:

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import ConfigError, MimoError
+from megatron.mimo.backend import hooks
+from megatron.mimo.backend.patching import replaced
 from megatron.mimo.checkpoints.folders import prune
 from megatron.mimo.checkpoints.hashed_saving import hash_checkpoint, hashed_by_writers
 from megatron.mimo.checkpoints.ranks import running_job
@@ -49,24 +51,17 @@ class LoopWatch:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Watch every ``pretrain`` within this context."""
-        from megatron.training import training
-
-        replacements: dict[str, Callable[[Any], Any]] = {
-            "train": self._around_train,
-            "training_log": self._around_log,
-            "evaluate_and_print_results": self._around_evaluation,
-            "evaluate": self._around_evaluate,
-            "save_checkpoint": self._around_save,
-            "load_checkpoint": self._around_load,
-        }
-        originals = {name: getattr(training, name) for name in replacements}
-        for name, around in replacements.items():
-            setattr(training, name, around(originals[name]))
-        try:
+        with replaced(
+            {
+                hooks.TRAIN: self._around_train,
+                hooks.TRAINING_LOG: self._around_log,
+                hooks.EVALUATION: self._around_evaluation,
+                hooks.EVALUATE: self._around_evaluate,
+                hooks.SAVE: self._around_save,
+                hooks.LOAD: self._around_load,
+            }
+        ):
             yield
-        finally:
-            for name, original in originals.items():
-                setattr(training, name, original)
 
     def _around_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:

@@ -83,12 +83,12 @@ def test_without_reruns_samples_are_named(ranks: RankPool, tmp_path: Path) -> No
 
 def test_a_verdict_in_a_checkpoint_is_not_taken_over() -> None:
     """Checkpoints of earlier versions hold one, and could not be continued."""
-    from megatron.core.rerun_state_machine import RerunState, RerunStateMachine
+    from megatron.core import rerun_state_machine
     from megatron.mimo.training.nonfinite import ResultWatch
     from megatron.mimo.training.origins import SampleFinder
 
-    waiting = {"state": RerunState.WILL_RERUN_FROM_CHECKPOINT}
+    waiting = {"state": rerun_state_machine.RerunState.WILL_RERUN_FROM_CHECKPOINT}
     args = Namespace()
     with ResultWatch(args, [], SampleFinder(args)).installed():
-        assert not RerunStateMachine().validate_state_dict(waiting)
-    assert RerunStateMachine().validate_state_dict(waiting)
+        assert not rerun_state_machine.RerunStateMachine().validate_state_dict(waiting)
+    assert rerun_state_machine.RerunStateMachine().validate_state_dict(waiting)

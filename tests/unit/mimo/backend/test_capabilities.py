@@ -22,6 +22,7 @@ from megatron.mimo.backend.capabilities import (
     usable_transformer_engine,
 )
 from megatron.mimo.backend.defaults import argument_defaults
+from megatron.mimo.backend.patching import PROCESS
 from megatron.mimo.recipes import load_recipe, recipe_names
 
 HOPPER: dict[str, Any] = {"device": "cuda", "card": "NVIDIA H200", "compute_capability": (9, 0)}
@@ -227,6 +228,8 @@ def test_modules_that_asked_before_are_told_otherwise(monkeypatch: pytest.Monkey
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     hide_cuda_packages()
+    select_backend("cpu")
+    PROCESS.adapt(module)
     assert (vars(module)["HAVE_TE"], vars(module)["HAVE_APEX"]) == (False, False)
     for name in ("transformer_engine", "transformer_engine.pytorch", "apex"):
         with pytest.raises(ImportError):

@@ -22,8 +22,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron.mimo.backend import Capabilities, cpu, select_backend
 from megatron.mimo.backend.defaults import argument_defaults
-from megatron.mimo.backend.patching import VIEW, Patch
+from megatron.mimo.backend.patch import EVERY, VIEW, Patch
+from megatron.mimo.backend.patching import PROCESS
 from megatron.mimo.backend.stock import taken_from
+from megatron.mimo.backend.torch_view import build_view
 
 DEFAULTS = argument_defaults(Capabilities(device="cpu"))
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what fails without CUDA")
@@ -38,7 +40,7 @@ def _original(name: str) -> Any:
     """What the patch called ``name`` replaced; its module is imported, so that it is in effect."""
     patch = next(patch for patch in cpu.PATCHES if patch.name == name)
     importlib.import_module(patch.module)
-    return cpu._PATCHER.originals[patch.target]
+    return PROCESS.originals[patch.target]
 
 
 def _current(patch: Patch) -> Any:
@@ -55,17 +57,27 @@ def test_table_is_well_formed() -> None:
 
 
 @pytest.mark.parametrize(
-    "patch", [p for p in cpu.PATCHES if p.module != VIEW], ids=lambda p: p.name
+    "patch", [p for p in cpu.PATCHES if p.module not in (VIEW, EVERY)], ids=lambda p: p.name
 )
 def test_patch_is_in_effect(patch: Patch) -> None:
     """The target exists in the installed megatron-core and something else stands there now."""
     importlib.import_module(patch.module)
-    original = cpu._PATCHER.originals[patch.target]
+    original = PROCESS.originals[patch.target]
     if patch.reason.startswith("taken from Transformer Engine"):  # not where neither is installed
         assert getattr(_current(patch), "__module__", "megatron.core").startswith("megatron.core")
     else:
         assert original is not None
         assert _current(patch) is not original
+
+
+def test_modules_see_the_view_and_no_package_of_cuda() -> None:
+    from megatron.core.optimizer import optimizer
+    from megatron.core.transformer import transformer_block
+
+    assert vars(optimizer)["torch"] is build_view()
+    assert build_view() is not torch
+    assert transformer_block.HAVE_APEX is False
+    assert {p.attribute for p in cpu.PATCHES if p.module == EVERY} >= {"torch", "*", "HAVE_TE"}
 
 
 def test_kernels_of_packages_give_way_to_megatrons_own() -> None:
@@ -192,33 +204,6 @@ def test_data_setup_leaves_the_device_generator(
         before = torch.default_generator.get_state()
         build(None)
         assert torch.equal(before, torch.default_generator.get_state()) == patched
-
-
-@pytest.mark.parametrize("patch", [p for p in cpu.PATCHES if "tensor types" in p.name])
-def test_cpu_types_replace_cuda_types(patch: Patch) -> None:
-    """Only string literals differ; the distributed tests train through these functions."""
-    importlib.import_module(patch.module)
-    original, current = cpu._PATCHER.originals[patch.target], _current(patch)
-    if isinstance(original, classmethod):
-        original, current = original.__func__, current.__func__
-    assert "torch.cuda." in str(original.__code__.co_consts)
-    assert "torch.cuda." not in str(current.__code__.co_consts)
-    assert current.__code__.co_code == original.__code__.co_code
-    assert current.__kwdefaults__ == original.__kwdefaults__
-
-
-def test_clip_grads_takes_cpu_gradients() -> None:
-    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-
-    def clip(function: Any) -> torch.Tensor:
-        parameter = torch.nn.Parameter(torch.zeros(2))
-        parameter.grad = torch.tensor([3.0, 4.0])
-        function([parameter], max_norm=1.0, total_norm=5.0)
-        return parameter.grad
-
-    torch.testing.assert_close(clip(clip_grad_by_total_norm_fp32), torch.tensor([0.6, 0.8]))
-    with pytest.raises(AssertionError):
-        clip(_original("tensor types of clip_grad_by_total_norm_fp32"))
 
 
 @pytest.mark.parametrize("patched", [True, False])

@@ -11,7 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from megatron.mimo.backend.patching import VIEW, Patch, Patcher, _PatchingFinder
+from megatron.mimo.backend.patch import EVERY, VIEW, Patch
+from megatron.mimo.backend.patching import Patcher, _PatchingFinder
 
 PACKAGE = "megatron.patching_probe"
 
@@ -74,6 +75,14 @@ def test_view_replaces_torch_in_megatron_only(package: Path) -> None:
     patcher = Patcher()
     patcher.view = view
     patcher._install(patch, view)
+    patcher.patches.append(
+        Patch(
+            name="torch",
+            target=f"{EVERY}:torch",
+            reason="test",
+            replacement=lambda value: view if value is torch else value,
+        )
+    )
     patcher.adapt(early)
     assert vars(early)["torch"] is view
     assert view.n == 3

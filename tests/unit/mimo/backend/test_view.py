@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron.mimo.backend import cpu, select_backend
-from megatron.mimo.backend.patching import VIEW
+from megatron.mimo.backend.patch import VIEW
 
 NAMES = [patch.attribute for patch in cpu.PATCHES if patch.module == VIEW]
 
