@@ -38,10 +38,13 @@ _ENTRIES: tuple[object, ...] = (
         ]
     },
     {
-        "query": "what?",
-        "response": "seven",
-        "history": [["one", "two"]],
-        "images": ["picture.png"],
+        "system": "be brief",
+        "messages": [
+            {"role": "user", "content": "one"},
+            {"role": "assistant", "content": "two", "weight": 0},
+            {"role": "user", "content": "and?"},
+            {"role": "assistant", "content": "three"},
+        ],
     },
 )
 

@@ -180,7 +180,7 @@ def _slots(output: Path) -> dict[int, SlotContent]:
 
 
 def _kill_launcher(output: Path, random: Random) -> str:
-    module = random.choice(["torch.distributed.run", "megatron.mimo.launch"])
+    module = random.choice(["torch.distributed.run", "megatron.mimo.process.launch"])
     phase, after = random.choice(["forward", "saving", "evaluating"]), random.randrange(10)
     command = [
         *(sys.executable, "-m", module, "--standalone", "--nproc-per-node", "2", SCRIPT),

@@ -27,6 +27,8 @@ _ARCHITECTURES = {
     "qwen2_audio": ("Qwen2AudioForConditionalGeneration",),
 }
 
+_LONG = 500  # characters of another's message, which may hold a whole file's content
+
 
 def family_names() -> tuple[str, ...]:
     """The names ``load_family`` knows, sorted."""
@@ -91,6 +93,7 @@ def read_hf_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of whatever kind, for whatever value is wrong in it
         reason = " ".join(line.strip() for line in str(error).partition("\n\n")[0].splitlines())
+        reason = reason if len(reason) < _LONG else f"{reason[:_LONG]} ..."
         raise ConfigError(
             f"{folder / 'config.json'} cannot be read: {reason or type(error).__name__}; correct "
             "it, or fetch it again"

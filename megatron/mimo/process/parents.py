@@ -15,7 +15,7 @@ from megatron.mimo.process.identity import Process, ancestors
 
 __all__ = ["Launcher", "bind_to_parent", "end_with_parent", "find_launcher"]
 
-_OURS = "megatron.mimo.launch"
+_OURS = "megatron.mimo.process.launch"
 _TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 _FIRST_WORDS = 4  # of a command line: python -u -m torch.distributed.run
 _TASKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -29,7 +29,7 @@ class Launcher:
 
     Attributes:
         process: it.
-        kind: ``torchrun``, ``ours`` (``python -m megatron.mimo.launch``) or ``tasks`` (Slurm, MPI).
+        kind: ``torchrun``, ``ours`` (``process.launch``) or ``tasks`` (Slurm, MPI).
         is_parent: whether it has started this process itself, and no script between.
     """
 

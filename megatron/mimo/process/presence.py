@@ -19,6 +19,7 @@ from megatron.mimo.process.board import Board, Slot, Word, folder_of
 from megatron.mimo.process.identity import Process, host_name
 from megatron.mimo.process.parents import Launcher, bind_to_parent, find_launcher
 from megatron.mimo.process.stacks import STACKS, Frame
+from megatron.mimo.process.witness import Watch
 
 __all__ = ["Presence", "here", "join"]
 
@@ -174,8 +175,6 @@ def _keep_stacks(path: Path, presence: Presence) -> None:
 
 
 def _start_witness(presence: Presence, board: Board, stall_timeout: float) -> None:
-    from megatron.mimo.process.witness import Watch
-
     environment, launcher = os.environ, presence.launcher
     size = int(environment.get("WORLD_SIZE", "1"))
     restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))

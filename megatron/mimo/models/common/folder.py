@@ -17,13 +17,16 @@ _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
 
 
 def check_links(folder: Path) -> None:
-    """Refuse symbolic links that leave a folder; those of the hub's own cache may.
+    """Refuse symbolic links that leave a folder, and what is neither file nor folder.
+
+    Links of the hub's own cache may leave it.
 
     Args:
         folder: a Hugging Face model's directory; it may be a link itself.
 
     Raises:
-        ConfigError: one of its entries, at any depth, leads elsewhere, or nowhere.
+        ConfigError: one of its entries, at any depth, leads elsewhere or nowhere, or is a pipe, a
+            device or a socket.
     """
     root = folder.resolve()
     roots = [root]
@@ -35,6 +38,11 @@ def check_links(folder: Path) -> None:
                 f"{folder / path.relative_to(root)} is a symbolic link to {path.readlink()}, "
                 f"outside of {folder}; expected files of the model: put the file itself there "
                 "(cp -rL copies a folder with what its links lead to)"
+            )
+        if not path.is_file() and not path.is_dir():
+            raise ConfigError(
+                f"{folder / path.relative_to(root)} is a pipe, a device, a socket or a link to "
+                "itself; expected files and folders of the model: remove it"
             )
 
 

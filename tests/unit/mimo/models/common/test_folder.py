@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,24 @@ def test_links_out_of_a_folder_are_refused(folder: Path) -> None:
     (folder / "more" / "deep").symlink_to("../../secret")
     with pytest.raises(ConfigError, match="more/deep is a symbolic link"):
         check_links(folder)
+
+
+def test_what_is_no_file_is_refused_and_not_opened(folder: Path) -> None:
+    os.mkfifo(folder / "notes.txt")
+    for read in (check_links, read_hf_config, read_processor):
+        with pytest.raises(
+            ConfigError, match=r"notes\.txt is a pipe, a device, a socket or a link"
+        ):
+            read(folder)
+
+
+def test_an_error_of_transformers_does_not_repeat_a_whole_file(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "x" * 9000}))
+    with pytest.raises(ConfigError) as refused:
+        read_hf_config(folder)
+    assert "x" * 50 in str(refused.value)
+    assert len(str(refused.value)) < 1000
 
 
 def test_links_within_a_folder_and_to_one_pass(folder: Path) -> None:

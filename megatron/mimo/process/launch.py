@@ -1,6 +1,6 @@
 """Starts the processes of a job, as torchrun does, with torchrun's own flags and elastic agent.
 
-    python -m megatron.mimo.launch --nproc-per-node 2 examples/mimo/pretrain_mimo.py
+    python -m megatron.mimo.process.launch --nproc-per-node 2 examples/mimo/pretrain_mimo.py
 
 It differs in how it ends: with the reason as the last line, where torchrun prints a report of its
 own, and with exit code 0 where a signal stopped the job and every rank has saved.
