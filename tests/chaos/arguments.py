@@ -74,6 +74,8 @@ def _other_tensor(value: Any, random: Random) -> Any:
     """A tensor that is wrong in shape, type or content."""
     import torch
 
+    if value.is_meta or value.layout != torch.strided or not value.dim():
+        return None  # a second change of what is changed already
     changes: list[Any] = [
         lambda: value.float() if not value.is_floating_point() else value.long(),
         lambda: value.bool(),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 
+from tests.chaos.damage import DAMAGES, TRACKERS
 from tests.chaos.tally import Tally
 from tests.distributed.training.launch import losses, train
 from tests.rank_pool import RankExit, RankPool
@@ -79,68 +79,33 @@ def stand_still(ranks: RankPool, *, seed: int, seconds: float, at_most: int | No
     return tally
 
 
-def _cut(path: Path, random: Random) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[: random.randrange(len(data))] if data else b"")
-
-
-def _zero(path: Path, _: Random) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def _flip(path: Path, random: Random) -> None:
-    data = bytearray(path.read_bytes())
-    data[random.randrange(len(data))] ^= 1 << random.randrange(8)
-    path.write_bytes(data)
-
-
-def _remove(path: Path, _: Random) -> None:
-    path.unlink()
-
-
-def _folder(path: Path, _: Random) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-_DAMAGES: Mapping[str, Callable[[Path, Random], None]] = {
-    "cut off": _cut,
-    "zeroed": _zero,
-    "flipped": _flip,
-    "removed": _remove,
-    "a folder": _folder,
-}
-
-
 def damage_checkpoints(
     ranks: RankPool, *, seed: int, seconds: float, at_most: int | None = None
 ) -> Tally:
-    """Each file of the newest checkpoint, damaged: the one before is used, with the same losses."""
+    """Damage to any file of the newest checkpoint, or the tracker: the run continues exactly."""
     tally = Tally(kind="damage")
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as name:
         whole = Path(name) / "whole"
         _check(train(ranks, whole, "dp2"))
-        newest = whole / "checkpoints/iter_0000006"
-        files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
-        files.append(whole / "checkpoints/latest_checkpointed_iteration.txt")
         while time.monotonic() - begin < seconds and (at_most is None or tally.cases < at_most):
-            label = f"damage --seed {seed} --case {tally.cases}"
             random = Random(f"{seed}/damage/{tally.cases}")
-            file, kind = random.choice(files), random.choice(list(_DAMAGES))
             output = Path(name) / "broken"
             shutil.copytree(whole, output)
             (output / "metrics.json").unlink()
-            _DAMAGES[kind](output / file.relative_to(whole), random)
+            root = output / "checkpoints"
+            what, damage = random.choice([*DAMAGES, *TRACKERS])
+            folder = root / "iter_0000006" if (what, damage) in DAMAGES else root
+            label = f"damage --seed {seed} --case {tally.cases} ({what})"
             try:
+                damage(folder, random)
                 exits = train(ranks, output, "dp2")
-                text = _printed(exits)
-                assert "Traceback" not in text, text[-2000:]
+                assert "Traceback" not in _printed(exits), _printed(exits)[-2000:]
                 _check(exits)
                 assert losses(output) == losses(whole), "other losses"
                 tally.outcomes["continued exactly"] += 1
             except AssertionError as error:
-                tally.fail(f"{label} ({file.name} {kind}): {error}")
+                tally.fail(f"{label}: {error}")
             shutil.rmtree(output, ignore_errors=True)
     tally.seconds = time.monotonic() - begin
     return tally

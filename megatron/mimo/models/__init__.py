@@ -58,7 +58,9 @@ def family_of(config: Any) -> Family:
     Raises:
         UnsupportedError: no family has them; the message says which there are.
     """
-    wanted = list(getattr(config, "architectures", None) or [])
+    given = getattr(config, "architectures", None) or []
+    wanted = given if isinstance(given, list | tuple) else [given]
+    wanted = [name[:_LONG] if isinstance(name, str) else repr(name)[:_LONG] for name in wanted]
     for name, architectures in _ARCHITECTURES.items():
         if set(wanted) & set(architectures):
             return load_family(name)

@@ -135,6 +135,14 @@ class Board:
         """This rank's slot."""
         return Slot(self.folder / f"rank-{rank}", rank=rank)
 
+    def is_first(self) -> bool:
+        """Whether nobody has asked this before; some launchers call every rank the first."""
+        try:
+            (self.folder / "first").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
     def slots(self) -> dict[int, SlotContent]:
         """What all ranks of this host show, by rank."""
         found = {}

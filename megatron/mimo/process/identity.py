@@ -105,7 +105,7 @@ def ancestors(limit: int = 3) -> list[tuple[Process, list[str]]]:
     """This process's parent, its parent and so on, with their command lines where readable."""
     found: list[tuple[Process, list[str]]] = []
     pid = os.getppid()
-    while pid > 1 and len(found) < limit:
+    while pid > 0 and len(found) < limit:
         words: list[str] = []
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")

@@ -129,7 +129,7 @@ def join(*, stall_timeout: float) -> Presence:
         presence.slot = board.take_slot(presence.rank)
         presence.board = board
         _keep_stacks(board.traceback_file(presence.rank), presence)
-        if int(environment.get("LOCAL_RANK", presence.rank)) == 0:
+        if int(environment.get("LOCAL_RANK", presence.rank)) == 0 and board.is_first():
             _start_witness(presence, board, stall_timeout)
     except OSError:  # a full disk, say: the run goes on without
         presence.board = None

@@ -1,4 +1,4 @@
-"""How jobs end: the cause is the last line, once; a folder has one owner; nobody is left running."""
+"""How jobs end: the cause comes last, once; a folder has one owner; nobody is left running."""
 
 from __future__ import annotations
 

@@ -58,9 +58,12 @@ def check_mappings(modality_inputs: Any, packing_kwargs: Any, indices: Any) -> N
             raise _other_type(where, encoders, "{encoder: {argument: tensor}}")
         for encoder, arguments in (encoders or {}).items():
             _check_name(where, encoder)
-            if arguments is not None and not isinstance(arguments, Mapping):
-                raise _other_type(f"{where}[{encoder!r}]", arguments, "{argument: tensor}")
-            for argument, value in (arguments or {}).items():
+            if not isinstance(arguments, Mapping):
+                raise InputError(
+                    f"{where}[{encoder!r}] is {type(arguments).__name__}; expected {{argument: "
+                    "tensor}; leave an encoder without inputs away"
+                )
+            for argument, value in arguments.items():
                 _check_name(f"{where}[{encoder!r}]", argument)
                 if torch.is_tensor(value):
                     _check_values(f"{where}[{encoder!r}][{argument!r}]", value)
