@@ -1,4 +1,4 @@
-"""Full disks, ranks that stand still, and damage to every file of a checkpoint."""
+"""Full disks, and ranks that stand still."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import time
 from pathlib import Path
 from random import Random
 
-from tests.chaos.damage import DAMAGES, TRACKERS
 from tests.chaos.tally import Tally
 from tests.distributed.training.launch import losses, train
 from tests.rank_pool import RankExit, RankPool
 
-__all__ = ["damage_checkpoints", "fill_disks", "stand_still"]
+__all__ = ["fill_disks", "printed", "require_success", "stand_still"]
 
 _LARGE = ("--hidden-size", "128")  # whose checkpoint does not fit below the limit
 
@@ -24,7 +23,7 @@ def fill_disks(ranks: RankPool, *, seed: int, seconds: float, at_most: int | Non
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as name:
         whole = Path(name) / "whole"
-        _check(train(ranks, whole, "dp2", *_LARGE))
+        require_success(train(ranks, whole, "dp2", *_LARGE))
         while time.monotonic() - begin < seconds and (at_most is None or tally.cases < at_most):
             label = f"full disks --seed {seed} --case {tally.cases}"
             random = Random(f"{seed}/full disks/{tally.cases}")
@@ -34,9 +33,9 @@ def fill_disks(ranks: RankPool, *, seed: int, seconds: float, at_most: int | Non
                 exits = train(ranks, output, "dp2", *_LARGE, "--tiny-disk-full-from", sample)
                 assert all(exit_.stopped != "timeout" for exit_ in exits), "the ranks hang"
                 assert all(exit_.exit_code for exit_ in exits), "a full disk was not noticed"
-                text = _printed(exits)
+                text = printed(exits)
                 assert "could not be written" in text or "disk is full" in text, text[-2000:]
-                _check(train(ranks, output, "dp2", *_LARGE))
+                require_success(train(ranks, output, "dp2", *_LARGE))
                 assert losses(output) == losses(whole), "other losses"
                 tally.outcomes["noticed, continued exactly"] += 1
             except AssertionError as error:
@@ -52,7 +51,7 @@ def stand_still(ranks: RankPool, *, seed: int, seconds: float, at_most: int | No
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as name:
         whole = Path(name) / "whole"
-        _check(train(ranks, whole, "dp2"))
+        require_success(train(ranks, whole, "dp2"))
         while time.monotonic() - begin < seconds and (at_most is None or tally.cases < at_most):
             label = f"stand-still --seed {seed} --case {tally.cases}"
             random = Random(f"{seed}/stand-still/{tally.cases}")
@@ -64,12 +63,12 @@ def stand_still(ranks: RankPool, *, seed: int, seconds: float, at_most: int | No
                 started = time.monotonic()
                 exits = train(ranks, output, "dp2", *flags)
                 took = time.monotonic() - started
-                text = _printed(exits)
+                text = printed(exits)
                 assert f"warning: rank {rank} on " in text, text[-2000:]
                 assert "reading data" in text, text[-2000:]
                 assert f"stacks of rank {rank}, which stood still" in text, text[-2000:]
                 assert took < 120, f"it took {took:.0f} s"
-                _check(train(ranks, output, "dp2"))
+                require_success(train(ranks, output, "dp2"))
                 assert losses(output) == losses(whole), "other losses"
                 tally.outcomes[f"{how}: noticed, ended, continued exactly"] += 1
             except AssertionError as error:
@@ -79,41 +78,11 @@ def stand_still(ranks: RankPool, *, seed: int, seconds: float, at_most: int | No
     return tally
 
 
-def damage_checkpoints(
-    ranks: RankPool, *, seed: int, seconds: float, at_most: int | None = None
-) -> Tally:
-    """Damage to any file of the newest checkpoint, or the tracker: the run continues exactly."""
-    tally = Tally(kind="damage")
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as name:
-        whole = Path(name) / "whole"
-        _check(train(ranks, whole, "dp2"))
-        while time.monotonic() - begin < seconds and (at_most is None or tally.cases < at_most):
-            random = Random(f"{seed}/damage/{tally.cases}")
-            output = Path(name) / "broken"
-            shutil.copytree(whole, output)
-            (output / "metrics.json").unlink()
-            root = output / "checkpoints"
-            what, damage = random.choice([*DAMAGES, *TRACKERS])
-            folder = root / "iter_0000006" if (what, damage) in DAMAGES else root
-            label = f"damage --seed {seed} --case {tally.cases} ({what})"
-            try:
-                damage(folder, random)
-                exits = train(ranks, output, "dp2")
-                assert "Traceback" not in _printed(exits), _printed(exits)[-2000:]
-                _check(exits)
-                assert losses(output) == losses(whole), "other losses"
-                tally.outcomes["continued exactly"] += 1
-            except AssertionError as error:
-                tally.fail(f"{label}: {error}")
-            shutil.rmtree(output, ignore_errors=True)
-    tally.seconds = time.monotonic() - begin
-    return tally
+def require_success(exits: list[RankExit]) -> None:
+    """Raise ``AssertionError``, with what was printed, unless every rank ended well."""
+    assert all(exit_.exit_code == 0 for exit_ in exits), printed(exits)[-2000:]
 
 
-def _check(exits: list[RankExit]) -> None:
-    assert all(exit_.exit_code == 0 for exit_ in exits), _printed(exits)[-2000:]
-
-
-def _printed(exits: list[RankExit]) -> str:
+def printed(exits: list[RankExit]) -> str:
+    """All that the ranks have printed."""
     return "".join(exit_.stdout + exit_.stderr for exit_ in exits)

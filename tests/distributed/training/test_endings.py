@@ -107,7 +107,8 @@ def test_a_folder_in_which_a_run_writes_is_refused_on_every_rank(
     wait_for(run, lambda: (tmp_path / "loss.csv").is_file() and len(losses(tmp_path)) >= 2)
     before = losses(tmp_path)
     exits = train(ranks, tmp_path, "dp2", *LONG)
-    assert [exit_.exit_code for exit_ in exits] == [2, 2]
+    assert exits[0].exit_code == 2
+    assert exits[1].exit_code != 0  # 2 or, where the pool is the first to end it, a signal's
     assert f"error: {tmp_path} belongs to a run that is going on: process " in exits[0].stderr
     assert exits[1].stdout + exits[1].stderr == ""
     assert before.items() <= losses(tmp_path).items()
