@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ _ARCHITECTURES = {
     "qwen2_audio": ("Qwen2AudioForConditionalGeneration",),
 }
 
+_HEADS = ("num_attention_heads", "num_heads", "num_key_value_heads", "encoder_attention_heads")
 _LONG = 500  # characters of another's message, which may hold a whole file's content
 
 
@@ -101,7 +103,20 @@ def read_hf_config(folder: Path) -> Any:
             "it, or fetch it again"
         ) from error
     _refuse_quantised(config, folder)
+    _check_heads(config.to_dict(), folder, within="")
     return config
+
+
+def _check_heads(fields: Mapping[str, Any], folder: Path, *, within: str) -> None:
+    """Numbers of heads divide widths, in every part of a configuration."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            _check_heads(value, folder, within=f"{within}{name}.")
+        elif name in _HEADS and value is not None and (type(value) is not int or value < 1):
+            raise ConfigError(
+                f"{folder / 'config.json'}: {within}{name} is {str(value)[:_LONG]}; expected a "
+                "number from 1 on: correct it, or fetch it again"
+            )
 
 
 def _refuse_quantised(config: Any, folder: Path) -> None:

@@ -115,6 +115,8 @@ def own(folder: Path, *, tell: Callable[[str], None], stale: float = _STALE) -> 
             f"{folder} cannot be written to: {error.strerror}; make room, or give another --output"
         ) from error
     try:
+        if (folder / FILE).exists() and not (folder / FILE).is_file():
+            raise ConfigError(f"{folder / FILE} is no regular file; remove it")
         while not _create(fresh, folder / FILE):
             owner = _read(folder / FILE)
             if owner is None:

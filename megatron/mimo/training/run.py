@@ -246,10 +246,12 @@ def _already_finished(args: Namespace, start: int | None, console: Console) -> b
         return False
     if start < total or args.skip_train or args.ckpt_step:
         return False
+    if not (Path(args.output) / METRICS).is_file():
+        return False  # training ended, evaluating did not
     try:
         metrics = json.loads((Path(args.output) / METRICS).read_text())
     except (OSError, ValueError):
-        return False  # training ended, evaluating did not
+        return False
     if metrics.get("iteration") != start:
         return False
     console.say(

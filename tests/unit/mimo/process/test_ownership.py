@@ -146,3 +146,9 @@ def test_a_file_as_output_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is not a folder; expected one"):
             own(folder, tell=silent)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_pipe_in_the_place_of_the_file_is_refused_and_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / FILE)
+    with pytest.raises(ConfigError, match=r"\.owner is no regular file; remove it"):
+        own(tmp_path, tell=silent)

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from megatron.core.models.mimo.errors import ConfigError
+from megatron.core.models.mimo.errors import ConfigError, MimoError
 from megatron.mimo.checkpoints.assets import read_processor
-from megatron.mimo.models import load_family, read_hf_config
+from megatron.mimo.models import family_of, load_family, read_hf_config
 from megatron.mimo.models.common.folder import check_links
 from megatron.mimo.recipes.tiny.processors import llava_processor
 
@@ -49,6 +49,24 @@ def test_what_is_no_file_is_refused_and_not_opened(folder: Path) -> None:
             ConfigError, match=r"notes\.txt is a pipe, a device, a socket or a link"
         ):
             read(folder)
+
+
+@pytest.mark.parametrize("value", [0, -2, 1.5, "8"])
+def test_numbers_of_heads_that_divide_nothing_are_refused(folder: Path, value: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_attention_heads"] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="num_attention_heads"):
+        read_hf_config(folder)
+
+
+@pytest.mark.parametrize("value", [["x" * 9000], [[]], [{}], 3, [None]])
+def test_architectures_that_are_no_names_are_refused(folder: Path, value: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": value}))
+    with pytest.raises(MimoError) as refused:
+        family_of(read_hf_config(folder))
+    assert 0 < len(str(refused.value)) < 1500
 
 
 def test_an_error_of_transformers_does_not_repeat_a_whole_file(folder: Path) -> None:
