@@ -147,5 +147,6 @@ def test_a_killed_reader_is_the_reason_and_not_the_connections_that_break(
     text = "".join(exit_.stdout + exit_.stderr for exit_ in exits)
     causes = [line for line in text.splitlines() if line.startswith(("error:", "[rank"))]
     assert len(causes) == 1, text
-    assert "[rank 1] error: RuntimeError: DataLoader worker (pid " in causes[0]
-    assert "is killed by signal: Killed" in causes[0]
+    # torch hears of it by a signal or by looking, and words the two differently
+    assert "[rank 1] error: RuntimeError: DataLoader worker (pid" in causes[0]
+    assert "killed by signal: Killed" in causes[0] or "exited unexpectedly" in causes[0]
