@@ -6,10 +6,10 @@ import argparse
 import secrets
 import sys
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 
 from tests.chaos.arguments import arguments
 from tests.chaos.conversations import conversations
+from tests.chaos.damaged_runs import damage_checkpoints
 from tests.chaos.faults import fill_disks, stand_still
 from tests.chaos.folders import folders
 from tests.chaos.fuzz import Kind, run_cases
@@ -24,16 +24,13 @@ INPUTS: Mapping[str, Kind] = {
     "folders": folders,
     "arguments": arguments,
 }
-RUNS: dict[str, Callable[..., Tally]] = {
+RUNS: Mapping[str, Callable[..., Tally]] = {
     "kills": kill_runs,
     "launchers": kill_launchers,
     "disks": fill_disks,
     "stand-still": stand_still,
+    "damage": damage_checkpoints,
 }
-if find_spec("tests.chaos.damage") is not None:
-    from tests.chaos.damaged_runs import damage_checkpoints
-
-    RUNS["damage"] = damage_checkpoints
 
 
 def main() -> int:
