@@ -8,7 +8,7 @@ export OMP_NUM_THREADS
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast matrix check lock versions
+.PHONY: help setup train test test-fast matrix chaos check lock versions
 
 help:
 	@echo 'make setup   prepare .venv (PYTHON=/path/to/python3.12 to choose the interpreter; LATEST=1 for the'
@@ -17,6 +17,7 @@ help:
 	@echo 'make test    run the test suite, on up to four cores (ARGS="...")'
 	@echo 'make test-fast  its quick part, for the loop of a developer: a minute or so'
 	@echo 'make matrix  hold 300 parallel layouts against one process (ARGS="tp2 cp2", "--list", "--help")'
+	@echo 'make chaos   try to break the promises of docs/reliability.md for ten minutes (ARGS="--minutes 60 --seed 1")'
 	@echo 'make check   format, lint, types and structure: what CI checks besides the tests'
 	@echo 'make lock      write requirements.lock anew, from the ranges of pyproject.toml'
 	@echo 'make versions  run the core of the suite on the oldest and the newest versions allowed (ARGS="--help")'
@@ -38,6 +39,9 @@ test-fast: setup
 
 matrix: setup
 	.venv/bin/python -m tests.matrix $(ARGS)
+
+chaos: setup
+	.venv/bin/python -m tests.chaos $(ARGS)
 
 check: setup
 	@scripts/check

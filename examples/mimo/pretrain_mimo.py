@@ -1,6 +1,6 @@
 """Train a multimodal model: choose a recipe, and let Megatron's ``pretrain`` do the rest.
 
-    torchrun --nproc-per-node 2 examples/mimo/pretrain_mimo.py
+    python -m megatron.mimo.process.launch --nproc-per-node 2 examples/mimo/pretrain_mimo.py
     python examples/mimo/pretrain_mimo.py --recipe digits --train-iters 200
 
 Without flags it trains the recipe ``digits`` into ``runs/digits/``. Every Megatron flag works and

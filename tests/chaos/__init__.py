@@ -1,1 +1,1 @@
-"""Faults on purpose."""
+"""A campaign against the promises of docs/reliability.md: ``python -m tests.chaos --help``."""

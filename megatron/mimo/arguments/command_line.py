@@ -24,6 +24,7 @@ from megatron.mimo.arguments.layout import check_layout
 from megatron.mimo.arguments.part_flags import add_part_arguments, check_parts
 from megatron.mimo.arguments.prerequisites import check_prerequisites
 from megatron.mimo.arguments.saving import check_saving
+from megatron.mimo.arguments.stall import STALL_TIMEOUT, seconds
 from megatron.mimo.backend import Capabilities
 from megatron.mimo.backend.defaults import argument_defaults, check_arguments
 from megatron.mimo.backend.hooks import ARGUMENTS, PARSER_ERROR
@@ -93,6 +94,14 @@ def add_mimo_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         dest="checkpoint_hashes",
         help="neither write hashes of a checkpoint's files nor compare them when it is loaded",
+    )
+    group.add_argument(
+        "--stall-timeout",
+        type=seconds,
+        default=STALL_TIMEOUT,
+        metavar="SECONDS",
+        help="end a rank that has stood still for so long, with its stacks; it is warned of after "
+        "20 s (0: never end it)",
     )
     group.add_argument("--fp32", action="store_true", help="train in fp32 where bf16 is usual")
     group.add_argument("--verbose", action="store_true", help="show all that Megatron prints")

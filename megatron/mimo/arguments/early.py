@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron.mimo.arguments.stall import STALL_TIMEOUT, seconds
 from megatron.mimo.recipes import DEFAULT_RECIPE, recipe_summaries
 
 __all__ = ["EarlyArguments", "asks_for_recipes", "list_recipes", "parse_early", "read_config"]
@@ -18,6 +19,7 @@ class EarlyArguments(argparse.Namespace):
     recipe: str
     list_recipes: bool
     config: dict[str, Any]
+    stall_timeout: float
 
 
 def parse_early(argv: Sequence[str] | None = None) -> EarlyArguments:
@@ -30,10 +32,20 @@ def parse_early(argv: Sequence[str] | None = None) -> EarlyArguments:
     parser.add_argument("--recipe")
     parser.add_argument("--list-recipes", action="store_true")
     parser.add_argument("--config")
+    parser.add_argument("--stall-timeout", type=seconds)
     given, _ = parser.parse_known_args(argv)
     config = read_config(Path(given.config)) if given.config else {}
     recipe = given.recipe or config.get("recipe") or DEFAULT_RECIPE
-    return EarlyArguments(recipe=recipe, list_recipes=given.list_recipes, config=config)
+    stall_timeout = given.stall_timeout
+    if stall_timeout is None and "stall_timeout" in config:
+        words = [f"--stall-timeout={config['stall_timeout']}"]
+        stall_timeout = parser.parse_known_args(words)[0].stall_timeout
+    return EarlyArguments(
+        recipe=recipe,
+        list_recipes=given.list_recipes,
+        config=config,
+        stall_timeout=STALL_TIMEOUT if stall_timeout is None else stall_timeout,
+    )
 
 
 def list_recipes() -> str:

@@ -23,6 +23,11 @@ def check_saving(args: Namespace) -> None:
     _check_folders(args)
     _check_optimizer(args)
     _check_format(args)
+    if args.use_persistent_ckpt_worker:
+        raise ConfigError(
+            "--use-persistent-ckpt-worker is not supported: its process would go on writing when "
+            "its rank is killed; leave it away, and --async-save starts one for each checkpoint"
+        )
     if args.non_persistent_save_interval or args.non_persistent_ckpt_type:
         raise ConfigError(
             "non-persistent checkpoints (--non-persistent-save-interval, "

@@ -80,9 +80,13 @@ def check_placeholders(
         content = json.loads(path.read_text())
         vocabulary = content["model"]["vocab"]
         known = {added["id"] for added in content.get("added_tokens", [])}
+        known |= set(
+            vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        )
+        if not all(isinstance(number, int) for number in known):
+            raise ValueError("a token's id is no number")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a tokenizer: {error}; fetch it again") from error
-    known |= set(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
     for modality, token in special_token_ids.items():
         if token not in known:
             raise InputError(

@@ -37,6 +37,7 @@ __all__ = [
 
 INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
+_SHOWN = 80  # characters of a value that is wrong
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -274,11 +275,12 @@ def weights_of(header: str, *, file: str, start: int) -> list[Weight]:
         first, last = entry["data_offsets"]
         if not all(type(number) is int and number >= 0 for number in (first, *entry["shape"])):
             raise ValueError(
-                f"{name} has the shape {entry['shape']} and begins at {first}; expected whole "
-                "numbers from 0"
+                f"{name} has the shape {str(entry['shape'])[:_SHOWN]} and begins at "
+                f"{str(first)[:_SHOWN]}; expected whole numbers from 0"
             )
         if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"{name} has the dtype {entry['dtype']}, which is not known here")
+            dtype_name = str(entry["dtype"])[:_SHOWN]
+            raise ValueError(f"{name} has the dtype {dtype_name}, which is not known here")
         dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
         size = dtype.itemsize * torch.Size(shape).numel()
         if last - first != size:

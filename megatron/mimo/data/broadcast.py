@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core.models.mimo.errors import InputError
+from megatron.mimo.process.failure import EchoedError
 
 __all__ = ["broadcast_batch", "move", "pack", "unpack"]
 
@@ -96,7 +96,7 @@ def broadcast_batch(load: Callable[[], Any], group: dist.ProcessGroup, device: t
         device: where the tensors are wanted; the group's backend has to serve it.
 
     Raises:
-        InputError: on the other ranks, with the message of whatever ``load`` raised on the first,
+        EchoedError: on the other ranks, with the message of whatever ``load`` raised on the first,
             where the error itself is raised.
     """
     if group.size() == 1:
@@ -136,5 +136,5 @@ def _receive(group: dist.ProcessGroup, device: torch.device) -> Any:
     dist.broadcast(whole, group_src=0, group=group)
     header = bytes(whole[:header_size].cpu().numpy())
     if body_size == _FAILED:
-        raise InputError(f"the rank that reads the data failed: {header.decode()}")
+        raise EchoedError(f"the rank that reads the data failed: {header.decode()}")
     return unpack(header, whole[start:])

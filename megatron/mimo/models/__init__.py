@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ _ARCHITECTURES = {
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
     "qwen2_audio": ("Qwen2AudioForConditionalGeneration",),
 }
+
+_HEADS = ("num_attention_heads", "num_heads", "num_key_value_heads", "encoder_attention_heads")
+_LONG = 500  # characters of another's message, which may hold a whole file's content
 
 
 def family_names() -> tuple[str, ...]:
@@ -56,7 +60,9 @@ def family_of(config: Any) -> Family:
     Raises:
         UnsupportedError: no family has them; the message says which there are.
     """
-    wanted = list(getattr(config, "architectures", None) or [])
+    given = getattr(config, "architectures", None) or []
+    wanted = given if isinstance(given, list | tuple) else [given]
+    wanted = [name[:_LONG] if isinstance(name, str) else repr(name)[:_LONG] for name in wanted]
     for name, architectures in _ARCHITECTURES.items():
         if set(wanted) & set(architectures):
             return load_family(name)
@@ -91,12 +97,26 @@ def read_hf_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of whatever kind, for whatever value is wrong in it
         reason = " ".join(line.strip() for line in str(error).partition("\n\n")[0].splitlines())
+        reason = reason if len(reason) < _LONG else f"{reason[:_LONG]} ..."
         raise ConfigError(
             f"{folder / 'config.json'} cannot be read: {reason or type(error).__name__}; correct "
             "it, or fetch it again"
         ) from error
     _refuse_quantised(config, folder)
+    _check_heads(config.to_dict(), folder, within="")
     return config
+
+
+def _check_heads(fields: Mapping[str, Any], folder: Path, *, within: str) -> None:
+    """Numbers of heads divide widths, in every part of a configuration."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            _check_heads(value, folder, within=f"{within}{name}.")
+        elif name in _HEADS and value is not None and (type(value) is not int or value < 1):
+            raise ConfigError(
+                f"{folder / 'config.json'}: {within}{name} is {str(value)[:_LONG]}; expected a "
+                "number from 1 on: correct it, or fetch it again"
+            )
 
 
 def _refuse_quantised(config: Any, folder: Path) -> None:

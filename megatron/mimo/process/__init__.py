@@ -1,1 +1,1 @@
-"""What a process of a job is to its launcher, its terminal and its peers."""
+"""What a process of a job is to its launcher, its peers, its terminal and its run's files."""

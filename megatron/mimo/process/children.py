@@ -6,21 +6,22 @@ writes a checkpoint for a rank has to live until the rank has saved, and no long
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.util import Finalize
 from types import FrameType
 
+from megatron.mimo.process.parents import bind_to_parent, end_with_parent
+
 __all__ = ["left_to_parent", "start_reading"]
 
 _LEFT = frozenset({signal.SIGTERM, signal.SIGINT})
-_PR_SET_PDEATHSIG = 1  # Linux: prctl(2)
-_state = {"installed": 0, "parent": 0}  # ids of this process: once ready, while it starts children
+# ids of this process: once ready, while it starts children; whether its main thread does
+_state = {"installed": 0, "parent": 0, "by_main_thread": 0}
 
 
 @contextmanager
@@ -38,6 +39,7 @@ def left_to_parent() -> Iterator[None]:
     _state["installed"] = pid
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT)
     _state["parent"] = pid
+    _state["by_main_thread"] = threading.current_thread() is threading.main_thread()
     try:
         yield
     finally:
@@ -56,18 +58,13 @@ def start_reading(_: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT)
 
 
-def _bind_to_parent(parent: int) -> None:
-    """Let the kernel kill this process when ``parent``, which has started it, ends."""
-    with contextlib.suppress(OSError, AttributeError):  # another system than Linux
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it has ended in the meantime
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def _in_child() -> None:
-    if _state["parent"]:
-        parent, _state["parent"] = _state["parent"], 0
-        _bind_to_parent(parent)
+    if not _state["parent"]:
+        return
+    parent, _state["parent"] = _state["parent"], 0
+    # the kernel takes the end of the thread that started this process for the end of the parent
+    if not (_state["by_main_thread"] and bind_to_parent(parent)):
+        end_with_parent(parent)
 
 
 def _end_children() -> None:

@@ -1,18 +1,35 @@
-"""How a run ends when something goes wrong: the reason first, then every rank, within seconds."""
+"""How a run ends when something goes wrong: what happened, then the reason, once, within seconds.
+
+The reason is the last line of the job's output. Where a witness watches (``process/witness.py``)
+the ranks leave it to it, for torchrun's own report comes after all that a rank can print.
+"""
 
 from __future__ import annotations
 
+import dis
 import errno
 import os
+import re
 import signal
 import sys
 import time
 import traceback
+from types import TracebackType
 from typing import NoReturn
 
-from megatron.core.models.mimo.errors import MimoError
+from megatron.core.models.mimo.errors import InputError, MimoError
+from megatron.mimo.process import presence
+from megatron.mimo.process.stacks import Frame, innermost
 
-__all__ = ["REFUSED", "end_run", "refuse"]
+__all__ = [
+    "REFUSED",
+    "EchoedError",
+    "describe",
+    "end_run",
+    "last_word",
+    "refuse",
+    "unexpected_exit",
+]
 
 REFUSED = 2  # exit code: the run was not started, its arguments are wrong
 _FAILED = 1
@@ -29,6 +46,14 @@ _LOST_PEER = (
     "Application timeout caused pair closure",
     "remote process exited",
 )
+# where torch notices, in whatever line this process is, that a process which reads has ended
+_ANYWHERE = os.path.join("data", "_utils", "signal_handling.py")
+_RAISES = {dis.opmap[name] for name in ("RAISE_VARARGS", "RERAISE")}
+_FRAME_IN_TEXT = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+
+
+class EchoedError(InputError):
+    """What another rank has raised, and reports itself."""
 
 
 def refuse(error: MimoError, rank: int) -> int:
@@ -36,11 +61,26 @@ def refuse(error: MimoError, rank: int) -> int:
 
     Rank 0 prints. The others wait for it a moment: a launcher that sees one rank end stops all.
     """
-    if rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
+    last_word("refused", f"error: {error}", prints=rank == 0)
+    if rank != 0:
         time.sleep(_OTHERS_SPEAK_FIRST)
     return REFUSED
+
+
+def last_word(kind: str, text: str, *, prints: bool = True) -> None:
+    """Say why this rank ends: through the witness where there is one, else on standard error.
+
+    Args:
+        kind: as in ``process.board.Word``.
+        text: one line.
+        prints: whether this rank is the one that prints it where nobody else does.
+    """
+    here = presence.here()
+    watched = here.watched()
+    sys.stdout.flush()
+    if not watched and prints:
+        print(text, file=sys.stderr, flush=True)
+    here.say(kind, text, printed=not watched)
 
 
 def end_run(error: BaseException, rank: int) -> NoReturn:
@@ -50,30 +90,96 @@ def end_run(error: BaseException, rank: int) -> NoReturn:
     The ranks that wait for this one see its connections close and end as well.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if _lost_peer(error):
-        time.sleep(_OTHERS_SPEAK_FIRST)
-        text = f"[rank {rank}] stopped: another rank has ended (its message says why)"
+    here = presence.here()
+    if lost_peer(error) or isinstance(error, EchoedError):
+        end = time.monotonic() + _OTHERS_SPEAK_FIRST
+        told = here.others_failed()
+        while not told and time.monotonic() < end:
+            time.sleep(0.05)
+            told = here.others_failed()
+        text = f"[rank {rank}] stopped: another rank has ended, and says why if it can: {error}"
+        last_word("lost", text, prints=not told)
     else:
         if rank != 0 and isinstance(error, MimoError):
             time.sleep(1.0)  # rank 0 most likely has the same to say
-        if not isinstance(error, MimoError) and not is_disk_full(error):
+        if not isinstance(error, MimoError | SystemExit) and not is_disk_full(error):
             traceback.print_exception(error)
-        text = f"[rank {rank}] error: {describe(error)}"
-    sys.stdout.flush()
-    print(text, file=sys.stderr, flush=True)
+        at = origin(error)
+        where = here.where() + (f", at {at}" if at is not None else "")
+        last_word("failed", f"[rank {rank}] error: {describe(error)} [{where}]")
     os._exit(_FAILED)
 
 
 def describe(error: BaseException) -> str:
     """The error's kind and message; one line for what users can cause."""
+    if isinstance(error, SystemExit):
+        return f"sys.exit({error.code!r}) was called within the run, which is not complete"
     if isinstance(error, MimoError):
         return _said_in_worker(error)
-    text = f"{type(error).__name__}: {error}"
-    if not str(error) and error.__traceback__ is not None:  # a bare assert: show what it says
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Caught ") and "DataLoader worker process" in lines[0]:
+        text = lines[-1]  # behind the traceback of the process that reads
+    else:
+        text = ": ".join([type(error).__name__, *lines[:1]])
+    if not lines and error.__traceback__ is not None:  # a bare assert: show what it says
         text = f"{type(error).__name__}: {traceback.extract_tb(error.__traceback__)[-1].line}"
     if is_disk_full(error):
         return f"the disk is full ({text}); make room, and the same command continues"
     return text
+
+
+def unexpected_exit(leaving: SystemExit) -> bool:
+    """Whether another than Megatron's loop and argparse has called ``sys.exit``."""
+    frames = traceback.extract_tb(leaving.__traceback__)
+    if not frames:
+        return False
+    file = frames[-1].filename.replace(os.sep, "/")
+    return not file.endswith("/argparse.py") and "/megatron/training/" not in file
+
+
+def origin(error: BaseException) -> Frame | None:
+    """Where an error began: the innermost line of its first cause that is no library's."""
+    first, seen = error, {id(error)}
+    while first.__cause__ is not None and id(first.__cause__) not in seen:
+        first = first.__cause__
+        seen.add(id(first))
+    found = [
+        Frame(file=file, line=int(line), function=function)
+        for file, line, function in _FRAME_IN_TEXT.findall(str(first))  # of a process that reads
+    ]
+    if not found and first.__traceback__ is not None:
+        found = [
+            Frame(file=frame.filename, line=frame.lineno or 0, function=frame.name)
+            for frame in traceback.extract_tb(first.__traceback__)
+        ]
+        if found and found[-1].file.endswith(_ANYWHERE):
+            return None
+    return innermost(found[::-1])
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective has failed because the rank at its other end has gone.
+
+    The words alone do not tell: such an error is raised by torch itself, and by no line of Python.
+    """
+    import torch.distributed as dist
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, dist.DistNetworkError | dist.DistBackendError):
+            return True
+        if type(seen) is RuntimeError and not _raised_in_python(seen.__traceback__):
+            return any(text in str(seen) for text in _LOST_PEER)
+        seen = seen.__cause__
+    return False
+
+
+def _raised_in_python(frames: TracebackType | None) -> bool:
+    while frames is not None and frames.tb_next is not None:
+        frames = frames.tb_next
+    if frames is None:
+        return True
+    return frames.tb_frame.f_code.co_code[frames.tb_lasti] in _RAISES
 
 
 def _said_in_worker(error: MimoError) -> str:
@@ -96,13 +202,3 @@ def is_disk_full(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
-
-
-def _lost_peer(error: BaseException) -> bool:
-    import torch.distributed as dist
-
-    if isinstance(error, MimoError):
-        return False
-    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER)

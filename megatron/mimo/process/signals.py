@@ -8,6 +8,7 @@ import time
 from argparse import Namespace
 from types import FrameType
 
+from megatron.mimo.process import presence
 from megatron.mimo.process.console import Console
 
 __all__ = ["leave_on_signal", "save_on_signal"]
@@ -35,6 +36,7 @@ def save_on_signal(args: Namespace, console: Console) -> list[str]:
             first[0] = now
             console.say(f"{name}: saving a checkpoint and leaving ...")
         elif number == signal.SIGINT and now - first[0] > _SECOND_INTERRUPT:
+            presence.here().say("stopped", f"{name}, twice", printed=True)
             os._exit(130)
         if callable(megatron_handler):
             megatron_handler(number, frame)
@@ -52,6 +54,7 @@ def leave_on_signal(args: Namespace, console: Console) -> None:
             f"{signal.Signals(number).name}: training is complete and saved; the same command "
             "evaluates it"
         )
+        presence.here().slot.done()
         os._exit(0)
 
     signal.signal(args.exit_signal, handle)

@@ -23,6 +23,7 @@ from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.model.heads import Losses
 from megatron.core.utils import unwrap_model
 from megatron.mimo.data.batch import Batch
+from megatron.mimo.process import presence
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.training.losses import HEAD_TARGETS, CountedBatches
 
@@ -96,14 +97,17 @@ def build_forward_step(recipe: Recipe, args: Namespace) -> Callable[..., tuple[T
     from megatron.training import get_timers
 
     read = _reader()
+    slot = presence.here().slot
 
     def forward_step(
         data_iterator: Iterator[Batch] | None, model: torch.nn.Module
     ) -> tuple[Tensor, LossFunction]:
         timers = get_timers()
+        slot.enter("reading data")
         timers("batch-generator", log_level=2).start()
         batch, counts = read(data_iterator, model)
         timers("batch-generator").stop()
+        slot.enter("forward")
         labels_BS = batch.get("labels")
         # under context parallelism a rank has a part of each sequence only: no metric there
         whole = recipe.task_metric is not None and args.context_parallel_size == 1
@@ -115,6 +119,8 @@ def build_forward_step(recipe: Recipe, args: Namespace) -> Callable[..., tuple[T
                 _evaluation_report, recipe, args, batch, labels_BS, loss_mask_BS, tp_group
             )
         output, loss_mask_BS = model(**model_inputs(batch, labels=labels_BS))
+        if torch.is_grad_enabled():
+            slot.enter("backward")
         return output, partial(_checked_loss, args, loss_mask_BS, counts)
 
     return forward_step

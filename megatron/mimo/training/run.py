@@ -9,6 +9,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from megatron.mimo.arguments.early import EarlyArguments, parse_early
 from megatron.mimo.backend import capabilities
 from megatron.mimo.backend.job import end_job
 from megatron.mimo.checkpoints.folders import write_text
-from megatron.mimo.process import failure
+from megatron.mimo.process import failure, presence
 from megatron.mimo.process.console import Console, format_count, format_duration
+from megatron.mimo.process.ownership import Ownership, claim_folders
 from megatron.mimo.process.quiet import quiet_imports, stdout, warnings_shown
 from megatron.mimo.process.signals import leave_on_signal, save_on_signal
 from megatron.mimo.recipes import load_recipe, locate_recipe
@@ -44,26 +46,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
-        early = parse_early(argv)
+        code = _main(argv, rank)
+    except SystemExit as leaving:
+        if not failure.unexpected_exit(leaving):
+            presence.here().slot.done()  # --help
+            raise
+        failure.end_run(leaving, rank)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - reported, then the end
+        failure.end_run(error, rank)
+    if code == 0:
+        presence.here().slot.done()
+    return code
+
+
+def _main(argv: Sequence[str] | None, rank: int) -> int:
+    try:
+        early = _early(argv)
         locate_recipe(early.recipe)
         with quiet_imports():
             recipe, args = _arguments(early, argv, rank)
+        console = Console(active=rank == 0)
+        owned = claim_folders(args, tell=console.say)
+        _keep(owned)
         start, warning = choose_start(args, repair=rank == 0)
     except MimoError as error:
         return failure.refuse(error, rank)
-    console = Console(active=rank == 0)
     for text in (*args.read_over, *filter(None, [warning])):
         console.say(f"warning: {text}")
-    if _already_finished(args, start, console):
-        return 0
     try:
-        code = _train(recipe, args, console)
-        _end_together()
+        code = 0
+        if not _already_finished(args, start, console):
+            code = _train(recipe, args, console)
+            _end_together()
+        for folder in owned:
+            folder.release()
         return code
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - reported, then the end
+    except (Exception, KeyboardInterrupt):
         console.end_progress()
         _flush_writers()
-        failure.end_run(error, rank)
+        raise
+
+
+def _keep(owned: Sequence[Ownership]) -> None:
+    """Stay the owner of folders, as others see it, and end when another one has become it."""
+
+    def lost() -> None:
+        failure.last_word("failed", "error: another run has taken over the output folder")
+        os._exit(1)
+
+    for folder in owned:
+        presence.here().beat(partial(folder.beat, lost))
+
+
+def _early(argv: Sequence[str] | None) -> EarlyArguments:
+    """What has to be known first; this process takes part in its job from here on."""
+    try:
+        early = parse_early(argv)
+    except MimoError:
+        presence.join(stall_timeout=0)
+        raise
+    presence.join(stall_timeout=early.stall_timeout)
+    return early
 
 
 def _arguments(
@@ -109,6 +152,7 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     console.say(_opening(recipe, args))
     if recipe.save_assets is not None and args.save and args.rank == 0:
         recipe.save_assets(args, Path(args.save))
+    presence.here().slot.enter("building the model")
     with stdout(shown=args.verbose and args.rank == 0), warnings_shown(shown=args.verbose):
         set_global_variables(args)
         stopped_by = save_on_signal(args, console)
@@ -129,7 +173,9 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
                 )
         except SystemExit as leaving:  # how pretrain ends early
             if results.verdict is not None:
-                return _rejected(leaving, args, console, results.verdict)
+                return _rejected(leaving, console, results.verdict, rank=args.rank)
+            if failure.unexpected_exit(leaving):
+                raise
             return _stopped(leaving, args, console, watch, stopped_by)
     console.end_progress()
     curve.close()
@@ -153,6 +199,7 @@ def _finish(
     from megatron.mimo.training.generate import greedy_generation
 
     leave_on_signal(args, console)
+    presence.here().slot.enter("evaluating and reporting")
     metrics: dict[str, Any] = {
         "recipe": recipe.name,
         "iteration": watch.iteration,
@@ -198,10 +245,12 @@ def _already_finished(args: Namespace, start: int | None, console: Console) -> b
         return False
     if start < total or args.skip_train or args.ckpt_step:
         return False
+    if not (Path(args.output) / METRICS).is_file():
+        return False  # training ended, evaluating did not
     try:
         metrics = json.loads((Path(args.output) / METRICS).read_text())
     except (OSError, ValueError):
-        return False  # training ended, evaluating did not
+        return False
     if metrics.get("iteration") != start:
         return False
     console.say(
@@ -258,10 +307,9 @@ def _figures(metrics: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def _rejected(leaving: SystemExit, args: Namespace, console: Console, verdict: str) -> int:
+def _rejected(leaving: SystemExit, console: Console, verdict: str, *, rank: int) -> int:
     console.end_progress()
-    if args.rank == 0:
-        print(f"error: {verdict}", file=sys.stderr, flush=True)
+    failure.last_word("failed", f"error: {verdict}", prints=rank == 0)
     return int(leaving.code or 0)
 
 
@@ -271,14 +319,17 @@ def _stopped(
     console.end_progress()
     code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     if code:
-        console.say(
-            f"stopped at iteration {watch.iteration}: a result did not pass Megatron's checks "
-            f"(exit code {code}); --verbose shows which one"
+        text = (
+            f"error: stopped at iteration {watch.iteration}: a result did not pass Megatron's "
+            f"checks (exit code {code}); --verbose shows which one"
         )
+        failure.last_word("failed", text, prints=args.rank == 0)
         return code
     by = f" by {stopped_by[0]}" if stopped_by else ""
     kept = "nothing is kept"
-    if args.save:
+    if args.save and watch.saved is None:
+        kept = f"no checkpoint was written to {args.save}"
+    elif args.save:
         kept = f"checkpoint of iteration {watch.saved} in {args.save}; the same command continues"
     console.say(f"stopped at iteration {watch.iteration}{by}: {kept}")
     return 0

@@ -25,6 +25,7 @@ from megatron.mimo.checkpoints.hashed_saving import hash_checkpoint, hashed_by_w
 from megatron.mimo.checkpoints.ranks import running_job
 from megatron.mimo.checkpoints.tracker import iteration_name
 from megatron.mimo.data.batch import batch_device
+from megatron.mimo.process import presence
 from megatron.mimo.process.children import left_to_parent
 from megatron.mimo.process.console import Console, Pace, format_progress
 from megatron.mimo.training.curve import LossCurve
@@ -47,6 +48,7 @@ class LoopWatch:
         self._curve = curve
         self._consumed = 0
         self._evaluated: tuple[int, str] = (-1, "")
+        self._slot = presence.here().slot
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -66,6 +68,7 @@ class LoopWatch:
     def _around_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.pace.start()
+            self._slot.begin(self.iteration + 1)
             self._consumed = self._trained()
             result = train(*args, **kwargs)
             if result[0] > self.iteration:  # --iterations-to-skip names the last one
@@ -93,6 +96,7 @@ class LoopWatch:
             self.pace.step(self._trained() - self._consumed)
             self._consumed = self._trained()
             self._curve.append(iteration, math.nan if loss is None else loss)
+            self._slot.begin(iteration + 1)
             self._show(loss, learning_rate)
             return result
 
@@ -104,7 +108,10 @@ class LoopWatch:
                 return None  # same weights, same samples: pretrain evaluates once more at its end
             self._evaluated = (self.iteration, self._split(prefix))
             self.pace.pause()
+            self._slot.begin(self.iteration)
+            self._slot.enter("evaluating")
             result = function(prefix, *args, **kwargs)
+            self._slot.begin(self.iteration + 1)
             self.pace.resume()
             return result
 
@@ -132,6 +139,8 @@ class LoopWatch:
             if iteration == self.saved and not kwargs.get("non_persistent_ckpt"):
                 return None  # it is there already, and writing over it would put it at risk
             self.pace.pause()
+            self._slot.begin(iteration)
+            self._slot.enter("saving")
             self._curve.sync()
             try:
                 clear_place(folder, iteration)
@@ -154,6 +163,7 @@ class LoopWatch:
                         keep=self._args.keep_checkpoints,
                         retain_interval=self._args.save_retain_interval,
                     )
+            self._slot.begin(iteration + 1)
             self.pace.resume()
             return result
 
@@ -163,6 +173,7 @@ class LoopWatch:
         from megatron.core.utils import unwrap_model
 
         def watched(model: Any, *args: Any, **kwargs: Any) -> Any:
+            self._slot.enter("loading a checkpoint")
             try:
                 iteration, flops = load(model, *args, **kwargs)
             except MimoError:
@@ -172,6 +183,7 @@ class LoopWatch:
                     f"the checkpoint in {self._args.load} cannot be loaded: "
                     + explain(error, unwrap_model(model), self._args.checkpoint)
                 ) from error
+            self._slot.enter("preparing the data")
             self.iteration = iteration
             if iteration and self._args.load == self._args.save:
                 self.saved = iteration

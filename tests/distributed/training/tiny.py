@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
+import signal
+import sys
+import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +47,22 @@ ARGUMENTS: dict[str, object] = {
     "save_interval": 3,
 }
 
+# how the process ends that reads a sample
+ENDS: Mapping[str, Callable[[], object]] = {
+    "refused": lambda: _refuse_connection(),
+    "_exit": lambda: os._exit(3),
+    "well": lambda: os._exit(0),
+    "segv": lambda: ctypes.string_at(0),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "sys.exit": lambda: sys.exit(0),
+    "sleep": lambda: time.sleep(10000),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+}
+
+
+def _refuse_connection() -> None:
+    raise RuntimeError("Connection refused")
+
 
 def tiny() -> Recipe:
     return Recipe(
@@ -77,12 +98,16 @@ class _Colours(torch.utils.data.Dataset[Sample]):
         self._bad = args.tiny_bad_sample
         self._disk_full_from = args.tiny_disk_full_from
         kind, _, broken = args.tiny_fault.partition(":")
+        self._end, _, at = args.tiny_end.partition(":")
+        self._end_at = int(at or -1)
         self._fault, self._broken = FAULTS.get(kind), int(broken or -1)
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> Sample:
+        if index == self._end_at:
+            ENDS[self._end]()
         if index == self._bad:
             raise OSError("cannot decode image")
         if index == self._disk_full_from:
@@ -109,6 +134,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--tiny-bad-sample", type=int, default=-1)
     parser.add_argument("--tiny-disk-full-from", type=int, default=-1)
     parser.add_argument("--tiny-fault", default="", metavar="KIND:SAMPLE")
+    parser.add_argument("--tiny-end", default="", metavar="HOW:SAMPLE")
     parser.add_argument("--tiny-die-at-finish", action="store_true")
 
 

@@ -19,6 +19,7 @@ ARGUMENTS: dict[str, object] = {
     "ckpt_format": "torch_dist",
     "use_torch_fsdp2": False,
     "async_save": False,
+    "use_persistent_ckpt_worker": False,
     "ckpt_step": None,
     "fp16": False,
     "non_persistent_save_interval": None,
@@ -30,6 +31,7 @@ ZERO = {"use_distributed_optimizer": True}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"use_persistent_ckpt_worker": True}, "--use-persistent-ckpt-worker is not supported"),
         (ZERO | {"optimizer": "sgd"}, "--optimizer sgd with --use-distributed-optimizer"),
         (ZERO | {"optimizer": "muon"}, "--optimizer muon with --use-distributed-optimizer"),
         ({"optimizer": "dist_muon"}, "--optimizer dist_muon does not train and save"),

@@ -30,10 +30,16 @@ _INTEGERS = (torch.int64, torch.int32)
 
 
 def check_tensors(**values: Any) -> None:
-    """Raise ``InputError`` unless each argument, given by its name, is a tensor or None."""
+    """Raise ``InputError`` unless each argument, given by its name, is a tensor or None.
+
+    A tensor has values of its own: none on the device ``meta``, which has shapes only, and none
+    in a sparse layout.
+    """
     for name, value in values.items():
         if value is not None and not torch.is_tensor(value):
             raise _other_type(name, value, "a tensor")
+        if value is not None:
+            _check_values(name, value)
 
 
 def check_mappings(modality_inputs: Any, packing_kwargs: Any, indices: Any) -> None:
@@ -46,12 +52,32 @@ def check_mappings(modality_inputs: Any, packing_kwargs: Any, indices: Any) -> N
         if not torch.is_tensor(index_N):
             raise _other_type(f"modality_token_indices[{name!r}]", index_N, "a tensor")
     for modality, encoders in (modality_inputs or {}).items():
+        _check_name("modality_inputs", modality)
         where = f"modality_inputs[{modality!r}]"
         if encoders is not None and not isinstance(encoders, Mapping):
             raise _other_type(where, encoders, "{encoder: {argument: tensor}}")
         for encoder, arguments in (encoders or {}).items():
-            if arguments is not None and not isinstance(arguments, Mapping):
-                raise _other_type(f"{where}[{encoder!r}]", arguments, "{argument: tensor}")
+            _check_name(where, encoder)
+            if not isinstance(arguments, Mapping):
+                raise InputError(
+                    f"{where}[{encoder!r}] is {type(arguments).__name__}; expected {{argument: "
+                    "tensor}; leave an encoder without inputs away"
+                )
+            for argument, value in arguments.items():
+                _check_name(f"{where}[{encoder!r}]", argument)
+                if torch.is_tensor(value):
+                    _check_values(f"{where}[{encoder!r}][{argument!r}]", value)
+
+
+def _check_values(name: str, value: torch.Tensor) -> None:
+    if value.is_meta or value.layout != torch.strided:
+        kind = "on the device meta" if value.is_meta else f"in the layout {value.layout}"
+        raise InputError(f"{name} is {kind}; expected a dense tensor with values")
+
+
+def _check_name(where: str, name: Any) -> None:
+    if not isinstance(name, str):
+        raise InputError(f"{where} has the key {name!r}; expected names")
 
 
 def _other_type(name: str, value: Any, expected: str) -> InputError:

@@ -22,13 +22,35 @@ def levels_of(encoder: nn.Module) -> int:
     return levels
 
 
+def _call(name: str, encoder: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    try:
+        return encoder(**inputs)
+    except (TypeError, IndexError, AttributeError, RuntimeError) as error:
+        # memory, devices and process groups have kinds of their own
+        plain = type(error) in (TypeError, IndexError, RuntimeError)
+        if not plain and all(torch.is_tensor(value) for value in inputs.values()):
+            raise
+        given = ", ".join(f"{key} {_described(value)}" for key, value in inputs.items())
+        raise InputError(
+            f"Encoder '{name}' ({type(encoder).__name__}) cannot compute its rows from "
+            f"{given or 'no inputs'}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _described(value: Any) -> str:
+    if torch.is_tensor(value):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__
+
+
 def run_encoder(name: str, encoder: nn.Module, inputs: Mapping[str, Any]) -> Encoded:
     """Call an encoder with its inputs: rows [N, H], with their levels where it gives any.
 
     Raises:
-        InputError: an output that is not rows, or another number of levels than it declares.
+        InputError: inputs that it does not take, an output that is not rows, or another number of
+            levels than it declares.
     """
-    output = encoder(**inputs)
+    output = _call(name, encoder, inputs)
     if not isinstance(output, EncodedRows):
         if isinstance(output, tuple) and output:
             output = output[0]

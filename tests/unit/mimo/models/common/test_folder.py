@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron.core.models.mimo.errors import ConfigError
+from megatron.core.models.mimo.errors import ConfigError, MimoError
 from megatron.mimo.checkpoints.assets import read_processor
-from megatron.mimo.models import load_family, read_hf_config
+from megatron.mimo.models import family_of, load_family, read_hf_config
 from megatron.mimo.models.common.folder import check_links
 from megatron.mimo.recipes.tiny.processors import llava_processor
 
@@ -39,6 +40,42 @@ def test_links_out_of_a_folder_are_refused(folder: Path) -> None:
     (folder / "more" / "deep").symlink_to("../../secret")
     with pytest.raises(ConfigError, match="more/deep is a symbolic link"):
         check_links(folder)
+
+
+def test_what_is_no_file_is_refused_and_not_opened(folder: Path) -> None:
+    os.mkfifo(folder / "notes.txt")
+    for read in (check_links, read_hf_config, read_processor):
+        with pytest.raises(
+            ConfigError, match=r"notes\.txt is a pipe, a device, a socket or a link"
+        ):
+            read(folder)
+
+
+@pytest.mark.parametrize("value", [0, -2, 1.5, "8"])
+def test_numbers_of_heads_that_divide_nothing_are_refused(folder: Path, value: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_attention_heads"] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"config\.json.*(num_attention|by zero)"):
+        read_hf_config(folder)
+
+
+@pytest.mark.parametrize("value", [["x" * 9000], [[]], [{}], 3, [None]])
+def test_architectures_that_are_no_names_are_refused(folder: Path, value: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": value}))
+    with pytest.raises(MimoError) as refused:
+        family_of(read_hf_config(folder))
+    assert 0 < len(str(refused.value)) < 1500
+
+
+def test_an_error_of_transformers_does_not_repeat_a_whole_file(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "x" * 9000}))
+    with pytest.raises(ConfigError) as refused:
+        read_hf_config(folder)
+    assert "x" * 50 in str(refused.value)
+    assert len(str(refused.value)) < 1000
 
 
 def test_links_within_a_folder_and_to_one_pass(folder: Path) -> None:

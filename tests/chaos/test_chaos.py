@@ -1,0 +1,77 @@
+"""The short form of the campaign: a few malformed inputs of each kind, and the engine itself."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from random import Random
+
+import pytest
+
+from megatron.core.models.mimo.errors import InputError
+from tests.chaos import fuzz
+from tests.chaos.__main__ import INPUTS
+from tests.chaos.fuzz import Case, run_cases
+from tests.time_limits import HANG
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_malformed_inputs_are_taken_or_refused_by_name(kind: str) -> None:
+    tally = run_cases(kind, INPUTS[kind], seed=10, seconds=HANG, at_most=40)
+    assert tally.failures == []
+    assert tally.cases == 40
+    assert tally.outcomes["refused by name"] > 0
+
+
+def kind_of(act: Callable[[Random], None]) -> fuzz.Kind:
+    @contextmanager
+    def kind() -> Iterator[Case]:
+        yield act
+
+    return kind
+
+
+def _refuse(_: Random) -> None:
+    raise InputError("line 3: no")
+
+
+def _fail(_: Random) -> None:
+    raise KeyError("unnamed")
+
+
+def _say_nothing(_: Random) -> None:
+    raise InputError(" ")
+
+
+@pytest.mark.parametrize(
+    ("act", "outcome"),
+    [
+        (lambda _: None, "taken"),
+        (_refuse, "refused by name"),
+        (_fail, "failed"),
+        (_say_nothing, "failed"),
+        (lambda _: os._exit(1), "failed"),
+        (lambda _: time.sleep(2 * HANG), "failed"),
+        (lambda _: [bytearray(1 << 20) for _ in range(64)], "failed"),
+    ],
+    ids=["taken", "refused", "an unnamed error", "an empty one", "a crash", "a hang", "a flood"],
+)
+def test_the_engine_sees_what_a_case_does(
+    monkeypatch: pytest.MonkeyPatch, act: Callable[[Random], None], outcome: str
+) -> None:
+    monkeypatch.setattr(fuzz, "CASE_SECONDS", 1.0)
+    monkeypatch.setattr(fuzz, "MEMORY", 32 << 20)
+    tally = run_cases("x", kind_of(act), seed=3, seconds=HANG, at_most=2)
+    assert tally.outcomes == {outcome: 2}
+    assert len(tally.failures) == (2 if outcome == "failed" else 0)
+    assert all(text.startswith("x --seed 3 --case ") for text in tally.failures)
+
+
+def test_a_case_follows_from_seed_and_number() -> None:
+    one, two = (Random("1/x/7") for _ in range(2))
+    assert fuzz.scramble(bytes(range(100)), one) == fuzz.scramble(bytes(range(100)), two)
+    assert fuzz.disturb({"a": [1, {"b": "c"}]}, Random(4)) == fuzz.disturb(
+        {"a": [1, {"b": "c"}]}, Random(4)
+    )
