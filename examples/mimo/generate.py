@@ -1,7 +1,7 @@
 """Ask a checkpoint about images, videos and recordings; the answer appears as it is made.
 
     python examples/mimo/generate.py --checkpoint llava-7b --image cat.png --prompt "What is this?"
-    python -m megatron.mimo.process.launch --nproc-per-node 2 examples/mimo/generate.py --tensor-model-parallel-size 2 ...
+    torchrun --nproc-per-node 2 examples/mimo/generate.py --tensor-model-parallel-size 2 ...
 
 ``--checkpoint`` is what ``python -m megatron.mimo.convert import`` or a training run has written.
 """

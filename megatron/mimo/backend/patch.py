@@ -32,6 +32,7 @@ MADE_FOR = {
     "PIL": "pillow",
     "argparse": "python>=3.12",
     "sys": "python>=3.12",
+    "os": "python>=3.12",
 }
 """The top package of a target -> the versions of its distribution that patches are made for."""
 

@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, NoReturn
 
+from megatron.mimo.backend.hooks import EXIT
+from megatron.mimo.backend.patching import PROCESS
 from megatron.mimo.process.board import Board, Slot, Word, folder_of
 from megatron.mimo.process.identity import Process, host_name
 from megatron.mimo.process.parents import Launcher, bind_to_parent, find_launcher
@@ -118,7 +120,7 @@ def join(*, stall_timeout: float) -> Presence:
     launcher = find_launcher()
     presence = Presence(rank=int(environment.get("RANK", "0")), launcher=launcher)
     _current = presence
-    _notice_exits(presence)
+    _notice_exits()
     if launcher is not None:
         _end_with(launcher, presence)
     names = [environment.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")]
@@ -148,11 +150,16 @@ def _end_with(launcher: Launcher, presence: Presence) -> None:
     presence.beat(look)
 
 
-def _notice_exits(presence: Presence) -> None:
+def _notice_exits() -> None:
     """Let code that leaves this process with ``os._exit`` be known, by file and line."""
-    own, leave = os.getpid(), os._exit
+    PROCESS.apply([replace(EXIT, replacement=_noticing)])
+
+
+def _noticing(leave: Callable[[int], NoReturn]) -> Callable[[int], NoReturn]:
+    own = os.getpid()
 
     def noticed(status: int) -> NoReturn:
+        presence = here()
         if os.getpid() == own and not presence.slot.is_done:
             caller = sys._getframe(1)
             frame = Frame(
@@ -164,7 +171,7 @@ def _notice_exits(presence: Presence) -> None:
             presence.say("failed", text, printed=False)
         leave(status)
 
-    os._exit = noticed
+    return noticed
 
 
 def _keep_stacks(path: Path, presence: Presence) -> None:
