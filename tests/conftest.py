@@ -36,6 +36,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # equality is claimed in fp32, products of TE included
+    config.addinivalue_line("markers", "slow: takes many seconds; make test-fast leaves it out")
     config.addinivalue_line("markers", "gpu: needs a usable CUDA device; skipped without one")
     config.addinivalue_line(
         "markers", "te: needs Transformer Engine on such a device; skipped without it"

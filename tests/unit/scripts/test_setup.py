@@ -126,6 +126,7 @@ class Project:
         lock.write_text(lock.read_text().replace(old, new))
 
 
+@pytest.mark.slow
 def test_versions_are_those_asked_for(tmp_path: Path) -> None:
     """One environment from its making on: each call meets what the calls before it left."""
     project = Project(tmp_path)

@@ -353,6 +353,7 @@ assert not torch.cuda.is_initialized()
 """
 
 
+@pytest.mark.slow
 def test_modules_imported_before_are_patched_too() -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "-W", "ignore", "-c", LATE], check=True, env=environment)

@@ -79,6 +79,7 @@ def memorise(steps: int) -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
+@pytest.mark.slow
 def test_the_model_can_memorise_a_batch(ranks: Any) -> None:
     [(before, after)] = ranks(1)(memorise, 25)
     assert after < 0.4 * before
@@ -135,6 +136,7 @@ def finish(output: Path | None, mistakes: int) -> dict[str, Any]:
     return digits().finish(run)
 
 
+@pytest.mark.slow
 def test_finish_scores_and_draws(ranks: Any, tmp_path: Path) -> None:
     [metrics] = ranks(1)(finish, tmp_path, 0)
     assert metrics == {
