@@ -33,6 +33,7 @@ ORDER = (
 )
 # Within models, what families have in common knows none of them, and they do not know each other.
 COMMON = "common"
+TINY = f"{TRAINING_LAYER}.recipes.tiny"
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -145,6 +146,8 @@ def layer_order(source: str, where: str, module: str) -> list[str]:
         other = target.removeprefix(f"{TRAINING_LAYER}.").split(".")
         if other[0] in ORDER and ORDER.index(other[0]) > ORDER.index(own[0]):
             complaints.append(f"{where}:{line}: {own[0]} imports {target}, which is above it")
+        if _is_within(target, TINY) and not _is_within(module, TINY):
+            complaints.append(f"{where}:{line}: imports {target}, which only tiny twins use")
         of_a_family = own[0] == other[0] == "models" and len(own) > 2 and len(other) > 2
         if of_a_family and other[1] not in (own[1], COMMON):
             complaints.append(f"{where}:{line}: {own[1]} imports {target}, another family's")

@@ -168,6 +168,11 @@ def test_import_rule_tells_bad_from_good(part: str, bad: str, good: str) -> None
             "from megatron.mimo.models.llava import model",
             "from megatron.mimo.data import Sample",
         ),
+        (
+            "recipes.llava",
+            "from megatron.mimo.recipes.tiny.tasks import digit_image",
+            "from megatron.mimo.recipes.published import vicuna",
+        ),
         ("novel.file", "import torch", "import torch"),
     ],
 )

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.arguments.interleaving import check_experts, check_interleaving
+from megatron.mimo.arguments.experts import check_experts
+from megatron.mimo.arguments.interleaving import check_interleaving
 from megatron.mimo.arguments.recomputation import check_recomputation
 
 __all__ = ["check_layout", "check_model"]
