@@ -28,7 +28,11 @@ _ARCHITECTURES = {
     "qwen2_audio": ("Qwen2AudioForConditionalGeneration",),
 }
 
-_HEADS = ("num_attention_heads", "num_heads", "num_key_value_heads", "encoder_attention_heads")
+_COUNTS = (
+    *("num_attention_heads", "num_heads", "num_key_value_heads", "encoder_attention_heads"),
+    *("patch_size", "temporal_patch_size", "spatial_merge_size", "num_channels", "in_channels"),
+    *("num_mel_bins", "in_chans"),
+)
 _LONG = 500  # characters of another's message, which may hold a whole file's content
 
 
@@ -103,16 +107,16 @@ def read_hf_config(folder: Path) -> Any:
             "it, or fetch it again"
         ) from error
     _refuse_quantised(config, folder)
-    _check_heads(config.to_dict(), folder, within="")
+    _check_counts(config.to_dict(), folder, within="")
     return config
 
 
-def _check_heads(fields: Mapping[str, Any], folder: Path, *, within: str) -> None:
-    """Numbers of heads divide widths, in every part of a configuration."""
+def _check_counts(fields: Mapping[str, Any], folder: Path, *, within: str) -> None:
+    """Refuse numbers of heads, patches and channels that are none, in every part."""
     for name, value in fields.items():
         if isinstance(value, dict):
-            _check_heads(value, folder, within=f"{within}{name}.")
-        elif name in _HEADS and value is not None and (type(value) is not int or value < 1):
+            _check_counts(value, folder, within=f"{within}{name}.")
+        elif name in _COUNTS and value is not None and (type(value) is not int or value < 1):
             raise ConfigError(
                 f"{folder / 'config.json'}: {within}{name} is {str(value)[:_LONG]}; expected a "
                 "number from 1 on: correct it, or fetch it again"

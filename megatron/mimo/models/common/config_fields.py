@@ -172,7 +172,7 @@ def check_fields(config: Any) -> None:
         part = getattr(config, name)
         if part.model_type not in kinds:
             raise UnsupportedError(
-                f"config.json: {name}.model_type is {part.model_type!r}; expected "
+                f"config.json: {name}.model_type is {_shown(part.model_type)}; expected "
                 f"{_one_of(kinds)}, of which a {config.model_type} is made"
             )
         _check_part(part, f"{name}.")
@@ -185,7 +185,7 @@ def _check_placeholders(config: Any) -> None:
         token = config.to_dict().get(name, 0)
         if not 0 <= token < tokens:
             raise ConfigError(
-                f"config.json: {name} is {token}; expected a token of the vocabulary, 0 to "
+                f"config.json: {name} is {_shown(token)}; expected a token of the vocabulary, 0 to "
                 f"{tokens - 1} (text_config.vocab_size is {tokens})"
             )
 
@@ -197,11 +197,11 @@ def _check_part(part: Any, prefix: str) -> None:
         value, rule = getattr(part, name, default), rules.get(name)
         if isinstance(rule, Only) and value not in rule.values:
             raise UnsupportedError(
-                f"config.json: {prefix}{name} is {value!r}; expected {_one_of(rule.values)}"
+                f"config.json: {prefix}{name} is {_shown(value)}; expected {_one_of(rule.values)}"
             )
         if rule is None and value != default:
             raise UnsupportedError(
-                f"config.json: {prefix}{name} is {value!r}, a field that is not known here; "
+                f"config.json: {prefix}{name} is {_shown(value)}, a field that is not known here; "
                 f"expected its default, {default!r}"
             )
 
@@ -216,3 +216,12 @@ def defaults_of(kind: type) -> dict[str, Any]:
     """Every field of a class of configurations, with its default."""
     defaults: dict[str, Any] = kind().to_dict()
     return defaults
+
+
+def _shown(value: object) -> str:
+    """A value for a message, not more of it than helps."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
+
+
+_SHOWN = 200

@@ -69,6 +69,17 @@ def test_architectures_that_are_no_names_are_refused(folder: Path, value: object
     assert 0 < len(str(refused.value)) < 1500
 
 
+@pytest.mark.parametrize("value", [[], "x" * 9000, 0])
+def test_sizes_of_patches_that_are_no_numbers_are_refused(folder: Path, value: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["patch_size"] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError) as refused:
+        read_hf_config(folder)
+    assert "patch_size" in str(refused.value) or "cannot be read" in str(refused.value)
+    assert len(str(refused.value)) < 1500
+
+
 def test_an_error_of_transformers_does_not_repeat_a_whole_file(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "x" * 9000}))
