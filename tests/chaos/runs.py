@@ -42,7 +42,9 @@ _PHASES = (
     *("reading data", "forward", "backward", "saving", "saving", "saving", "evaluating"),
     "evaluating and reporting",
 )
-_VICTIMS = ("rank", "rank", "job", "child", "child")
+# Where readers and writers of checkpoints are at work.
+_WITH_CHILDREN = ("reading data", "forward", "backward", "saving")
+_VICTIMS = ("rank", "rank", "job", "child", "child", "child")
 _PATIENCE = 240.0  # seconds for a run that takes two
 _ORPHANS = 5.0  # seconds in which ranks end with their launcher
 
@@ -117,6 +119,11 @@ def _kill_once(ranks: RankPool, output: Path, name: str, random: Random) -> str:
     """Start a run and kill something of it in a phase that the lot decides; what was done."""
     layout, flags = _RUNS[name]
     phase, victim = random.choice(_PHASES), random.choice(_VICTIMS)
+    if victim == "child":
+        has_children = "readers" in name or "asynchronous" in name
+        victim, phase = (
+            ("child", random.choice(_WITH_CHILDREN)) if has_children else ("rank", phase)
+        )
     after = random.randrange(10)
     pause = random.choice([0.0, random.random() * 0.02, random.random() * 0.2])
     run = start(ranks, output, layout, *_FLAGS, *flags)
@@ -128,7 +135,9 @@ def _kill_once(ranks: RankPool, output: Path, name: str, random: Random) -> str:
             (
                 slot
                 for slot in _slots(output).values()
-                if slot.phase == phase and (slot.iteration >= after or slot.iteration == 0)
+                if slot.phase == phase
+                and (slot.iteration >= after or slot.iteration == 0)
+                and (victim != "child" or _children(slot.process.pid))
             ),
             None,
         )
@@ -147,12 +156,11 @@ def _strike(run: object, slot: SlotContent, victim: str) -> str:
     pid = slot.process.pid
     try:
         if victim == "child":
-            children = psutil.Process(pid).children(recursive=True)
-            children = [child for child in children if "witness" not in " ".join(child.cmdline())]
-            if children:
-                children[0].kill()
-                return "child"
-            victim = "rank"
+            children = _children(pid)
+            if not children:
+                return "nothing, which had ended, was"
+            children[-1].kill()
+            return "child"
         if victim == "job":
             run.signal(signal.SIGKILL)  # type: ignore[attr-defined]
             return "job"
@@ -160,6 +168,15 @@ def _strike(run: object, slot: SlotContent, victim: str) -> str:
     except (psutil.NoSuchProcess, ProcessLookupError):
         return "nothing, which had ended, was"
     return "rank"
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    """What a rank has started to read data or to write a checkpoint."""
+    try:
+        found = psutil.Process(pid).children(recursive=True)
+        return [child for child in found if "witness" not in " ".join(child.cmdline())]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _slots(output: Path) -> dict[int, SlotContent]:

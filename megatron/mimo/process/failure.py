@@ -102,12 +102,23 @@ def end_run(error: BaseException, rank: int) -> NoReturn:
     else:
         if rank != 0 and isinstance(error, MimoError):
             time.sleep(1.0)  # rank 0 most likely has the same to say
-        if not isinstance(error, MimoError | SystemExit) and not is_disk_full(error):
+        if not _says_all(error) and not is_disk_full(error):
             traceback.print_exception(error)
         at = origin(error)
         where = here.where() + (f", at {at}" if at is not None else "")
         last_word("failed", f"[rank {rank}] error: {describe(error)} [{where}]")
     os._exit(_FAILED)
+
+
+def _says_all(error: BaseException) -> bool:
+    """Whether an error is of a kind that a person can act on without a traceback.
+
+    What an encoder raises may be a fault of its code as well as of its inputs.
+    """
+    if isinstance(error, SystemExit):
+        return True
+    of_code = isinstance(error.__cause__, TypeError | IndexError | AttributeError | RuntimeError)
+    return isinstance(error, MimoError) and not (of_code and isinstance(error, InputError))
 
 
 def describe(error: BaseException) -> str:
