@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -54,35 +55,55 @@ class _Owner:
 class Ownership:
     """A folder that this process owns."""
 
-    def __init__(self, file: Path, token: str) -> None:
+    def __init__(self, file: Path, owner: _Owner) -> None:
         self._file = file
-        self._token = token
+        self._owner = owner
         self._beaten = time.monotonic()
+        self._lock = threading.Lock()  # who beats is another thread than who releases
+        self._released = False
 
     def holds(self) -> bool:
-        """Whether the file still names this process; it does too where it cannot be read now."""
+        """Whether the file names nobody else; one that cannot be read now says nothing."""
         try:
             owner = _read(self._file)
         except OSError:
             return True
-        return owner is not None and owner.token == self._token
+        return owner is None or owner.token == self._owner.token
 
     def beat(self, lost: Callable[[], None]) -> None:
-        """Touch the file, if it is time to; calls ``lost`` if it names another by now."""
+        """Touch the file, if it is time to; calls ``lost`` if it names another by now.
+
+        A file that somebody has removed is written again.
+        """
         if time.monotonic() - self._beaten < BEAT:
             return
         self._beaten = time.monotonic()
-        if not self.holds():
-            lost()
-            return
-        with contextlib.suppress(OSError):
-            os.utime(self._file)
+        with self._lock:
+            if self._released:
+                return
+            if self.holds():
+                with contextlib.suppress(OSError):
+                    if not self._file.exists():
+                        self._write_again()
+                    os.utime(self._file)
+                return
+        lost()
 
     def release(self) -> None:
-        """Leave the folder to whoever comes next."""
-        if self.holds():
-            with contextlib.suppress(OSError):
-                self._file.unlink()
+        """Leave the folder to whoever comes next; from here on nobody can have taken it away."""
+        with self._lock:
+            self._released = True
+            if self.holds():
+                with contextlib.suppress(OSError):
+                    self._file.unlink()
+
+    def _write_again(self) -> None:
+        fresh = self._file.with_name(f"{FILE}.{self._owner.token}")
+        fresh.write_text(json.dumps(asdict(self._owner)))
+        try:
+            _create(fresh, self._file)
+        finally:
+            fresh.unlink()
 
 
 def own(folder: Path, *, tell: Callable[[str], None], stale: float = _STALE) -> Ownership | None:
@@ -133,7 +154,7 @@ def own(folder: Path, *, tell: Callable[[str], None], stale: float = _STALE) -> 
                 )
             if _take_over(fresh, folder / FILE, owner):
                 break
-        return Ownership(folder / FILE, me.token)
+        return Ownership(folder / FILE, me)
     finally:
         fresh.unlink(missing_ok=True)
 

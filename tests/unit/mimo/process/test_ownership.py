@@ -140,6 +140,37 @@ def test_who_has_lost_a_folder_hears_of_it(tmp_path: Path, monkeypatch: pytest.M
     assert other.holds()
 
 
+def test_a_folder_that_is_released_is_never_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "BEAT", 0.0)
+    mine = own(tmp_path, tell=silent)
+    assert mine is not None
+    mine.release()
+    assert not (tmp_path / FILE).exists()
+    other = own(tmp_path, tell=silent)
+    lost: list[bool] = []
+    mine.beat(lambda: lost.append(True))  # by a thread that has not been told yet
+    assert not lost
+    assert other is not None
+    assert other.holds()
+
+
+def test_a_file_that_was_removed_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "BEAT", 0.0)
+    mine = own(tmp_path, tell=silent)
+    assert mine is not None
+    written = (tmp_path / FILE).read_text()
+    (tmp_path / FILE).unlink()
+    lost: list[bool] = []
+    mine.beat(lambda: lost.append(True))
+    assert not lost
+    assert (tmp_path / FILE).read_text() == written
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
 def test_a_file_as_output_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file/below"):
