@@ -14,8 +14,8 @@ help:
 	@echo 'make setup   prepare .venv (PYTHON=/path/to/python3.12 to choose the interpreter; LATEST=1 for the'
 	@echo '             newest versions allowed, LATEST=0 for the tested ones of requirements.lock again)'
 	@echo 'make train   train the default recipe: all GPUs, or two processes on CPU (NPROC=n, ARGS="...")'
-	@echo 'make test    run the test suite, on up to four cores (ARGS="...")'
-	@echo 'make test-fast  its quick part, for the loop of a developer: a minute or so'
+	@echo 'make test    run the test suite (ARGS="...")'
+	@echo 'make test-fast  its quick part on up to four cores, for the loop of a developer'
 	@echo 'make matrix  hold 300 parallel layouts against one process (ARGS="tp2 cp2", "--list", "--help")'
 	@echo 'make chaos   try to break the promises of docs/reliability.md for ten minutes (ARGS="--minutes 60 --seed 1")'
 	@echo 'make check   format, lint, types and structure: what CI checks besides the tests'
@@ -28,14 +28,13 @@ setup:
 train: setup
 	@scripts/train $(ARGS)
 
-# Tests of a file stay in one process, so that what its fixtures train is trained once.
-pytest := .venv/bin/python -m pytest -n auto --dist loadfile
-
 test: setup
-	$(pytest) $(ARGS)
+	.venv/bin/python -m pytest $(ARGS)
 
+# Tests of a file stay in one process, so that what its fixtures make is made once. Not for the whole suite: where one
+# of several processes is lost, pytest-xdist waits for it for ever.
 test-fast: setup
-	$(pytest) -m "not slow" tests/structure tests/unit $(ARGS)
+	.venv/bin/python -m pytest -n auto --dist loadfile -m "not slow" tests/structure tests/unit $(ARGS)
 
 matrix: setup
 	.venv/bin/python -m tests.matrix $(ARGS)

@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=[*INPUTS, *RUNS], help="these kinds (default: all)"
     )
+    parser.add_argument("--cases", type=int, help="at most so many of each kind")
     parser.add_argument("--case", type=int, help="this one case of malformed inputs")
     asked = parser.parse_args()
     seed = secrets.randbelow(10**6) if asked.seed is None else asked.seed
@@ -52,7 +53,7 @@ def main() -> int:
     try:
         for kind in kinds:
             if kind in RUNS:
-                tally = RUNS[kind](pool, seed=seed, seconds=seconds)
+                tally = RUNS[kind](pool, seed=seed, seconds=seconds, at_most=asked.cases)
             else:
                 tally = run_cases(
                     kind,
@@ -60,7 +61,7 @@ def main() -> int:
                     seed=seed,
                     seconds=seconds,
                     first=asked.case or 0,
-                    at_most=None if asked.case is None else 1,
+                    at_most=asked.cases if asked.case is None else 1,
                 )
             print("\n".join([str(tally), *tally.failures]), flush=True)
             failed += len(tally.failures)

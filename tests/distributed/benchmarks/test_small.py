@@ -38,7 +38,7 @@ def step_small() -> dict[str, Any]:
         "dtype": torch.float32,
     }
     llava.SIZES["small"] = small
-    report = llava.measure_ours("small", 1, ["--transformer-impl=local"], beside=True)
+    report = llava.measure_ours("small", 1, {"transformer_impl": "local"}, beside=True)
     llava.compare(report, report)
     return report
 

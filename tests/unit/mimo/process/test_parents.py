@@ -4,29 +4,48 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
+from megatron.mimo.process import parents
 from megatron.mimo.process.children import left_to_parent
 from megatron.mimo.process.identity import Process
-from megatron.mimo.process.parents import bind_to_parent, end_with_parent, find_launcher
+from megatron.mimo.process.parents import find_launcher
 from tests.time_limits import HANG, SOON
 
+ROOT = Path(__file__).parents[4]
 FORK = multiprocessing.get_context("fork")
 
 
-def _child(bind: Callable[[int], object], parent: int, answer: Connection) -> None:
+def _child(bind: Callable[[int], object], parent: int) -> None:
     bind(parent)
-    answer.send(os.getpid())
+    sys.stdout.write(f"{os.getpid()}\n")
+    sys.stdout.flush()
     time.sleep(10 * HANG)
 
 
-def _parent(bind: Callable[[int], object], answer: Connection) -> None:
-    FORK.Process(target=_child, args=(bind, os.getpid(), answer)).start()
+def start_child(bind: str) -> None:
+    """A parent that starts a child, which binds itself to it."""
+    FORK.Process(target=_child, args=(getattr(parents, bind), os.getpid())).start()
+    time.sleep(10 * HANG)
+
+
+def start_child_in_thread() -> None:
+    """A parent whose thread starts a child and ends at once, as the kernel's rule minds."""
+
+    def begin() -> None:
+        with left_to_parent():
+            FORK.Process(target=_child, args=(lambda _: None, 0), daemon=True).start()
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join()
     time.sleep(10 * HANG)
 
 
@@ -37,42 +56,26 @@ def until_it_ends(process: Process) -> bool:
     return not process.lives()
 
 
-@pytest.mark.parametrize("bind", [bind_to_parent, end_with_parent])
-def test_a_process_ends_with_its_parent(bind: Callable[[int], object]) -> None:
-    mine, theirs = FORK.Pipe()
-    parent = FORK.Process(target=_parent, args=(bind, theirs))
-    parent.start()
-    child = Process.of(mine.recv())
-    time.sleep(1.0)
-    assert child.lives()
-    parent.kill()
-    parent.join()
-    assert until_it_ends(child)
+def check_that_its_child_ends_with(call: str) -> None:
+    """Run one of the above in a process that has no threads yet, so that it may fork."""
+    code = f"from {__name__} import *; {call}"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as parent:
+        assert parent.stdout is not None
+        child = Process.of(int(parent.stdout.readline()))
+        time.sleep(1.0)
+        assert child.lives()
+        parent.kill()
+        parent.wait()
+        assert until_it_ends(child)
 
 
-def _start_in_thread(answer: Connection) -> None:
-    """Start a child in a thread that ends at once, as the kernel's rule for parents minds."""
-
-    def begin() -> None:
-        with left_to_parent():
-            FORK.Process(target=_child, args=(lambda _: None, 0, answer), daemon=True).start()
-
-    thread = threading.Thread(target=begin)
-    thread.start()
-    thread.join()
-    time.sleep(10 * HANG)
+@pytest.mark.parametrize("bind", ["bind_to_parent", "end_with_parent"])
+def test_a_process_ends_with_its_parent(bind: str) -> None:
+    check_that_its_child_ends_with(f"start_child({bind!r})")
 
 
 def test_a_child_outlives_the_thread_that_started_it_and_not_the_process() -> None:
-    mine, theirs = FORK.Pipe()
-    parent = FORK.Process(target=_start_in_thread, args=(theirs,))
-    parent.start()
-    child = Process.of(mine.recv())
-    time.sleep(1.0)
-    assert child.lives()
-    parent.kill()
-    parent.join()
-    assert until_it_ends(child)
+    check_that_its_child_ends_with("start_child_in_thread()")
 
 
 def test_a_process_that_a_person_starts_has_no_launcher() -> None:
