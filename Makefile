@@ -31,10 +31,9 @@ train: setup
 test: setup
 	.venv/bin/python -m pytest $(ARGS)
 
-# Tests of a file stay in one process, so that what its fixtures make is made once. Not for the whole suite: where one
-# of several processes is lost, pytest-xdist waits for it for ever.
+# Not for the whole suite: where one of several processes is lost, pytest-xdist waits for it for ever.
 test-fast: setup
-	.venv/bin/python -m pytest -n auto --dist loadfile -m "not slow" tests/structure tests/unit $(ARGS)
+	.venv/bin/python -m pytest -n auto --dist worksteal -m "not slow" tests/structure tests/unit $(ARGS)
 
 matrix: setup
 	.venv/bin/python -m tests.matrix $(ARGS)

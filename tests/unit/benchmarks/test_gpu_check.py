@@ -21,6 +21,8 @@ from benchmarks.gpu_check.record import Record
 from benchmarks.gpu_check.restart import restart
 from benchmarks.gpu_check.running import Runner
 
+pytestmark = pytest.mark.slow  # processes and installations
+
 MACHINE: dict[str, Any] = {
     "python": "3.12",
     "gpu": "a GPU",

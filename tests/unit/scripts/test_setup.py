@@ -18,6 +18,8 @@ import pytest
 
 from tests.time_limits import HANG
 
+pytestmark = pytest.mark.slow  # processes and installations
+
 ROOT = Path(__file__).resolve().parents[3]
 HAS_GPU_DRIVER = any(
     Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -126,7 +128,6 @@ class Project:
         lock.write_text(lock.read_text().replace(old, new))
 
 
-@pytest.mark.slow
 def test_versions_are_those_asked_for(tmp_path: Path) -> None:
     """One environment from its making on: each call meets what the calls before it left."""
     project = Project(tmp_path)

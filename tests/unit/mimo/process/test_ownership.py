@@ -18,6 +18,8 @@ from megatron.mimo.process import ownership
 from megatron.mimo.process.ownership import FILE, Ownership, own
 from tests.time_limits import SOON
 
+pytestmark = pytest.mark.slow  # waits
+
 FORK = multiprocessing.get_context("fork")
 
 

@@ -19,6 +19,8 @@ from megatron.mimo.process.identity import Process
 from megatron.mimo.process.parents import find_launcher
 from tests.time_limits import HANG, SOON
 
+pytestmark = pytest.mark.slow  # waits
+
 ROOT = Path(__file__).parents[4]
 FORK = multiprocessing.get_context("fork")
 

@@ -18,6 +18,8 @@ from megatron.mimo.process.stacks import STACKS
 from megatron.mimo.process.stall import StallWatch
 from tests.time_limits import HANG
 
+pytestmark = pytest.mark.slow  # waits
+
 FORK = multiprocessing.get_context("fork")
 
 

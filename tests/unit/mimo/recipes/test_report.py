@@ -19,6 +19,7 @@ CARDS = [
 @pytest.mark.parametrize(
     "curve", [[], [(1, 2.0)], [(1, 2.0), (2, 0.0)], [(1, 30.0), (5, 0.01)]], ids=str
 )
+@pytest.mark.slow
 def test_any_cards_and_any_curve_give_one_image(
     tmp_path: Path, curve: list[tuple[int, float]]
 ) -> None:
