@@ -17,20 +17,18 @@ class EarlyArguments(argparse.Namespace):
     """What has to be known before Megatron is imported."""
 
     recipe: str
-    list_recipes: bool
     config: dict[str, Any]
     stall_timeout: float
 
 
 def parse_early(argv: Sequence[str] | None = None) -> EarlyArguments:
-    """Read ``--recipe``, ``--list-recipes`` and the ``--config`` file; imports no Megatron.
+    """Read ``--recipe``, ``--stall-timeout`` and the ``--config`` file; imports no Megatron.
 
     Raises:
         ConfigError: the configuration file cannot be read.
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
-    parser.add_argument("--list-recipes", action="store_true")
     parser.add_argument("--config")
     parser.add_argument("--stall-timeout", type=seconds)
     given, _ = parser.parse_known_args(argv)
@@ -42,7 +40,6 @@ def parse_early(argv: Sequence[str] | None = None) -> EarlyArguments:
         stall_timeout = parser.parse_known_args(words)[0].stall_timeout
     return EarlyArguments(
         recipe=recipe,
-        list_recipes=given.list_recipes,
         config=config,
         stall_timeout=STALL_TIMEOUT if stall_timeout is None else stall_timeout,
     )
