@@ -20,7 +20,7 @@ from megatron.mimo.checkpoints.hashes import (
     write_manifest,
     written_by,
 )
-from megatron.mimo.checkpoints.ranks import Ranks, running_job
+from megatron.mimo.process.ranks import Ranks, running_job
 
 __all__ = ["hash_checkpoint", "hashed_by_writers"]
 

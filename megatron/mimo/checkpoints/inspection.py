@@ -24,7 +24,7 @@ from megatron.mimo.checkpoints.hashes import (
     read_manifest,
     share,
 )
-from megatron.mimo.checkpoints.ranks import Ranks
+from megatron.mimo.process.ranks import Ranks
 
 __all__ = ["FORMAT", "Inspector", "problem"]
 

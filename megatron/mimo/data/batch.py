@@ -11,9 +11,10 @@ from megatron.core.models.mimo.partition.packing import packed_params
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, sequence_cut
 from megatron.mimo.data.sample import Sample
 
-__all__ = ["Batch", "Collator", "batch_device", "keep_for_stage"]
+__all__ = ["HEAD_TARGETS", "Batch", "Collator", "batch_device", "keep_for_stage"]
 
 Batch = dict[str, Any]
+HEAD_TARGETS = "head_targets"  # as ``MimoModel.forward`` takes it
 Collator = Callable[[Sequence[Sample]], Batch]
 
 
@@ -31,7 +32,7 @@ def keep_for_stage(
     ``adapter`` the plan is cut for this rank's part of the sequence, while it is on the host.
     """
     drop = set() if pre_process else {"modality_inputs", "alignment_plan"}
-    drop |= set() if post_process else {"labels", "loss_mask", "head_targets"}
+    drop |= set() if post_process else {"labels", "loss_mask", HEAD_TARGETS}
     kept = {name: value for name, value in batch.items() if name not in drop}
     if adapter is not None and kept.get("alignment_plan") is not None:
         packed = packed_params(

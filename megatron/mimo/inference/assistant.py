@@ -14,7 +14,6 @@ from megatron.mimo.arguments.standalone import build_model, model_settings
 from megatron.mimo.checkpoints.assets import end_tokens, read_processor
 from megatron.mimo.checkpoints.folders import ASSETS
 from megatron.mimo.checkpoints.inspection import Inspector
-from megatron.mimo.checkpoints.ranks import running_job
 from megatron.mimo.checkpoints.torch_dist import locate
 from megatron.mimo.checkpoints.weights import load_weights
 from megatron.mimo.data.chat import Chat
@@ -27,6 +26,7 @@ from megatron.mimo.inference.text_stream import TextStream
 from megatron.mimo.lora import add_adapters, merge_adapters, saved_settings
 from megatron.mimo.models import family_of, read_hf_config
 from megatron.mimo.models.common.family import sample_collator
+from megatron.mimo.process.ranks import running_job
 from megatron.mimo.recipes.media_flags import kept_video_fps
 
 __all__ = ["Assistant", "open_assistant"]

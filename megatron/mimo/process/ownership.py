@@ -23,6 +23,7 @@ from pathlib import Path
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.process.identity import Process, host_name, machine
+from megatron.mimo.process.ranks import starting_job
 
 __all__ = ["Ownership", "claim_folders", "own"]
 
@@ -31,7 +32,6 @@ BEAT = 5.0  # seconds between two touches of the file
 _STALE = 60.0  # seconds without a touch after which an owner on another machine is dead
 _TAKING = 10.0  # seconds after which one that was about to take over is dead
 _LOOK = 0.5
-_stores: list[object] = []
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -184,22 +184,10 @@ def claim_folders(args: Namespace, *, tell: Callable[[str], None]) -> list[Owner
             for mine in owned:
                 mine.release()
     if args.world_size > 1 and folders:
-        refused = _from_first_rank(refused, args)
+        refused = starting_job().gather(refused)[0]
     if refused:
         raise ConfigError(refused)
     return owned
-
-
-def _from_first_rank(text: str, args: Namespace) -> str:
-    """Rank 0's text on every rank, before there are process groups."""
-    import torch.distributed as dist
-
-    store = next(dist.rendezvous("env://", args.rank, args.world_size))[0]
-    key = f"megatron-mimo/owner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    if args.rank == 0:
-        store.set(key, f"-{text}")
-        _stores.append(store)  # the others read from it
-    return bytes(store.get(key)).decode()[1:]
 
 
 def _describe_self() -> _Owner:

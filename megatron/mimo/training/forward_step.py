@@ -22,10 +22,10 @@ from torch import Tensor
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.model.heads import Losses
 from megatron.core.utils import unwrap_model
-from megatron.mimo.data.batch import Batch
+from megatron.mimo.data.batch import HEAD_TARGETS, Batch
 from megatron.mimo.process import presence
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.training.losses import HEAD_TARGETS, CountedBatches
+from megatron.mimo.training.losses import CountedBatches
 
 __all__ = [
     "build_forward_step",

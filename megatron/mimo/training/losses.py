@@ -15,14 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.mimo.data.batch import Batch
+from megatron.mimo.data.batch import HEAD_TARGETS, Batch
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo.config import HeadSpec
 
-__all__ = ["HEAD_TARGETS", "CountedBatches"]
-
-HEAD_TARGETS = "head_targets"  # in a batch, as ``MimoModel.forward`` takes it
+__all__ = ["CountedBatches"]
 
 
 class CountedBatches:

@@ -10,8 +10,8 @@ from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.checkpoints.assets import changed_asset
 from megatron.mimo.checkpoints.folders import ASSETS, choose, newest, saved_arguments, settle
 from megatron.mimo.checkpoints.inspection import Inspector
-from megatron.mimo.checkpoints.ranks import starting_job
 from megatron.mimo.lora import saved_settings, settings_from
+from megatron.mimo.process.ranks import starting_job
 from megatron.mimo.training.mismatch import check_command, what_moved
 
 __all__ = ["choose_start"]

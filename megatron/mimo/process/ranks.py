@@ -1,7 +1,7 @@
-"""What the ranks of a job tell each other about a checkpoint, before they have process groups.
+"""What the ranks of a job tell each other, before they have process groups and after.
 
-Which checkpoint a run begins with is decided before anything is built. Each rank reads a share of
-the files, and all have to come to the same answer.
+Whose a folder is and which checkpoint a run begins with are decided before anything is built, and
+all ranks have to come to the same answer.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megatron.core.models.mimo.errors import ConfigError
 
 __all__ = ["Ranks", "running_job", "starting_job"]
 
-_TIMEOUT = timedelta(minutes=60)  # in which the slowest rank has read its share
+_TIMEOUT = timedelta(minutes=60)  # in which the slowest rank has answered
 _rounds = count()
 _kept: list[Any] = []  # rank 0's is the server that the process groups will use too
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """Those that look at a checkpoint together; by default this process alone.
+    """Those that decide something together; by default this process alone.
 
     Attributes:
         rank: of this process.
@@ -66,7 +66,7 @@ def starting_job() -> Ranks:
             "start with torchrun, or set MASTER_ADDR and MASTER_PORT to a free port of rank 0's "
             "host"
         ) from error
-    store = dist.PrefixStore("checkpoint", _kept[0])
+    store = dist.PrefixStore("starting", _kept[0])
 
     def exchange(value: Any) -> list[Any]:
         number = next(_rounds)
@@ -79,8 +79,8 @@ def starting_job() -> Ranks:
                 store.wait([f"{number}/done"])
         except RuntimeError as error:
             raise ConfigError(
-                f"rank {rank} waited for the others to look at the checkpoint, and one did not "
-                f"answer: {str(error).splitlines()[0]}; its own message says why"
+                f"rank {rank} waited for the others before the start, and one did not answer: "
+                f"{str(error).splitlines()[0]}; its own message says why"
             ) from error
         return values
 
