@@ -1,4 +1,4 @@
-"""What a conversation is: turns of parts, which are text or media."""
+"""What is trained on: conversations of turns, and documents; both are made of parts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["MEDIA_KINDS", "ContentPart", "Conversation", "Turn"]
+__all__ = ["MEDIA_KINDS", "ContentPart", "Conversation", "Document", "Turn"]
 
 MEDIA_KINDS = ("image", "video", "audio")
 
@@ -58,3 +58,16 @@ class Conversation:
     name: str
     turns: tuple[Turn, ...]
     tools: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Document:
+    """Text with or without media, to be continued: no chat template writes it.
+
+    Attributes:
+        name: says where it is from.
+        content: its parts, in order; what is text is learned.
+    """
+
+    name: str
+    content: tuple[ContentPart, ...]

@@ -1,0 +1,85 @@
+"""What lies between files and formats: one record, undecoded, and how it is to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron.mimo.data.conversation import Conversation, Document
+
+__all__ = ["Format", "RawRecord", "ReadingOptions"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RawRecord:
+    """One record as it lies in a file; nothing of it is interpreted. Can be pickled.
+
+    Attributes:
+        value: decoded JSON, or the columns of a row. A column of media may hold a path, encoded
+            bytes, or ``{"bytes": ..., "path": ...}`` as the package ``datasets`` stores them.
+        file: that holds it.
+        place: where in the file: "line 3", "entry 3", "row 17", "key 000012".
+        members: files that lie beside the record in a tar, by what follows the key in their
+            names ("jpg", "1.png"). ``tar_record`` makes the record of such a group.
+        media_folder: what paths in the record are relative to; None for the folder of ``file``.
+    """
+
+    value: Any
+    file: Path
+    place: str
+    members: Mapping[str, bytes] = field(default_factory=dict)
+    media_folder: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Says where it is from, in messages."""
+        return f"{self.file}, {self.place}"
+
+    @property
+    def folder(self) -> Path:
+        """What its paths are relative to."""
+        return self.file.parent if self.media_folder is None else self.media_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions:
+    """How records are read; the flags of the same names.
+
+    Attributes:
+        data_format: name of the format; None tells it from each record.
+        ignored: keys that are read over, whatever they mean.
+        learn: "all" turns of the assistant's, or the "last" one alone.
+        thinking: "keep" what stands in ``<think>`` in earlier and last answers, or "drop" it.
+    """
+
+    data_format: str | None = None
+    ignored: frozenset[str] = frozenset()
+    learn: str = "all"
+    thinking: str = "keep"
+
+
+class Format(Protocol):
+    """One way in which people write down conversations or documents.
+
+    Attributes:
+        name: what ``--data-format`` takes.
+        summary: one line for the documentation and for errors.
+    """
+
+    name: str
+    summary: str
+
+    def recognises(self, value: Mapping[str, Any]) -> bool:
+        """Whether a record's keys are those of this format; looks at no medium."""
+        ...
+
+    def read(self, record: RawRecord, options: ReadingOptions) -> Conversation | Document:
+        """Interpret the record; media are named, not opened.
+
+        Raises:
+            InputError: it is malformed, or says something that would not be honoured; the message
+                begins with the record's name.
+        """
+        ...
