@@ -104,7 +104,7 @@ LLAVA: dict[str, list[Any]] = {
 }
 OTHERS: dict[str, dict[str, list[Any]]] = {
     **dict.fromkeys(("llava", "llava_next", "llava_avlm", "qwen2_audio"), LLAVA),
-    **dict.fromkeys(("llama", "mistral", "qwen2"), TEXT),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), TEXT),
     "qwen2_5_vl_text": {
         **TEXT,
         "rope_parameters": [
@@ -154,7 +154,7 @@ COMMON = set(FIELDS["llava"]).intersection(*FIELDS.values()) - {"model_type"}
 
 def bases() -> list[Any]:
     """Configurations in which every class that is supported stands once."""
-    from transformers import Qwen2Config, SiglipVisionConfig
+    from transformers import Qwen2Config, Qwen3Config, SiglipVisionConfig
 
     names = ("llava", "llava_next", "llava_avlm", "qwen2_audio", "qwen2_5_vl")
     several = [load_family(name).tiny() for name in names]
@@ -165,7 +165,9 @@ def bases() -> list[Any]:
         "vision_feature_select_strategy": "full",
         "text_config": Qwen2Config(**TINY_TEXT).to_dict(),
     }
-    return [*several, type(several[0]).from_dict(other)]
+    qwen3 = load_family("llava").tiny().to_dict()
+    qwen3["text_config"] = Qwen3Config(**TINY_TEXT, head_dim=24).to_dict()
+    return [*several, *(type(several[0]).from_dict(one) for one in (other, qwen3))]
 
 
 def walk() -> list[tuple[Any, str, str, str]]:

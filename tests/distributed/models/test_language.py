@@ -36,6 +36,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama, wide heads": {"model_type": "llama", "head_dim": 32, "num_key_value_heads": 4},
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 24},
+    "qwen3, tied": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
     "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
 }
 
@@ -57,7 +59,7 @@ def text_family() -> Any:
         name="text",
         arguments=language_arguments,
         build=lambda config, settings, places: MimoModelConfig(
-            language_model_spec=language_spec(settings, places.language),
+            language_model_spec=language_spec(settings, places.language, config),
             modality_submodules_spec={},
             special_token_ids={},
         ),

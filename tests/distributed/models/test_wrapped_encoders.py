@@ -87,7 +87,7 @@ def build(config: Any, settings: Any, places: Any) -> Any:
     from megatron.mimo.encoders import HuggingFaceEncoder, Projector
     from megatron.mimo.models.common.language import language_spec
 
-    language = language_spec(settings, places.language)
+    language = language_spec(settings, places.language, config)
     projection = {
         "config": language.params["config"],
         "input_size": 32,

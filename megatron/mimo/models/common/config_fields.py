@@ -106,6 +106,11 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
     ),
     "mistral": _rules(_TEXT + " head_dim sliding_window tie_word_embeddings", aside=_TOKENS),
     "qwen2": _rules(f"{_TEXT} {_WINDOW} tie_word_embeddings", aside=_TOKENS),
+    "qwen3": _rules(
+        f"{_TEXT} {_WINDOW} head_dim tie_word_embeddings",
+        aside=_TOKENS,
+        only={"attention_bias": (False, None)},
+    ),
     "qwen2_5_vl_text": _rules(f"{_TEXT} {_WINDOW} tie_word_embeddings", aside=_TOKENS),
     # Towers. Nothing is computed from the pooled output of CLIP and SigLIP.
     "clip_vision_model": _rules(_IMAGES, aside="projection_dim initializer_factor"),
@@ -134,11 +139,11 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
 # What a family's own model of transformers is made of, whatever config.json names beside it.
 _PARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "llava": {
-        "text_config": ("llama", "mistral", "qwen2"),
+        "text_config": ("llama", "mistral", "qwen2", "qwen3"),
         "vision_config": ("clip_vision_model", "siglip_vision_model"),
     },
     "llava_next": {
-        "text_config": ("llama", "mistral", "qwen2"),
+        "text_config": ("llama", "mistral", "qwen2", "qwen3"),
         "vision_config": ("clip_vision_model", "siglip_vision_model"),
     },
     "llava_avlm": {

@@ -18,6 +18,7 @@ from megatron.mimo.models.common.llava_kind import (
     image_format,
     key_table,
     projector_spec,
+    text_config,
 )
 from megatron.mimo.models.common.place import Places
 from megatron.mimo.models.common.settings import LanguageSettings
@@ -40,7 +41,7 @@ def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelC
         },
     )
     return MimoModelConfig(
-        language_model_spec=language_spec(settings, places.language),
+        language_model_spec=language_spec(settings, places.language, text_config(config)),
         modality_submodules_spec={"images": images},
         special_token_ids={"images": config.image_token_index},
     )

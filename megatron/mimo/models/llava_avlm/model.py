@@ -27,6 +27,7 @@ from megatron.mimo.models.common.llava_kind import (
     image_encoders,
     image_format,
     projector_spec,
+    text_config,
 )
 from megatron.mimo.models.common.place import Places
 from megatron.mimo.models.common.settings import LanguageSettings
@@ -62,7 +63,7 @@ def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelC
         bias=config.multimodal_projector_bias,
     )
     return MimoModelConfig(
-        language_model_spec=language_spec(settings, places.language),
+        language_model_spec=language_spec(settings, places.language, text_config(config)),
         modality_submodules_spec={"images": images, "audio": audio},
         special_token_ids=_placeholders(config),
     )

@@ -15,7 +15,7 @@ from megatron.mimo.encoders import AnyResolutionSubmodules, NewlineProjection
 from megatron.mimo.models.common import llava_kind
 from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.language import language_spec
-from megatron.mimo.models.common.llava_kind import image_encoders, projector_spec
+from megatron.mimo.models.common.llava_kind import image_encoders, projector_spec, text_config
 from megatron.mimo.models.common.place import Places
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT, TINY_VISION, random_text_with_images
@@ -56,7 +56,7 @@ def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelC
         },
     )
     return MimoModelConfig(
-        language_model_spec=language_spec(settings, places.language),
+        language_model_spec=language_spec(settings, places.language, text_config(config)),
         modality_submodules_spec={"images": images},
         special_token_ids={"images": config.image_token_index},
     )

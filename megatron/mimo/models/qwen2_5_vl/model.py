@@ -46,7 +46,7 @@ def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelC
         submodules=vision_specs(config.vision_config, settings.transformer, places["images"]),
     )
     return MimoModelConfig(
-        language_model_spec=language_spec(settings, places.language),
+        language_model_spec=language_spec(settings, places.language, text_config(config)),
         modality_submodules_spec={"images": images},
         special_token_ids={"images": config.image_token_id},
     )

@@ -38,7 +38,7 @@ def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelC
     """The model of one rank."""
     audio = audio_modality(config.audio_config, settings.transformer, places["audio"], num_layers=1)
     return MimoModelConfig(
-        language_model_spec=language_spec(settings, places.language),
+        language_model_spec=language_spec(settings, places.language, text_config(config)),
         modality_submodules_spec={"audio": audio},
         special_token_ids={"audio": config.audio_token_index},
     )

@@ -1,0 +1,78 @@
+"""Which parameter of a language model is which weight of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.mimo.models.common.keys import Concatenated, FusedQKV, KeyEntry, PaddedVocabulary
+from megatron.mimo.models.common.language.kinds import head_size, kind_of
+
+__all__ = ["ROTARY_BUFFERS", "language_entries"]
+
+ROTARY_BUFFERS = ("*.rotary_emb.inv_freq", "*.rotary_pos_emb.inv_freq")
+"""Patterns of what old versions of transformers wrote beside weights, and none of them reads."""
+
+_OURS = "language_model.decoder.layers.{i}."
+
+
+def language_entries(text: Any, *, model: str, head: str) -> tuple[KeyEntry, ...]:
+    """Parameter names of a language model.
+
+    Args:
+        text: its Hugging Face configuration.
+        model: Hugging Face's prefix of its layers, such as "language_model.model.".
+        head: Hugging Face's prefix of its output layer, such as "language_model.".
+    """
+    theirs = model + "layers.{i}."
+    layers = range(text.num_hidden_layers)
+    vocabulary = PaddedVocabulary(text.vocab_size)
+
+    def row(mimo: str, *hf: str, **given: Any) -> KeyEntry:
+        names = tuple(theirs + name for name in hf)
+        return KeyEntry(mimo=_OURS + mimo, hf=names, layers=layers, **given)
+
+    embedding = "language_model.embedding.word_embeddings.weight"
+    rows = [
+        KeyEntry(mimo=embedding, hf=(model + "embed_tokens.weight",), transform=vocabulary),
+        row("input_layernorm.weight", "input_layernorm.weight"),
+        *_attention_entries(text, row),
+        row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+        row(
+            "mlp.linear_fc1.weight",
+            "mlp.gate_proj.weight",
+            "mlp.up_proj.weight",
+            transform=Concatenated(2),
+        ),
+        row("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
+        KeyEntry(mimo="language_model.decoder.final_layernorm.weight", hf=(model + "norm.weight",)),
+    ]
+    if not text.tie_word_embeddings:
+        output = "language_model.output_layer.weight"
+        rows.append(KeyEntry(mimo=output, hf=(head + "lm_head.weight",), transform=vocabulary))
+    return tuple(rows)
+
+
+def _attention_entries(text: Any, row: Any) -> list[KeyEntry]:
+    """Rows of the attention of every layer; ``row(mimo, *hf, transform=)`` makes one."""
+    kind = kind_of(text)
+    qkv = FusedQKV(
+        heads=text.num_attention_heads,
+        groups=text.num_key_value_heads,
+        head_size=head_size(text),
+    )
+
+    def projections(what: str) -> tuple[str, ...]:
+        return tuple(f"self_attn.{name}_proj.{what}" for name in "qkv")
+
+    rows = [
+        row("self_attention.linear_qkv.weight", *projections("weight"), transform=qkv),
+        row("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
+    ]
+    if kind.qkv_bias:
+        rows.append(row("self_attention.linear_qkv.bias", *projections("bias"), transform=qkv))
+    if kind.qk_norms:
+        rows += [
+            row(f"self_attention.{name}_layernorm.weight", f"self_attn.{name}_norm.weight")
+            for name in "qk"
+        ]
+    return rows
