@@ -3,8 +3,6 @@
 The processor's chat template writes the text, the processor reads the media and puts each one's
 placeholders into the text, the family turns what the Hugging Face model would take into a
 ``Sample``. What the model learns to say is what the assistant says.
-
-Legend: L tokens of a conversation.
 """
 
 from __future__ import annotations
@@ -15,10 +13,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import ConfigError, InputError, MimoError
+from megatron.mimo.data.chat_expanded import ExpandedText, split_text
 from megatron.mimo.data.chat_media import read_medium
 from megatron.mimo.data.chat_text import ChatText
 from megatron.mimo.data.conversations import MEDIA_KINDS, ContentPart, Conversation
@@ -82,21 +80,17 @@ class Chat:
                 )
 
     @cached_property
-    def _media_tokens(self) -> Mapping[int, str]:
-        """All tokens that stand for media in the processor's text: their texts by id."""
-        names = (f"{kind}_token_id" for kind in MEDIA_KINDS)
-        found = (getattr(self.processor, name, None) for name in names)
-        known = {token for token in found if token is not None}
-        tokens = sorted(known | set(self.family.media(self.config).special_token_ids.values()))
-        return dict(
-            zip(tokens, self.processor.tokenizer.convert_ids_to_tokens(tokens), strict=True)
-        )
+    def _marks(self) -> tuple[str, ...]:
+        """Texts that stand for media, in the template's text and once the processor has read it."""
+        names = (getattr(self.processor, f"{kind}_token", None) for kind in MEDIA_KINDS)
+        tokens = sorted(self.family.media(self.config).special_token_ids.values())
+        placeholders = self.processor.tokenizer.convert_ids_to_tokens(tokens)
+        return tuple(dict.fromkeys([*filter(None, names), *placeholders]))
 
     @cached_property
     def text(self) -> ChatText:
         """How conversations are written."""
-        marks = tuple(self._media_tokens.values())
-        return ChatText(processor=self.processor, end_tokens=self.end_tokens, marks=marks)
+        return ChatText(processor=self.processor, end_tokens=self.end_tokens, marks=self._marks)
 
     def sample(self, conversation: Conversation) -> Sample:
         """Read the media and translate.
@@ -128,10 +122,13 @@ class Chat:
                     medium = self._read(part, conversation.name)
                     media.setdefault(part.kind, []).append(medium)
         try:
-            features = self._features(text, media)
-            is_label_L = self._said(text, spans, features["input_ids"][0], conversation.name)
+            features, expanded = self._features(text, media)
+            self._refuse_lost(expanded, conversation.name)
             return self.family.sample(
-                self.config, features, is_label=is_label_L, name=conversation.name
+                self.config,
+                features,
+                is_label=expanded.is_said(text, spans),
+                name=conversation.name,
             )
         except MimoError:
             raise
@@ -152,7 +149,9 @@ class Chat:
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
 
-    def _features(self, text: str, media: Mapping[str, list[Any]]) -> dict[str, Tensor]:
+    def _features(
+        self, text: str, media: Mapping[str, list[Any]]
+    ) -> tuple[dict[str, Tensor], ExpandedText]:
         given: dict[str, Any] = {_ARGUMENTS[kind]: items for kind, items in media.items()}
         if "audio" in media:
             given["sampling_rate"] = self.processor.feature_extractor.sampling_rate
@@ -168,54 +167,31 @@ class Chat:
                 }
                 for video in videos
             ]
+        # Not of the text, whose offsets are no tensors; some processors would try to make them.
+        given |= {
+            f"{kind}_kwargs": {"return_tensors": "pt"} for kind in ("images", "videos", "audio")
+        }
         features = self.processor(
-            text=[text], return_tensors="pt", add_special_tokens=self._adds(text), **given
+            text=[text],
+            add_special_tokens=self._adds(text),
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+            **given,
         )
-        return {name: value for name, value in features.items() if name != "mm_token_type_ids"}
+        return split_text(features)
 
     def _adds(self, text: str) -> bool:
         """Whether the tokenizer has to add its own first token: not where the template does."""
         bos = self.processor.tokenizer.bos_token
         return bos is None or not text.startswith(bos)
 
-    def _said(
-        self, text: str, spans: Sequence[tuple[int, int]], tokens_L: Tensor, name: str
-    ) -> Tensor:
-        """Bool [L]: the tokens that lie within ``spans`` of the text before media were put in.
-
-        Media only multiply placeholders, so the other tokens are those of the text alone. A token
-        may begin with the white space before a span.
-        """
-        alone = self.processor.tokenizer(
-            text, return_offsets_mapping=True, add_special_tokens=self._adds(text)
-        )
-        is_text_L = torch.ones_like(tokens_L, dtype=torch.bool)
-        for token in self._media_tokens:
-            is_text_L &= tokens_L != token
-        held = set(tokens_L[~is_text_L].tolist())
-        lost = (set(self._media_tokens) & set(alone["input_ids"])) - held
-        if lost:
-            raise InputError(
-                f"{name}: a medium that stands as {self._media_tokens[min(lost)]!r} gives no row; "
-                "it is too short or too small for this model: leave it out"
-            )
-        pairs = [
-            (token, offsets)
-            for token, offsets in zip(alone["input_ids"], alone["offset_mapping"], strict=True)
-            if token not in held
-        ]
-        if [token for token, _ in pairs] != tokens_L[is_text_L].tolist():
-            raise InputError(
-                f"{name}: the {type(self.processor).__name__} changes the text around media, so "
-                "that what the assistant says cannot be told apart"
-            )
-        said = [
-            any(first < stop <= end and not text[start:first].strip() for first, end in spans)
-            for _, (start, stop) in pairs
-        ]
-        is_label_L = torch.zeros_like(is_text_L)
-        is_label_L[is_text_L] = torch.tensor(said, dtype=torch.bool)
-        return is_label_L
+    def _refuse_lost(self, expanded: ExpandedText, name: str) -> None:
+        for replaced in expanded.replaced:
+            if not any(mark in replaced.by for mark in self._marks):
+                raise InputError(
+                    f"{name}: a medium that stands as {replaced.mark!r} gives no row; "
+                    "it is too short or too small for this model: leave it out"
+                )
 
 
 def _check_settings(processor: Any, config: Any) -> None:
