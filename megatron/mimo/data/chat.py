@@ -1,4 +1,4 @@
-"""Conversations to samples, through a Hugging Face processor.
+"""Conversations and documents to samples, through a Hugging Face processor.
 
 The processor's chat template writes the text, the processor reads the media and puts each one's
 placeholders into the text, the family turns what the Hugging Face model would take into a
@@ -16,10 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import ConfigError, InputError, MimoError
+from megatron.mimo.data.chat_document import document_text
 from megatron.mimo.data.chat_expanded import ExpandedText, split_text
 from megatron.mimo.data.chat_media import read_medium
 from megatron.mimo.data.chat_text import ChatText
-from megatron.mimo.data.conversations import MEDIA_KINDS, ContentPart, Conversation
+from megatron.mimo.data.conversation import MEDIA_KINDS, ContentPart, Conversation, Document
 from megatron.mimo.data.media_files import MediaLimits, Video
 from megatron.mimo.data.model_inputs import ConversationModel
 from megatron.mimo.data.sample import Sample
@@ -92,15 +93,19 @@ class Chat:
         """How conversations are written."""
         return ChatText(processor=self.processor, end_tokens=self.end_tokens, marks=self._marks)
 
-    def sample(self, conversation: Conversation) -> Sample:
-        """Read the media and translate.
+    def sample(self, conversation: Conversation | Document) -> Sample:
+        """Read the media and translate: a conversation as the chat template writes it, a document
+        as it stands.
 
         Raises:
             InputError: a medium is missing, does not decode or is of a kind that the model does
                 not take; the processor or the family refuses the conversation. The message names
                 the conversation.
         """
-        text, spans = self.text.answered(conversation)
+        if isinstance(conversation, Document):
+            text, spans = document_text(conversation, self.text)
+        else:
+            text, spans = self.text.answered(conversation)
         return self._translated(conversation, text, spans)
 
     def prompt(self, conversation: Conversation) -> Sample:
@@ -112,15 +117,12 @@ class Chat:
         return self._translated(conversation, self.text.asked(conversation), spans=())
 
     def _translated(
-        self, conversation: Conversation, text: str, spans: Sequence[tuple[int, int]]
+        self, conversation: Conversation | Document, text: str, spans: Sequence[tuple[int, int]]
     ) -> Sample:
         """The sample of a conversation that is written as ``text``; ``spans`` are learned."""
         media: dict[str, list[Any]] = {}
-        for turn in conversation.turns:
-            for part in turn.content:
-                if part.kind != "text":
-                    medium = self._read(part, conversation.name)
-                    media.setdefault(part.kind, []).append(medium)
+        for part in conversation.media:
+            media.setdefault(part.kind, []).append(self._read(part, conversation.name))
         try:
             features, expanded = self._features(text, media)
             self._refuse_lost(expanded, conversation.name)

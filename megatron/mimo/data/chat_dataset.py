@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.chat import Chat
-from megatron.mimo.data.conversations import Conversation
+from megatron.mimo.data.conversation import Conversation
 from megatron.mimo.data.sample import Sample
 
 __all__ = ["ChatDataset"]

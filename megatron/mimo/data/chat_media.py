@@ -14,6 +14,7 @@ import torch
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversation import ContentPart
 from megatron.mimo.data.media_files import (
+    EncodedMedium,
     MediaLimits,
     Video,
     as_rgb,
@@ -47,7 +48,7 @@ def read_medium(part: ContentPart, processor: Any, *, video_fps: float, limits: 
 
 
 def _image(value: Any, limits: MediaLimits) -> Any:
-    if isinstance(value, Path):
+    if isinstance(value, Path | EncodedMedium):
         return load_image(value, limits=limits)
     if _is_picture(value):
         return as_rgb(value)
@@ -61,7 +62,7 @@ def _image(value: Any, limits: MediaLimits) -> Any:
 
 def _recording(value: Any, extractor: Any, limits: MediaLimits) -> np.ndarray:
     rate, room = extractor.sampling_rate, extractor.n_samples
-    if isinstance(value, Path):
+    if isinstance(value, Path | EncodedMedium):
         return load_audio(value, sampling_rate=rate, longest=room / rate, limits=limits)
     try:
         audio_L = np.asarray(value, dtype=np.float32)
@@ -81,7 +82,9 @@ def _recording(value: Any, extractor: Any, limits: MediaLimits) -> np.ndarray:
 def _video(part: ContentPart, video_fps: float, limits: MediaLimits) -> Video:
     value, settings = part.value, dict[str, Any](part.settings)
     is_list = isinstance(value, list | tuple) and bool(value)
-    if isinstance(value, Path) or (is_list and all(isinstance(one, Path) for one in value)):
+    if isinstance(value, Path | EncodedMedium) or (
+        is_list and all(isinstance(one, Path | EncodedMedium) for one in value)
+    ):
         if "nframes" not in settings:
             settings.setdefault("fps", video_fps)
         return load_video(value, folder_fps=video_fps, limits=limits, **settings)

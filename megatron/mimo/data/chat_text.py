@@ -9,12 +9,11 @@ from typing import Any
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
+from megatron.mimo.data.spans import Span, without_thinking
 
-__all__ = ["ChatText", "Span"]
+__all__ = ["PROBE", "ChatText", "refuse_marks"]
 
-Span = tuple[int, int]
-
-_PROBE = "Probe7Answer"  # an answer that templates leave as it is
+PROBE = "Probe7Answer"  # an answer that templates leave as it is
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,7 +41,7 @@ class ChatText:
         """
         messages = self._messages(conversation)
         self._refuse_unwritten(conversation, messages)
-        return self._rendered(conversation, messages, asks=True)
+        return self.rendered(conversation, messages, asks=True)
 
     def answered(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The whole text, and where in it the assistant says what is learned (first, end).
@@ -59,14 +58,19 @@ class ChatText:
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked = self._rendered(conversation, messages[:number], asks=True)
-            answered = self._rendered(conversation, messages[: number + 1], asks=False)
-            if not (asked.startswith(raw) and answered.startswith(asked)):
+            asked = self.rendered(conversation, messages[:number], asks=True)
+            answered = self.rendered(conversation, messages[: number + 1], asks=False)
+            is_rewritten = not asked.startswith(raw)
+            if not answered.startswith(asked) or (is_rewritten and (spans or added)):
                 raise InputError(
                     f"{conversation.name}, message {number}: the chat template writes the turns "
                     "before it differently once the assistant has answered, so that what it says "
-                    "cannot be told apart; give each answer as a conversation of its own"
+                    "cannot be told apart; learn the last answer alone with --learn last, leave "
+                    "out what it thought with --thinking drop, or give each answer as a "
+                    "conversation of its own"
                 )
+            if is_rewritten:  # as templates do that forget thoughts; nothing of it was learned
+                text, raw = "", ""
             following = asked[len(raw) :]
             if added and following.lstrip().startswith(added):  # the template has it between turns
                 following = following.lstrip().removeprefix(added)
@@ -76,7 +80,7 @@ class ChatText:
             tail = self._tail(conversation, messages[:number])
             length = self._end_in(tail)
             if length is None:
-                added, text = self._own_end, (text + body).rstrip()
+                added, text = self.own_end, (text + body).rstrip()
                 text += "" if text.endswith(added) else added
                 stop = len(text)
             else:
@@ -88,8 +92,10 @@ class ChatText:
                     )
                 text += body
                 stop, added = len(text) - len(tail) + length, ""
-            if conversation.turns[number].is_learned:
-                spans.append((start, stop))
+            turn = conversation.turns[number]
+            if turn.is_learned:
+                span = start, stop
+                spans += [span] if turn.learns_thinking else without_thinking(text, span)
             raw = answered
         return text, spans
 
@@ -111,15 +117,15 @@ class ChatText:
 
     def _tail(self, conversation: Conversation, before: Sequence[Mapping[str, Any]]) -> str:
         """What the template writes behind an answer to these messages."""
-        probe = {"role": "assistant", "content": [{"type": "text", "text": _PROBE}]}
-        text = self._rendered(conversation, [*before, probe], asks=False)
-        at = text.rfind(_PROBE)
+        probe = {"role": "assistant", "content": [{"type": "text", "text": PROBE}]}
+        text = self.rendered(conversation, [*before, probe], asks=False)
+        at = text.rfind(PROBE)
         if at < 0:
             raise InputError(
                 f"{conversation.name}: the chat template does not write what the assistant says; "
                 "put another chat_template.jinja beside the tokenizer"
             )
-        return text[at + len(_PROBE) :]
+        return text[at + len(PROBE) :]
 
     def _end_in(self, tail: str) -> int | None:
         """Characters of ``tail`` up to and with the token that ends the answer; None without."""
@@ -150,7 +156,7 @@ class ChatText:
         return [str(text) for text in texts if text]
 
     @cached_property
-    def _own_end(self) -> str:
+    def own_end(self) -> str:
         """The model's end for a template that writes none: the tokenizer's, where it stops at it.
 
         Raises:
@@ -171,13 +177,7 @@ class ChatText:
         """What chat templates take; the media are only named here."""
         for turn in conversation.turns:
             for part in turn.content:
-                found = [mark for mark in self.marks if part.kind == "text" and mark in part.value]
-                if found:
-                    raise InputError(
-                        f"{conversation.name}: a text of the {turn.role} holds {found[0]!r}, which "
-                        "stands for a medium in this model; leave it out, and give the medium "
-                        "itself: as a part of the message, or with a flag such as --image"
-                    )
+                refuse_marks(part, self.marks, conversation.name, turn.role)
         return [
             {
                 "role": turn.role,
@@ -199,8 +199,8 @@ class ChatText:
             )
 
         if conversation.tools and messages:
-            whole = self._rendered(conversation, messages, asks=False)
-            without = self._rendered(conversation, messages, asks=False, tools=())
+            whole = self.rendered(conversation, messages, asks=False)
+            without = self.rendered(conversation, messages, asks=False, tools=())
             if whole == without:
                 refuse(conversation.name, "tools")
         for number, turn in enumerate(conversation.turns):
@@ -209,11 +209,11 @@ class ChatText:
                     continue  # they join a call with its result, which stands where it belongs
                 until = messages[: number + 1]
                 less = {key: value for key, value in until[-1].items() if key != name}
-                written = self._rendered(conversation, until, asks=False)
-                if written == self._rendered(conversation, [*until[:-1], less], asks=False):
+                written = self.rendered(conversation, until, asks=False)
+                if written == self.rendered(conversation, [*until[:-1], less], asks=False):
                     refuse(f"{conversation.name}, message {number}", name)
 
-    def _rendered(
+    def rendered(
         self,
         conversation: Conversation,
         messages: Sequence[Any],
@@ -221,6 +221,17 @@ class ChatText:
         asks: bool,
         tools: Sequence[Any] | None = None,
     ) -> str:
+        """Messages as the template writes them.
+
+        Args:
+            conversation: whose name errors begin with, and whose tools are offered.
+            messages: of it.
+            asks: up to where the assistant begins to speak.
+            tools: in place of the conversation's.
+
+        Raises:
+            InputError: the template refuses them.
+        """
         tools = conversation.tools if tools is None else tools
         try:
             text: str = self.processor.apply_chat_template(
@@ -240,3 +251,18 @@ class ChatText:
 def _described(part: ContentPart) -> dict[str, str]:
     """A part as chat templates read it; the media are read elsewhere."""
     return {"type": "text", "text": part.value} if part.kind == "text" else {"type": part.kind}
+
+
+def refuse_marks(part: ContentPart, marks: Iterable[str], name: str, role: str) -> None:
+    """Refuse a text that holds what stands for a medium.
+
+    Raises:
+        InputError: it does.
+    """
+    found = [mark for mark in marks if part.kind == "text" and mark in part.value]
+    if found:
+        raise InputError(
+            f"{name}: a text of the {role} holds {found[0]!r}, which stands for a medium in this "
+            "model; leave it out, and give the medium itself: as a part of the message, or with a "
+            "flag such as --image"
+        )

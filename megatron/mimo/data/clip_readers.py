@@ -6,14 +6,14 @@ Legend: H height, W width.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.media_source import MediaLimits
+from megatron.mimo.data.media_source import MediaLimits, MediaSource, openable, shown
 from megatron.mimo.data.pictures import as_rgb, load_image, open_image
 
 __all__ = ["Animation", "Container", "Frames", "Pictures"]
@@ -42,7 +42,7 @@ class Frames(Protocol):
 class Pictures:
     """One image file for each frame."""
 
-    def __init__(self, files: Sequence[Path], fps: float, limits: MediaLimits) -> None:
+    def __init__(self, files: Sequence[MediaSource], fps: float, limits: MediaLimits) -> None:
         self._files, self._limits = files, limits
         self.times = [number / fps for number in range(len(files))]
         self.end = len(files) / fps
@@ -57,7 +57,7 @@ class Pictures:
 class Animation:
     """GIF and WebP."""
 
-    def __init__(self, path: Path, limits: MediaLimits) -> None:
+    def __init__(self, path: MediaSource, limits: MediaLimits) -> None:
         self._path, self._limits = path, limits
         self.times, self.end = [], 0.0
         with open_image(path, limits) as image:
@@ -80,11 +80,11 @@ class Animation:
 class Container:
     """Whatever PyAV reads."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: MediaSource) -> None:
         import av
 
         self._path = path
-        with av.open(str(path)) as container:
+        with av.open(_readable(path)) as container:
             stream = _video(container, path)
             self._rate = float(stream.average_rate or stream.guessed_rate or 24)
             self.size = (stream.codec_context.width, stream.codec_context.height)
@@ -132,15 +132,20 @@ class Container:
     def _decoded(self) -> Iterator[tuple[float, Any]]:
         import av
 
-        with av.open(str(self._path)) as container:
+        with av.open(_readable(self._path)) as container:
             for number, frame in enumerate(container.decode(_video(container, self._path))):
                 stamp = frame.time if self._is_stamped else None
                 yield (number / self._rate if stamp is None else stamp - self._origin), frame
 
 
-def _video(container: Any, path: Path) -> Any:
+def _readable(path: MediaSource) -> Any:
+    source = openable(path)
+    return source if isinstance(source, io.BytesIO) else str(source)
+
+
+def _video(container: Any, path: MediaSource) -> Any:
     if not container.streams.video:
-        raise InputError(f"{path} holds no video; give its sound as audio, or drop it")
+        raise InputError(f"{shown(path)} holds no video; give its sound as audio, or drop it")
     return container.streams.video[0]
 
 

@@ -16,7 +16,10 @@ import numpy as np
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.clip_readers import Animation, Container, Frames, Pictures
 from megatron.mimo.data.media_source import (
+    EncodedMedium,
     MediaLimits,
+    MediaSource,
+    first_bytes,
     require_file,
     require_pixels,
     shown,
@@ -43,7 +46,7 @@ class Video:
 
 
 def load_video(
-    path: Path | str | Sequence[Path],
+    path: MediaSource | Sequence[MediaSource],
     *,
     fps: float | None = None,
     nframes: int | None = None,
@@ -70,7 +73,7 @@ def load_video(
     """
     limits = limits or MediaLimits()
     rate = folder_fps or fps or FOLDER_FPS
-    named = path if isinstance(path, Path | str) else path[0].parent
+    named = path if isinstance(path, MediaSource) else _of_frames(path[0])
     try:
         frames = _open(path, rate, limits)
         picked, kept_fps = choose(
@@ -158,12 +161,11 @@ def choose(
     return nearest.tolist(), rate
 
 
-def _open(path: Path | str | Sequence[Path], rate: float, limits: MediaLimits) -> Frames:
-    if not isinstance(path, Path | str):
+def _open(path: MediaSource | Sequence[MediaSource], rate: float, limits: MediaLimits) -> Frames:
+    if not isinstance(path, MediaSource):
         return Pictures(path, rate, limits)
     require_file(path, "video", limits, folder=True)
-    path = Path(path)
-    if path.is_dir():
+    if not isinstance(path, EncodedMedium) and (path := Path(path)).is_dir():
         files = [file for file in path.iterdir() if not file.name.startswith(".")]
         files = sorted((file for file in files if not file.is_dir()), key=_natural)
         if not files:
@@ -171,9 +173,15 @@ def _open(path: Path | str | Sequence[Path], rate: float, limits: MediaLimits) -
                 f"video {shown(path)} is a folder without files; expected one image for each frame"
             )
         return Pictures(files, rate, limits)
-    if path.suffix.lower() in (".gif", ".webp"):
+    start = first_bytes(path, 12)
+    if start[:4] == b"GIF8" or (start[:4] == b"RIFF" and start[8:] == b"WEBP"):
         return Animation(path, limits)
     return Container(path)
+
+
+def _of_frames(first: MediaSource) -> MediaSource:
+    """What errors call a list of frames."""
+    return first if isinstance(first, EncodedMedium) else Path(first).parent
 
 
 def _natural(file: Path) -> list[tuple[int, str]]:

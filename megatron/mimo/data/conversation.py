@@ -17,9 +17,9 @@ class ContentPart:
 
     Attributes:
         kind: "text", or one of ``MEDIA_KINDS``.
-        value: the text, the path of a media file, a list or tuple of paths (a video's frames), or
-            a decoded medium (a Pillow image, float32 [samples] at the processor's rate, a
-            ``Video``, a list of Pillow images).
+        value: the text, the path of a media file, an ``EncodedMedium``, a list or tuple of these
+            (a video's frames), or a decoded medium (a Pillow image, float32 [samples] at the
+            processor's rate, a ``Video``, a list of Pillow images).
         settings: of a video's file, which frames are taken: ``load_video``'s arguments.
     """
 
@@ -36,12 +36,14 @@ class Turn:
         role: "system", "user", "assistant" or "tool".
         content: its parts, in order.
         is_learned: False for a turn of the assistant's that is context only.
+        learns_thinking: False where what stands in ``<think>`` is context only.
         fields: what chat templates write besides the content: tool_calls, reasoning_content ...
     """
 
     role: str
     content: tuple[ContentPart, ...]
     is_learned: bool = True
+    learns_thinking: bool = True
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -59,6 +61,11 @@ class Conversation:
     turns: tuple[Turn, ...]
     tools: tuple[Any, ...] = ()
 
+    @property
+    def media(self) -> list[ContentPart]:
+        """Its parts that are media, in order."""
+        return [part for turn in self.turns for part in turn.content if part.kind != "text"]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Document:
@@ -71,3 +78,8 @@ class Document:
 
     name: str
     content: tuple[ContentPart, ...]
+
+    @property
+    def media(self) -> list[ContentPart]:
+        """Its parts that are media, in order."""
+        return [part for part in self.content if part.kind != "text"]

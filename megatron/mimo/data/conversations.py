@@ -1,46 +1,37 @@
-r"""Conversations with media in them, from files of JSON.
+"""Files of JSON with one record per line, or one list of them, as conversations and documents.
 
-Two formats, told apart by their keys, each as JSON Lines (one conversation per line) or as one
-JSON list:
-
-    {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"},
-                                               {"type": "text", "text": "What is this?"}]},
-                  {"role": "assistant", "content": "A cat."}]}
-    {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat is this?"},
-                                         {"from": "gpt", "value": "A cat."}]}
-
-Paths are relative to the folder of the file. ``conversation_keys`` says what other keys mean.
+Paths are relative to the folder of the file. ``data/formats`` says what a record may be.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.conversation import MEDIA_KINDS, ContentPart, Conversation, Turn
-from megatron.mimo.data.conversation_formats import parse
+from megatron.mimo.data.conversation import Conversation, Document
+from megatron.mimo.data.formats import RawRecord, ReadingOptions, read_record
 
-__all__ = ["MEDIA_KINDS", "ContentPart", "Conversation", "ConversationFile", "Turn", "parse"]
+__all__ = ["ConversationFile"]
 
 
-class ConversationFile(Sequence[Conversation]):
+class ConversationFile(Sequence[Conversation | Document]):
     """The conversations of one file, parsed when they are asked for.
 
     Args:
         path: ``.jsonl``, or ``.json`` with a list.
-        ignored: keys that are read over, whatever they mean.
+        options: how records are read.
 
     Raises:
         InputError: the file cannot be read, is not a list, or has no conversations; in
             ``__getitem__``, one that is malformed: file, line (or entry) and what is wrong.
     """
 
-    def __init__(self, path: Path | str, *, ignored: Collection[str] = ()) -> None:
+    def __init__(self, path: Path | str, *, options: ReadingOptions | None = None) -> None:
         self.path = Path(path)
-        self._ignored = frozenset(ignored)
+        self._options = options or ReadingOptions()
         try:
             if self.path.exists() and not self.path.is_file():
                 raise InputError(f"{self.path} is no regular file; expected one with conversations")
@@ -59,28 +50,32 @@ class ConversationFile(Sequence[Conversation]):
         return len(self._entries) or len(self._lines)
 
     @overload
-    def __getitem__(self, index: int) -> Conversation: ...
+    def __getitem__(self, index: int) -> Conversation | Document: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Conversation]: ...
-    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+    def __getitem__(self, index: slice) -> list[Conversation | Document]: ...
+    def __getitem__(
+        self, index: int | slice
+    ) -> Conversation | Document | list[Conversation | Document]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         if self._entries:
             place = range(len(self))[index]
-            return self._parsed(self._entries[place], f"{self.path}, entry {place + 1}")
+            return self._parsed(self._entries[place], f"entry {place + 1}")
         number, offset = self._lines[index]
-        name = f"{self.path}, line {number}"
         with self.path.open("rb") as file:
             file.seek(offset)
             line = file.readline()
         try:
             entry = json.loads(line.rstrip())
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{name}: {_not_json(error)}; repair or delete it") from error
-        return self._parsed(entry, name)
+            raise InputError(
+                f"{self.path}, line {number}: {_not_json(error)}; repair or delete it"
+            ) from error
+        return self._parsed(entry, f"line {number}")
 
-    def _parsed(self, entry: Any, name: str) -> Conversation:
-        return parse(entry, name, self.path.parent, ignored=self._ignored)
+    def _parsed(self, entry: Any, place: str) -> Conversation | Document:
+        record = RawRecord(value=entry, file=self.path, place=place)
+        return read_record(record, self._options)
 
     def _read_list(self) -> list[Any]:
         try:

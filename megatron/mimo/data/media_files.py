@@ -1,11 +1,12 @@
 """Image, audio and video files, as the processors of Hugging Face models take them."""
 
 from megatron.mimo.data.clips import Video, load_video
-from megatron.mimo.data.media_source import MediaLimits
+from megatron.mimo.data.media_source import EncodedMedium, MediaLimits
 from megatron.mimo.data.pictures import as_rgb, load_image
 from megatron.mimo.data.recordings import load_audio, require_finite
 
 __all__ = [
+    "EncodedMedium",
     "MediaLimits",
     "Video",
     "as_rgb",

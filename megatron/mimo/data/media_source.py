@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import io
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.core.models.mimo.errors import InputError
 
-__all__ = ["MediaLimits", "require_file", "require_pixels", "shown", "undecodable"]
+__all__ = [
+    "EncodedMedium",
+    "MediaLimits",
+    "MediaSource",
+    "first_bytes",
+    "openable",
+    "require_file",
+    "require_pixels",
+    "shown",
+    "undecodable",
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedMedium:
+    """A media file that lies in memory: from a column of a table, a tar, a data URI.
+
+    Attributes:
+        data: the file's contents.
+        name: what errors call it.
+    """
+
+    data: bytes
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+MediaSource = Path | str | EncodedMedium
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +56,9 @@ class MediaLimits:
     root: Path | None = None
 
 
-def require_file(path: Path | str, what: str, limits: MediaLimits, *, folder: bool = False) -> None:
+def require_file(
+    path: MediaSource, what: str, limits: MediaLimits, *, folder: bool = False
+) -> None:
     """Refuse what is no regular file; nothing is opened, so that a pipe cannot hold up a run.
 
     Args:
@@ -38,6 +70,8 @@ def require_file(path: Path | str, what: str, limits: MediaLimits, *, folder: bo
     Raises:
         InputError: there is nothing, or something else; it lies outside of ``limits.root``.
     """
+    if isinstance(path, EncodedMedium):
+        return
     try:
         mode = Path(path).stat().st_mode
         real = Path(path).resolve()
@@ -69,7 +103,7 @@ def require_file(path: Path | str, what: str, limits: MediaLimits, *, folder: bo
 
 
 def require_pixels(
-    path: Path | str, width: int, height: int, limit: int, *, frames: int = 1
+    path: MediaSource, width: int, height: int, limit: int, *, frames: int = 1
 ) -> None:
     """Refuse pictures that would not fit into memory.
 
@@ -90,7 +124,7 @@ def require_pixels(
     )
 
 
-def undecodable(path: Path | str, what: str, error: Exception) -> InputError:
+def undecodable(path: MediaSource, what: str, error: Exception) -> InputError:
     """The error for a file that is damaged, or no such medium."""
     reason = str(error) or type(error).__name__
     return InputError(
@@ -99,7 +133,20 @@ def undecodable(path: Path | str, what: str, error: Exception) -> InputError:
     )
 
 
-def shown(path: Path | str) -> str:
+def openable(path: MediaSource) -> Path | io.BytesIO:
+    """What readers of files take."""
+    return io.BytesIO(path.data) if isinstance(path, EncodedMedium) else Path(path)
+
+
+def first_bytes(path: MediaSource, count: int) -> bytes:
+    """How a medium begins, which tells its format better than its name."""
+    if isinstance(path, EncodedMedium):
+        return path.data[:count]
+    with Path(path).open("rb") as file:
+        return file.read(count)
+
+
+def shown(path: object) -> str:
     """A path as errors show it: the middle of a very long one is left out."""
     text = str(path)
     return text if len(text) <= 200 else f"{text[:90]}...{text[-90:]}"

@@ -5,7 +5,6 @@ Shape legend: H height, W width.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +14,8 @@ from megatron.mimo.backend.hooks import PIXELS
 from megatron.mimo.backend.patching import replaced
 from megatron.mimo.data.media_source import (
     MediaLimits,
+    MediaSource,
+    openable,
     require_file,
     require_pixels,
     shown,
@@ -29,8 +30,8 @@ __all__ = ["as_rgb", "load_image", "open_image"]
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-def load_image(path: Path | str, *, limits: MediaLimits | None = None) -> Image:
-    """Read an image file of any format that Pillow knows, upright and as RGB.
+def load_image(path: MediaSource, *, limits: MediaLimits | None = None) -> Image:
+    """Read an image of any format that Pillow knows, upright and as RGB.
 
     Raises:
         InputError: there is no such file, it has too many pixels, or it does not decode.
@@ -48,12 +49,12 @@ def load_image(path: Path | str, *, limits: MediaLimits | None = None) -> Image:
         raise undecodable(path, "an image", error) from error
 
 
-def open_image(path: Path | str, limits: MediaLimits) -> Image:
+def open_image(path: MediaSource, limits: MediaLimits) -> Image:
     """Open an image whose size, as its header says, is within the limit."""
     from PIL import Image
 
     with replaced({PIXELS: lambda _: None}):  # ours says what to do
-        image = Image.open(path)
+        image = Image.open(openable(path))
     require_pixels(path, *image.size, limits.image_pixels)
     return image
 

@@ -10,11 +10,19 @@ import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.media_source import MediaLimits, require_file, shown, undecodable
+from megatron.mimo.data.media_source import (
+    MediaLimits,
+    MediaSource,
+    openable,
+    require_file,
+    shown,
+    undecodable,
+)
 
 __all__ = ["load_audio", "require_finite"]
 
@@ -32,7 +40,7 @@ class _Header:
 
 
 def load_audio(
-    path: Path | str,
+    path: MediaSource,
     *,
     sampling_rate: int,
     longest: float | None = None,
@@ -100,7 +108,7 @@ def require_finite(samples_L: np.ndarray, what: str, rate: int) -> None:
         )
 
 
-def _check(path: Path | str, header: _Header, longest: float | None) -> None:
+def _check(path: MediaSource, header: _Header, longest: float | None) -> None:
     if not _RATES[0] <= header.rate <= _RATES[1]:
         raise InputError(
             f"audio {shown(path)} says that it has {header.rate} samples per second; expected "
@@ -119,9 +127,9 @@ def _check(path: Path | str, header: _Header, longest: float | None) -> None:
         )
 
 
-def _wav_header(path: Path | str) -> _Header | None:
+def _wav_header(path: MediaSource) -> _Header | None:
     """What a WAV file says of itself; None for other formats."""
-    with Path(path).open("rb") as file:
+    with _opened(path) as file:
         size = file.seek(0, 2)
         file.seek(0)
         if file.read(12)[:4] != b"RIFF":
@@ -143,19 +151,25 @@ def _wav_header(path: Path | str) -> _Header | None:
     raise ValueError("a WAV file without the chunks 'fmt ' and 'data'")
 
 
-def _sound_header(path: Path | str) -> _Header:
+def _opened(path: MediaSource) -> BinaryIO:
+    source = openable(path)
+    return source.open("rb") if isinstance(source, Path) else source
+
+
+def _sound_header(path: MediaSource) -> _Header:
     import soundfile
 
-    info = soundfile.info(str(path))
+    with _opened(path) as file:
+        info = soundfile.info(file)
     return _Header(rate=info.samplerate, frames=info.frames, channels=info.channels)
 
 
-def _read_wav(path: Path | str) -> np.ndarray:
+def _read_wav(path: MediaSource) -> np.ndarray:
     from scipy.io import wavfile
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks of notes behind the data
-        _, samples = wavfile.read(path)
+        _, samples = wavfile.read(openable(path))
     if samples.dtype == np.uint8:
         return (samples.astype(np.float32) - 128) / 128
     if np.issubdtype(samples.dtype, np.integer):
@@ -163,8 +177,9 @@ def _read_wav(path: Path | str) -> np.ndarray:
     return np.asarray(samples)
 
 
-def _read_sound(path: Path | str) -> np.ndarray:
+def _read_sound(path: MediaSource) -> np.ndarray:
     import soundfile
 
-    samples, _ = soundfile.read(str(path), dtype="float32")
+    with _opened(path) as file:
+        samples, _ = soundfile.read(file, dtype="float32")
     return np.asarray(samples)

@@ -61,7 +61,7 @@ def _answer(arguments: argparse.Namespace, device: object, rank: int) -> None:
         import torch
 
         # Megatron, once all flags are known to be right
-        from megatron.mimo.data.conversations import ContentPart, Conversation, Turn
+        from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
         from megatron.mimo.inference.assistant import open_assistant
 
     assert isinstance(device, torch.device)

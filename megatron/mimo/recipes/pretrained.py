@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModelConfig
     from megatron.mimo.data import SampleCollator
     from megatron.mimo.data.chat import Chat
-    from megatron.mimo.data.conversations import Conversation
+    from megatron.mimo.data.conversation import Conversation
     from megatron.mimo.models.common.place import Places
 
 __all__ = ["Task", "pretrained"]

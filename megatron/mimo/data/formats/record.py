@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.data.conversation import Conversation, Document
 
 __all__ = ["Format", "RawRecord", "ReadingOptions"]
@@ -51,7 +52,11 @@ class ReadingOptions:
         data_format: name of the format; None tells it from each record.
         ignored: keys that are read over, whatever they mean.
         learn: "all" turns of the assistant's, or the "last" one alone.
-        thinking: "keep" what stands in ``<think>`` in earlier and last answers, or "drop" it.
+        thinking: what stands in ``<think>`` is learned ("keep"), stands in the text and is not
+            learned ("context"), or is left out of it ("drop").
+
+    Raises:
+        ConfigError: other words.
     """
 
     data_format: str | None = None
@@ -59,27 +64,31 @@ class ReadingOptions:
     learn: str = "all"
     thinking: str = "keep"
 
+    def __post_init__(self) -> None:
+        for name, expected in (
+            ("learn", ("all", "last")),
+            ("thinking", ("keep", "context", "drop")),
+        ):
+            if getattr(self, name) not in expected:
+                raise ConfigError(
+                    f"--{name} is {getattr(self, name)!r}; expected {' or '.join(expected)}"
+                )
 
-class Format(Protocol):
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
     """One way in which people write down conversations or documents.
 
     Attributes:
         name: what ``--data-format`` takes.
-        summary: one line for the documentation and for errors.
+        summary: its keys, in one line, for errors and the documentation.
+        recognises: whether a record, an object, has the keys of this format; opens no medium.
+        read: interprets the record: media are named, not opened. Raises ``InputError`` where it
+            is malformed or says something that would not be honoured; the message begins with the
+            record's name.
     """
 
     name: str
     summary: str
-
-    def recognises(self, value: Mapping[str, Any]) -> bool:
-        """Whether a record's keys are those of this format; looks at no medium."""
-        ...
-
-    def read(self, record: RawRecord, options: ReadingOptions) -> Conversation | Document:
-        """Interpret the record; media are named, not opened.
-
-        Raises:
-            InputError: it is malformed, or says something that would not be honoured; the message
-                begins with the record's name.
-        """
-        ...
+    recognises: Callable[[RawRecord], bool]
+    read: Callable[[RawRecord, ReadingOptions], Conversation | Document]

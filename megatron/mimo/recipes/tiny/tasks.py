@@ -10,7 +10,7 @@ from typing import overload
 
 import numpy as np
 
-from megatron.mimo.data.conversations import ContentPart, Conversation, Turn
+from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
 from megatron.mimo.data.digits import load_images
 from megatron.mimo.data.media_files import Video
 

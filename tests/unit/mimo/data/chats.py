@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from megatron.mimo.data.chat import Chat
-from megatron.mimo.data.conversations import ContentPart, Conversation, Turn
+from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
 from megatron.mimo.models import load_family
 from megatron.mimo.recipes.tiny import processors
 

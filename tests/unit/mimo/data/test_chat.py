@@ -16,7 +16,8 @@ from scipy.io import wavfile
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.data.chat import Chat
 from megatron.mimo.data.chat_dataset import ChatDataset
-from megatron.mimo.data.conversations import Conversation, ConversationFile, parse
+from megatron.mimo.data.conversation import Conversation, parse
+from megatron.mimo.data.conversations import ConversationFile
 from megatron.mimo.data.media_files import Video
 from megatron.mimo.recipes.tiny import processors, tasks
 from tests.unit.mimo.data.chats import chat_of, talk, with_template

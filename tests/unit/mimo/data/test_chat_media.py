@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.chat_media import read_medium
-from megatron.mimo.data.conversations import ContentPart
+from megatron.mimo.data.conversation import ContentPart
 from megatron.mimo.data.media_files import MediaLimits, Video
 from tests.unit.mimo.data.chats import chat_of
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.data.chat import Chat
-from megatron.mimo.data.conversations import parse
+from megatron.mimo.data.conversation import parse
 from megatron.mimo.recipes.tiny import processors
 from megatron.mimo.recipes.tiny.tokenizer import tiny_tokenizer
 from tests.unit.mimo.data.chats import chat_of, talk

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.conversations import Conversation, ConversationFile
+from megatron.mimo.data.conversation import Conversation
+from megatron.mimo.data.conversations import ConversationFile
 
 OURS = {
     "messages": [

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from megatron.mimo.data.conversations import Conversation
+from megatron.mimo.data.conversation import Conversation
 from megatron.mimo.inference import SamplingOptions
 from megatron.mimo.inference.assistant import Assistant
 from megatron.mimo.inference.rules import Rules

@@ -1,4 +1,4 @@
-"""Keys of conversations, turns and media: what each means, and which mean nothing.
+"""Keys of records, turns and media: what each means, and which mean nothing.
 
 A key may change what is learned, so that none is read over: it is honoured, known to say nothing
 about the text (``id``, ``source``), or refused by name.
@@ -15,19 +15,22 @@ from megatron.core.models.mimo.errors import InputError
 
 __all__ = [
     "FIELDS",
+    "LEARNED",
+    "SETTINGS",
     "known_keys",
     "learned",
     "read_settings",
     "read_system",
     "read_tools",
+    "short",
 ]
 
 # Fields of a turn that its chat template writes.
 FIELDS = ("tool_calls", "tool_call_id", "reasoning_content", "name")
 # Keys with which formats say whether a turn is learned; all mean the same.
-_LEARNED = ("weight", "loss", "train", "trainable")
+LEARNED = ("weight", "loss", "train", "trainable")
 _MOST = 1e9  # seconds, frames
-_SETTINGS = ("fps", "nframes", "video_start", "video_end")
+SETTINGS = ("fps", "nframes", "video_start", "video_end")
 
 # Where a conversation is from and how it is filed.
 _ORIGINS = frozenset(
@@ -38,19 +41,9 @@ _ORIGINS = frozenset(
         *("created_at", "date", "timestamp", "ts", "version", "meta", "metadata", "info"),
         *("comment", "note", "width", "height", "image_width", "image_height", "question_id"),
         *("question_type", "image_id", "video_id", "audio_id", "sample_id", "conversation_id"),
-        *("message_id", "num_turns", "length", "duration"),
+        *("message_id", "num_turns", "length", "duration", "parallel_tool_calls"),
     )
 )
-_READ = {
-    "conversation": frozenset({"messages", "system", "tools"}),
-    "talk": frozenset({"conversations", "system", "tools", "image", "video", "audio"}),
-    "message": frozenset({"role", "content", *FIELDS, *_LEARNED}),
-    "turn": frozenset({"from", "value", *_LEARNED}),
-    "text": frozenset({"type", "text"}),
-    "image": frozenset({"type", "path", "image"}),
-    "video": frozenset({"type", "path", "video", *_SETTINGS}),
-    "audio": frozenset({"type", "path", "audio"}),
-}
 _REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width", "detail"),
@@ -58,10 +51,13 @@ _REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("fps", "nframes", "video_start", "video_end", "min_frames", "max_frames"),
-        f"a video takes {', '.join(_SETTINGS)}, each beside its path in a part of a message",
+        f"a video takes {', '.join(SETTINGS)}, each beside its path in a part of a message",
     ),
     (
-        ("rejected", "chosen", "rejected_response", "rejected_messages", "label", "kto_tag"),
+        (
+            *("rejected", "chosen", "rejected_response", "rejected_messages", "label", "kto_tag"),
+            *("rejected_images", "margin", "positive_messages", "negative_messages"),
+        ),
         "preferences are not trained on: give the answer to learn as the assistant's turn",
     ),
     (("functions", "function_call"), "give functions as tools and calls as tool_calls"),
@@ -70,19 +66,23 @@ _REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
         ("weight", "loss", "train", "trainable", "loss_mask", "mask"),
         "say it in the turn that it is about, as weight (0 or 1), loss, train or trainable",
     ),
-    (("system", "tools"), "they stand beside 'messages' or 'conversations'"),
+    (("system", "tools"), "they stand beside the turns"),
+    (
+        ("image", "video", "audio", "images", "videos", "audios"),
+        "a record names its media in one way: in the parts of its messages, or beside its turns "
+        "under the keys of its format (docs/data.md)",
+    ),
 )
 
 
 def known_keys(
-    given: Mapping[str, Any], what: str, name: str, ignored: Collection[str]
+    given: Mapping[str, Any], read: Collection[str], name: str, ignored: Collection[str]
 ) -> dict[str, Any]:
     """What was given without the keys that say nothing: those left out, empty or of its origin.
 
     Args:
-        given: a JSON object.
-        what: "conversation" with messages or "talk", their "message" or "turn", "text", or a
-            kind of media.
+        given: a record, or an object in one.
+        read: keys that its format reads.
         name: of the object, for errors.
         ignored: keys that the user wants read over.
 
@@ -94,19 +94,20 @@ def known_keys(
         for key, value in given.items()
         if key not in ignored
         and value is not None
-        and not (value in ("", [], {}) and key not in _READ[what])
+        and not (_is_empty(value) and key not in read)
+        and not str(key).startswith("__")  # what WebDataset adds
     }
-    unknown = sorted(set(meant) - _READ[what] - _ORIGINS)
+    unknown = sorted(str(key) for key in set(meant) - set(read) - _ORIGINS)
     if unknown:
-        remedies = [text for keys, text in _REMEDIES if set(keys) & set(unknown) - _READ[what]] or [
+        remedies = [text for keys, text in _REMEDIES if set(keys) & set(unknown) - set(read)] or [
             "rename or delete it"
         ]
         raise InputError(
-            f"{name}: {unknown} would not be read, and may change what is learned; "
+            f"{name}: {_listed(unknown)} would not be read, and may change what is learned; "
             f"{'; '.join(remedies)}, or leave it out knowingly with --ignore-keys "
-            f"{' '.join(unknown)}"
+            f"{' '.join(unknown)[:200]}"
         )
-    return {key: value for key, value in meant.items() if key in _READ[what]}
+    return {key: value for key, value in meant.items() if key in read}
 
 
 def learned(turn: Mapping[str, Any], role: str, name: str) -> bool:
@@ -115,12 +116,12 @@ def learned(turn: Mapping[str, Any], role: str, name: str) -> bool:
     Raises:
         InputError: other values than yes and no, two that contradict, or a turn of another's.
     """
-    said = {key: turn[key] for key in _LEARNED if key in turn}
+    said = {key: turn[key] for key in LEARNED if key in turn}
     for key, value in said.items():
         if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
             continue
         raise InputError(
-            f"{name}: {key!r} is {_short(value)}; a turn is learned (true, 1) or not (false, 0), "
+            f"{name}: {key!r} is {short(value)}; a turn is learned (true, 1) or not (false, 0), "
             "with nothing between"
         )
     if not said:
@@ -144,7 +145,7 @@ def read_settings(part: Mapping[str, Any], name: str) -> dict[str, float]:
         InputError: no sensible numbers.
     """
     settings: dict[str, float] = {}
-    for key in _SETTINGS:
+    for key in SETTINGS:
         if part.get(key) is None:
             continue
         value, least = part[key], 0 if key.startswith("video") else None
@@ -152,7 +153,7 @@ def read_settings(part: Mapping[str, Any], name: str) -> dict[str, float]:
         good = good and abs(value) < _MOST and (value > 0 if least is None else value >= least)
         if not good or (key == "nframes" and value != int(value)):
             wanted = "frames" if key == "nframes" else "frames per second" if least is None else "s"
-            raise InputError(f"{name}: {key!r} is {_short(value)}; expected a number of {wanted}")
+            raise InputError(f"{name}: {key!r} is {short(value)}; expected a number of {wanted}")
         settings[key] = value
     if "fps" in settings and "nframes" in settings:
         raise InputError(f"{name}: has 'fps' and 'nframes', which exclude each other; keep one")
@@ -174,7 +175,7 @@ def read_system(entry: Mapping[str, Any], name: str) -> str | None:
     if system is None or system == "":
         return None
     if not isinstance(system, str):
-        raise InputError(f"{name}: 'system' is {_short(system)}; expected text")
+        raise InputError(f"{name}: 'system' is {short(system)}; expected text")
     return system
 
 
@@ -193,9 +194,19 @@ def read_tools(entry: Mapping[str, Any], name: str) -> tuple[Any, ...]:
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise InputError(f"{name}: 'tools' is {_short(tools)}; expected a list of objects")
+        raise InputError(f"{name}: 'tools' is {short(tools)}; expected a list of objects")
     return tuple(tools)
 
 
-def _short(value: Any) -> str:
-    return json.dumps(value)[:80]
+def short(value: Any) -> str:
+    """A value of a record as errors show it."""
+    return json.dumps(value, default=lambda other: f"<{type(other).__name__}>", skipkeys=True)[:80]
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, str | list | dict) and not value
+
+
+def _listed(names: list[str]) -> str:
+    text = str(names)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,39 @@
+r"""LLaVA's JSON: ``conversations`` and the media under ``image``, ``video``, ``audio``.
+
+{"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat is this?"},
+                                     {"from": "gpt", "value": "A cat."}]}
+"""
+
+from __future__ import annotations
+
+from megatron.mimo.data.conversation import MEDIA_KINDS, Conversation
+from megatron.mimo.data.formats.conversing import conversation, object_of, turn_list
+from megatron.mimo.data.formats.keys import known_keys
+from megatron.mimo.data.formats.record import Format, RawRecord, ReadingOptions
+from megatron.mimo.data.formats.record_media import RecordMedia
+from megatron.mimo.data.formats.spoken import spoken_turns
+
+__all__ = ["LLAVA"]
+
+_KEY = "conversations"
+
+
+def _recognises(record: RawRecord) -> bool:
+    return _KEY in record.value and any(record.value.get(kind) for kind in MEDIA_KINDS)
+
+
+def _read(record: RawRecord, options: ReadingOptions) -> Conversation:
+    read = {_KEY, "system", "tools", *MEDIA_KINDS}
+    given = known_keys(object_of(record), read, record.name, options.ignored)
+    media = RecordMedia(record, {kind: kind for kind in MEDIA_KINDS})
+    turns = turn_list(given.get(_KEY), _KEY, record.name)
+    spoken = spoken_turns(turns, record, media, options.ignored)
+    return conversation(record, given, spoken, media, options)
+
+
+LLAVA = Format(
+    name="llava",
+    summary="conversations of from and value + image, video, audio (LLaVA)",
+    recognises=_recognises,
+    read=_read,
+)
