@@ -15,7 +15,7 @@ from megatron.core.models.mimo.errors import ConfigError, InputError
 __all__ = ["BadSample", "BadSampleLog", "BadSamplePolicy"]
 
 _LOG = logging.getLogger(__name__)
-_KINDS = ("bad", "too long", "too slow")
+_KINDS = ("bad", "too long", "too slow", "cut")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +95,21 @@ class BadSampleLog:
         count = self.counts[bad.kind]
         if str(count).strip("0") == "1":  # 1, 10, 100 ...
             _LOG.warning("left out, %s (%d so far): %s", bad.kind, count, bad.reason)
-        broken, most = self.counts.total() - self.counts["too long"], self._policy.max_bad_samples
+        broken, most = self.counts["bad"] + self.counts["too slow"], self._policy.max_bad_samples
         if most is not None and bad.kind != "too long" and broken > most:
             raise InputError(
                 f"{broken} samples were bad, more than --max-bad-samples {most}; the last: "
                 f"{bad.reason}"
             )
+
+    def add_cut(self, turns: int, name: str) -> None:
+        """Count a sample that lost turns, so as to fit."""
+        if not turns:
+            return
+        self.counts["cut"] += 1
+        count = self.counts["cut"]
+        if str(count).strip("0") == "1":
+            _LOG.warning("cut by %d turns, %s (%d cut so far)", turns, name, count)
 
     def state_dict(self) -> dict[str, int]:
         """The counts."""

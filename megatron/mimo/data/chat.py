@@ -11,6 +11,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -22,8 +23,10 @@ from megatron.mimo.data.chat_media import read_medium
 from megatron.mimo.data.chat_text import ChatText
 from megatron.mimo.data.conversation import MEDIA_KINDS, ContentPart, Conversation, Document
 from megatron.mimo.data.media_files import MediaLimits, Video
+from megatron.mimo.data.media_source import EncodedMedium, MediumError, shown
 from megatron.mimo.data.model_inputs import ConversationModel
 from megatron.mimo.data.sample import Sample
+from megatron.mimo.data.spans import Span
 
 __all__ = ["Chat"]
 
@@ -102,11 +105,18 @@ class Chat:
                 not take; the processor or the family refuses the conversation. The message names
                 the conversation.
         """
-        if isinstance(conversation, Document):
-            text, spans = document_text(conversation, self.text)
-        else:
-            text, spans = self.text.answered(conversation)
+        text, spans = self._written(conversation)
         return self._translated(conversation, text, spans)
+
+    def text_length(self, conversation: Conversation | Document) -> int:
+        """Tokens of its text, in which each medium stands once.
+
+        Raises:
+            InputError: the template refuses it.
+        """
+        text, _ = self._written(conversation)
+        tokens = self.processor.tokenizer(text, add_special_tokens=self._adds(text))
+        return len(tokens["input_ids"])
 
     def prompt(self, conversation: Conversation) -> Sample:
         """A conversation whose next turn is the assistant's, up to where it begins to speak.
@@ -115,6 +125,11 @@ class Chat:
             InputError: as ``sample``.
         """
         return self._translated(conversation, self.text.asked(conversation), spans=())
+
+    def _written(self, conversation: Conversation | Document) -> tuple[str, list[Span]]:
+        if isinstance(conversation, Document):
+            return document_text(conversation, self.text)
+        return self.text.answered(conversation)
 
     def _translated(
         self, conversation: Conversation | Document, text: str, spans: Sequence[tuple[int, int]]
@@ -149,7 +164,9 @@ class Chat:
         try:
             return read_medium(part, self.processor, video_fps=self.video_fps, limits=self.limits)
         except InputError as error:
-            raise InputError(f"{name}: {error}") from error
+            named = isinstance(part.value, Path | EncodedMedium)
+            medium = shown(part.value) if named else f"a decoded {part.kind}"
+            raise MediumError(f"{name}: {error}", medium) from error
 
     def _features(
         self, text: str, media: Mapping[str, list[Any]]

@@ -28,13 +28,16 @@ def document_text(document: Document, chat: ChatText) -> tuple[str, list[Span]]:
         refuse_marks(part, chat.marks, document.name, "document")
         spans.append((len(text), len(text) + len(part.value)))
         text += part.value
+    if not document.ends:
+        return text, spans
     end = chat.processor.tokenizer.eos_token or chat.own_end
     return text + end, [*spans, (len(text), len(text) + len(end))]
 
 
 def _medium(kind: str, document: Document, chat: ChatText) -> str:
     """What the template writes for a medium between two texts; its token, where it writes media
-    elsewhere."""
+    elsewhere.
+    """
     around = {"type": "text", "text": PROBE}
     question = {"role": "user", "content": [around, {"type": kind}, around]}
     probe = Conversation(name=document.name, turns=())

@@ -165,8 +165,9 @@ def _open(path: MediaSource | Sequence[MediaSource], rate: float, limits: MediaL
     if not isinstance(path, MediaSource):
         return Pictures(path, rate, limits)
     require_file(path, "video", limits, folder=True)
-    if not isinstance(path, EncodedMedium) and (path := Path(path)).is_dir():
-        files = [file for file in path.iterdir() if not file.name.startswith(".")]
+    folder = None if isinstance(path, EncodedMedium) else Path(path)
+    if folder is not None and folder.is_dir():
+        files = [file for file in folder.iterdir() if not file.name.startswith(".")]
         files = sorted((file for file in files if not file.is_dir()), key=_natural)
         if not files:
             raise InputError(

@@ -74,10 +74,12 @@ class Document:
     Attributes:
         name: says where it is from.
         content: its parts, in order; what is text is learned.
+        ends: False where the end was cut off, so that the model does not learn to stop there.
     """
 
     name: str
     content: tuple[ContentPart, ...]
+    ends: bool = True
 
     @property
     def media(self) -> list[ContentPart]:

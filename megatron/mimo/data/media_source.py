@@ -13,6 +13,7 @@ __all__ = [
     "EncodedMedium",
     "MediaLimits",
     "MediaSource",
+    "MediumError",
     "first_bytes",
     "openable",
     "require_file",
@@ -39,6 +40,21 @@ class EncodedMedium:
 
 
 MediaSource = Path | str | EncodedMedium
+
+
+class MediumError(InputError):
+    """A medium of a sample is refused.
+
+    Attributes:
+        medium: what errors call it.
+    """
+
+    def __init__(self, message: str, medium: str) -> None:
+        super().__init__(message, medium)
+        self.medium = medium
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True, kw_only=True)

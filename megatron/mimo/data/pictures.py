@@ -55,7 +55,11 @@ def open_image(path: MediaSource, limits: MediaLimits) -> Image:
 
     with replaced({PIXELS: lambda _: None}):  # ours says what to do
         image = Image.open(openable(path))
-    require_pixels(path, *image.size, limits.image_pixels)
+    try:
+        require_pixels(path, *image.size, limits.image_pixels)
+    except InputError:
+        image.close()
+        raise
     return image
 
 

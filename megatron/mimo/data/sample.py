@@ -39,6 +39,7 @@ class Sample:
         media: the items in the order of their placeholders.
         position_ids: int64 [length], or [3, length] for multimodal RoPE (see
             ``positions.grid_positions``); None for 0, 1, 2 and so on.
+        cut_turns: turns (of a document, pieces of text) that were cut away, so that it fits.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Sample:
     is_label: Tensor
     media: tuple[MediaItem, ...] = ()
     position_ids: Tensor | None = None
+    cut_turns: int = 0
 
     def prompt(self) -> Sample:
         """The sample up to its first label: what generation starts from."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.bad_samples import BadSample, BadSamplePolicy
 from megatron.mimo.data.chat import Chat
-from megatron.mimo.data.conversation import Conversation
+from megatron.mimo.data.conversation import Conversation, Document
 from megatron.mimo.data.formats import RawRecord, ReadingOptions, read_record
+from megatron.mimo.data.media_source import MediumError
 from megatron.mimo.data.sample import Sample
+from megatron.mimo.data.shortening import shortened
+from megatron.mimo.data.timed import Timed
 
 __all__ = ["SampleReader"]
 
@@ -17,6 +20,9 @@ __all__ = ["SampleReader"]
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampleReader:
     """Reads records; a function of the record alone, in whatever process it is called.
+
+    With a time limit, samples that hold media are read in a process of their own, one for each
+    process that calls the reader, which is killed where a decoder does not come back.
 
     Attributes:
         chat: writes conversations as the model reads them.
@@ -29,6 +35,7 @@ class SampleReader:
     seq_length: int
     options: ReadingOptions = field(default_factory=ReadingOptions)
     policy: BadSamplePolicy = field(default_factory=BadSamplePolicy)
+    _timed: list[Timed] = field(default_factory=list, init=False, repr=False)
 
     def __call__(self, record: RawRecord) -> Sample | BadSample:
         """The sample of a record; a ``BadSample`` where the policy is to skip.
@@ -37,27 +44,53 @@ class SampleReader:
             InputError: the policy is to stop; the message names file, place and medium.
         """
         try:
-            conversation = read_record(record, self.options)
-            assert isinstance(conversation, Conversation), "no format gives documents yet"
-            sample = self.chat.sample(conversation)
+            item = read_record(record, self.options)
+            sample = self._decoded(item)
         except InputError as error:
             if self.policy.on_bad_sample == "stop":
                 raise
-            return self._bad(record, "bad", str(error))
+            medium = error.medium if isinstance(error, MediumError) else None
+            return _bad(record, "bad", str(error), medium)
+        except TimeoutError as error:
+            if self.policy.on_bad_sample == "stop":
+                raise InputError(str(error)) from None
+            return _bad(record, "too slow", str(error))
         length = len(sample.token_ids)
         if length <= self.seq_length:
             return sample
+        return self._too_long(record, item, length)
+
+    def _decoded(self, item: Conversation | Document) -> Sample:
+        seconds = self.policy.sample_timeout
+        if seconds is None or not item.media:
+            return self.chat.sample(item)
+        if not self._timed:
+            self._timed.append(Timed(self.chat.sample, seconds))
+        sample: Sample = self._timed[0](item, item.name)
+        return sample
+
+    def _too_long(
+        self, record: RawRecord, item: Conversation | Document, length: int
+    ) -> Sample | BadSample:
+        on_too_long = self.policy.on_too_long
         reason = (
-            f"{sample.name}: {length} tokens, {length - self.seq_length} more than --seq-length "
+            f"{item.name}: {length} tokens, {length - self.seq_length} more than --seq-length "
             f"{self.seq_length}; raise it, shorten the conversation, or leave such ones out with "
             "--on-too-long skip (media are never cut)"
         )
-        if self.policy.on_too_long == "stop":
+        if on_too_long == "stop":
             raise InputError(reason)
-        return self._bad(record, "too long", reason)
+        if on_too_long != "skip":
+            from_front = on_too_long == "cut-front"
+            found = shortened(item, length, self.seq_length, self.chat, from_front=from_front)
+            if found is not None:
+                sample = self._decoded(found[0])
+                if len(sample.token_ids) <= self.seq_length:
+                    return replace(sample, cut_turns=found[1])
+        return _bad(record, "too long", reason)
 
-    @staticmethod
-    def _bad(record: RawRecord, kind: str, reason: str) -> BadSample:
-        return BadSample(
-            file=str(record.file), place=record.place, medium=None, kind=kind, reason=reason
-        )
+
+def _bad(record: RawRecord, kind: str, reason: str, medium: str | None = None) -> BadSample:
+    return BadSample(
+        file=str(record.file), place=record.place, medium=medium, kind=kind, reason=reason
+    )

@@ -41,6 +41,11 @@ from megatron.mimo.recipes.media_flags import (
     keep_media_settings,
     media_limits,
 )
+from megatron.mimo.recipes.reading_flags import (
+    add_policy_arguments,
+    add_reading_arguments,
+    reading_options,
+)
 from megatron.mimo.recipes.recipe import Datasets, FinishedRun, Recipe
 
 if TYPE_CHECKING:
@@ -122,19 +127,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="Hugging Face directory with the model's processor and config.json (default: hf/ in "
         "the folder of --load); no weights are read from it",
     )
-    group.add_argument(
-        "--skip-too-long",
-        action="store_true",
-        help="leave out conversations that are longer than --seq-length (default: an error)",
-    )
-    group.add_argument(
-        "--ignore-keys",
-        nargs="+",
-        default=[],
-        metavar="KEY",
-        help="keys of conversations, turns and media that are read over (default: a key that is "
-        "not honoured is an error)",
-    )
+    add_reading_arguments(parser)
+    add_policy_arguments(parser)
     add_media_arguments(parser, video_fps=VIDEO_FPS)
 
 
@@ -289,7 +283,9 @@ class _Run:
         from torch.utils.data import ConcatDataset
 
         if paths:
-            files: list[Any] = [ConversationFile(path, ignored=args.ignore_keys) for path in paths]
+            files: list[Any] = [
+                ConversationFile(path, options=reading_options(args)) for path in paths
+            ]
             return ConcatDataset(files)
         if self.task is None:
             return None

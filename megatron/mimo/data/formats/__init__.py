@@ -12,8 +12,16 @@ A source never looks into a record's value, and a format never opens a file. A r
 is consumed like any other: positions count records, so that what was left out changes no order.
 """
 
-from megatron.mimo.data.formats.detection import detect, read_record
+from megatron.mimo.data.formats.detection import FORMATS, detect, read_record
 from megatron.mimo.data.formats.record import Format, RawRecord, ReadingOptions
 from megatron.mimo.data.formats.tar_members import tar_record
 
-__all__ = ["Format", "RawRecord", "ReadingOptions", "detect", "read_record", "tar_record"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "RawRecord",
+    "ReadingOptions",
+    "detect",
+    "read_record",
+    "tar_record",
+]

@@ -17,11 +17,11 @@ from typing import Any
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversation import ContentPart, Document
+from megatron.mimo.data.formats.content_parts import Place, read_part
 from megatron.mimo.data.formats.conversing import object_of
 from megatron.mimo.data.formats.keys import known_keys, short
 from megatron.mimo.data.formats.marked_messages import COLUMNS
 from megatron.mimo.data.formats.marks import marked_parts, names_no_medium
-from megatron.mimo.data.formats.parts import Place, read_part
 from megatron.mimo.data.formats.record import Format, RawRecord, ReadingOptions
 from megatron.mimo.data.formats.record_media import RecordMedia
 

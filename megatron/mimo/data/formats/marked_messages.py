@@ -16,11 +16,11 @@ from typing import Any
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversation import Conversation, Turn
+from megatron.mimo.data.formats.content_parts import Place
 from megatron.mimo.data.formats.conversing import conversation, object_of, turn_list
 from megatron.mimo.data.formats.keys import known_keys
 from megatron.mimo.data.formats.marks import media_first
 from megatron.mimo.data.formats.messages import MEDIA_COLUMNS, message
-from megatron.mimo.data.formats.parts import Place
 from megatron.mimo.data.formats.record import Format, RawRecord, ReadingOptions
 from megatron.mimo.data.formats.record_media import RecordMedia
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
+from megatron.mimo.data.formats.content_parts import Place, read_part
 from megatron.mimo.data.formats.conversing import conversation, object_of, turn_list
 from megatron.mimo.data.formats.keys import FIELDS, LEARNED, known_keys, learned, short
 from megatron.mimo.data.formats.marks import marked_parts
-from megatron.mimo.data.formats.parts import Place, read_part
 from megatron.mimo.data.formats.record import Format, RawRecord, ReadingOptions
 from megatron.mimo.data.formats.record_media import RecordMedia
 from megatron.mimo.data.formats.tool_calls import as_calls, calls_of_text
@@ -27,7 +27,9 @@ MEDIA_COLUMNS = ("image", "video", "audio", "images", "videos", "audios")
 # Roles of several formats -> those of chat templates.
 _ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
-    "developer": "system", "tool_call": "assistant", "tool_response": "tool",
+    "developer": "system",
+    "tool_call": "assistant",
+    "tool_response": "tool",
 }
 
 

@@ -16,8 +16,13 @@ from megatron.mimo.data.formats.tool_calls import calls_of_text
 __all__ = ["spoken_turns"]
 
 _SPEAKERS = {
-    "system": "system", "human": "user", "user": "user", "gpt": "assistant",
-    "assistant": "assistant", "function_call": "assistant", "observation": "tool",
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
     "tool": "tool",
 }
 

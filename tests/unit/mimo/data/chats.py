@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from megatron.mimo.data.chat import Chat
 from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
+from megatron.mimo.data.formats import RawRecord, ReadingOptions, read_record
 from megatron.mimo.models import load_family
 from megatron.mimo.recipes.tiny import processors
 
@@ -18,6 +20,12 @@ def chat_of(name: str) -> Chat:
     config = family.tiny()
     processor = getattr(processors, f"{name}_processor")(config)
     return Chat(family=family, config=config, processor=processor)
+
+
+def parse(entry: Any, place: str = "line 1", folder: Path = Path()) -> Any:
+    """What a record of ``folder``/a.jsonl holds."""
+    record = RawRecord(value=entry, file=folder / "a.jsonl", place=place)
+    return read_record(record, ReadingOptions())
 
 
 def talk(*turns: tuple[str, Sequence[str | tuple[str, Any]]], name: str = "talk") -> Conversation:

@@ -16,11 +16,11 @@ from scipy.io import wavfile
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.data.chat import Chat
 from megatron.mimo.data.chat_dataset import ChatDataset
-from megatron.mimo.data.conversation import Conversation, parse
+from megatron.mimo.data.conversation import Conversation
 from megatron.mimo.data.conversations import ConversationFile
 from megatron.mimo.data.media_files import Video
 from megatron.mimo.recipes.tiny import processors, tasks
-from tests.unit.mimo.data.chats import chat_of, talk, with_template
+from tests.unit.mimo.data.chats import chat_of, parse, talk, with_template
 
 PICTURE = Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3))
 FAMILIES = ("llava", "llava_next", "llava_avlm", "qwen2_audio", "qwen2_5_vl")
@@ -156,7 +156,7 @@ def test_parts_of_a_video_and_lists_of_frames(tmp_path: Path) -> None:
                 {"role": "assistant", "content": "."},
             ]
         }
-        [item] = chat.sample(parse(entry, "a", tmp_path)).media
+        [item] = chat.sample(parse(entry, folder=tmp_path)).media
         return int(item.inputs["grid"].tolist()[0])
 
     assert grid() == 6  # pairs of frames

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.data.chat import Chat
-from megatron.mimo.data.conversation import parse
 from megatron.mimo.recipes.tiny import processors
 from megatron.mimo.recipes.tiny.tokenizer import tiny_tokenizer
-from tests.unit.mimo.data.chats import chat_of, talk
+from tests.unit.mimo.data.chats import chat_of, parse, talk
 
 TURNS = """{% for m in messages %}<|h|>{{ m['role'] }}
 {% for part in m['content'] %}{{ part['text'] }}{% endfor %}<|eot_id|>{% endfor %}
@@ -138,7 +136,7 @@ WRITTEN: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_a_template_can_write_is_written_or_refused(key: str) -> None:
     known = chat_of("qwen2_5_vl")
     entry, word = WRITTEN[key]
-    conversation = parse(entry, "a.jsonl, line 7", Path())
+    conversation = parse(entry, "line 7")
     processor = processors.qwen2_5_vl_processor(known.config)
     processor.chat_template = FULL
     chat = Chat(family=known.family, config=known.config, processor=processor)
@@ -157,7 +155,7 @@ def test_a_turn_that_is_not_learned_is_context() -> None:
     for key, no in (("weight", 0), ("loss", False), ("train", False), ("trainable", False)):
         bad = {"role": "assistant", "content": "BAD", key: no}
         entry = {"messages": [HI, bad, HI, {"role": "assistant", "content": "good", key: 1}]}
-        sample = chat.sample(parse(entry, "one", Path()))
+        sample = chat.sample(parse(entry))
         decode = chat.processor.tokenizer.decode
         assert "BAD" in decode(sample.token_ids)
         assert decode(sample.token_ids[sample.is_label]).strip() == "good</s>"

@@ -11,6 +11,7 @@ import pytest
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversations import ConversationFile
+from megatron.mimo.data.formats import ReadingOptions
 
 IMAGE = {"type": "image", "path": "a.png"}
 VIDEO = {"type": "video", "path": "a.gif"}
@@ -30,7 +31,7 @@ def llava(turn: Any = None, **more: Any) -> dict[str, Any]:
 def read(tmp_path: Path, line: Any, **options: Any) -> Any:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(line) + "\n")
-    return ConversationFile(path, **options)[0]
+    return ConversationFile(path, options=ReadingOptions(**options))[0]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -58,7 +59,7 @@ def test_a_key_that_is_not_honoured_is_refused_with_its_line(tmp_path: Path, key
         read(tmp_path, line)
     assert remedy in str(told.value)
     assert f"--ignore-keys {key}" in str(told.value)
-    assert read(tmp_path, line, ignored=[key]).turns  # the user's own decision
+    assert read(tmp_path, line, ignored=frozenset([key])).turns  # the user's own decision
 
 
 VALUES: dict[str, tuple[dict[str, Any], str]] = {
@@ -98,7 +99,10 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "type": (entry({"type": ["image"], "path": "a"}), r"line 1, message 0: cannot read"),
     "type is a dict": (entry({"type": {}, "path": "a"}), r"line 1, message 0: cannot read"),
     "no path": (entry({"type": "image", "path": " "}), r"image ' ' is no path"),
-    "data": (entry({"type": "image", "image": "data:image/png;base64," + "QUJD" * 999}), r"file"),
+    "data": (
+        entry({"type": "image", "image": "data:image/png;base64," + "QUJ!" * 999}),
+        r"image data:image/png;base64 is not valid base64: .*; encode the file again",
+    ),
     "bucket": (entry({"type": "image", "path": "s3://a/b.png"}), r"s3://a/b.png is on the network"),
 }
 

@@ -1,0 +1,111 @@
+"""How data is read and what is done with bad samples: flags of training and of ``inspect``."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.data.bad_samples import BadSamplePolicy
+from megatron.mimo.data.formats import FORMATS, ReadingOptions
+
+__all__ = ["add_policy_arguments", "add_reading_arguments", "bad_sample_policy", "reading_options"]
+
+
+def add_reading_arguments(parser: ArgumentParser) -> None:
+    """Add the flags that say what a record means."""
+    group = parser.add_argument_group(title="records")
+    group.add_argument(
+        "--data-format",
+        choices=[one.name for one in FORMATS],
+        help="of all records (default: told from each record's keys)",
+    )
+    group.add_argument(
+        "--ignore-keys",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="keys of records, turns and media that are read over (default: a key that is not "
+        "honoured is an error)",
+    )
+    group.add_argument(
+        "--learn",
+        choices=["all", "last"],
+        default="all",
+        help="turns of the assistant's that are learned (default: all, where no turn says "
+        "otherwise)",
+    )
+    group.add_argument(
+        "--thinking",
+        choices=["keep", "context", "drop"],
+        default="keep",
+        help="what stands in <think>: learned, context only, or left out (default: %(default)s)",
+    )
+
+
+def add_policy_arguments(parser: ArgumentParser) -> None:
+    """Add the flags that say what is done with samples that cannot be trained on."""
+    group = parser.add_argument_group(title="bad samples")
+    group.add_argument(
+        "--on-bad-sample",
+        choices=["stop", "skip"],
+        default="stop",
+        help="a sample that cannot be read ends the run, or is left out and written to "
+        "bad_samples.jsonl (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-bad-samples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="more than these end the run all the same (default: %(default)s)",
+    )
+    group.add_argument(
+        "--sample-timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="that reading one sample may take; a decoder that takes longer is killed and the "
+        "sample is bad (default: %(default)s; 0: no limit)",
+    )
+    group.add_argument(
+        "--on-too-long",
+        choices=["stop", "skip", "cut-front", "cut-end"],
+        default="stop",
+        help="what is longer than --seq-length ends the run, is left out, or loses whole turns "
+        "from its front or its end; media are never cut (default: %(default)s)",
+    )
+    group.add_argument(
+        "--skip-too-long", action="store_true", help="the same as --on-too-long skip"
+    )
+
+
+def reading_options(args: Namespace) -> ReadingOptions:
+    """What the flags say.
+
+    Raises:
+        ConfigError: values that do not fit.
+    """
+    return ReadingOptions(
+        data_format=args.data_format,
+        ignored=frozenset(args.ignore_keys),
+        learn=args.learn,
+        thinking=args.thinking,
+    )
+
+
+def bad_sample_policy(args: Namespace) -> BadSamplePolicy:
+    """What the flags say.
+
+    Raises:
+        ConfigError: values that do not fit.
+    """
+    if args.skip_too_long and args.on_too_long not in ("stop", "skip"):
+        raise ConfigError(
+            f"--skip-too-long with --on-too-long {args.on_too_long}; give one of them"
+        )
+    return BadSamplePolicy(
+        on_bad_sample=args.on_bad_sample,
+        max_bad_samples=args.max_bad_samples,
+        sample_timeout=args.sample_timeout or None,
+        on_too_long="skip" if args.skip_too_long else args.on_too_long,
+    )
