@@ -42,7 +42,6 @@ from megatron.mimo.recipes.media_flags import (
     media_limits,
 )
 from megatron.mimo.recipes.reading_flags import (
-    add_policy_arguments,
     add_reading_arguments,
     reading_options,
 )
@@ -127,8 +126,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="Hugging Face directory with the model's processor and config.json (default: hf/ in "
         "the folder of --load); no weights are read from it",
     )
+    group.add_argument(
+        "--skip-too-long",
+        action="store_true",
+        help="leave out conversations that are longer than --seq-length (default: an error)",
+    )
     add_reading_arguments(parser)
-    add_policy_arguments(parser)
     add_media_arguments(parser, video_fps=VIDEO_FPS)
 
 
