@@ -25,7 +25,7 @@ _AROUND_LAYERS = frozenset(
     }
 )
 # What TransformerConfig has under other names.
-_RENAMED = frozenset({"swiglu", "group_query_attention", "no_persist_layer_norm"})
+_RENAMED = frozenset({"swiglu", "group_query_attention", "no_persist_layer_norm", "num_experts"})
 # Of a run, on every machine that has them; a model alone does without.
 _OF_A_RUN = frozenset({"distributed_backend", "disable_jit_fuser", "num_workers"})
 
@@ -70,6 +70,8 @@ def _transformer(values: Mapping[str, Any], dtype: torch.dtype) -> TransformerCo
     given = {name: value for name, value in values.items() if name in _FIELDS}
     if values.get("swiglu"):
         given |= {"activation_func": F.silu, "gated_linear_unit": True}
+    if values.get("num_experts"):
+        given["num_moe_experts"] = values["num_experts"]
     if not values.get("group_query_attention"):
         given["num_query_groups"] = None
     tp_size = values["tensor_model_parallel_size"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron.core.models.mimo.errors import InputError
@@ -71,20 +71,23 @@ def match_names(names: Collection[str], table: KeyTable, *, source: str) -> Matc
     return Match(given=given, carried=tuple(carried), copies=copies)
 
 
-def check_spellings(names: Collection[str], table: KeyTable) -> None:
+def check_spellings(shapes: Mapping[str, Sequence[int]], table: KeyTable) -> None:
     """Refuse a table that does not know how the module tree of transformers names parameters.
 
     Args:
-        names: of parameters in that tree; what ``save_pretrained`` writes may differ from it.
+        shapes: of parameters in that tree, by name; what ``save_pretrained`` writes may differ from
+            it.
         table: of the model's family.
 
     Raises:
         InputError: some are in no entry, under no known spelling.
     """
-    known = {name for row in table.each() for name in row.hf} | {name for name, _ in table.tied}
+    entries = table.fitting(shapes).each()
+    known = {name.partition("[")[0] for row in entries for name in row.hf}
+    known |= {name for name, _ in table.tied}
     unknown = [
         name
-        for name in names
+        for name in shapes
         if (canonical := table.canonical(name)) not in known and not table.is_carried(canonical)
     ]
     if unknown:

@@ -37,6 +37,9 @@ _FUSED_NORMS = (
     (".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm."),
 )
 
+# In the keys of the weights of all experts of a layer; their number is the last axis added.
+_EXPERTS = ".experts.experts."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
@@ -137,6 +140,8 @@ def match_slots(slots: list[Slot], table: KeyTable) -> Iterator[tuple[Slot, KeyE
 def _row_name(name: str, sharded: ShardedTensor | ShardedTensorFactory) -> str:
     """A parameter's name in the whole model: pipeline stages count their layers from 0."""
     piece = sharded.build()[0] if isinstance(sharded, ShardedTensorFactory) else sharded
+    if _EXPERTS in sharded.key:
+        return _expert_name(sharded.key, piece)
     if piece.prepend_axis_num:
         name = _with_layer(name, sharded.key, piece.global_offset[0])
     else:
@@ -144,6 +149,14 @@ def _row_name(name: str, sharded: ShardedTensor | ShardedTensorFactory) -> str:
     for fused, plain in _FUSED_NORMS:
         name = name.replace(fused, plain)
     return name
+
+
+def _expert_name(key: str, piece: ShardedTensor) -> str:
+    """Of an expert's parameter, whatever module holds it: ranks count their experts from 0."""
+    *layer, expert = piece.global_offset[: piece.prepend_axis_num]
+    if layer:
+        key = key.replace(".layers.", f".layers.{layer[0]}.", 1)
+    return key.replace(_EXPERTS, f".experts.local_experts.{expert}.")
 
 
 def _with_layer(name: str, key: str, layer: int) -> str:

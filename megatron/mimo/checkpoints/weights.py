@@ -41,6 +41,7 @@ def load_hugging_face(model: Any, tensors: Mapping[str, Tensor], table: KeyTable
         InputError: weights are missing, unexpected or of a wrong shape.
         ConfigError: the table does not name a parameter of the model.
     """
+    tensors, table = table.laid_out(tensors)
     match = match_names(tensors.keys(), table, source="the state dict")
     for slot, row in match_slots(model_slots(model), table):
         parts = {name: tensors[match.given[name]] for name in row.hf}

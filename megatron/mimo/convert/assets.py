@@ -58,6 +58,14 @@ class NameIndex:
     headers: dict[str, str]
     index: str | None
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight, by its name in the files."""
+        return {
+            weight.name: weight.shape
+            for file, header in self.headers.items()
+            for weight in weights_of(header, file=file, start=0)
+        }
+
 
 def check_placeholders(
     folder: Path, special_token_ids: Mapping[str, int], *, vocab_size: int | None = None

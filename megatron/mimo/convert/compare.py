@@ -170,7 +170,8 @@ def _compare_gradients(model: Any, table: KeyTable, expected: Expected) -> dict[
         if parameter.requires_grad:
             parameter.data.copy_(parameter.main_grad)
     trained = {one.data_ptr() for one in model.parameters() if one.requires_grad}
-    wanted = {table.canonical(name): grad for name, grad in expected.gradients.items()}
+    gradients, table = table.laid_out(expected.gradients)
+    wanted = {table.canonical(name): grad for name, grad in gradients.items()}
     wanted |= {copy: wanted[name] for name, copy in table.tied if name in wanted}
     differences = {}
     for slot, row in match_slots(model_slots(model), table):

@@ -16,8 +16,15 @@ from megatron.mimo.checkpoints.torch_dist import CheckpointReader
 from megatron.mimo.convert.assets import CARRIED_FILE
 from megatron.mimo.convert.exporting import read_parameter
 from megatron.mimo.convert.importing import meta_model
+from megatron.mimo.convert.stacked import unstacked
 from megatron.mimo.convert.threads import in_threads
-from megatron.mimo.convert.weights import Weights, read_header, read_tensor, weights_of
+from megatron.mimo.convert.weights import (
+    Weights,
+    WeightSource,
+    read_header,
+    read_tensor,
+    weights_of,
+)
 from megatron.mimo.lora.settings import saved_settings
 
 __all__ = ["SHOWN", "Finding", "compare_config", "compare_weights"]
@@ -90,8 +97,8 @@ def compare_weights(family: Any, config: Any, source: Path, folder: Path) -> lis
         source: the directory.
         folder: ``iter_...`` or ``release`` of the checkpoint.
     """
-    weights, reader = Weights(source), CheckpointReader(folder)
-    table = family.keys(config)
+    reader = CheckpointReader(folder)
+    weights, table = unstacked(Weights(source), family.keys(config))
     match = match_names(weights.by_name.keys(), table, source=str(source))
     with meta_model(family, config) as model:
         pairs = list(match_slots(model_slots(model), table))
@@ -120,7 +127,7 @@ def compare_weights(family: Any, config: Any, source: Path, folder: Path) -> lis
 
 
 def _compare_carried(
-    weights: Weights, names: tuple[str, ...], path: Path
+    weights: WeightSource, names: tuple[str, ...], path: Path
 ) -> Iterator[tuple[float, str]]:
     """Weights that our model does without, against those that the checkpoint keeps."""
     kept: set[str] = set()

@@ -81,7 +81,8 @@ def export_model(
     assets = root / ASSETS
     config = read_hf_config(assets)
     family = family_of(config)
-    table = family.keys(config)
+    known = read_name_index(assets)
+    table = family.keys(config).fitting({} if known is None else known.shapes())
     reader = CheckpointReader(folder)
     settings = saved_settings(folder)
     if adapters_only:
@@ -90,7 +91,6 @@ def export_model(
         pairs = list(match_slots(model_slots(model), table))
         kinds = _kinds(pairs, table, reader, dtype)
         carried = _carried_kinds(assets, dtype)
-        known = read_name_index(assets)
         output = plan_output(table, kinds | carried, known, max_shard_size)
         size = sum(len(header) + data_size(header) for header in output.headers.values())
         meter = Meter("export", size, shown=shown)

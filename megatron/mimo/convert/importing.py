@@ -31,6 +31,7 @@ from megatron.mimo.convert.assets import (
     write_name_index,
 )
 from megatron.mimo.convert.meter import Meter
+from megatron.mimo.convert.stacked import unstacked
 from megatron.mimo.convert.staging import check_target, whole_directory
 from megatron.mimo.convert.threads import default_threads, in_threads
 from megatron.mimo.convert.ties import config_of_files, say_untied
@@ -153,7 +154,7 @@ def import_weights(
     shown: bool,
 ) -> str:
     """Write a checkpoint; arguments, result and errors are those of :func:`import_model`."""
-    weights, table = imported.weights, imported.family.keys(imported.config)
+    weights, table = unstacked(imported.weights, imported.family.keys(imported.config))
     match = match_names(weights.by_name.keys(), table, source=imported.source)
     slots = model_slots(imported.model)
     _check_shapes(slots, table, weights, match, imported.source)

@@ -18,7 +18,8 @@ from megatron.mimo.checkpoints.folders import ASSETS
 from megatron.mimo.checkpoints.match import match_names
 from megatron.mimo.convert.assets import CARRIED_FILE, NameIndex
 from megatron.mimo.convert.meter import Meter
-from megatron.mimo.convert.weights import WeightsFile, make_header, weights_of
+from megatron.mimo.convert.stacked import join, parts_of
+from megatron.mimo.convert.weights import WeightsFile, make_header, part_of, weights_of
 from megatron.mimo.models.common.keys import KeyTable
 
 __all__ = ["Kind", "Output", "Sink", "data_size", "plan_output"]
@@ -48,14 +49,18 @@ def plan_output(
 ) -> Output:
     """Which weights go into which files, under which names."""
     if known is None:
-        headers = _new_headers(kinds, max_shard_size)
+        headers = _new_headers(join(kinds), max_shard_size)
         index = _index(headers) if len(headers) > 1 else None
         return Output(headers=headers, index=index, aliases={name: (name,) for name in kinds})
     listed = {
-        file: [weight.name for weight in weights_of(header, file=file, start=0)]
-        for file, header in known.headers.items()
+        file: list(weights_of(header, file=file, start=0)) for file, header in known.headers.items()
     }
-    names = [name for several in listed.values() for name in several]
+    names = [
+        part.name
+        for several in listed.values()
+        for weight in several
+        for part in parts_of(weight, table)
+    ]
     match = match_names(names, table, source=f"{ASSETS} of the checkpoint")
     aliases: dict[str, tuple[str, ...]] = {}
     for canonical, name in match.given.items():
@@ -68,19 +73,20 @@ def plan_output(
             f"{len(lost)} weights that the model does without, such as {lost[0]}, are not in "
             f"{ASSETS}/{CARRIED_FILE}; copy the folder {ASSETS} of the imported checkpoint"
         )
-    by_file_name = {name: kinds[origin] for origin, several in aliases.items() for name in several}
+    by_file_name = join(
+        {name: kinds[origin] for origin, several in aliases.items() for name in several}
+    )
     headers, changed = {}, False
     for file, header in known.headers.items():
         same = all(
-            by_file_name[weight.name] == (weight.dtype, weight.shape)
-            for weight in weights_of(header, file=file, start=0)
+            by_file_name[weight.name] == (weight.dtype, weight.shape) for weight in listed[file]
         )
         changed |= not same
         headers[file] = (
             header
             if same
             else make_header(
-                [(name, *by_file_name[name]) for name in listed[file]],
+                [(weight.name, *by_file_name[weight.name]) for weight in listed[file]],
                 metadata=json.loads(header).get("__metadata__"),
             )
         )
@@ -142,7 +148,8 @@ class Sink:
             for file, header in output.headers.items()
             for weight in weights_of(header, file=file, start=0)
         }
-        self._left = Counter(file for file, _ in self._places.values())
+        written = (name for names in output.aliases.values() for name in names)
+        self._left = Counter(self._place(name)[0] for name in written)
         self._lock = threading.Lock()
 
     @property
@@ -153,7 +160,7 @@ class Sink:
     def write(self, canonical: str, tensor: Tensor) -> None:
         """Write a weight under every name that the files give it, in the files' dtype."""
         for name in self._aliases[canonical]:
-            file, dtype = self._places[name]
+            file, dtype = self._place(name)
             self._files[file].write(name, tensor.to(dtype))
             self._meter.add(tensor.numel() * dtype.itemsize)
             with self._lock:
@@ -161,6 +168,10 @@ class Sink:
                 is_last = not self._left[file]
             if is_last:
                 self._files[file].close()
+
+    def _place(self, name: str) -> tuple[str, torch.dtype]:
+        """File and dtype of a weight, or of a part of one."""
+        return self._places[part_of(name)[0]]
 
     def in_turn[Item](
         self, items: Iterable[Item], canonical: Callable[[Item], str], *, threads: int
@@ -174,7 +185,7 @@ class Sink:
         """
         by_file: dict[str, list[Item]] = defaultdict(list)
         for item in items:
-            file, _ = self._places[self._aliases[canonical(item)][0]]
+            file, _ = self._place(self._aliases[canonical(item)][0])
             by_file[file].append(item)
         together = [zip_longest(*several) for several in batched(by_file.values(), threads)]
         return [item for rows in together for row in rows for item in row if item is not None]

@@ -98,6 +98,11 @@ class PartWeights:
             return grow_vocabulary(tensor, self._growth.rows, self._growth.tokens)
         return tensor
 
+    def read_part(self, name: str, index: int) -> Tensor:
+        """One part along the first axis of a tensor, in memory of its own."""
+        files, original = self._origins[name]
+        return files.read_part(original, index)
+
     def size(self, names: Iterable[str]) -> int:
         """Bytes of some weights."""
         return sum(self.by_name[name].size for name in names)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron.mimo.checkpoints.match import match_names
+from megatron.mimo.convert.stacked import unstacked
 from megatron.mimo.convert.weights import WeightSource
 from megatron.mimo.models.common.family import Family
 
@@ -39,7 +40,8 @@ def config_of_files(
     Raises:
         InputError: weights are missing, unexpected or given in two spellings.
     """
-    match = match_names(weights.by_name.keys(), family.keys(config), source=source)
+    weights, table = unstacked(weights, family.keys(config))
+    match = match_names(weights.by_name.keys(), table, source=source)
     differing = [
         f"{name} differs from {match.given[origin]}"
         for name, origin in match.copies.items()

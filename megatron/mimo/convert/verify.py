@@ -101,7 +101,8 @@ def verify_checkpoint(
     model = type(described).from_pretrained(source, dtype=torch.float32).eval()
     for name, parameter in described.named_parameters():  # loading makes fixed tables trainable
         model.get_parameter(name).requires_grad_(parameter.requires_grad)
-    check_spellings([name for name, _ in described.named_parameters()], family.keys(config))
+    shapes = {name: parameter.shape for name, parameter in described.named_parameters()}
+    check_spellings(shapes, family.keys(config))
     rules = read_rules(source)
     expected = compute_expected(model, family, config, samples=samples, seed=_SEED, rules=rules)
     del model
@@ -154,8 +155,8 @@ def verify_tiny(
 def _coverage(family: Any, config: Any, expected: Expected) -> Finding:
     """Whether what both models have read reaches all of them."""
     covered = coverage(family, config, expected.examples)
-    table = family.keys(config)
-    reached = {table.canonical(name) for name, grad in expected.gradients.items() if grad.any()}
+    gradients, table = family.keys(config).laid_out(expected.gradients)
+    reached = {table.canonical(name) for name, grad in gradients.items() if grad.any()}
     reached |= {copy for name, copy in table.tied if name in reached}
     fixed = {table.canonical(name) for name in expected.fixed}
     trained = [name for row in table.each() for name in row.hf if name not in fixed]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ __all__ = [
     "WeightsFile",
     "is_weights_name",
     "make_header",
+    "part_of",
     "read_header",
     "read_tensor",
     "weights_of",
@@ -89,6 +90,9 @@ class WeightSource(Protocol):
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
 
+    def read_part(self, name: str, index: int) -> Tensor:
+        """One part along the first axis of a tensor, in memory of its own."""
+
     def size(self, names: Iterable[str]) -> int:
         """Bytes of some weights."""
 
@@ -130,6 +134,14 @@ class Weights:
         """One tensor, in memory of its own."""
         weight = self.by_name[name]
         return _read(self.folder / weight.file, weight)
+
+    def read_part(self, name: str, index: int) -> Tensor:
+        """One part along the first axis of a tensor, in memory of its own."""
+        weight = self.by_name[name]
+        size = weight.size // weight.shape[0]
+        start = weight.start + index * size
+        part = replace(weight, shape=weight.shape[1:], start=start, size=size)
+        return _read(self.folder / weight.file, part)
 
     def size(self, names: Iterable[str]) -> int:
         """Bytes of some weights."""
@@ -206,8 +218,16 @@ class WeightsFile:
         os.posix_fallocate(self._file.fileno(), 0, max(end, 8 + len(encoded)))
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor to its place; it must have the header's dtype and shape."""
-        place = self._places[name]
+        """Write one tensor, or ``name[index]``, a part of one, to its place.
+
+        It must have the header's dtype and shape.
+        """
+        whole, index = part_of(name)
+        place = self._places[whole]
+        if index is not None:
+            size = place.size // place.shape[0]
+            start = place.start + index * size
+            place = replace(place, shape=place.shape[1:], start=start, size=size)
         assert (tensor.dtype, tuple(tensor.shape)) == (place.dtype, place.shape), name
         raw = tensor.contiguous().reshape(-1).view(torch.uint8)
         left, offset = memoryview(raw.numpy()), place.start
@@ -313,6 +333,15 @@ def _check_places(weights: list[Weight], start: int) -> None:
                 f"{end - start}, where the tensor before it ends"
             )
         end = weight.start + weight.size
+
+
+def part_of(name: str) -> tuple[str, int | None]:
+    """``name[3]``, the fourth part along the first axis of a weight, as ``(name, 3)``.
+
+    A name without a number in square brackets is that of a whole weight: ``(name, None)``.
+    """
+    whole, _, number = name.removesuffix("]").rpartition("[")
+    return (whole, int(number)) if whole and name.endswith("]") else (name, None)
 
 
 def is_weights_name(name: Any) -> bool:

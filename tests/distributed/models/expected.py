@@ -115,6 +115,7 @@ def _text(config: Any, generator: torch.Generator) -> Tensors:
 
 
 def _our_names(table: Any, gradients: Tensors) -> set[str]:
+    gradients, table = table.laid_out(gradients)
     given = {table.canonical(name) for name in gradients}
     return {row.mimo for row in table.each() if given & set(row.hf)}
 

@@ -32,8 +32,10 @@ MICRO_BATCH = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Layout(Sizes):
-    """Sizes of the parallelism; ``changes`` are further arguments of the model."""
+    """Sizes of the parallelism, of experts too; ``changes`` are further arguments of the model."""
 
+    ep: int = 1
+    etp: int | None = None
     changes: Mapping[str, object] = field(default_factory=dict, hash=False)
 
 
@@ -132,8 +134,13 @@ def _build(name: str, layout: Layout, expected: Expected) -> tuple[Any, Any]:
 def _model(family: Any, config: Any, layout: Layout) -> Any:
     from megatron.mimo.arguments.standalone import build_model, model_settings
 
-    model_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp)
-    changes = {"context_parallel_size": layout.cp, **layout.changes}
+    model_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, ep=layout.ep, etp=layout.etp)
+    changes = {
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        **layout.changes,
+    }
     settings = model_settings(family, config, tp_size=layout.tp, pp_size=layout.pp, changes=changes)
     return build_model(family, config, settings, device=torch.device("cpu"))
 
@@ -273,6 +280,7 @@ def gradient_errors(model: Any, table: Any, gradients: Tensors) -> dict[str, flo
         if parameter.requires_grad:
             trained.add(parameter.data_ptr())
             parameter.data.copy_(getattr(parameter, "main_grad", parameter.grad))
+    gradients, table = table.laid_out(gradients)
     wanted = {table.canonical(name): gradient for name, gradient in gradients.items()}
     wanted |= {copy: wanted[name] for name, copy in table.tied if name in wanted}
     errors = {}

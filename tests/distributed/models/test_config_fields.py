@@ -13,6 +13,7 @@ from megatron.core.models.mimo.errors import ConfigError, MimoError, Unsupported
 from megatron.mimo.models import load_family
 from megatron.mimo.models.common.config_fields import ASIDE, FIELDS, Only, check_fields, defaults_of
 from megatron.mimo.models.common.tiny import TINY_TEXT, TINY_VISION
+from tests.distributed.models.text_kinds import KINDS, use_text
 from tests.rank_pool import RankPool
 
 LLAMA3 = {
@@ -55,6 +56,16 @@ TEXT: dict[str, list[Any]] = {
     "bos_token_id": [9],
     "eos_token_id": [9],
     "pretraining_tp": [2],
+}
+EXPERTS: dict[str, list[Any]] = {
+    "decoder_sparse_step": [2],
+    "mlp_only_layers": [[0]],
+    "moe_intermediate_size": [24],
+    "num_local_experts": [3, 0],
+    "num_experts_per_tok": [1, 3],
+    "norm_topk_prob": [True],
+    "router_aux_loss_coef": [0.5],
+    "output_router_logits": [],  # of the loss, not of logits
 }
 IMAGES: dict[str, list[Any]] = {
     "hidden_size": [48],
@@ -104,7 +115,7 @@ LLAVA: dict[str, list[Any]] = {
 }
 OTHERS: dict[str, dict[str, list[Any]]] = {
     **dict.fromkeys(("llava", "llava_next", "llava_avlm", "qwen2_audio"), LLAVA),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), TEXT),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"), TEXT | EXPERTS),
     "qwen2_5_vl_text": {
         **TEXT,
         "rope_parameters": [
@@ -154,7 +165,7 @@ COMMON = set(FIELDS["llava"]).intersection(*FIELDS.values()) - {"model_type"}
 
 def bases() -> list[Any]:
     """Configurations in which every class that is supported stands once."""
-    from transformers import Qwen2Config, Qwen3Config, SiglipVisionConfig
+    from transformers import Qwen2Config, SiglipVisionConfig
 
     names = ("llava", "llava_next", "llava_avlm", "qwen2_audio", "qwen2_5_vl")
     several = [load_family(name).tiny() for name in names]
@@ -165,9 +176,12 @@ def bases() -> list[Any]:
         "vision_feature_select_strategy": "full",
         "text_config": Qwen2Config(**TINY_TEXT).to_dict(),
     }
-    qwen3 = load_family("llava").tiny().to_dict()
-    qwen3["text_config"] = Qwen3Config(**TINY_TEXT, head_dim=24).to_dict()
-    return [*several, *(type(several[0]).from_dict(one) for one in (other, qwen3))]
+    others = [type(several[0]).from_dict(other)]
+    for name in KINDS:
+        config: Any = load_family("llava").tiny()
+        use_text(name, config)
+        others.append(config)
+    return [*several, *others]
 
 
 def walk() -> list[tuple[Any, str, str, str]]:

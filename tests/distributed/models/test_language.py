@@ -26,6 +26,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+EXPERTS = {
+    "head_dim": 24,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama3, tied": {
@@ -38,6 +44,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 24},
     "qwen3, tied": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3_moe": {"model_type": "qwen3_moe", **EXPERTS},
+    "qwen3_moe, weights that sum to one": {
+        "model_type": "qwen3_moe",
+        **EXPERTS,
+        "norm_topk_prob": True,
+    },
+    "qwen3_moe, some layers dense": {
+        "model_type": "qwen3_moe",
+        **EXPERTS,
+        "num_hidden_layers": 4,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [1],
+        "tie_word_embeddings": True,
+    },
     "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
 }
 
@@ -99,13 +119,14 @@ def compare(changes: dict[str, Any]) -> None:
         logits.square().sum().backward()
         expected.square().sum().backward()
         theirs, ours = dict(reference.named_parameters()), dict(model.named_parameters())
+        theirs, table = table.laid_out({name: one.grad for name, one in theirs.items()})
         rows = list(table.each())
         assert {row.mimo for row in rows} == ours.keys()
         for row in rows:
             gradient = ours[row.mimo].grad
             assert gradient is not None
             for name, part in zip(row.hf, row.transform.to_hf(gradient), strict=True):
-                wanted = theirs[name].grad
+                wanted = theirs[name]
                 assert wanted is not None
                 assert (part - wanted).norm() < 1e-3 * wanted.norm(), name
 

@@ -72,6 +72,10 @@ _TEXT = (
 )
 _TOKENS = "bos_token_id eos_token_id"
 _WINDOW = "use_sliding_window sliding_window max_window_layers layer_types"
+_EXPERTS = (
+    "decoder_sparse_step mlp_only_layers moe_intermediate_size num_local_experts "
+    "num_experts_per_tok norm_topk_prob router_aux_loss_coef output_router_logits"
+)
 _IMAGES = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size "
     "patch_size hidden_act layer_norm_eps attention_dropout"
@@ -111,6 +115,11 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
         aside=_TOKENS,
         only={"attention_bias": (False, None)},
     ),
+    "qwen3_moe": _rules(
+        f"{_TEXT} {_EXPERTS} head_dim use_sliding_window sliding_window tie_word_embeddings",
+        aside=_TOKENS,
+        only={"attention_bias": (False, None)},
+    ),
     "qwen2_5_vl_text": _rules(f"{_TEXT} {_WINDOW} tie_word_embeddings", aside=_TOKENS),
     # Towers. Nothing is computed from the pooled output of CLIP and SigLIP.
     "clip_vision_model": _rules(_IMAGES, aside="projection_dim initializer_factor"),
@@ -139,11 +148,11 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
 # What a family's own model of transformers is made of, whatever config.json names beside it.
 _PARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "llava": {
-        "text_config": ("llama", "mistral", "qwen2", "qwen3"),
+        "text_config": ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"),
         "vision_config": ("clip_vision_model", "siglip_vision_model"),
     },
     "llava_next": {
-        "text_config": ("llama", "mistral", "qwen2", "qwen3"),
+        "text_config": ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"),
         "vision_config": ("clip_vision_model", "siglip_vision_model"),
     },
     "llava_avlm": {

@@ -9,9 +9,10 @@ Legend: O output features, I input features, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Protocol
 
@@ -29,6 +30,7 @@ __all__ = [
     "Reshaped",
     "Same",
     "Transform",
+    "Transposed",
 ]
 
 
@@ -58,6 +60,20 @@ class Same:
     def to_hf(self, tensor: Tensor) -> list[Tensor]:
         """Return the weight."""
         return [tensor]
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """One matrix that Hugging Face's format holds with its axes exchanged."""
+
+    def to_mimo(self, parts: Sequence[Tensor]) -> Tensor:
+        """[I, O] -> [O, I]."""
+        (tensor,) = parts
+        return tensor.transpose(0, 1)
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        """[O, I] -> [I, O]."""
+        return [tensor.transpose(0, 1)]
 
 
 @dataclass(frozen=True)
@@ -170,40 +186,63 @@ class Reshaped:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyEntry:
-    """One parameter of ours, or one per layer.
+    """One parameter of ours, or one per layer, or one per layer and expert.
 
     Attributes:
         mimo: name in ``MimoModel.state_dict()`` of a model whose layers are megatron-core's local
-            ones; ``{i}`` is the layer's number, counted over the whole model.
-        hf: names that Hugging Face's transformers writes; ``{i}`` is the same number.
+            ones; ``{i}`` is the layer's number, counted over the whole model, ``{e}`` the expert's.
+        hf: names that Hugging Face's transformers writes; ``{i}`` and ``{e}`` are the same numbers.
+            ``name[{e}]`` is one expert's part of a weight that holds all experts of a layer, along
+            its first axis.
         transform: how the weights become the parameter.
         layers: the layers there are, for names with ``{i}``.
+        experts: the experts there are, for names with ``{e}``.
+        shape: of a part in square brackets, by which files with and without exchanged axes are told
+            apart.
+        others: all ways in which files hold the parameter, this one among them, where there are
+            several; of two that fit, the first is right.
     """
 
     mimo: str
     hf: tuple[str, ...]
     transform: Transform = Same()
-    layers: range | None = None
+    layers: Sequence[int] | None = None
+    experts: Sequence[int] | None = None
+    shape: tuple[int, ...] | None = None
+    others: tuple[KeyEntry, ...] = ()
 
     def __post_init__(self) -> None:
-        numbered = {"{i}" in name for name in (self.mimo, *self.hf)}
-        if numbered != {self.layers is not None}:
-            raise ConfigError(
-                f"entry {self.mimo!r} <-> {list(self.hf)}, layers={self.layers}: expected '{{i}}' "
-                "in all of its names with layers, in none without"
-            )
+        for mark, title, given in (
+            ("{i}", "layers", self.layers),
+            ("{e}", "experts", self.experts),
+        ):
+            numbered = {mark in name for name in (self.mimo, *self.hf)}
+            if numbered != {given is not None}:
+                raise ConfigError(
+                    f"entry {self.mimo!r} <-> {list(self.hf)}, {title}={given}: expected {mark!r} "
+                    f"in all of its names with {title}, in none without"
+                )
 
     def each(self) -> Iterator[KeyEntry]:
-        """The entry of every layer, without ``{i}``; itself where it has none."""
-        if self.layers is None:
+        """The entry of every layer and expert, without ``{i}`` and ``{e}``."""
+        if self.layers is None and self.experts is None:
             yield self
             return
-        for layer in self.layers:
-            yield KeyEntry(
-                mimo=self.mimo.replace("{i}", str(layer)),
-                hf=tuple(name.replace("{i}", str(layer)) for name in self.hf),
-                transform=self.transform,
-            )
+        for layer in (None,) if self.layers is None else self.layers:
+            for expert in (None,) if self.experts is None else self.experts:
+                names = [
+                    name.replace("{i}", str(layer)).replace("{e}", str(expert))
+                    for name in (self.mimo, *self.hf)
+                ]
+                yield KeyEntry(mimo=names[0], hf=tuple(names[1:]), transform=self.transform)
+
+    def fits(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether files with weights of these canonical names hold the parameter in this way."""
+        names = [name.partition("[")[0] for name in next(self.each()).hf]
+        return all(
+            name in shapes and (self.shape is None or shapes[name][1:] == self.shape)
+            for name in names
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +283,40 @@ class KeyTable:
             if name.startswith(spelling):
                 name = canonical + name.removeprefix(spelling)
         return name
+
+    def fitting(self, shapes: Mapping[str, Sequence[int]]) -> KeyTable:
+        """The table of files with weights of these names, in any spelling, and shapes.
+
+        It differs where a parameter may be held in several ways; where none of them fits, the
+        family's own stays.
+        """
+        found = {self.canonical(name): tuple(shape) for name, shape in shapes.items()}
+        entries = (
+            next((one for one in entry.others if one.fits(found)), entry) for entry in self.entries
+        )
+        return replace(self, entries=tuple(entries))
+
+    @functools.cached_property
+    def stacked(self) -> frozenset[str]:
+        """Canonical names of weights that hold all experts of a layer."""
+        names = (name for entry in self.each() for name in entry.hf)
+        return frozenset(name.partition("[")[0] for name in names if name.endswith("]"))
+
+    def laid_out(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], KeyTable]:
+        """Tensors by the names of entries, and the table that has these entries.
+
+        Args:
+            tensors: by name in any spelling, such as weights or gradients of a model; those of
+                several experts are split into views.
+        """
+        table = self.fitting({name: tensor.shape for name, tensor in tensors.items()})
+        split: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if self.canonical(name) in table.stacked:
+                split |= {f"{name}[{expert}]": part for expert, part in enumerate(tensor)}
+            else:
+                split[name] = tensor
+        return split, table
 
     def is_carried(self, name: str) -> bool:
         """Whether our model does without the weight of this canonical name."""

@@ -67,6 +67,8 @@ def test_compares_shapes() -> None:
 
 
 def test_the_module_tree_has_to_be_known_too() -> None:
-    check_spellings(["old.embed.weight", "head.weight", "tower.last.bias"], TABLE)
+    check_spellings(
+        dict.fromkeys(["old.embed.weight", "head.weight", "tower.last.bias"], ()), TABLE
+    )
     with pytest.raises(InputError, match=r"1 parameters .*: model.embed.weight; add .* aliases"):
-        check_spellings(["embed.weight", "model.embed.weight"], TABLE)
+        check_spellings(dict.fromkeys(["embed.weight", "model.embed.weight"], ()), TABLE)

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.mimo.models.common.language.kinds import (
     LanguageKind,
+    expert_layers,
     head_size,
     kind_of,
     refuse,
@@ -22,7 +23,7 @@ def language_arguments(text: Any) -> dict[str, object]:
 
     Args:
         text: its Hugging Face configuration (``LlamaConfig``, ``MistralConfig``, ``Qwen2Config``,
-            ``Qwen2_5_VLTextConfig``, ``Qwen3Config``).
+            ``Qwen2_5_VLTextConfig``, ``Qwen3Config``, ``Qwen3MoeConfig``).
 
     Returns:
         Values by argparse destination. ``seq_length`` and everything about training are left to
@@ -58,12 +59,33 @@ def language_arguments(text: Any) -> dict[str, object]:
         "attention_dropout": text.attention_dropout,
         "init_method_std": text.initializer_range,
     }
+    if kind.experts:
+        arguments |= _of_experts(text)
     rope = text.rope_parameters
     if rope["rope_type"] == "llama3":
         arguments |= {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
     if kind.mrope:
         arguments |= {"position_embedding_type": "mrope", "mrope_section": _mrope_section(text)}
     return arguments
+
+
+def _of_experts(text: Any) -> dict[str, object]:
+    """Softmax over all experts, then the best of them, whose weights may be made to sum to one.
+
+    The best of a softmax, divided by their sum, are the softmax of the best, which is what Megatron
+    computes without ``moe_router_pre_softmax``.
+    """
+    layers = expert_layers(text)
+    if not layers:
+        return {}
+    return {
+        "num_experts": text.num_experts,
+        "moe_layer_freq": [int(layer in layers) for layer in range(text.num_hidden_layers)],
+        "moe_ffn_hidden_size": text.moe_intermediate_size,
+        "moe_router_topk": text.num_experts_per_tok,
+        "moe_router_pre_softmax": not text.norm_topk_prob,
+        "moe_router_load_balancing_type": "none",
+    }
 
 
 def _number(value: float) -> int | float:
@@ -86,6 +108,8 @@ def _refuse_unsupported(text: Any, kind: LanguageKind) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if getattr(text, name, False):
             refuse(name, True, "False")
+    if kind.experts and text.num_experts_per_tok == 1 and text.norm_topk_prob:
+        refuse("norm_topk_prob", True, "False where num_experts_per_tok is 1: it is always one")
     if kind.windows != "none":
         _refuse_windows(text, kind)
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
-from megatron.mimo.models.common.keys import Concatenated, FusedQKV, KeyEntry, PaddedVocabulary
-from megatron.mimo.models.common.language.kinds import head_size, kind_of
+from megatron.mimo.models.common.keys import (
+    Concatenated,
+    FusedQKV,
+    KeyEntry,
+    PaddedVocabulary,
+    Same,
+    Transposed,
+)
+from megatron.mimo.models.common.language.kinds import expert_layers, head_size, kind_of
 
 __all__ = ["ROTARY_BUFFERS", "language_entries"]
 
@@ -15,13 +23,21 @@ ROTARY_BUFFERS = ("*.rotary_emb.inv_freq", "*.rotary_pos_emb.inv_freq")
 _OURS = "language_model.decoder.layers.{i}."
 
 
-def language_entries(text: Any, *, model: str, head: str) -> tuple[KeyEntry, ...]:
+Stored = Literal["single", "stacked", "transposed"]
+"""How files hold experts: one by one; or those of a layer in one weight, as transformers computes
+with them, or with the last two axes exchanged."""
+
+
+def language_entries(
+    text: Any, *, model: str, head: str, experts: Stored = "single"
+) -> tuple[KeyEntry, ...]:
     """Parameter names of a language model.
 
     Args:
         text: its Hugging Face configuration.
         model: Hugging Face's prefix of its layers, such as "language_model.model.".
         head: Hugging Face's prefix of its output layer, such as "language_model.".
+        experts: how ``save_pretrained`` writes experts; the other ways are read too.
     """
     theirs = model + "layers.{i}."
     layers = range(text.num_hidden_layers)
@@ -29,7 +45,7 @@ def language_entries(text: Any, *, model: str, head: str) -> tuple[KeyEntry, ...
 
     def row(mimo: str, *hf: str, **given: Any) -> KeyEntry:
         names = tuple(theirs + name for name in hf)
-        return KeyEntry(mimo=_OURS + mimo, hf=names, layers=layers, **given)
+        return KeyEntry(mimo=_OURS + mimo, hf=names, **{"layers": layers, **given})
 
     embedding = "language_model.embedding.word_embeddings.weight"
     rows = [
@@ -37,19 +53,56 @@ def language_entries(text: Any, *, model: str, head: str) -> tuple[KeyEntry, ...
         row("input_layernorm.weight", "input_layernorm.weight"),
         *_attention_entries(text, row),
         row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
-        row(
-            "mlp.linear_fc1.weight",
-            "mlp.gate_proj.weight",
-            "mlp.up_proj.weight",
-            transform=Concatenated(2),
-        ),
-        row("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
+        *_feed_forward_entries(text, row, experts),
         KeyEntry(mimo="language_model.decoder.final_layernorm.weight", hf=(model + "norm.weight",)),
     ]
     if not text.tie_word_embeddings:
         output = "language_model.output_layer.weight"
         rows.append(KeyEntry(mimo=output, hf=(head + "lm_head.weight",), transform=vocabulary))
     return tuple(rows)
+
+
+def _feed_forward_entries(text: Any, row: Any, stored: Stored) -> list[KeyEntry]:
+    """Rows of dense layers, and of the router and the experts of the others."""
+    sparse = expert_layers(text)
+    dense = [layer for layer in range(text.num_hidden_layers) if layer not in sparse]
+    rows = []
+    if dense:
+        gate_up = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+        rows += [
+            row("mlp.linear_fc1.weight", *gate_up, transform=Concatenated(2), layers=dense),
+            row("mlp.linear_fc2.weight", "mlp.down_proj.weight", layers=dense),
+        ]
+    if sparse:
+        hidden, inner = text.hidden_size, text.moe_intermediate_size
+        rows += [
+            row("mlp.router.weight", "mlp.gate.weight", layers=sparse),
+            _expert_entry(text, row, stored, 1, ("gate", "up"), (2 * inner, hidden)),
+            _expert_entry(text, row, stored, 2, ("down",), (hidden, inner)),
+        ]
+    return rows
+
+
+def _expert_entry(
+    text: Any,
+    row: Any,
+    stored: Stored,
+    number: int,
+    names: tuple[str, ...],
+    shape: tuple[int, int],
+) -> KeyEntry:
+    """The row of a layer of every expert; ``shape`` is [O, I] of an expert's weights together."""
+    ours = f"mlp.experts.local_experts.{{e}}.linear_fc{number}.weight"
+    given = {"layers": expert_layers(text), "experts": range(text.num_experts)}
+    single = [f"mlp.experts.{{e}}.{name}_proj.weight" for name in names]
+    together = f"mlp.experts.{'_'.join(names)}_proj[{{e}}]"
+    joined = Concatenated(len(names)) if len(names) > 1 else Same()
+    ways = {
+        "single": row(ours, *single, transform=joined, **given),
+        "stacked": row(ours, together, shape=shape, **given),
+        "transposed": row(ours, together, shape=shape[::-1], transform=Transposed(), **given),
+    }
+    return replace(ways[stored], others=tuple(ways.values()))
 
 
 def _attention_entries(text: Any, row: Any) -> list[KeyEntry]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from megatron.core.models.mimo.errors import UnsupportedError
 
-__all__ = ["KINDS", "LanguageKind", "head_size", "kind_of", "refuse"]
+__all__ = ["KINDS", "LanguageKind", "expert_layers", "head_size", "kind_of", "refuse"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,7 @@ class LanguageKind:
         mrope: positions have three axes. Others read no mrope_section, also where one is.
         reads_head_dim: the configuration may give heads another size than hidden size and number
             of heads do.
+        experts: layers may be mixtures of experts, with weights of their own size.
         windows: where attention slides: in no layer, in all of them, or in those that
             ``layer_types`` names.
     """
@@ -28,6 +29,7 @@ class LanguageKind:
     qk_norms: bool = False
     mrope: bool = False
     reads_head_dim: bool = True
+    experts: bool = False
     windows: Literal["none", "all", "layer_types"] = "none"
 
 
@@ -39,6 +41,7 @@ KINDS: dict[str, LanguageKind] = {
         qkv_bias=True, mrope=True, reads_head_dim=False, windows="layer_types"
     ),
     "qwen3": LanguageKind(qk_norms=True, windows="layer_types"),
+    "qwen3_moe": LanguageKind(qk_norms=True, experts=True, windows="all"),
 }
 
 
@@ -57,6 +60,15 @@ def head_size(text: Any) -> int:
     """Features of a head."""
     given: int | None = getattr(text, "head_dim", None)
     return given or text.hidden_size // text.num_attention_heads
+
+
+def expert_layers(text: Any) -> tuple[int, ...]:
+    """The layers that are mixtures of experts."""
+    if not kind_of(text).experts or not text.num_experts:
+        return ()
+    step, dense = text.decoder_sparse_step, text.mlp_only_layers
+    layers = range(text.num_hidden_layers)
+    return tuple(layer for layer in layers if (layer + 1) % step == 0 and layer not in dense)
 
 
 def refuse(name: str, got: object, expected: str) -> None:

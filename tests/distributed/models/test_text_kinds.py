@@ -1,0 +1,53 @@
+"""Kinds of language models in LLaVA, under layouts: logits and every gradient of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.distributed.models.expected import Expected, compute_expected
+from tests.distributed.models.ranks import Layout
+from tests.distributed.models.test_families import check
+from tests.distributed.models.text_kinds import KINDS, has_experts, with_text
+from tests.rank_pool import RankPool
+
+SP = {"sequence_parallel": True}
+LAYOUTS = {
+    "one": Layout(),
+    "tp2": Layout(tp=2, changes=SP),
+    "pp2": Layout(pp=2),
+    "cp2": Layout(cp=2),
+}
+OF_EXPERTS = {
+    "ep2": Layout(dp=2, ep=2),
+    "ep2-tp2": Layout(tp=2, ep=2, etp=1, changes=SP),
+    "ep2-cp2-alltoall": Layout(cp=2, ep=2, changes={"moe_token_dispatcher_type": "alltoall"}),
+    "ep2-etp2": Layout(tp=2, dp=2, ep=2, etp=2, changes=SP),
+}
+CASES = [
+    (name, layout)
+    for name in KINDS
+    for layout in (*LAYOUTS, *(OF_EXPERTS if has_experts(name) else ()))
+]
+
+
+@pytest.fixture(scope="module")
+def expected(ranks: RankPool) -> Callable[[str], Expected]:
+    known: dict[str, Expected] = {}
+
+    def of(name: str) -> Expected:
+        if name not in known:
+            (known[name],) = ranks(1)(
+                compute_expected, "llava", with_text(name), samples=5, text_only=True
+            )
+        return known[name]
+
+    return of
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_equals_transformers(
+    ranks: RankPool, expected: Callable[[str], Expected], name: str, layout: str
+) -> None:
+    check(ranks, "llava", (LAYOUTS | OF_EXPERTS)[layout], expected(name))
