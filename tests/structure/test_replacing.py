@@ -20,6 +20,9 @@ EXCUSED = {
     ("megatron/mimo/encoders/qwen2_5_vl_attention.py", "assigns a function to attention.core"): (
         "a specification of layers, made for this model"
     ),
+    ("megatron/mimo/encoders/internvit.py", "assigns a function to attention."): (
+        "a specification of layers, made for this model"
+    ),
     ("megatron/mimo/layers/specs.py", "calls setattr on part"): (
         "a specification of layers, made for this model"
     ),

@@ -21,6 +21,7 @@ __all__ = ["family_names", "family_of", "load_family", "read_hf_config"]
 # Each module megatron.mimo.models.<name> has a constant FAMILY. The architectures are what
 # config.json calls its models; they stand here so that finding a family imports no other.
 _ARCHITECTURES = {
+    "internvl": ("InternVLForConditionalGeneration",),
     "llava": ("LlavaForConditionalGeneration",),
     "llava_avlm": ("LlavaAvlmForConditionalGeneration",),
     "llava_next": ("LlavaNextForConditionalGeneration",),
@@ -116,11 +117,17 @@ def _check_counts(fields: Mapping[str, Any], folder: Path, *, within: str) -> No
     for name, value in fields.items():
         if isinstance(value, dict):
             _check_counts(value, folder, within=f"{within}{name}.")
-        elif name in _COUNTS and value is not None and (type(value) is not int or value < 1):
+        elif name in _COUNTS and value is not None and not _counts(value):
             raise ConfigError(
                 f"{folder / 'config.json'}: {within}{name} is {str(value)[:_LONG]}; expected a "
                 "number from 1 on: correct it, or fetch it again"
             )
+
+
+def _counts(value: object) -> bool:
+    """Whether it is a number from 1 on, or such numbers (height and width)."""
+    several = value if isinstance(value, list | tuple) and value else [value]
+    return all(type(one) is int and one >= 1 for one in several)
 
 
 def _refuse_quantised(config: Any, folder: Path) -> None:

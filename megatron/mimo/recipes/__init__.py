@@ -23,6 +23,15 @@ _RECIPES = {
         "digits:digits",
         "read 1 to 4 scanned digits; ViT + GPT from scratch, two minutes on 2 CPU cores",
     ),
+    "internvl3_5_14b": ("internvl:internvl3_5_14b", "InternVL 3.5, InternViT 300M + Qwen3 14B"),
+    "internvl3_5_1b": ("internvl:internvl3_5_1b", "InternVL 3.5, InternViT 300M + Qwen3 0.6B"),
+    "internvl3_5_38b": ("internvl:internvl3_5_38b", "InternVL 3.5, InternViT 6B + Qwen3 32B"),
+    "internvl3_5_8b": ("internvl:internvl3_5_8b", "InternVL 3.5, InternViT 300M + Qwen3 8B"),
+    "internvl_tiny": (
+        "tiny.twins:internvl_tiny",
+        "InternVL 3.5 of 0.2 million parameters that reads digits in images and clips",
+    ),
+    "internvl3_8b": ("internvl:internvl3_8b", "InternVL 3, InternViT 300M + Qwen2.5 7B"),
     "llava_1_5_13b": ("llava:llava_1_5_13b", "LLaVA 1.5, CLIP + Vicuna 13B"),
     "llava_1_5_7b": ("llava:llava_1_5_7b", "LLaVA 1.5, CLIP + Vicuna 7B"),
     "llava_avlm": ("llava_avlm:llava_avlm", "LLaVA with ears, CLIP + Whisper large + Vicuna 7B"),
@@ -54,6 +63,11 @@ _RECIPES = {
 
 # Models of one family that differ in size alone have one twin; it answers to all their names.
 _TWINS = {
+    "internvl3_5_14b_tiny": "internvl_tiny",
+    "internvl3_5_1b_tiny": "internvl_tiny",
+    "internvl3_5_38b_tiny": "internvl_tiny",
+    "internvl3_5_8b_tiny": "internvl_tiny",
+    "internvl3_8b_tiny": "internvl_tiny",
     "llava_1_5_13b_tiny": "llava_tiny",
     "llava_1_5_7b_tiny": "llava_tiny",
     "qwen2_5_vl_3b_tiny": "qwen2_5_vl_tiny",

@@ -134,6 +134,29 @@ OTHERS: dict[str, dict[str, list[Any]]] = {
         "vision_end_token_id": [9],
         "tie_word_embeddings": [True],
     },
+    "internvl": {
+        "image_token_id": [9],
+        "image_seq_length": [77],
+        "downsample_ratio": [0.25, 1.0, 0.3],
+        "projector_hidden_act": ["relu", "tanh"],
+        "vision_feature_layer": [-2, 1, 3],
+        "vision_feature_select_strategy": ["full"],
+        "tie_word_embeddings": [True],
+    },
+    "internvl_vision": {
+        **IMAGES,
+        "image_size": [[48, 48], [40, 40], [32, 64]],
+        "patch_size": [[4, 4], [8, 4]],
+        "attention_bias": [False],
+        "use_qk_norm": [True],
+        "norm_type": ["rms_norm", "batch_norm"],
+        "use_mask_token": [True],
+        "use_mean_pooling": [False],
+        "layer_scale_init_value": [0.3],
+        "hidden_dropout_prob": [0.1],
+        "projection_dropout": [0.1],
+        "use_absolute_position_embeddings": [False],
+    },
     "qwen2_5_vl_vision": {
         "depth": [2],
         "hidden_size": [48],
@@ -167,7 +190,7 @@ def bases() -> list[Any]:
     """Configurations in which every class that is supported stands once."""
     from transformers import Qwen2Config, SiglipVisionConfig
 
-    names = ("llava", "llava_next", "llava_avlm", "qwen2_audio", "qwen2_5_vl")
+    names = ("llava", "llava_next", "llava_avlm", "qwen2_audio", "qwen2_5_vl", "internvl")
     several = [load_family(name).tiny() for name in names]
     other = load_family("llava").tiny().to_dict()
     small = {key: value for key, value in TINY_VISION.items() if key != "initializer_range"}
@@ -379,5 +402,6 @@ def test_only_is_refused_by_name() -> None:
         rule = FIELDS[kind][name]
         if isinstance(rule, Only):
             other = changed(config, path, name, OTHERS[kind][name][0])
-            with pytest.raises(UnsupportedError, match=rf"config\.json: {path}\.{name} is"):
+            where = f"{path}." if path else ""
+            with pytest.raises(UnsupportedError, match=rf"config\.json: {where}{name} is"):
                 load_family(config.model_type).arguments(other)

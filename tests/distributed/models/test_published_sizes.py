@@ -7,6 +7,11 @@ import pytest
 from tests.rank_pool import RankPool
 
 RECIPES = (
+    "internvl3_5_1b",
+    "internvl3_5_8b",
+    "internvl3_5_14b",
+    "internvl3_5_38b",
+    "internvl3_8b",
     "llava_1_5_7b",
     "llava_1_5_13b",
     "llava_next",

@@ -104,6 +104,12 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
         "text_config vision_config image_token_id video_token_id tie_word_embeddings",
         aside="vision_start_token_id vision_end_token_id",
     ),
+    "internvl": _rules(
+        "vision_config text_config image_token_id downsample_ratio projector_hidden_act "
+        "vision_feature_layer tie_word_embeddings",
+        aside="image_seq_length",
+        only={"vision_feature_select_strategy": ("default",)},
+    ),
     # Language models. Whether they tie is the whole model's to say.
     "llama": _rules(
         _TEXT + " head_dim tie_word_embeddings", aside=_TOKENS + " pretraining_tp", only=_PLAIN
@@ -128,6 +134,15 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
         "depth hidden_size hidden_act intermediate_size num_heads in_channels patch_size "
         "spatial_merge_size temporal_patch_size tokens_per_second window_size out_hidden_size "
         "fullatt_block_indexes rope_parameters"
+    ),
+    "internvl_vision": _rules(
+        f"{_IMAGES} attention_bias use_qk_norm norm_type use_mask_token use_mean_pooling",
+        aside="layer_scale_init_value",
+        only={
+            "hidden_dropout_prob": (0, None),
+            "projection_dropout": (0, None),
+            "use_absolute_position_embeddings": (True,),
+        },
     ),
     # Their encoders read scale_embedding and scale nothing; the rest is of Whisper's decoder, its
     # classifier and its augmentation, none of which is there.
@@ -163,6 +178,10 @@ _PARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "qwen2_audio": {
         "text_config": ("llama", "mistral", "qwen2"),
         "audio_config": ("qwen2_audio_encoder",),
+    },
+    "internvl": {
+        "text_config": ("qwen2", "qwen3", "llama"),
+        "vision_config": ("internvl_vision",),
     },
     "qwen2_5_vl": {
         "text_config": ("qwen2_5_vl_text",),

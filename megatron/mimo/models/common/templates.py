@@ -1,8 +1,8 @@
-"""Chat templates in the manner of the LLaVA and Qwen models, for processors that bring none."""
+"""Chat templates in the manner of several models, for processors that bring none."""
 
 from __future__ import annotations
 
-__all__ = ["LLAVA_TEMPLATE", "QWEN_TEMPLATE"]
+__all__ = ["INTERNVL_TEMPLATE", "LLAVA_TEMPLATE", "QWEN_TEMPLATE"]
 
 LLAVA_TEMPLATE = """{% for message in messages %}
 {%- if message['role'] != 'system' %}{{ message['role'].upper() }}: {% endif %}
@@ -17,6 +17,14 @@ QWEN_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }
 {%- elif part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>
 {%- elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>
 {%- else %}<|audio_bos|><|AUDIO|><|audio_eos|>{% endif %}
+{%- endfor %}<|im_end|>{{ '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"""
+INTERNVL_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}{{ '\\n' }}
+{%- for part in message['content'] %}
+{%- if part['type'] == 'text' %}{{ part['text'] }}
+{%- elif part['type'] == 'image' %}<IMG_CONTEXT>{{ '\\n' }}
+{%- else %}<video>{{ '\\n' }}{% endif %}
 {%- endfor %}<|im_end|>{{ '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"""

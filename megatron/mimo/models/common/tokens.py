@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import InputError
 
-__all__ = ["labels_or", "read_tokens"]
+__all__ = ["labels_or", "read_tokens", "runs_of"]
 
 
 def read_tokens(
@@ -45,3 +46,12 @@ def read_tokens(
 def labels_or(is_label: Tensor | None, tokens_L: Tensor, placeholder: int) -> Tensor:
     """``is_label``, or by default every token that is not a placeholder."""
     return tokens_L != placeholder if is_label is None else is_label
+
+
+def runs_of(tokens_L: Tensor, token: int) -> list[int]:
+    """How many times a token stands, each time it does, without another between."""
+    is_token_L = (tokens_L == token).int()
+    edges = torch.diff(is_token_L, prepend=is_token_L.new_zeros(1), append=is_token_L.new_zeros(1))
+    starts, stops = (edges == 1).nonzero(), (edges == -1).nonzero()
+    lengths: list[int] = (stops - starts).flatten().tolist()
+    return lengths

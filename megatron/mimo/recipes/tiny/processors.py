@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.mimo.models.common.templates import LLAVA_TEMPLATE, QWEN_TEMPLATE
+from megatron.mimo.models.common.templates import (
+    INTERNVL_TEMPLATE,
+    LLAVA_TEMPLATE,
+    QWEN_TEMPLATE,
+)
 from megatron.mimo.recipes.tiny.tasks import QUESTIONS, TONE_RATE
 from megatron.mimo.recipes.tiny.tokenizer import tiny_tokenizer
 
 __all__ = [
+    "internvl_processor",
     "llava_avlm_processor",
     "llava_next_processor",
     "llava_processor",
@@ -56,6 +61,30 @@ def llava_avlm_processor(config: Any) -> Any:
         tokenizer=_llama_tokenizer(config, tokens),
         patch_size=config.vision_config.patch_size,
         chat_template=LLAVA_TEMPLATE,
+    )
+
+
+def internvl_processor(config: Any) -> Any:
+    """An ``InternVLProcessor``, for images and clips."""
+    from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
+
+    size = dict(zip(("height", "width"), config.vision_config.image_size, strict=True))
+    names = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    image = config.image_token_id
+    tokens = dict(zip(names.values(), (image + 1, image + 2, image, image + 3), strict=True))
+    return InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(
+            size=size, crop_to_patches=True, min_patches=1, max_patches=4
+        ),
+        tokenizer=_qwen_tokenizer(config, tokens, names=names),
+        video_processor=InternVLVideoProcessor(size=size),
+        image_seq_length=config.image_seq_length,
+        chat_template=INTERNVL_TEMPLATE,
     )
 
 
@@ -143,7 +172,9 @@ def _llama_tokenizer(config: Any, placeholders: dict[str, int]) -> Any:
     )
 
 
-def _qwen_tokenizer(config: Any, placeholders: dict[str, int]) -> Any:
+def _qwen_tokenizer(
+    config: Any, placeholders: dict[str, int], *, names: dict[str, str] | None = None
+) -> Any:
     text = config.get_text_config()
     ids = {
         "<|endoftext|>": text.pad_token_id,
@@ -157,4 +188,5 @@ def _qwen_tokenizer(config: Any, placeholders: dict[str, int]) -> Any:
         bos=None,
         eos="<|im_end|>",
         pad="<|endoftext|>",
+        names=names,
     )

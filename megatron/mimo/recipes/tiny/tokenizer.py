@@ -16,6 +16,7 @@ def tiny_tokenizer(
     bos: str | None,
     eos: str,
     pad: str,
+    names: Mapping[str, str] | None = None,
 ) -> Any:
     """A fast tokenizer of transformers that splits ``texts`` into few tokens.
 
@@ -26,6 +27,7 @@ def tiny_tokenizer(
         bos: the special token that begins every text; None for none.
         eos: the one that ends an answer.
         pad: the one that fills.
+        names: attributes of the tokenizer by which a processor finds special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -59,7 +61,11 @@ def tiny_tokenizer(
         bos_token=bos,
         eos_token=eos,
         pad_token=pad,
-        additional_special_tokens=others,
+        **(
+            {"additional_special_tokens": others}
+            if names is None
+            else {"extra_special_tokens": names}
+        ),
     )
 
 

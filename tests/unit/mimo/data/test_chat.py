@@ -23,13 +23,14 @@ from megatron.mimo.recipes.tiny import processors, tasks
 from tests.unit.mimo.data.chats import chat_of, parse, talk, with_template
 
 PICTURE = Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3))
-FAMILIES = ("llava", "llava_next", "llava_avlm", "qwen2_audio", "qwen2_5_vl")
+FAMILIES = ("internvl", "llava", "llava_next", "llava_avlm", "qwen2_audio", "qwen2_5_vl")
 VALUES = {
     "image": PICTURE,
     "audio": np.sin(np.arange(6000) / 9).astype(np.float32),
     "video": Video(frames_THWC=np.zeros((4, 16, 16, 3), dtype=np.uint8), fps=2.0),
 }
 KINDS = {
+    "internvl": ("image", "video", "image"),
     "llava": ("image", "image"),
     "llava_next": ("image", "image"),
     "llava_avlm": ("audio", "image", "audio"),
@@ -54,7 +55,8 @@ def test_only_the_assistant_is_learned_whatever_the_media(name: str) -> None:
     said = tokenizer.decode(sample.token_ids[sample.is_label])
     end = tokenizer.eos_token
     assert said.replace(" ", "") == f"Acat,7low.{end}Ünknown{end}"
-    assert len(sample.media) == len(KINDS[name])
+    frames = 3 if name == "internvl" else 0  # each is an item, the first of them the clip's own
+    assert len(sample.media) == len(KINDS[name]) + frames
     placeholders = set(chat.family.media(chat.config).special_token_ids.values())
     is_media_L = torch.isin(sample.token_ids, torch.tensor([*placeholders]))
     assert int(is_media_L.sum()) == sum(item.rows for item in sample.media)

@@ -18,6 +18,11 @@ RECIPES = Path(__file__).parents[4] / "megatron/mimo/recipes"
 TINY = [name for name in recipe_names() if name.endswith("_tiny")]
 # Parameters of the published models, in millions.
 PUBLISHED = {
+    "internvl3_5_1b": 1061,
+    "internvl3_5_8b": 8528,
+    "internvl3_5_14b": 15120,
+    "internvl3_5_38b": 38390,
+    "internvl3_8b": 7944,
     "llava_1_5_7b": 7063,
     "llava_1_5_13b": 13351,
     "llava_next": 7567,

@@ -1,0 +1,1 @@
+"""InternVL: images of any resolution and clips, as tiles of one size."""
