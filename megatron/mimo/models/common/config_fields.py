@@ -180,7 +180,7 @@ _PARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "audio_config": ("qwen2_audio_encoder",),
     },
     "internvl": {
-        "text_config": ("qwen2", "qwen3", "llama"),
+        "text_config": ("qwen2", "qwen3", "qwen3_moe", "llama"),
         "vision_config": ("internvl_vision",),
     },
     "qwen2_5_vl": {
