@@ -46,6 +46,34 @@ _ENTRIES: tuple[object, ...] = (
             {"role": "assistant", "content": "three"},
         ],
     },
+    {
+        "messages": [
+            {"role": "user", "content": "<image>find <ref-object>"},
+            {"role": "assistant", "content": "<bbox>"},
+        ],
+        "images": ["picture.png"],
+        "objects": {"ref": ["it"], "bbox": [[1, 2, 3, 4]]},
+    },
+    {
+        "conversations": [
+            {"from": "human", "value": "<image>what?"},
+            {"from": "gpt", "value": "seven"},
+        ],
+        "images": [{"bytes": None, "path": "picture.png"}],
+    },
+    {"instruction": "add", "input": "1 2", "output": "3", "history": [["a", "b"]]},
+    {
+        "prompt": [{"role": "user", "content": "a"}],
+        "completion": [{"role": "assistant", "content": "b"}],
+    },
+    {"question": "what?", "answers": ["seven", "7"], "image": "picture.png"},
+    {"image": "picture.png", "caption": "a picture"},
+    {"text": "some text"},
+    {"texts": ["a", None, "b"], "images": [None, "picture.png", None]},
+    {
+        "text_list": ["a", "b"],
+        "image_info": [{"image_name": "picture.png", "matched_text_index": 1}],
+    },
 )
 
 

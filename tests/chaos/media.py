@@ -45,12 +45,22 @@ def _recording() -> bytes:
     return file.getvalue()
 
 
-def _clip() -> bytes:
+def _coded_recording(format_: str) -> bytes:
+    import numpy as np
+    import soundfile
+
+    file = io.BytesIO()
+    samples = np.sin(np.arange(8000) / 9)
+    soundfile.write(file, np.stack([samples, samples / 2], axis=1), 44100, format=format_)
+    return file.getvalue()
+
+
+def _clip(format_: str) -> bytes:
     import av
     import numpy as np
 
     file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
+    with av.open(file, "w", format=format_) as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width = stream.height = 32
         for number in range(6):
@@ -83,8 +93,9 @@ def _impostor(path: Path, random: Random) -> None:
 
 @contextmanager
 def media() -> Iterator[Case]:
-    """Cases: a picture, a recording or a clip, damaged or another thing altogether."""
-    from megatron.mimo.data.media_files import load_audio, load_image, load_video
+    """Cases: a picture, a recording or a clip, damaged or another thing altogether, in a file or in
+    memory."""
+    from megatron.mimo.data.media_files import EncodedMedium, load_audio, load_image, load_video
 
     sources = {
         "a.png": _picture("PNG", "RGBA"),
@@ -96,15 +107,23 @@ def media() -> Iterator[Case]:
         "g.gif": _animation("GIF"),
         "h.webp": _animation("WEBP"),
         "i.wav": _recording(),
+        "k.jpg": _picture("JPEG", "CMYK"),
+        "l.png": _picture("PNG", "I;16"),
+        "m.png": _picture("PNG", "P"),
     }
     with contextlib.suppress(ImportError):  # without PyAV there are no clips in containers
-        sources["j.mp4"] = _clip()
+        sources |= {"j.mp4": _clip("mp4"), "n.mkv": _clip("matroska"), "o.avi": _clip("avi")}
+    with contextlib.suppress(ImportError):  # without soundfile there is WAV alone
+        sources |= {"p.flac": _coded_recording("FLAC"), "q.ogg": _coded_recording("OGG")}
     readers = {
         "image": lambda path: load_image(path),
         "audio": lambda path: load_audio(path, sampling_rate=16000),
         "video": lambda path: load_video(path, fps=4.0),
     }
-    fitting = {".wav": "audio", ".gif": "video", ".mp4": "video"}
+    fitting = {
+        **dict.fromkeys((".wav", ".flac", ".ogg"), "audio"),
+        **dict.fromkeys((".gif", ".mp4", ".mkv", ".avi"), "video"),
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
@@ -118,7 +137,11 @@ def media() -> Iterator[Case]:
                 if random.random() < 0.1:
                     _impostor(path, random)
                 else:
-                    path.write_bytes(scramble(sources[source], random))
+                    data = scramble(sources[source], random)
+                    if random.random() < 0.3:  # as it lies in a table or a tar
+                        readers[reader](EncodedMedium(data=data, name=source))
+                        return
+                    path.write_bytes(data)
                 readers[reader](path)
             finally:
                 if path.is_dir() and not path.is_symlink():

@@ -13,7 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.media_source import MediaLimits, MediaSource, openable, shown
+from megatron.mimo.data.media_source import (
+    MediaLimits,
+    MediaSource,
+    openable,
+    require_seconds,
+    shown,
+)
 from megatron.mimo.data.pictures import as_rgb, load_image, open_image
 
 __all__ = ["Animation", "Container", "Frames", "Pictures"]
@@ -80,12 +86,14 @@ class Animation:
 class Container:
     """Whatever PyAV reads."""
 
-    def __init__(self, path: MediaSource) -> None:
+    def __init__(self, path: MediaSource, limits: MediaLimits) -> None:
         import av
 
         self._path = path
         with av.open(_readable(path)) as container:
             stream = _video(container, path)
+            if container.duration:  # in millionths of a second; as the header says
+                require_seconds(path, "video", container.duration / 1e6, limits)
             self._rate = float(stream.average_rate or stream.guessed_rate or 24)
             self.size = (stream.codec_context.width, stream.codec_context.height)
             tick = float(stream.time_base or 0)

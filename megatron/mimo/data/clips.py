@@ -22,6 +22,7 @@ from megatron.mimo.data.media_source import (
     first_bytes,
     require_file,
     require_pixels,
+    require_seconds,
     shown,
     undecodable,
 )
@@ -84,6 +85,12 @@ def load_video(
             start=video_start,
             stop=video_end,
         )
+        require_seconds(named, "video", frames.end, limits)
+        if len(picked) > limits.video_frames:
+            raise InputError(
+                f"{len(picked)} frames would be kept, more than --max-video-frames "
+                f"{limits.video_frames}; keep fewer with --video-fps, or raise the limit"
+            )
         width, height = frames.size
         require_pixels(named, width, height, limits.image_pixels)
         require_pixels(named, width, height, limits.video_pixels, frames=len(picked))
@@ -177,7 +184,7 @@ def _open(path: MediaSource | Sequence[MediaSource], rate: float, limits: MediaL
     start = first_bytes(path, 12)
     if start[:4] == b"GIF8" or (start[:4] == b"RIFF" and start[8:] == b"WEBP"):
         return Animation(path, limits)
-    return Container(path)
+    return Container(path, limits)
 
 
 def _of_frames(first: MediaSource) -> MediaSource:

@@ -18,6 +18,7 @@ __all__ = [
     "openable",
     "require_file",
     "require_pixels",
+    "require_seconds",
     "shown",
     "undecodable",
 ]
@@ -64,11 +65,15 @@ class MediaLimits:
     Attributes:
         image_pixels: of an image, or of one frame of a video.
         video_pixels: of all frames together that are kept of a video; each takes 3 bytes.
+        video_frames: that are kept of a video.
+        seconds: that a recording or a video lasts.
         root: media lie in this folder, links followed; None for anywhere.
     """
 
     image_pixels: int = 64_000_000
     video_pixels: int = 512_000_000
+    video_frames: int = 4096
+    seconds: float = 14_400.0
     root: Path | None = None
 
 
@@ -138,6 +143,19 @@ def require_pixels(
         f"video {shown(path)}: {frames} frames of {sizes} are more than --max-video-pixels "
         f"{limit}; keep fewer with --video-fps, cut it into clips, or raise the limit"
     )
+
+
+def require_seconds(path: MediaSource, kind: str, seconds: float, limits: MediaLimits) -> None:
+    """Refuse what lasts so long that it is damage, or a bomb.
+
+    Raises:
+        InputError: it lasts longer than ``limits.seconds``.
+    """
+    if not seconds <= limits.seconds:
+        raise InputError(
+            f"{kind} {shown(path)} lasts {seconds:.0f} s, more than --max-media-seconds "
+            f"{limits.seconds:g}; cut it into clips, or raise the limit"
+        )
 
 
 def undecodable(path: MediaSource, what: str, error: Exception) -> InputError:

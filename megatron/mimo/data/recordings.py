@@ -20,6 +20,7 @@ from megatron.mimo.data.media_source import (
     MediaSource,
     openable,
     require_file,
+    require_seconds,
     shown,
     undecodable,
 )
@@ -55,7 +56,7 @@ def load_audio(
         path: the file.
         sampling_rate: in Hz, of the result.
         longest: seconds that the model hears; more is an error, before anything is decoded.
-        limits: where it may lie.
+        limits: where it may lie, and how long it may last.
 
     Returns:
         float32 [L], in -1..1.
@@ -66,10 +67,11 @@ def load_audio(
     """
     from scipy.signal import resample_poly
 
-    require_file(path, "audio", limits or MediaLimits())
+    limits = limits or MediaLimits()
+    require_file(path, "audio", limits)
     try:
         header = _wav_header(path) or _sound_header(path)
-        _check(path, header, longest)
+        _check(path, header, longest, limits)
         samples = _read_wav(path) if header.is_plain_wav else _read_sound(path)
     except InputError:
         raise
@@ -108,13 +110,14 @@ def require_finite(samples_L: np.ndarray, what: str, rate: int) -> None:
         )
 
 
-def _check(path: MediaSource, header: _Header, longest: float | None) -> None:
+def _check(path: MediaSource, header: _Header, longest: float | None, limits: MediaLimits) -> None:
     if not _RATES[0] <= header.rate <= _RATES[1]:
         raise InputError(
             f"audio {shown(path)} says that it has {header.rate} samples per second; expected "
             f"{_RATES[0]} to {_RATES[1]}: its header is damaged, replace the file"
         )
     seconds = header.frames / header.rate
+    require_seconds(path, "audio", seconds, limits)
     if longest is not None and seconds > longest + 0.5 / header.rate:
         raise InputError(
             f"audio {shown(path)} lasts {seconds:.1f} s, and the model hears {longest:.1f} s; cut "

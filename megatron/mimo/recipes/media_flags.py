@@ -55,6 +55,20 @@ def add_media_arguments(parser: ArgumentParser, *, video_fps: float | None) -> N
         help="likewise for all frames together that are kept of a video (default: %(default)s)",
     )
     group.add_argument(
+        "--max-video-frames",
+        type=int,
+        default=limits.video_frames,
+        metavar="N",
+        help="videos of which more frames would be kept are refused (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-media-seconds",
+        type=float,
+        default=limits.seconds,
+        metavar="S",
+        help="videos and recordings that last longer are refused (default: %(default)s)",
+    )
+    group.add_argument(
         "--media-root",
         metavar="DIR",
         help="media outside of this folder are refused, links followed (default: any file that "
@@ -68,7 +82,10 @@ def media_limits(args: Namespace) -> MediaLimits:
     Raises:
         ConfigError: no sensible numbers, or no such folder.
     """
-    for flag in ("video_fps", "max_image_pixels", "max_video_pixels"):
+    for flag in (
+        *("video_fps", "max_image_pixels", "max_video_pixels", "max_video_frames"),
+        "max_media_seconds",
+    ):
         value = getattr(args, flag)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{flag.replace('_', '-')} is {value}; expected more than 0")
@@ -76,7 +93,11 @@ def media_limits(args: Namespace) -> MediaLimits:
     if root is not None and not root.is_dir():
         raise ConfigError(f"--media-root {root}: there is no such folder; correct the path")
     return MediaLimits(
-        image_pixels=args.max_image_pixels, video_pixels=args.max_video_pixels, root=root
+        image_pixels=args.max_image_pixels,
+        video_pixels=args.max_video_pixels,
+        video_frames=args.max_video_frames,
+        seconds=args.max_media_seconds,
+        root=root,
     )
 
 

@@ -19,7 +19,7 @@ from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversation import ContentPart, Document
 from megatron.mimo.data.formats.content_parts import Place, read_part
 from megatron.mimo.data.formats.conversing import object_of
-from megatron.mimo.data.formats.keys import known_keys, short
+from megatron.mimo.data.formats.keys import known_keys, read_list, short
 from megatron.mimo.data.formats.marked_messages import COLUMNS
 from megatron.mimo.data.formats.marks import marked_parts, names_no_medium
 from megatron.mimo.data.formats.record import Format, RawRecord, ReadingOptions
@@ -95,7 +95,7 @@ def _matched(
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"{name}: 'text_list' is {short(texts)}; expected a list of texts")
     before: dict[int, list[ContentPart]] = {}
-    for number, info in enumerate(given.get("image_info") or []):
+    for number, info in enumerate(read_list(given, "image_info", name)):
         where = f"{name}, image {number}"
         if not isinstance(info, Mapping):
             raise InputError(f"{where}: is {short(info)}; expected image_name and its place")
@@ -121,10 +121,11 @@ def _matched(
 
 
 def _list(given: Mapping[str, Any], key: str, name: str) -> list[Any]:
-    value = given.get(key)
-    if not isinstance(value, list | tuple) or not value:
-        raise InputError(f"{name}: {key!r} is {short(value)}; expected a list")
-    return list(value)
+    """A list that is not empty."""
+    value = read_list(given, key, name)
+    if not value:
+        raise InputError(f"{name}: {key!r} is {short(given.get(key))}; expected a list")
+    return value
 
 
 INTERLEAVED = Format(

@@ -19,6 +19,7 @@ __all__ = [
     "SETTINGS",
     "known_keys",
     "learned",
+    "read_list",
     "read_settings",
     "read_system",
     "read_tools",
@@ -163,6 +164,20 @@ def read_settings(part: Mapping[str, Any], name: str) -> dict[str, float]:
             f"{settings['video_end']} s; expected it to end later"
         )
     return settings
+
+
+def read_list(given: Mapping[str, Any], key: str, name: str) -> list[Any]:
+    """A list under a key; empty where there is none.
+
+    Raises:
+        InputError: something else.
+    """
+    value = given.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{name}: {key!r} is {short(value)}; expected a list")
+    return list(value)
 
 
 def read_system(entry: Mapping[str, Any], name: str) -> str | None:

@@ -69,7 +69,7 @@ def without_marks(turns: Sequence[Turn], media: RecordMedia, name: str) -> list[
 
 def _recognises(record: RawRecord) -> bool:
     value = record.value
-    return "messages" in value and any(value.get(key) for key in MEDIA_COLUMNS)
+    return "messages" in value and any(key in value for key in MEDIA_COLUMNS)
 
 
 def _read(record: RawRecord, options: ReadingOptions) -> Conversation:

@@ -73,7 +73,7 @@ def message(turn: Any, place: Place, *, marked: bool = False) -> Turn:
 
 def _recognises(record: RawRecord) -> bool:
     value = record.value
-    return "messages" in value and not any(value.get(key) for key in MEDIA_COLUMNS)
+    return "messages" in value and not any(key in value for key in MEDIA_COLUMNS)
 
 
 def _read(record: RawRecord, options: ReadingOptions) -> Conversation:

@@ -59,7 +59,8 @@ def question_turns(pairs: Sequence[tuple[str, str]], media: RecordMedia, name: s
     had_media = media.has_waiting
     turns = []
     for question, answer in pairs:
-        turns.append(Turn(role="user", content=marked_parts(question, media, name)))
+        parts = marked_parts(question, media, name)
+        turns.append(Turn(role="user", content=parts, is_learned=False))
         turns.append(text_turn("assistant", answer))
     named = [part for turn in turns for part in turn.content if part.kind != "text"]
     return without_marks(turns, media, name) if had_media and not named else turns

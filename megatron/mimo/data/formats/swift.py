@@ -19,7 +19,7 @@ from typing import Any
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversation import Conversation
 from megatron.mimo.data.formats.conversing import conversation, object_of, turn_list
-from megatron.mimo.data.formats.keys import known_keys, short
+from megatron.mimo.data.formats.keys import known_keys, read_list, short
 from megatron.mimo.data.formats.marked_messages import COLUMNS, marked_turns
 from megatron.mimo.data.formats.questions import history_of, question_turns, text_of
 from megatron.mimo.data.formats.record import Format, RawRecord, ReadingOptions
@@ -81,8 +81,8 @@ class _Objects:
             )
         self._name = name
         self._left: dict[str, Iterator[str]] = {
-            "ref-object": iter([_text(ref, name) for ref in given.get("ref") or []]),
-            "bbox": iter([_box(box, name) for box in given.get("bbox") or []]),
+            "ref-object": iter([_text(ref, name) for ref in read_list(given, "ref", name)]),
+            "bbox": iter([_box(box, name) for box in read_list(given, "bbox", name)]),
         }
 
     def written(self, text: str) -> str:
