@@ -1,7 +1,8 @@
-"""A training step of LLaVA beside transformers': ``python benchmarks/llava.py [--json]``.
+"""A training step beside transformers': ``python benchmarks/llava.py [--family qwen3_vl]``.
 
-The same model, from the same Hugging Face configuration with random weights, is trained on the same
-conversations (one image each, texts of very different lengths) in three ways:
+The same model, LLaVA's or another family's, from the same Hugging Face configuration with random
+weights, is trained on the same conversations (one image each, texts of very different lengths) in
+three ways:
 
 - ``packed``: ours, the conversations side by side in rows without padding;
 - ``padded``: ours, one conversation per row, padded to the longest;
@@ -12,8 +13,9 @@ one process takes turns. ``same_loss`` says how far the losses of the first step
 relatively: the same weights, the same batch.
 
 ``--size tiny``, the default without a GPU, is measured in one process and says nothing about a GPU.
-``--size 2b`` (bf16) wants a GPU, where the model is made. There transformers is measured in a
-process of its own, without Transformer Engine and with the fastest of PyTorch's attentions.
+``--size 2b`` (bf16; of Qwen3-VL ``4b`` too) wants a GPU, where the model is made. There
+transformers is measured in a process of its own, without Transformer Engine and with the fastest of
+PyTorch's attentions.
 ``memory_gb`` is a step's peak with weights and optimizer state, ``busy_ms`` the time in which the
 GPU works in forward and backward, ``host_waits`` how often the host waits for it in forward.
 ``tflops`` counts the arithmetic of real tokens only, and ``of_matmul`` is its share of the rate of
@@ -36,16 +38,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import device as on_device
-from benchmarks.llava_model import (
-    SIZES,
-    Loss,
-    configuration,
-    conversations,
-    our_losses,
-    real_flops,
-    reference,
-    theirs,
-)
+from benchmarks.step_cases import CASES
+from benchmarks.step_sides import Case, Loss, our_losses, real_flops, reference, theirs
 
 _WARM_UP = 2  # steps that are not timed
 _SAME = 0.02  # losses of the first step that are further apart are of two models
@@ -84,43 +78,43 @@ def adam(model: Any, device: Any) -> torch.optim.Optimizer:
 
 
 def measure_ours(
-    size: str, rounds: int, changes: dict[str, object], *, beside: bool
+    case: Case, size: str, rounds: int, changes: dict[str, object], *, beside: bool
 ) -> dict[str, Any]:
     """Our report; with ``beside``, transformers' too, measured in turn in this process."""
     from megatron.mimo.arguments.standalone import build_model, model_settings, process_groups
     from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.models import load_family
 
-    family, config, dtype = load_family("llava"), configuration(size), SIZES[size]["dtype"]
+    family, config = load_family(case.family), case.configuration(size)
+    dtype = case.sizes[size].dtype
     with process_groups() as device:
         changes |= {"gradient_accumulation_fusion": False}  # main_grad, which a DDP wrapper makes
         settings = model_settings(family, config, dtype=dtype, changes=changes)
-        original: Any = reference(config, device, dtype)
+        original: Any = reference(case, config, device, dtype)
         model = build_model(family, config, settings, device=device).train()
         load_hugging_face(model, original.state_dict(), family.keys(config))
-        losses = our_losses(size, model, device)
+        losses = our_losses(case, size, model, device)
         optimizers = dict.fromkeys(losses, adam(model, device))
         if beside:
-            given = conversations(config, SIZES[size]["lengths"])
-            losses = {"transformers": theirs(original, given, device, dtype)} | losses
+            losses = {"transformers": theirs(case, size, original, device)} | losses
             optimizers["transformers"] = adam(original, device)
         del original
-        return _report(size, losses, optimizers, rounds, device) | {
+        return _report(case, size, losses, optimizers, rounds, device) | {
             "layers": settings.transformer.transformer_impl
         }
 
 
-def measure_theirs(size: str, rounds: int) -> dict[str, Any]:
+def measure_theirs(case: Case, size: str, rounds: int) -> dict[str, Any]:
     """The report of transformers, in a process that holds nothing of Megatron."""
-    config, dtype = configuration(size), SIZES[size]["dtype"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = reference(config, device, dtype)
-    plain = theirs(model, conversations(config, SIZES[size]["lengths"]), device, dtype)
+    model = reference(case, case.configuration(size), device, case.sizes[size].dtype)
+    plain = theirs(case, size, model, device)
     with torch.no_grad():
         first = plain().item()  # before the weights change
     optimizer = adam(model, device)
     kind, loss = _fastest_attention(plain, optimizer, device)
-    report = _report(size, {"transformers": loss}, {"transformers": optimizer}, rounds, device)
+    both = {"transformers": loss}, {"transformers": optimizer}
+    report = _report(case, size, *both, rounds, device)
     report["transformers"] |= {"first_loss": first, "attention": kind}
     return report
 
@@ -159,10 +153,10 @@ def _fastest_attention(loss: Loss, optimizer: Any, device: Any) -> tuple[str, Lo
 
 
 def _report(
-    size: str, losses: dict[str, Loss], optimizers: Any, rounds: int, device: Any
+    case: Case, size: str, losses: dict[str, Loss], optimizers: Any, rounds: int, device: Any
 ) -> dict[str, Any]:
-    config = configuration(size)
-    lengths = [one["input_ids"].size(1) for one in conversations(config, SIZES[size]["lengths"])]
+    given = case.given(size)
+    lengths = [one["input_ids"].size(1) for one in given]
     with torch.no_grad():
         first = {name: loss().item() for name, loss in losses.items()}
     steps: dict[str, list[Any]] = {name: [] for name in losses}
@@ -172,7 +166,7 @@ def _report(
     report: dict[str, Any] = {
         "tokens": sum(lengths),
         "padded_tokens": len(lengths) * max(lengths),
-        "dtype": str(SIZES[size]["dtype"]).removeprefix("torch."),
+        "dtype": str(case.sizes[size].dtype).removeprefix("torch."),
     }
     if device.type != "cpu":
         report["matmul_tflops"] = round(on_device.matmul_tflops(), 1)
@@ -182,7 +176,7 @@ def _report(
         report[name] = {"first_loss": first[name], "step_ms": round(1e3 * median, 2)}
         if device.type != "cpu":
             peak = max(peak for *_, peak in timed) + held(optimizers[name])
-            tflops = real_flops(config, lengths) / median / 1e12
+            tflops = real_flops(case, case.configuration(size), given) / median / 1e12
             report[name] |= {"memory_gb": round(peak / 1e9, 2), "tflops": round(tflops, 1)}
             report[name]["of_matmul"] = round(tflops / report["matmul_tflops"], 3)
             report[name] |= _on_device(losses[name], optimizers[name])
@@ -221,7 +215,7 @@ def compare(report: dict[str, Any], other: dict[str, Any]) -> None:
 
 def _theirs_elsewhere(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--side", "transformers", "--json", "--size", size]
-    command += ["--rounds", str(arguments.rounds)]
+    command += ["--rounds", str(arguments.rounds), "--family", arguments.family]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
     return found
@@ -230,7 +224,9 @@ def _theirs_elsewhere(arguments: argparse.Namespace, size: str) -> dict[str, Any
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--size", choices=SIZES, help="tiny without a GPU, 2b with one")
+    parser.add_argument("--family", choices=CASES, default="llava")
+    sizes = sorted({size for case in CASES.values() for size in case.sizes})
+    parser.add_argument("--size", choices=sizes, help="tiny without a GPU, 2b with one")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--side", choices=("both", "ours", "transformers"), default="both")
     parser.add_argument("--transformer-impl", help="layers of our model; default: as in training")
@@ -239,6 +235,9 @@ def _parse() -> argparse.Namespace:
         "--beside", type=Path, metavar="FILE", help="what --side transformers wrote, if it did"
     )
     arguments = parser.parse_args()
+    if arguments.size and arguments.size not in CASES[arguments.family].sizes:
+        known = ", ".join(CASES[arguments.family].sizes)
+        parser.error(f"--size {arguments.size} with --family {arguments.family}; it has {known}")
     if arguments.side != "ours" and arguments.beside:
         parser.error("--beside goes with --side ours; leave it away")
     if arguments.side == "transformers" and arguments.transformer_impl:
@@ -251,23 +250,23 @@ def main() -> None:
     arguments = _parse()
     if arguments.side == "transformers":
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # as if not there
-    has_gpu = torch.cuda.is_available()
+    has_gpu, case = torch.cuda.is_available(), CASES[arguments.family]
     size = arguments.size or ("2b" if has_gpu else "tiny")
     given = arguments.transformer_impl
     changes = {"transformer_impl": given} if given else {}
     if arguments.side == "transformers":
-        report = measure_theirs(size, arguments.rounds)
+        report = measure_theirs(case, size, arguments.rounds)
     else:
         both = arguments.side == "both"
         other = _theirs_elsewhere(arguments, size) if both and has_gpu else None
-        report = measure_ours(size, arguments.rounds, changes, beside=both and not has_gpu)
+        report = measure_ours(case, size, arguments.rounds, changes, beside=both and not has_gpu)
         if arguments.beside is not None and arguments.beside.is_file():
             other = json.loads(arguments.beside.read_text())
         if both:
             report["transformers"] = (other or report)["transformers"]
         if both or other is not None:
             compare(report, other or report)
-    report |= {"size": size, "torch": torch.__version__}
+    report |= {"family": case.family, "size": size, "torch": torch.__version__}
     text = json.dumps(report, indent=2)
     if arguments.output is not None:
         arguments.output.write_text(text)

@@ -10,7 +10,16 @@ from benchmarks.gpu_check.check_step import Step
 
 __all__ = ["build_steps", "choose"]
 
-FAMILIES = ("llava", "llava_next", "internvl", "qwen2_5_vl", "qwen2_audio", "llava_avlm")
+FAMILIES = (
+    "llava",
+    "llava_next",
+    "internvl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen2_audio",
+    "llava_avlm",
+)
 _KINDS = {
     "te": ("transformer_engine", "with Transformer Engine"),
     "local": ("local", "without Transformer Engine"),

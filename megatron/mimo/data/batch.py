@@ -25,13 +25,17 @@ def keep_for_stage(
     post_process: bool,
     dtype: torch.dtype,
     adapter: PartitionAdapter | None = None,
+    keep_plan: bool = False,
 ) -> Batch:
     """Leave out what a pipeline stage has no use for, before it is moved anywhere.
 
     Floating-point encoder inputs become ``dtype``, the dtype of the model's parameters. With an
-    ``adapter`` the plan is cut for this rank's part of the sequence, while it is on the host.
+    ``adapter`` the plan is cut for this rank's part of the sequence, while it is on the host. Later
+    stages go without it, unless they are to ``keep_plan``.
     """
     drop = set() if pre_process else {"modality_inputs", "alignment_plan"}
+    if keep_plan:
+        drop.discard("alignment_plan")
     drop |= set() if post_process else {"labels", "loss_mask", HEAD_TARGETS}
     kept = {name: value for name, value in batch.items() if name not in drop}
     if adapter is not None and kept.get("alignment_plan") is not None:

@@ -47,6 +47,8 @@ class SampleCollator:
         span_modalities: modalities whose items are spans: the tokens of an item see each other in
             both directions. The batch has ``span_ids`` if there are any.
         mrope: position ids are [3, B, S], for multimodal RoPE.
+        plan_on_every_stage: later pipeline stages read the plan too, for levels of rows that their
+            layers add.
 
     Raises:
         ConfigError: at construction, when the attributes do not fit each other.
@@ -59,6 +61,7 @@ class SampleCollator:
     media_formats: Mapping[str, MediaFormat | Sequence[MediaFormat]]
     span_modalities: Sequence[str] = ()
     mrope: bool = False
+    plan_on_every_stage: bool = False
 
     def __post_init__(self) -> None:
         if self.seq_length < 1:

@@ -25,11 +25,13 @@ class Media:
         special_token_ids: placeholder token id of each modality.
         formats: as ``SampleCollator.media_formats``.
         mrope: position ids have three axes.
+        plan_on_every_stage: as ``SampleCollator.plan_on_every_stage``.
     """
 
     special_token_ids: Mapping[str, int]
     formats: Mapping[str, MediaFormat | Sequence[MediaFormat]]
     mrope: bool = False
+    plan_on_every_stage: bool = False
 
 
 class ToSample(Protocol):

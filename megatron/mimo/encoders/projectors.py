@@ -54,7 +54,8 @@ class Projector(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         # Rows of media are not spread over the tensor-parallel group, as a sequence is.
-        super().__init__(replace(config, sequence_parallel=False, tp_comm_overlap=False))
+        alone = {"sequence_parallel": False, "tp_comm_overlap": False}
+        super().__init__(replace(config, variable_seq_lengths=False, **alone))
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group = pg_collection.tp

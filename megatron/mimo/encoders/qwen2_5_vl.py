@@ -10,22 +10,22 @@ of all items, P = merge * merge, H hidden, O output width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.mimo.encoders.patch_grids import Grid, check_items
 from megatron.mimo.encoders.plain import pretrained_encoder_config
 from megatron.mimo.encoders.projectors import Projector
 from megatron.mimo.encoders.qwen2_5_vl_geometry import (
-    Grid,
     PatchGeometry,
     PatchSequence,
     patch_sequence,
@@ -34,7 +34,7 @@ from megatron.mimo.encoders.vit import check_runs_whole
 from megatron.mimo.layers import uses_transformer_engine
 from megatron.mimo.layers.norm import Norm
 
-__all__ = ["PatchMerger", "WindowTransformer", "window_encoder_config"]
+__all__ = ["PatchMerger", "WindowTransformer", "borders_on_host", "window_encoder_config"]
 
 _EPSILON = 1e-6  # Qwen2.5-VL has no setting for it
 
@@ -142,7 +142,7 @@ class WindowTransformer(MegatronModule):
         Raises:
             InputError: patches and grids that do not fit each other or the model.
         """
-        self._check(pixel_values, grid)
+        check_items(pixel_values, grid, self.geometry, self.patch_embedding.in_features)
         count = len(grid)
         if count == 0:
             # A blank item, whose rows are dropped below, gives every parameter a gradient of zero
@@ -162,24 +162,19 @@ class WindowTransformer(MegatronModule):
 
     def _sequence(self, grid: Sequence[Grid], like: Tensor) -> PatchSequence:
         grids = tuple((frames, lines, columns) for frames, lines, columns in grid)
-        # A fused kernel reads borders on the device; tiles are planned on the host.
-        fused = like.is_cuda and like.dtype in (torch.float16, torch.bfloat16)
-        on_device = fused or uses_transformer_engine(self.config)
-        return patch_sequence(grids, self.geometry, like.device, borders_on_host=not on_device)
+        on_host = borders_on_host(self.config, like)
+        return patch_sequence(grids, self.geometry, like.device, borders_on_host=on_host)
 
-    def _check(self, pixel_values: Sequence[Tensor], grid: Sequence[Grid]) -> None:
-        if len(pixel_values) != len(grid):
-            raise InputError(
-                f"pixel_values of {len(pixel_values)} items and {len(grid)} grids; expected as many"
-            )
-        values = self.patch_embedding.in_features
-        for number, (patches_TE, one) in enumerate(zip(pixel_values, grid, strict=True)):
-            expected = [self.geometry.rows(one) * self.geometry.merge**2, values]
-            if list(patches_TE.shape) != expected or not patches_TE.is_floating_point():
-                raise InputError(
-                    f"pixel_values of item {number}, whose grid is {one}, are {patches_TE.dtype} "
-                    f"{list(patches_TE.shape)}; expected floating point {expected}"
-                )
+
+def borders_on_host(config: TransformerConfig, like: Tensor) -> bool:
+    """Whether attention plans its tiles on the host; a fused kernel reads borders on the device.
+
+    Args:
+        config: of the encoder.
+        like: of the device and dtype of its activations.
+    """
+    fused = like.is_cuda and like.dtype in (torch.float16, torch.bfloat16)
+    return not fused and not uses_transformer_engine(config)
 
 
 class PatchMerger(MegatronModule):
@@ -189,6 +184,7 @@ class PatchMerger(MegatronModule):
         config: of the encoder.
         patches: P.
         output_size: O.
+        norm_of: what is normalised, each of the "patches" or their "square".
         pg_collection: Megatron's process groups; the global ones by default.
 
     Raises:
@@ -201,14 +197,15 @@ class PatchMerger(MegatronModule):
         *,
         patches: int,
         output_size: int,
+        norm_of: Literal["patches", "square"] = "patches",
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group = pg_collection.tp
-        self.norm = Norm(config, config.hidden_size)
         width = patches * config.hidden_size
+        self.norm = Norm(config, width if norm_of == "square" else config.hidden_size)
         self.mlp = Projector(
             config,
             input_size=width,
@@ -220,6 +217,6 @@ class PatchMerger(MegatronModule):
 
     def forward(self, rows_RF: Tensor) -> Tensor:
         """[R, P * H] -> [R, O]; R may be 0."""
-        patches_RPH = rows_RF.unflatten(1, (-1, self.config.hidden_size))
+        patches_RPH = rows_RF.unflatten(1, (-1, *self.norm.shape))
         merged_RO: Tensor = self.mlp(self.norm(patches_RPH).flatten(1))
         return merged_RO

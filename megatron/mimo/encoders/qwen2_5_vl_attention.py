@@ -1,4 +1,4 @@
-"""Attention of Qwen2.5-VL's vision encoder: rotated by line and column, within windows or frames.
+"""Attention of the Qwen-VL encoders: rotated by line and column, within windows or frames.
 
 Legend: T patches of all items, H heads of this tensor-parallel rank, D head size.
 """
@@ -9,7 +9,6 @@ from collections.abc import Collection
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import InputError
@@ -18,10 +17,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.mimo.encoders.patch_grids import TurnedSequence, rotated
 from megatron.mimo.encoders.qwen2_5_vl_geometry import PatchSequence
 from megatron.mimo.layers import encoder_layer_spec
 
-__all__ = ["WindowAttention", "rotated", "window_layer_spec"]
+__all__ = ["TurningAttention", "WindowAttention", "frame_layer_spec", "window_layer_spec"]
 
 
 def window_layer_spec(config: TransformerConfig, *, full_layers: Collection[int]) -> ModuleSpec:
@@ -35,32 +35,27 @@ def window_layer_spec(config: TransformerConfig, *, full_layers: Collection[int]
     Raises:
         ConfigError: see :func:`encoder_layer_spec`.
     """
+    return _layer_spec(config, partial(WindowAttention, full_layers=frozenset(full_layers)))
+
+
+def frame_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """The same, where the attention of all layers spans a frame."""
+    return _layer_spec(config, TurningAttention)
+
+
+def _layer_spec(config: TransformerConfig, turning: Any) -> ModuleSpec:
     block = encoder_layer_spec(config)
     block.submodules.layer_norm = None
     for layer in {id(one): one for one in block.submodules.layer_specs}.values():
         attention = layer.submodules.self_attention.submodules
-        attention.core_attention = partial(
-            WindowAttention, inner=attention.core_attention, full_layers=frozenset(full_layers)
-        )
+        attention.core_attention = partial(turning, inner=attention.core_attention)
     return block
 
 
-def rotated(heads_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Turn feature i and feature i + D / 2 of each head by an angle, in fp32.
+class TurningAttention(MegatronModule):
+    """In the place of a ``core_attention``; takes packed sequences that are a ``TurnedSequence``.
 
-    Args:
-        heads_THD: queries or keys.
-        cos_TD: [T, D / 2] fp32.
-        sin_TD: likewise.
-    """
-    first, second = heads_THD.float().chunk(2, dim=-1)
-    cos, sin = cos_TD[:, None], sin_TD[:, None]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(heads_THD.dtype)
-
-
-class WindowAttention(MegatronModule):
-    """In the place of a ``core_attention``; takes packed sequences that are a ``PatchSequence``.
+    Each frame attends to itself.
 
     Args:
         config: of the encoder.
@@ -68,9 +63,10 @@ class WindowAttention(MegatronModule):
         attn_mask_type: passed on.
         attention_type: passed on.
         inner: builds the attention that does the work.
-        full_layers: see :func:`window_layer_spec`.
         given: passed on.
     """
+
+    sequence: type[TurnedSequence] = TurnedSequence
 
     def __init__(
         self,
@@ -80,11 +76,9 @@ class WindowAttention(MegatronModule):
         attention_type: str,
         *,
         inner: Any,
-        full_layers: frozenset[int],
         **given: Any,
     ) -> None:
         super().__init__(config=config)
-        self.is_full = layer_number - 1 in full_layers
         self.inner = inner(
             config=config,
             layer_number=layer_number,
@@ -106,21 +100,45 @@ class WindowAttention(MegatronModule):
         """Rotate queries and keys [T, H, D], then attend: [T, H * D].
 
         Raises:
-            InputError: ``packed_seq_params`` are not a ``PatchSequence``.
+            InputError: ``packed_seq_params`` are no such sequence.
         """
-        if not isinstance(packed_seq_params, PatchSequence):
+        if not isinstance(packed_seq_params, self.sequence):
             raise InputError(
                 f"packed_seq_params are {type(packed_seq_params).__name__}; expected a "
-                "PatchSequence: this attention is Qwen2.5-VL's vision encoder's alone"
+                f"{self.sequence.__name__}: this attention is a vision encoder's alone"
             )
         turns = (packed_seq_params.cos_TD, packed_seq_params.sin_TD)
-        borders = packed_seq_params if self.is_full else packed_seq_params.windows
         out: Tensor = self.inner(
             rotated(query, *turns),
             rotated(key, *turns),
             value,
             attention_mask,
-            packed_seq_params=borders,
+            packed_seq_params=self.borders(packed_seq_params),
             **given,
         )
         return out
+
+    def borders(self, sequence: Any) -> PackedSeqParams:
+        """Where what attends to itself begins and ends."""
+        whole: PackedSeqParams = sequence
+        return whole
+
+
+class WindowAttention(TurningAttention):
+    """As ``TurningAttention``, for a ``PatchSequence``: within windows, in most layers.
+
+    Args:
+        full_layers: see :func:`window_layer_spec`.
+        layer_number: from 1.
+        given: those of ``TurningAttention``.
+    """
+
+    sequence = PatchSequence
+
+    def __init__(self, *, full_layers: frozenset[int], layer_number: int, **given: Any) -> None:
+        super().__init__(layer_number=layer_number, **given)
+        self.is_full = layer_number - 1 in full_layers
+
+    def borders(self, sequence: PatchSequence) -> PackedSeqParams:
+        """Of frames in full layers, else of windows."""
+        return sequence if self.is_full else sequence.windows

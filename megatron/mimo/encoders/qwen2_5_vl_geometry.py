@@ -9,7 +9,6 @@ Legend: T patches of all items, R squares (output rows) of all items, D head siz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -17,78 +16,45 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.mimo.encoders.patch_grids import Grid, SquareGeometry, TurnedSequence, borders, moved
 
-__all__ = ["Grid", "PatchGeometry", "PatchSequence", "patch_sequence"]
-
-Grid = tuple[int, int, int]
-"""Frames, lines and columns of an item, in patches."""
+__all__ = ["PatchGeometry", "PatchSequence", "patch_sequence"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchGeometry:
+class PatchGeometry(SquareGeometry):
     """What is the same for all items of a model.
 
     Attributes:
-        merge: patches along each side of a square.
         window: squares along each side of a window.
-        head_size: D, a multiple of 4.
-        theta: base of the rotation's wavelengths.
 
     Raises:
         ConfigError: sizes that cannot be.
     """
 
-    merge: int
     window: int
-    head_size: int
-    theta: float = 10_000.0
 
     def __post_init__(self) -> None:
-        if self.merge < 1 or self.window < 1:
+        super().__post_init__()
+        if self.window < 1:
             raise ConfigError(
-                f"squares of {self.merge} x {self.merge} patches in windows of {self.window} x "
-                f"{self.window} squares; expected at least 1"
+                f"windows of {self.window} x {self.window} squares; expected at least 1"
             )
-        if self.head_size < 4 or self.head_size % 4:
-            raise ConfigError(
-                f"the head size is {self.head_size}; a rotation by line and column takes a "
-                "multiple of 4"
-            )
-
-    def rows(self, grid: Sequence[int]) -> int:
-        """Squares of an item of frames, lines and columns of patches.
-
-        Raises:
-            InputError: the grid is not three positive numbers, or is not divisible into squares.
-        """
-        fits = len(grid) == 3 and all(type(size) is int and size > 0 for size in grid)
-        if not fits or grid[1] % self.merge or grid[2] % self.merge:
-            raise InputError(
-                f"a grid is {grid!r}; expected (frames, lines, columns) as positive integers on "
-                f"the host, lines and columns divisible by {self.merge}"
-            )
-        return grid[0] * grid[1] * grid[2] // self.merge**2
 
 
 @dataclass(kw_only=True)
-class PatchSequence(PackedSeqParams):
-    """All patches of a call as one packed sequence: what every layer needs to know of it.
-
-    As ``PackedSeqParams`` it says where frames begin and end.
+class PatchSequence(TurnedSequence):
+    """A sequence in which the patches of a window follow each other.
 
     Attributes:
         windows: where windows begin and end.
-        cos_TD: [T, D / 2] fp32, to rotate queries and keys by their line and column.
-        sin_TD: likewise.
         order_T: int64; patch ``order_T[i]`` of the items stands at place i.
         places_R: int64; row r of the items is made of square ``places_R[r]`` of the sequence.
     """
 
     windows: PackedSeqParams
-    cos_TD: Tensor
-    sin_TD: Tensor
     order_T: Tensor
     places_R: Tensor
 
@@ -141,26 +107,15 @@ def patch_sequence(
         frames = [lines * columns for count, lines, columns in grids for _ in range(count)]
         windows = [length for item in items for length in item.windows]
 
-        def borders(lengths: Sequence[int]) -> dict[str, Tensor | int]:
-            sums = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-            if not borders_on_host:
-                sums = _copied(sums, device)
-            longest = max(lengths)
-            return {
-                "cu_seqlens_q": sums,
-                "cu_seqlens_kv": sums,
-                "max_seqlen_q": longest,
-                "max_seqlen_kv": longest,
-            }
-
+        where = None if borders_on_host else device
         return PatchSequence(
             qkv_format="thd",
-            **borders(frames),
-            windows=PackedSeqParams(qkv_format="thd", **borders(windows)),
-            cos_TD=_copied(angles_TD.cos(), device),
-            sin_TD=_copied(angles_TD.sin(), device),
-            order_T=_copied(order_T, device),
-            places_R=_copied(squares_R.argsort(), device),
+            **borders(frames, where),
+            windows=PackedSeqParams(qkv_format="thd", **borders(windows, where)),
+            cos_TD=moved(angles_TD.cos(), device),
+            sin_TD=moved(angles_TD.sin(), device),
+            order_T=moved(order_T, device),
+            places_R=moved(squares_R.argsort(), device),
         )
 
 
@@ -179,18 +134,15 @@ def _item(grid: Grid, geometry: PatchGeometry) -> _Item:
     windows = [high * wide * geometry.merge**2 for high in down for wide in across]
 
     within = torch.arange(geometry.merge)
-    rates = torch.arange(0, geometry.head_size // 2, 2).float() / (geometry.head_size // 2)
-    frequencies = 1 / geometry.theta**rates
-    angles = []
+    places = []
     for axis_R, by_line in ((line_R, True), (column_R, False)):
         first_R = axis_R[squares_R] * geometry.merge
         offsets = within[:, None] if by_line else within[None, :]
         shape = (len(first_R), geometry.merge, geometry.merge)
-        positions_T = (first_R[:, None, None] + offsets).expand(shape).flatten()
-        angles.append(positions_T[:, None].float() * frequencies)
+        places.append((first_R[:, None, None] + offsets).expand(shape).flatten())
     return _Item(
         squares_R=squares_R,
-        angles_TD=torch.cat(angles, dim=1),
+        angles_TD=geometry.angles(*places),
         windows=tuple(windows * frames),
     )
 
@@ -198,9 +150,3 @@ def _item(grid: Grid, geometry: PatchGeometry) -> _Item:
 def _cut(length: int, piece: int) -> list[int]:
     """Pieces of a length; the last may be shorter."""
     return [min(piece, length - start) for start in range(0, length, piece)]
-
-
-def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -84,6 +84,7 @@ def encoder_config(
         num_layers_in_last_pipeline_stage=None,
         account_for_embedding_in_pipeline_split=False,
         account_for_loss_in_pipeline_split=False,
+        variable_seq_lengths=False,
         context_parallel_size=1,
         sequence_parallel=False,
         tp_comm_overlap=False,

@@ -218,7 +218,7 @@ class Generator:
         from megatron.core.inference.utils import InferenceMode
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-        first = run.embedding_inputs() if self._pipeline.is_first else {}
+        first = run.embedding_inputs() if self._pipeline.needs_plan else {}
         with nullcontext() if run.context is None else InferenceMode.active():
             logits_BSV = self._pipeline.run(first, run.inputs(), run.shape)
         if logits_BSV is None:

@@ -50,7 +50,8 @@ class Pipeline:
         """Run all of this rank's chunks; collective over the pipeline.
 
         Args:
-            first_inputs: arguments of the chunk that embeds; of no use elsewhere.
+            first_inputs: arguments of the chunk that embeds. Where :attr:`needs_plan`, others read
+                the plan among them.
             every_input: arguments of every chunk.
             shape_SB: tokens of each sequence, and sequences.
 
@@ -63,7 +64,11 @@ class Pipeline:
             if chunk.pre_process:
                 inputs |= first_inputs
             else:
-                chunk.set_input_tensor(self._receive(chunk, shape_SB))
+                shape = [*shape_SB, chunk.config.hidden_size]
+                if chunk.level_route.arrives:  # levels of rows, with the hidden states
+                    plan = inputs["alignment_plan"] = first_inputs["alignment_plan"]
+                    shape = chunk.level_route.message_shape(plan, hidden_size=shape[-1])
+                chunk.set_input_tensor(self._receive(chunk, shape))
             output, _ = chunk(**inputs)
             if not chunk.post_process:
                 self._send(output)
@@ -85,13 +90,18 @@ class Pipeline:
         dist.broadcast(tokens_N, group_src=self.group.size() - 1, group=self.group)
         return tokens_N
 
-    def _receive(self, chunk: MimoModel, shape_SB: list[int]) -> Tensor:
+    @property
+    def needs_plan(self) -> bool:
+        """This stage reads where rows go: it embeds, or levels of rows arrive."""
+        return self.is_first or any(chunk.level_route.arrives for chunk in self._chunks)
+
+    def _receive(self, chunk: MimoModel, shape: list[int]) -> Tensor:
         config = chunk.config
         wide = config.fp32_residual_connection
         dtype = torch.float32 if wide else config.pipeline_dtype or config.params_dtype
-        hidden_SBH = torch.empty(*shape_SB, config.hidden_size, dtype=dtype, device=self.device)
-        dist.recv(hidden_SBH, group_src=self._before, group=self.group)
-        return hidden_SBH
+        message = torch.empty(shape, dtype=dtype, device=self.device)
+        dist.recv(message, group_src=self._before, group=self.group)
+        return message
 
     def _send(self, hidden_SBH: Tensor) -> None:
         hidden_SBH = hidden_SBH.contiguous()

@@ -71,7 +71,10 @@ class Running:
         self._tokens.append(tokens_B)
 
     def embedding_inputs(self) -> dict[str, Any]:
-        """What the stage with the embedding reads in the next step, besides ``inputs``."""
+        """What the stage with the embedding reads in the next step, besides ``inputs``.
+
+        Stages to which levels of rows travel read the plan.
+        """
         batch = self._batch
         if not self._tokens:
             return {

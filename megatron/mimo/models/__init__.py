@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["family_names", "family_of", "load_family", "read_hf_config"]
 
-# Each module megatron.mimo.models.<name> has a constant FAMILY. The architectures are what
+# Each module megatron.mimo.models.<name>.model has a constant FAMILY. The architectures are what
 # config.json calls its models; they stand here so that finding a family imports no other.
 _ARCHITECTURES = {
     "internvl": ("InternVLForConditionalGeneration",),
@@ -27,7 +27,12 @@ _ARCHITECTURES = {
     "llava_next": ("LlavaNextForConditionalGeneration",),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
     "qwen2_audio": ("Qwen2AudioForConditionalGeneration",),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration",),
 }
+
+# Families that stand in another one's folder.
+_MODULES = {"qwen3_vl_moe": "qwen3_vl.moe"}
 
 _COUNTS = (
     *("num_attention_heads", "num_heads", "num_key_value_heads", "encoder_attention_heads"),
@@ -55,7 +60,8 @@ def load_family(name: str) -> Family:
             f"unknown model family {name!r}; {hint}known families: {', '.join(family_names())}"
         )
     require_hugging_face("models of Hugging Face")
-    family: Family = importlib.import_module(f"{__name__}.{name}.model").FAMILY
+    module = _MODULES.get(name, f"{name}.model")
+    family: Family = importlib.import_module(f"{__name__}.{module}").FAMILY
     return family
 
 

@@ -59,6 +59,23 @@ _RECIPES = {
         "tiny.twins:qwen2_audio_tiny",
         "Qwen2-Audio of 0.2 million parameters that names tones",
     ),
+    "qwen3_vl_235b_a22b": (
+        "qwen3_vl_moe:qwen3_vl_235b_a22b",
+        "Qwen3-VL 235B-A22B, images and video",
+    ),
+    "qwen3_vl_2b": ("qwen3_vl:qwen3_vl_2b", "Qwen3-VL 2B, images and video"),
+    "qwen3_vl_30b_a3b": ("qwen3_vl_moe:qwen3_vl_30b_a3b", "Qwen3-VL 30B-A3B, images and video"),
+    "qwen3_vl_32b": ("qwen3_vl:qwen3_vl_32b", "Qwen3-VL 32B, images and video"),
+    "qwen3_vl_4b": ("qwen3_vl:qwen3_vl_4b", "Qwen3-VL 4B, images and video"),
+    "qwen3_vl_8b": ("qwen3_vl:qwen3_vl_8b", "Qwen3-VL 8B, images and video"),
+    "qwen3_vl_moe_tiny": (
+        "tiny.qwen3_vl:qwen3_vl_moe_tiny",
+        "Qwen3-VL of 0.3 million parameters, most of them in experts, that reads digits",
+    ),
+    "qwen3_vl_tiny": (
+        "tiny.qwen3_vl:qwen3_vl_tiny",
+        "Qwen3-VL of 0.2 million parameters that reads digits in images and clips",
+    ),
 }
 
 # Models of one family that differ in size alone have one twin; it answers to all their names.
@@ -73,6 +90,12 @@ _TWINS = {
     "qwen2_5_vl_3b_tiny": "qwen2_5_vl_tiny",
     "qwen2_5_vl_7b_tiny": "qwen2_5_vl_tiny",
     "qwen2_audio_7b_tiny": "qwen2_audio_tiny",
+    "qwen3_vl_235b_a22b_tiny": "qwen3_vl_moe_tiny",
+    "qwen3_vl_2b_tiny": "qwen3_vl_tiny",
+    "qwen3_vl_30b_a3b_tiny": "qwen3_vl_moe_tiny",
+    "qwen3_vl_32b_tiny": "qwen3_vl_tiny",
+    "qwen3_vl_4b_tiny": "qwen3_vl_tiny",
+    "qwen3_vl_8b_tiny": "qwen3_vl_tiny",
 }
 
 

@@ -153,13 +153,7 @@ def dataset_provider(
         datasets = split_datasets(recipe, args, counts)
         pack = packing_collator(recipe.name, args, collate) if args.pack else None
         dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-        keep = partial(
-            keep_for_stage,
-            pre_process=first,
-            post_process=last,
-            dtype=args.params_dtype,
-            adapter=sequence_partition(args),
-        )
+        keep = _keeper(args, collate, first=first, last=last)
         # every evaluation reads the same samples, so that its figures can be compared
         eval_period = max(args.eval_iters, 1) * args.eval_global_batch_size
 
@@ -209,6 +203,20 @@ def split_datasets(recipe: Recipe, args: Namespace, counts: tuple[int, int, int]
             "give --valid-data-path, if the recipe reads it, or --eval-iters 0"
         )
     return datasets
+
+
+def _keeper(
+    args: Namespace, collate: Collator, *, first: bool, last: bool
+) -> Callable[[Batch], Batch]:
+    """What leaves out of a batch what this pipeline stage has no use for."""
+    return partial(
+        keep_for_stage,
+        pre_process=first,
+        post_process=last,
+        dtype=args.params_dtype,
+        adapter=sequence_partition(args),
+        keep_plan=getattr(collate, "plan_on_every_stage", False),
+    )
 
 
 def _every_stage_reads(args: Namespace, collate: Collator) -> bool:

@@ -5,12 +5,16 @@ Legend: S sequence, B micro-batch, H hidden, N rows of one modality, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+from tests.distributed.core.encoders import PIXELS, SOUND_WIDTH, image_parts, sound_spec
 
 SEQUENCE = 16
 VOCABULARY = 32
@@ -18,8 +22,6 @@ HIDDEN = 16
 IMAGE, SOUND = 30, 31  # placeholder tokens
 PLACEHOLDERS = {"images": IMAGE, "sounds": SOUND}
 PATCHES = 4  # rows per image
-SOUND_WIDTH = 5
-PIXELS = (2, 4, 4)  # channels, height, width
 
 # Images and sounds of the samples of each global batch, four micro-batches of two samples. Data
 # parallelism deals micro-batches out in turn: with two ranks the second one sees no image in its
@@ -65,6 +67,7 @@ class Design:
         mrope: multimodal RoPE, with positions in three dimensions.
         spans: an image's tokens see each other in both directions.
         heads: two further heads, of ``tests/distributed/core/heads.py``.
+        levels: of image rows that the first decoder layers add (deepstack).
     """
 
     layers: int = 2
@@ -81,6 +84,7 @@ class Design:
     mrope: bool = False
     spans: bool = False
     heads: bool = False
+    levels: int = 0
 
 
 def make_batches(*, media: bool = True) -> list[list[Sample]]:
@@ -173,17 +177,16 @@ def build_model(
 ) -> Any:
     """This rank's part of the model, frozen as the design says."""
     from megatron.core.enums import ModelType
-    from megatron.core.models.gpt import GPTModel
     from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.mimo.layers import language_layer_spec
     from tests.distributed.core.heads import head_specs
 
+    module, layers = _language_parts(config, design, vp_stage)
     language = ModuleSpec(
-        module=GPTModel,
+        module=module,
         params={
             "config": config,
-            "transformer_layer_spec": language_layer_spec(config, vp_stage=vp_stage),
+            "transformer_layer_spec": layers,
             "vp_stage": vp_stage,
             "vocab_size": VOCABULARY,
             "max_sequence_length": SEQUENCE,
@@ -198,12 +201,12 @@ def build_model(
     images = ModuleSpec(
         module=VisionModalitySubmodules,
         params={"recompute_projections": recompute_projections},
-        submodules=_image_parts(config, groups),
+        submodules=image_parts(config, groups, design.levels),
     )
     model = MimoModel(
         MimoModelConfig(
             language_model_spec=language,
-            modality_submodules_spec={"images": images, "sounds": _sound_spec()},
+            modality_submodules_spec={"images": images, "sounds": sound_spec(HIDDEN)},
             special_token_ids=PLACEHOLDERS,
             kv_format="thd" if packed else "sbhd",
             heads=head_specs() if design.heads else {},
@@ -216,6 +219,18 @@ def build_model(
     model.model_type = ModelType.encoder_or_decoder
     _freeze(model, design)
     return model
+
+
+def _language_parts(config: Any, design: Design, vp_stage: int | None) -> tuple[Any, Any]:
+    """The class of the language model, and the spec of its layers."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.mimo.layers import language_layer_spec
+    from megatron.mimo.layers.deepstack import TakesLevels, deepstack_layers
+
+    layers = language_layer_spec(config, vp_stage=vp_stage)
+    if not design.levels:
+        return GPTModel, layers
+    return type("LeveledGPT", (TakesLevels, GPTModel), {}), deepstack_layers(layers, config)
 
 
 def _freeze(model: Any, design: Design) -> None:
@@ -236,64 +251,6 @@ def _position_type(design: Design) -> str:
     return "learned_absolute" if design.learned_positions else "rope"
 
 
-class SoundEncoder(torch.nn.Module):
-    """A plain PyTorch encoder: [N, F] to [N, H]."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.widen = torch.nn.Linear(width, 2 * hidden)
-        self.narrow = torch.nn.Linear(2 * hidden, hidden)
-
-    def forward(self, waves: torch.Tensor) -> torch.Tensor:
-        return self.narrow(torch.tanh(self.widen(waves)))
-
-
-def _sound_spec() -> Any:
-    from megatron.core.models.mimo import AudioModalitySubmodules
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    # Knows nothing of Megatron: replicated over the tensor-parallel group.
-    encoder = ModuleSpec(module=SoundEncoder, params={"width": SOUND_WIDTH, "hidden": HIDDEN})
-    return ModuleSpec(module=AudioModalitySubmodules, submodules={"encoders": {"linear": encoder}})
-
-
-def _image_parts(config: Any, groups: Any) -> dict[str, Any]:
-    from dataclasses import replace
-
-    from megatron.core.models.vision.multimodal_projector import MultimodalProjector
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer.mlp import MLPSubmodules
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.mimo.encoders import VisionTransformer, encoder_config
-    from megatron.mimo.layers import encoder_layer_spec
-
-    vision = encoder_config(config, num_layers=2, hidden_size=8, num_attention_heads=4)
-    encoder = ModuleSpec(
-        module=VisionTransformer,
-        params={
-            "config": vision,
-            "transformer_layer_spec": encoder_layer_spec(vision),
-            "image_size": PIXELS[1:],
-            "patch_size": 2,
-            "channels": PIXELS[0],
-            "pg_collection": groups,
-        },
-    )
-    projection = ModuleSpec(
-        module=MultimodalProjector,
-        params={
-            "config": replace(config, sequence_parallel=False),
-            "submodules": MLPSubmodules(
-                linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-            ),
-            "projector_type": "mlp",
-            "input_size": vision.hidden_size,
-            "pg_collection": groups,
-        },
-    )
-    return {"encoders": {"vit": encoder}, "input_projections": [projection]}
-
-
 def sample_losses(model: Any, sample: Sample, *, spans: bool = False) -> torch.Tensor:
     """Losses [S] of one sample, its embedding put together by a loop over its tokens.
 
@@ -302,9 +259,14 @@ def sample_losses(model: Any, sample: Sample, *, spans: bool = False) -> torch.T
     language = model.language_model
     vision = model.modality_submodules["images"]
     rows: dict[int, list[torch.Tensor]] = {IMAGE: [], SOUND: []}
+    added: list[list[torch.Tensor]] = [[] for _ in vision.level_projections]
     for image in sample.images:
-        rows_NH, bias_H = vision.input_projections[0].encoder(vision.encoders["vit"](image[None]))
-        rows[IMAGE] += [*(rows_NH if bias_H is None else rows_NH + bias_H)]
+        encoded = vision.encoders["vit"](image[None])
+        rows[IMAGE] += _projected(vision.input_projections[0], getattr(encoded, "rows_NH", encoded))
+        for level, projection, found in zip(
+            getattr(encoded, "levels", ()), vision.level_projections, added, strict=True
+        ):
+            found += _projected(projection, level)
     hearing = model.modality_submodules["sounds"].encoders["linear"]
     for wave in sample.sounds:
         rows[SOUND].append(hearing(wave.to(hearing.narrow.weight.dtype)))
@@ -317,13 +279,45 @@ def sample_losses(model: Any, sample: Sample, *, spans: bool = False) -> torch.T
             row_H = row_H + language.embedding.position_embeddings.weight[position]
         embedded.append(row_H)
     assert not any(rows.values())
-    logits_SV = language(
-        input_ids=None,
-        position_ids=sample.positions_3S[:, None],
-        attention_mask=_hidden_by_rule(sample)[None, None] if spans else None,
-        decoder_input=torch.stack(embedded)[:, None],
-    )[0]
+    with _adding_to_layers(language.decoder.layers, sample, added):
+        logits_SV = language(
+            input_ids=None,
+            position_ids=sample.positions_3S[:, None],
+            attention_mask=_hidden_by_rule(sample)[None, None] if spans else None,
+            decoder_input=torch.stack(embedded)[:, None],
+        )[0]
     return F.cross_entropy(logits_SV.float(), sample.labels_S, reduction="none")
+
+
+def _projected(projection: Any, rows_NH: torch.Tensor) -> list[torch.Tensor]:
+    rows_NH, bias_H = projection.encoder(rows_NH)
+    return [*(rows_NH if bias_H is None else rows_NH + bias_H)]
+
+
+@contextmanager
+def _adding_to_layers(
+    layers: Any, sample: Sample, added: list[list[torch.Tensor]]
+) -> Iterator[None]:
+    """The rows of each level, put to the output of its layer token by token."""
+
+    def add(rows: list[torch.Tensor], _: Any, __: Any, output: tuple[torch.Tensor, Any]) -> Any:
+        left = iter(rows)
+        states = [
+            state_1H + next(left) if token == IMAGE else state_1H
+            for token, state_1H in zip(sample.ids_S.tolist(), output[0], strict=True)
+        ]
+        return torch.stack(states), *output[1:]
+
+    hooks = [
+        layer.register_forward_hook(partial(add, rows))
+        for layer, rows in zip(layers, added, strict=False)
+        if rows
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _hidden_by_rule(sample: Sample) -> torch.Tensor:

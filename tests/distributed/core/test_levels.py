@@ -160,6 +160,7 @@ def refusals() -> None:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.mimo import MimoModel
     from megatron.core.models.mimo.errors import ConfigError, InputError, UnsupportedError
+    from megatron.core.models.mimo.model.level_route import LevelRoute
     from megatron.core.models.mimo.model.refusals import refuse_untaken_levels
 
     groups = model_parallel()
@@ -172,8 +173,13 @@ def refusals() -> None:
     config.language_model_spec.module = leveled_language_model()
     short = build(Cell(encoder="levels"), groups).language_model
     del short.decoder.layers[1:]
-    with pytest.raises(UnsupportedError, match=r"first 2 decoder layers, .* holds 1; give it more"):
-        refuse_untaken_levels(model.modality_submodules, short)
+    with pytest.raises(UnsupportedError, match=r"first 2 decoder layers, .* holds 1; give the mod"):
+        refuse_untaken_levels(model.modality_submodules, short, LevelRoute())
+    layers = config.language_model_spec.params["config"]
+    layers.num_layers = 1
+    with pytest.raises(UnsupportedError, match=r"first 2 decoder layers, .* has 1; give it more"):
+        MimoModel(config)
+    layers.num_layers = 2
     del spec.submodules["level_projections"][1]
     with pytest.raises(ConfigError, match="has 1 level_projections for 2 levels"):
         MimoModel(config)

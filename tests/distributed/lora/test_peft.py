@@ -33,6 +33,7 @@ LAYOUTS = {
 MODULES = {
     "llava": ("language", "images.encoders"),
     "qwen2_5_vl": ("language", "images.encoders.qwen2_5_vl"),
+    "qwen3_vl": ("language", "images"),
 }
 
 

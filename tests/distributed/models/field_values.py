@@ -103,6 +103,34 @@ LLAVA: dict[str, list[Any]] = {
     "image_grid_pinpoints": [[[24, 24], [48, 24]], [[24, 60]]],
     "audio_token_index": [9],
 }
+VISUALS: dict[str, list[Any]] = {
+    "image_token_id": [9],
+    "video_token_id": [9],
+    "vision_start_token_id": [9],
+    "vision_end_token_id": [9],
+    "tie_word_embeddings": [True],
+}
+TURNS: list[Any] = [
+    {**BASE, "mrope_section": [6, 3, 3]},
+    {**BASE, "mrope_section": [2, 5, 5], "mrope_interleaved": False},
+    BASE,  # transformers takes a section of 64 frequencies
+    {**LLAMA3, "mrope_section": [4, 4, 4]},
+]
+FRAMES: dict[str, list[Any]] = {
+    "depth": [3],
+    "hidden_size": [48],
+    "hidden_act": ["gelu"],
+    "intermediate_size": [40],
+    "num_heads": [2],
+    "in_channels": [1],
+    "patch_size": [8],
+    "spatial_merge_size": [1],
+    "temporal_patch_size": [1],
+    "out_hidden_size": [32],
+    "num_position_embeddings": [36, 30],
+    "deepstack_visual_indexes": [[1], [], [1, 3], [2, 0]],
+    "rope_parameters": [{"rope_type": "axial", "rope_theta": 55.5}],
+}
 OTHERS: dict[str, dict[str, list[Any]]] = {
     **dict.fromkeys(("llava", "llava_next", "llava_avlm", "qwen2_audio"), LLAVA),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"), TEXT | EXPERTS),
@@ -115,15 +143,12 @@ OTHERS: dict[str, dict[str, list[Any]]] = {
             {**LLAMA3, **AXES},
         ],
     },
+    "qwen3_vl_text": TEXT | {"rope_parameters": TURNS},
+    "qwen3_vl_moe_text": TEXT | EXPERTS | {"rope_parameters": TURNS},
+    **dict.fromkeys(("qwen3_vl_vision", "qwen3_vl_moe_vision"), FRAMES),
     **dict.fromkeys(("clip_vision_model", "siglip_vision_model"), IMAGES),
     **dict.fromkeys(("whisper", "qwen2_audio_encoder"), AUDIO),
-    "qwen2_5_vl": {
-        "image_token_id": [9],
-        "video_token_id": [9],
-        "vision_start_token_id": [9],
-        "vision_end_token_id": [9],
-        "tie_word_embeddings": [True],
-    },
+    **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), VISUALS),
     "internvl": {
         "image_token_id": [9],
         "image_seq_length": [77],

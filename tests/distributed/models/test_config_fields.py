@@ -33,7 +33,16 @@ def bases() -> list[Any]:
     """Configurations in which every class that is supported stands once."""
     from transformers import Qwen2Config, SiglipVisionConfig
 
-    names = ("llava", "llava_next", "llava_avlm", "qwen2_audio", "qwen2_5_vl", "internvl")
+    names = (
+        "llava",
+        "llava_next",
+        "llava_avlm",
+        "qwen2_audio",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "internvl",
+    )
     several = [load_family(name).tiny() for name in names]
     other = load_family("llava").tiny().to_dict()
     small = {key: value for key, value in TINY_VISION.items() if key != "initializer_range"}
@@ -218,7 +227,7 @@ def test_parts_of_another_kind_are_refused(family: str, path: str, name: str, va
         load_family(family).arguments(config)
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_avlm", "qwen2_audio", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", "llava_avlm", "qwen2_audio", "qwen2_5_vl", "qwen3_vl"])
 def test_a_placeholder_outside_of_the_vocabulary_is_refused(name: str) -> None:
     family = load_family(name)
     for field in family.tiny().to_dict():

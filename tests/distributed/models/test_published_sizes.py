@@ -19,6 +19,11 @@ RECIPES = (
     "qwen2_audio_7b",
     "qwen2_5_vl_3b",
     "qwen2_5_vl_7b",
+    "qwen3_vl_2b",
+    "qwen3_vl_4b",
+    "qwen3_vl_8b",
+    "qwen3_vl_32b",
+    "qwen3_vl_30b_a3b",
 )
 
 
@@ -39,7 +44,7 @@ def match_on_meta(recipe: str) -> None:
         theirs = family.reference(config).state_dict()
     with process_groups():
         model = build_model(family, config, model_settings(family, config), device=meta)
-        table = family.keys(config)
+        theirs, table = family.keys(config).laid_out(theirs)
         match = match_names(theirs.keys(), table, source=recipe)
         matched = list(match_slots(model_slots(model), table))
     for slot, row in matched:

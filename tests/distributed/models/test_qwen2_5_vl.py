@@ -42,7 +42,7 @@ def test_trains_as_a_plain_loop_does(ranks: RankPool, expected: Expected) -> Non
         assert losses == pytest.approx(expected.trained, rel=LOSSES)
 
 
-def packed_logits(expected: Expected, cp: int) -> list[float]:
+def packed_logits(name: str, expected: Expected, cp: int) -> list[float]:
     """Distance from transformers of this rank's logits of each sample, all packed together."""
     from megatron.core import parallel_state
     from megatron.core.models.mimo.alignment.cut import packed_context_parallel_positions
@@ -53,15 +53,16 @@ def packed_logits(expected: Expected, cp: int) -> list[float]:
     from tests.rank_pool import model_parallel
 
     model_parallel(cp=cp)
-    family = load_family("qwen2_5_vl")
+    family = load_family(name)
     config = expected.config
     settings = model_settings(family, config, changes={"context_parallel_size": cp})
     model = build_model(family, config, settings, device=torch.device("cpu"))
     load_hugging_face(model, expected.weights, family.keys(config))
     samples = [family.sample(config, example) for example in expected.examples]
     media = family.media(config)
+    length = (sum(len(sample.token_ids) + 4 for sample in samples) // 32 + 1) * 32
     collator = PackingCollator(
-        seq_length=256,
+        seq_length=length,
         vocab_size=config.text_config.vocab_size,
         pad_id=0,
         special_token_ids=media.special_token_ids,
@@ -75,11 +76,11 @@ def packed_logits(expected: Expected, cp: int) -> list[float]:
         logits_1TV, _ = model(**batch)
     borders = batch["packing_kwargs"]
     places = torch.tensor(borders.get("cu_seqlens_q_padded", borders["cu_seqlens_q"]))
-    held_T = torch.arange(256)
+    held_T = torch.arange(length)
     if cp > 1:
         held_T = packed_context_parallel_positions(
             places,
-            total_tokens=256,
+            total_tokens=length,
             cp_rank=parallel_state.get_context_parallel_rank(),
             cp_size=cp,
         )
@@ -100,6 +101,6 @@ def _distance(logits_TV: Tensor, held_T: Tensor, start: int, wanted_LV: Tensor) 
 def test_a_packed_row_has_the_logits_of_its_samples(
     ranks: RankPool, expected: Expected, cp: int
 ) -> None:
-    for distances in ranks(cp)(packed_logits, expected, cp):
+    for distances in ranks(cp)(packed_logits, "qwen2_5_vl", expected, cp):
         assert len(distances) == len(expected.examples)
         assert max(distances) < 1e-4

@@ -93,6 +93,15 @@ _LLAVA = (
     "tie_word_embeddings"
 )
 _PLAIN = {"attention_bias": (False, None), "mlp_bias": (False, None)}
+_QWEN_VL = _rules(
+    "text_config vision_config image_token_id video_token_id tie_word_embeddings",
+    aside="vision_start_token_id vision_end_token_id",
+)
+_FRAMES = _rules(
+    "depth hidden_size hidden_act intermediate_size num_heads in_channels patch_size "
+    "spatial_merge_size temporal_patch_size out_hidden_size num_position_embeddings "
+    "deepstack_visual_indexes rope_parameters"
+)
 
 FIELDS: dict[str, Mapping[str, Rule]] = {
     # The whole models. How many rows an image gives follows from its tower.
@@ -100,16 +109,15 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
     "llava_next": _rules(_LLAVA + " image_grid_pinpoints", aside="image_seq_length"),
     "llava_avlm": _rules(_LLAVA + " audio_config audio_token_index"),
     "qwen2_audio": _rules("audio_config text_config audio_token_index"),
-    "qwen2_5_vl": _rules(
-        "text_config vision_config image_token_id video_token_id tie_word_embeddings",
-        aside="vision_start_token_id vision_end_token_id",
-    ),
     "internvl": _rules(
         "vision_config text_config image_token_id downsample_ratio projector_hidden_act "
         "vision_feature_layer tie_word_embeddings",
         aside="image_seq_length",
         only={"vision_feature_select_strategy": ("default",)},
     ),
+    "qwen2_5_vl": _QWEN_VL,
+    "qwen3_vl": _QWEN_VL,
+    "qwen3_vl_moe": _QWEN_VL,
     # Language models. Whether they tie is the whole model's to say.
     "llama": _rules(
         _TEXT + " head_dim tie_word_embeddings", aside=_TOKENS + " pretraining_tp", only=_PLAIN
@@ -127,6 +135,14 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
         only={"attention_bias": (False, None)},
     ),
     "qwen2_5_vl_text": _rules(f"{_TEXT} {_WINDOW} tie_word_embeddings", aside=_TOKENS),
+    "qwen3_vl_text": _rules(
+        _TEXT + " head_dim tie_word_embeddings", aside=_TOKENS, only={"attention_bias": (False,)}
+    ),
+    "qwen3_vl_moe_text": _rules(
+        f"{_TEXT} {_EXPERTS} head_dim tie_word_embeddings".replace(" norm_topk_prob", ""),
+        aside=_TOKENS + " sliding_window",  # which it sets to None, whatever is given
+        only={"attention_bias": (False,)},
+    ),
     # Towers. Nothing is computed from the pooled output of CLIP and SigLIP.
     "clip_vision_model": _rules(_IMAGES, aside="projection_dim initializer_factor"),
     "siglip_vision_model": _rules(_IMAGES, aside="vision_use_head"),
@@ -144,6 +160,8 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
             "use_absolute_position_embeddings": (True,),
         },
     ),
+    "qwen3_vl_vision": _FRAMES,
+    "qwen3_vl_moe_vision": _FRAMES,
     # Their encoders read scale_embedding and scale nothing; the rest is of Whisper's decoder, its
     # classifier and its augmentation, none of which is there.
     "whisper": _rules(
@@ -186,6 +204,14 @@ _PARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "qwen2_5_vl": {
         "text_config": ("qwen2_5_vl_text",),
         "vision_config": ("qwen2_5_vl_vision",),
+    },
+    "qwen3_vl": {
+        "text_config": ("qwen3_vl_text",),
+        "vision_config": ("qwen3_vl_vision",),
+    },
+    "qwen3_vl_moe": {
+        "text_config": ("qwen3_vl_moe_text",),
+        "vision_config": ("qwen3_vl_moe_vision",),
     },
 }
 

@@ -100,4 +100,5 @@ def sample_collator(
         special_token_ids=media.special_token_ids,
         media_formats=media.formats,
         mrope=media.mrope,
+        plan_on_every_stage=media.plan_on_every_stage,
     )

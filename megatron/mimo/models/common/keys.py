@@ -24,6 +24,7 @@ from megatron.core.models.mimo.errors import ConfigError, InputError
 __all__ = [
     "Concatenated",
     "FusedQKV",
+    "JoinedQKV",
     "KeyEntry",
     "KeyTable",
     "PaddedVocabulary",
@@ -135,6 +136,32 @@ class FusedQKV:
     def _features(self) -> list[int]:
         """Features of the queries, the key and the value of one group."""
         return [self.heads // self.groups * self.head_size, self.head_size, self.head_size]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedQKV:
+    """One weight with all queries, then all keys, then all values, as Megatron fuses them.
+
+    Attributes:
+        heads: as many for queries as for keys.
+        head_size: features of a head.
+    """
+
+    heads: int
+    head_size: int
+
+    def to_mimo(self, parts: Sequence[Tensor]) -> Tensor:
+        """[3 * heads * head_size, ...], part by part -> head by head."""
+        (tensor,) = parts
+        return self._fused.to_mimo(tensor.chunk(3))
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        """The inverse."""
+        return [torch.cat(self._fused.to_hf(tensor))]
+
+    @property
+    def _fused(self) -> FusedQKV:
+        return FusedQKV(heads=self.heads, groups=self.heads, head_size=self.head_size)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from torch import Generator, Tensor
 from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.mimo.data import MediaFormat
 from megatron.mimo.data.model_inputs import Media
 from megatron.mimo.models.common.config_fields import check_fields
 from megatron.mimo.models.common.family import Family
@@ -19,9 +18,10 @@ from megatron.mimo.models.common.llava_kind import text_config
 from megatron.mimo.models.common.place import Places
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT, random_text
+from megatron.mimo.models.common.visuals import patch_values, visual_media
 from megatron.mimo.models.qwen2_5_vl.keys import key_table
 from megatron.mimo.models.qwen2_5_vl.sample import sample
-from megatron.mimo.models.qwen2_5_vl.vision import ENCODER, patch_values, vision_specs
+from megatron.mimo.models.qwen2_5_vl.vision import ENCODER, vision_specs
 
 __all__ = ["FAMILY"]
 
@@ -54,21 +54,7 @@ def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelC
 
 def media(config: Any) -> Media:
     """One item is one image or clip."""
-    values = patch_values(config.vision_config)
-    return Media(
-        special_token_ids={"images": config.image_token_id},
-        formats={
-            "images": MediaFormat(
-                encoder=ENCODER,
-                inputs={
-                    "pixel_values": (torch.float32, (None, values)),
-                    "grid": (torch.int64, (3,)),
-                },
-                on_host=("grid",),
-            )
-        },
-        mrope=True,
-    )
+    return visual_media(config, ENCODER)
 
 
 def tiny() -> Any:

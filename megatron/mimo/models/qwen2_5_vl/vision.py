@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.encoders.qwen2_5_vl import (
@@ -20,10 +13,11 @@ from megatron.mimo.encoders.qwen2_5_vl import (
 )
 from megatron.mimo.encoders.qwen2_5_vl_attention import window_layer_spec
 from megatron.mimo.encoders.qwen2_5_vl_geometry import PatchGeometry
-from megatron.mimo.models.common.keys import Concatenated, FusedQKV, KeyEntry, Reshaped
+from megatron.mimo.models.common.keys import Concatenated, JoinedQKV, KeyEntry, Reshaped
 from megatron.mimo.models.common.place import Place
+from megatron.mimo.models.common.visuals import check_patches, patch_shape, patch_values
 
-__all__ = ["ENCODER", "patch_geometry", "patch_values", "vision_entries", "vision_specs"]
+__all__ = ["ENCODER", "patch_geometry", "vision_entries", "vision_specs"]
 
 ENCODER = "qwen2_5_vl"
 """What the encoder is called."""
@@ -82,38 +76,13 @@ def patch_geometry(vision: Any) -> PatchGeometry:
         ConfigError: sizes that cannot be.
         UnsupportedError: a setting that this encoder does not have.
     """
-    for name, expected in (("hidden_act", "silu"), ("model_type", "qwen2_5_vl_vision")):
-        if getattr(vision, name) != expected:
-            raise UnsupportedError(
-                f"vision_config.{name} is {getattr(vision, name)!r}; expected {expected!r}"
-            )
-    for name in ("patch_size", "temporal_patch_size"):
-        if not isinstance(getattr(vision, name), int):
-            raise UnsupportedError(
-                f"vision_config.{name} is {getattr(vision, name)!r}; expected one number"
-            )
-    rope = vision.rope_parameters or {"rope_type": "axial", "rope_theta": 10_000.0}
-    if rope["rope_type"] != "axial":
-        raise UnsupportedError(
-            f"vision_config's rope_type is {rope['rope_type']!r}; expected 'axial'"
-        )
+    theta = check_patches(vision, activation="silu", model_types=("qwen2_5_vl_vision",))
     return PatchGeometry(
         merge=vision.spatial_merge_size,
         window=vision.window_size // vision.spatial_merge_size // vision.patch_size,
         head_size=vision.hidden_size // vision.num_heads,
-        theta=float(rope["rope_theta"]),
+        theta=theta,
     )
-
-
-def patch_values(vision: Any) -> int:
-    """Values of a patch."""
-    return math.prod(_patch_shape(vision))
-
-
-def _patch_shape(vision: Any) -> tuple[int, int, int, int]:
-    """Channels, frames, height and width."""
-    size = vision.patch_size
-    return (vision.in_channels, vision.temporal_patch_size, size, size)
 
 
 def vision_entries(vision: Any) -> tuple[KeyEntry, ...]:
@@ -121,7 +90,7 @@ def vision_entries(vision: Any) -> tuple[KeyEntry, ...]:
     encoder, merger = f"{_IMAGES}encoders.{ENCODER}.", f"{_IMAGES}input_projections.0."
     ours, theirs = encoder + "transformer.layers.{i}.", "visual.blocks.{i}."
     qkv = JoinedQKV(heads=vision.num_heads, head_size=vision.hidden_size // vision.num_heads)
-    convolution = (vision.hidden_size, *_patch_shape(vision))
+    convolution = (vision.hidden_size, *patch_shape(vision))
     linear = Reshaped((vision.hidden_size, patch_values(vision)), convolution)
 
     def row(mimo: str, *hf: str, **given: Any) -> KeyEntry:
@@ -149,29 +118,3 @@ def vision_entries(vision: Any) -> tuple[KeyEntry, ...]:
             KeyEntry(mimo=f"{merger}mlp.linear_fc2.{kind}", hf=(f"visual.merger.mlp.2.{kind}",)),
         ]
     return tuple(rows)
-
-
-@dataclass(frozen=True, kw_only=True)
-class JoinedQKV:
-    """One weight with all queries, then all keys, then all values, as Megatron fuses them.
-
-    Attributes:
-        heads: as many for queries as for keys.
-        head_size: features of a head.
-    """
-
-    heads: int
-    head_size: int
-
-    def to_mimo(self, parts: Sequence[Tensor]) -> Tensor:
-        """[3 * heads * head_size, ...], part by part -> head by head."""
-        (tensor,) = parts
-        return self._fused.to_mimo(tensor.chunk(3))
-
-    def to_hf(self, tensor: Tensor) -> list[Tensor]:
-        """The inverse."""
-        return [torch.cat(self._fused.to_hf(tensor))]
-
-    @property
-    def _fused(self) -> FusedQKV:
-        return FusedQKV(heads=self.heads, groups=self.heads, head_size=self.head_size)

@@ -19,6 +19,7 @@ __all__ = [
     "llava_processor",
     "qwen2_5_vl_processor",
     "qwen2_audio_processor",
+    "qwen3_vl_processor",
 ]
 
 
@@ -105,27 +106,36 @@ def qwen2_5_vl_processor(config: Any) -> Any:
     """A ``Qwen2_5_VLProcessor``, for images and clips."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    vision = config.vision_config
-    sizes: dict[str, Any] = {
+    sizes = _patch_sizes(config.vision_config)
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**sizes),
+        tokenizer=_qwen_vl_tokenizer(config),
+        video_processor=Qwen2VLVideoProcessor(cap_pixels_per_frame=False, **sizes),
+        chat_template=QWEN_TEMPLATE,
+    )
+
+
+def qwen3_vl_processor(config: Any) -> Any:
+    """A ``Qwen3VLProcessor``, for images and clips, whose frames it puts behind their seconds."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    sizes = _patch_sizes(config.vision_config)
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**sizes),
+        tokenizer=_qwen_vl_tokenizer(config),
+        video_processor=Qwen3VLVideoProcessor(cap_pixels_per_frame=False, **sizes),
+        chat_template=QWEN_TEMPLATE,
+    )
+
+
+def _patch_sizes(vision: Any) -> dict[str, Any]:
+    """Of the processors of images and clips."""
+    return {
         "patch_size": vision.patch_size,
         "merge_size": vision.spatial_merge_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "size": {"shortest_edge": 8 * 8, "longest_edge": 40 * 40},
     }
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**sizes),
-        tokenizer=_qwen_tokenizer(
-            config,
-            {
-                "<|vision_start|>": config.vision_start_token_id,
-                "<|vision_end|>": config.vision_end_token_id,
-                "<|image_pad|>": config.image_token_id,
-                "<|video_pad|>": config.video_token_id,
-            },
-        ),
-        video_processor=Qwen2VLVideoProcessor(cap_pixels_per_frame=False, **sizes),
-        chat_template=QWEN_TEMPLATE,
-    )
 
 
 def _clip_images(config: Any) -> Any:
@@ -169,6 +179,18 @@ def _llama_tokenizer(config: Any, placeholders: dict[str, int]) -> Any:
         bos="<s>",
         eos="</s>",
         pad="<pad>",
+    )
+
+
+def _qwen_vl_tokenizer(config: Any) -> Any:
+    return _qwen_tokenizer(
+        config,
+        {
+            "<|vision_start|>": config.vision_start_token_id,
+            "<|vision_end|>": config.vision_end_token_id,
+            "<|image_pad|>": config.image_token_id,
+            "<|video_pad|>": config.video_token_id,
+        },
     )
 
 

@@ -23,7 +23,15 @@ from megatron.mimo.recipes.tiny import processors, tasks
 from tests.unit.mimo.data.chats import chat_of, parse, talk, with_template
 
 PICTURE = Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3))
-FAMILIES = ("internvl", "llava", "llava_next", "llava_avlm", "qwen2_audio", "qwen2_5_vl")
+FAMILIES = (
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_avlm",
+    "qwen2_audio",
+    "qwen2_5_vl",
+    "qwen3_vl",
+)
 VALUES = {
     "image": PICTURE,
     "audio": np.sin(np.arange(6000) / 9).astype(np.float32),
@@ -36,6 +44,7 @@ KINDS = {
     "llava_avlm": ("audio", "image", "audio"),
     "qwen2_audio": ("audio", "audio"),
     "qwen2_5_vl": ("video", "image", "image"),
+    "qwen3_vl": ("video", "image", "image"),
 }
 
 

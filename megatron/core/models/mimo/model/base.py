@@ -14,7 +14,6 @@ from torch.distributed import ProcessGroup
 from megatron.core.models.mimo.alignment import AlignmentPlan, EncodedRows
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig, RankRole
 from megatron.core.models.mimo.config.base_configs import language_config
-from megatron.core.models.mimo.errors import InputError
 from megatron.core.models.mimo.model.checks import (
     HeadTargets,
     ModalityInputs,
@@ -29,6 +28,7 @@ from megatron.core.models.mimo.model.freezing import freeze_parts
 from megatron.core.models.mimo.model.heads import Heads
 from megatron.core.models.mimo.model.labels import without
 from megatron.core.models.mimo.model.language_call import LanguageCall, share_of_labels
+from megatron.core.models.mimo.model.level_route import level_route
 from megatron.core.models.mimo.model.overrides import ModelOutput, StockEntryPoints
 from megatron.core.models.mimo.model.recomputation import prepare_recomputation
 from megatron.core.models.mimo.model.refusals import (
@@ -61,6 +61,7 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         heads: further heads, on the last pipeline stage.
         role: which modules this rank runs.
         partition_adapter: cuts sequences; None without context or sequence parallelism.
+        level_route: which levels of rows (deepstack) this rank's layers add or hand on.
 
     Raises:
         ConfigError: (a ``ValueError``) the language model's spec holds no ``config``; encoders
@@ -97,11 +98,12 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
             )
         split_encoders(self.modality_submodules, mimo_config, cp_group, tp_group)
         self.language_model = build_module(mimo_config.language_model_spec)
+        self.level_route = level_route(mimo_config.modality_submodules_spec, self.language_model)
         self._language_call = LanguageCall.of(self.language_model)
         refuse_scattering_embedding(self.language_model, self.partition_adapter)
         heads = mimo_config.heads if self.role.is_last_stage(MIMO_LANGUAGE_MODULE_KEY) else {}
         self.heads = Heads(heads, self.language_model, self.partition_adapter)
-        refuse_untaken_levels(self.modality_submodules, self.language_model)
+        refuse_untaken_levels(self.modality_submodules, self.language_model, self.level_route)
         self.register_load_state_dict_post_hook(forgive_extra_state)  # type: ignore[no-untyped-call]
         prepare_recomputation(self)
 
@@ -152,7 +154,8 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
             modality_token_indices: ``{name: flat batch-major positions}`` for "text" and every
                 modality, in place of a plan.
             alignment_plan: from ``build_alignment_plan``, made on the host; with it nothing here
-                waits for the device. Without either, the plan is derived from ``input_ids``.
+                waits for the device. Without either, the plan is derived from ``input_ids``. Later
+                stages read it where levels of rows travel to them.
             span_ids: integer [B, S], on every pipeline stage: tokens of one span see each other
                 in both directions, besides what the causal rule lets them see; 0 is no span.
             padding_mask: bool [B, S], on every pipeline stage: True where experts' auxiliary
@@ -164,8 +167,9 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
 
         Returns:
             ``(output, loss_mask)``. On the last stage output is the loss per token [B, S], or
-            logits [B, S, V] without labels; on others the hidden states [S_local, B, H]. A model
-            with heads gives ``Losses`` in place of the loss per token.
+            logits [B, S, V] without labels; on others the hidden states [S_local, B, H], with
+            levels of rows for later stages [M, 1, H] (``model/level_route.py``). A model with heads
+            gives ``Losses`` in place of the loss per token.
             ``loss_mask`` is this context-parallel rank's part.
 
         Raises:
@@ -214,19 +218,25 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         device = next(self.parameters()).device
         packed = call.packed_row(inputs, config=self.config, device=device)
         cut = sequence_cut(adapter, packed)
-        merged = None if plan is None else self._embed(inputs, rows, plan, cut, packed)
-        if merged is None and self.input_tensors is None:
-            raise InputError(
-                "no hidden states have arrived from the previous pipeline stage; call "
-                "set_input_tensor before every forward"
-            )
+        if plan is not None:
+            merged = self._embed(inputs, rows, plan, cut, packed)
+        else:
+            merged = self._arrived(inputs, cut)
         labels = share_of_labels(inputs, cut, self.language_model)
         arguments = call.arguments(
-            self.language_model, inputs, labels, merged=merged, cut=cut, packed=packed
+            self.language_model,
+            inputs,
+            labels,
+            decoder_input=None if plan is None else merged.hidden_SBH,
+            level_rows=self.level_route.added(merged.levels),
+            cut=cut,
+            packed=packed,
         )
         with self.heads.reading(self.language_model) as hidden:
             output = self.language_model(**arguments)
         self._forget_input_tensor()
+        if self.level_route.leaves:
+            output = self.level_route.message(output, merged.levels)
         output = without(output, labels.without_label_BS)
         if hidden and labels.labels_BS is not None:
             group = None if adapter is None else adapter.cfg.tp_group

@@ -17,7 +17,7 @@ from megatron.core.models.mimo.model.attention_support import AttentionSupport
 from megatron.core.models.mimo.model.checks import check_padding_mask
 from megatron.core.models.mimo.model.forward_inputs import ForwardInputs
 from megatron.core.models.mimo.model.labels import LabelShare, labels_in_vocabulary
-from megatron.core.models.mimo.model.levels import MergedSequence
+from megatron.core.models.mimo.model.levels import LevelRows
 from megatron.core.models.mimo.model.rotary import (
     leave_cutting_to_the_model,
     positions_to_rotate_by,
@@ -37,8 +37,8 @@ class LanguageCall:
         rotates_by_axes: it has multimodal RoPE.
         takes_loss_mask: its ``forward`` has a ``loss_mask``.
         takes_level_rows: its ``forward`` has ``level_rows``, a tuple of ``LevelRows``. It calls
-            ``level_rows[l].add_to(hidden)`` on the output of its layer l; it is called without
-            the argument where a micro-batch has no levels.
+            ``level_rows[l].add_to(hidden)`` on the output of the layer l of this pipeline stage;
+            it is called without the argument where a micro-batch has no levels for it.
     """
 
     attention: AttentionSupport
@@ -107,7 +107,8 @@ class LanguageCall:
         inputs: ForwardInputs,
         label_share: LabelShare,
         *,
-        merged: MergedSequence | None,
+        decoder_input: torch.Tensor | None,
+        level_rows: tuple[LevelRows, ...],
         cut: SequenceCut,
         packed: PackedSeqParams | None,
     ) -> dict[str, Any]:
@@ -117,7 +118,8 @@ class LanguageCall:
             language_model: maybe wrapped.
             inputs: of the micro-batch, uncut.
             label_share: its labels, cut.
-            merged: what the decoder reads, on the first pipeline stage.
+            decoder_input: what the decoder reads, on the first pipeline stage: [S_local, B, H].
+            level_rows: what its layers on this stage add.
             cut: how its sequences are cut.
             packed: the documents of a packed sequence.
 
@@ -132,19 +134,19 @@ class LanguageCall:
         arguments = {
             "input_ids": None,
             "position_ids": position_ids,
-            "decoder_input": None if merged is None else merged.hidden_SBH,
+            "decoder_input": decoder_input,
             "labels": label_share.labels_BS,
             "attention_mask": mask,
             "packed_seq_params": packed,
         }
-        if merged is not None and merged.levels:
+        if level_rows:
             if not self.takes_level_rows:
                 raise UnsupportedError(
-                    f"encoders gave {len(merged.levels)} levels of their rows, and "
+                    f"encoders gave {len(level_rows)} levels of their rows, and "
                     f"{type(unwrap_model(language_model)).__name__} does not take any; use a "
                     "language model whose forward has level_rows, or encoders without levels"
                 )
-            arguments["level_rows"] = merged.levels
+            arguments["level_rows"] = level_rows
         if self.takes_loss_mask:
             arguments["loss_mask"] = label_share.loss_mask_BS
         if inputs.inference_context is not None:

@@ -7,15 +7,15 @@ context/sequence sharding.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron.core.models.mimo.alignment import AlignmentPlan, EncodedRows
+from megatron.core.models.mimo.alignment import AlignmentPlan, EncodedRows, Stream
 from megatron.core.models.mimo.model.checks import check_rows
-from megatron.core.models.mimo.model.merge import gradients_of_rows
+from megatron.core.models.mimo.model.merge import exchange_rows, gradients_of_rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,14 +43,39 @@ class LevelRows:
         )
         return added_SBH
 
+    def own(self) -> LevelRows:
+        """The same level, with only the rows that have a place on this rank, in its plan's order.
+
+        Differentiable. With a sequence-parallel plan, all ranks of ``tp_group`` take part in
+        backward, as in ``add_to``; using what is returned is then a matter of this rank alone.
+        """
+        rows = {}
+        for name, rows_NH in self.rows.items():
+            stream = self.plan.streams[name]
+            if stream.sources_N is not None:
+                pieces = tuple(piece.streams[name] for piece in self.plan.pieces)
+                rows_NH = _OwnRows.apply(rows_NH, stream.sources_N, pieces, self.tp_group)
+            rows[name] = rows_NH
+        return LevelRows(rows=rows, plan=plan_of_own_rows(self.plan), tp_group=None)
+
+
+def plan_of_own_rows(plan: AlignmentPlan) -> AlignmentPlan:
+    """The plan of rows that are in its order already, where they have no place elsewhere."""
+    streams = {
+        name: replace(stream, sources_N=None, runs=None) for name, stream in plan.streams.items()
+    }
+    return replace(plan, streams=streams, pieces=())
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MergedSequence:
     """What the decoder reads.
 
     Attributes:
-        hidden_SBH: text and modality rows together, [S_local, B, H].
-        levels: what the first decoder layers add; level l goes into the output of layer l.
+        hidden_SBH: text and modality rows together, or what the layers before have made of them:
+            [S_local, B, H].
+        levels: what decoder layers add, from the first layer of this pipeline stage on: level l
+            goes into the output of its layer l, and of a later stage's where it has fewer.
     """
 
     hidden_SBH: torch.Tensor
@@ -86,6 +111,32 @@ def place_levels(
         )
         for number in range(max((len(one.levels) for one in encoded.values()), default=0))
     )
+
+
+class _OwnRows(torch.autograd.Function):
+    """Rows that have a place here; ranks with a piece of the sequence each exchange gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_NH: torch.Tensor,
+        sources_n: torch.Tensor,
+        pieces: tuple[Stream, ...],
+        tp_group: dist.ProcessGroup | None,
+    ) -> torch.Tensor:
+        ctx.count, ctx.sources_n = rows_NH.size(0), sources_n
+        ctx.pieces, ctx.tp_group = pieces, tp_group
+        return rows_NH.index_select(0, sources_n)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        grad_nH = grad_outputs[0]
+        if ctx.pieces:
+            grad_NH = exchange_rows(grad_nH, ctx.pieces, ctx.count, ctx.tp_group)
+        else:
+            grad_NH = grad_nH.new_zeros(ctx.count, grad_nH.size(1))
+            grad_NH.index_copy_(0, ctx.sources_n, grad_nH)
+        return grad_NH, None, None, None
 
 
 class _AddRows(torch.autograd.Function):

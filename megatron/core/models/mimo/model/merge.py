@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -173,29 +174,36 @@ def gradients_of_rows(
         elif name != TEXT and plan.pieces:
             streams = [piece.streams[name] for piece in plan.pieces]
             assert group is not None, "only a tensor-parallel group has pieces"
-            grads.append(_exchange_rows(grad_SBH, streams, count, group))
+            own_nH = take_rows(grad_SBH, replace(plan.streams[name], sources_N=None), count)
+            grads.append(exchange_rows(own_nH, streams, count, group))
         else:
             grads.append(take_rows(grad_SBH, plan.streams[name], count))
     return grads
 
 
-def _exchange_rows(
-    grad_SBH: torch.Tensor,
-    streams: list[Stream],
+def exchange_rows(
+    own_nH: torch.Tensor,
+    streams: Sequence[Stream],
     num_rows: int,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """Gradient [num_rows, H] of rows that the ranks of ``group`` placed, each its own part."""
-    rank, hidden = get_pg_rank(group), grad_SBH.size(-1)
-    grad_NH = grad_SBH.new_zeros(num_rows, hidden)
+    """Gradient [num_rows, H] of rows that the ranks of ``group`` placed, each its own part.
+
+    Args:
+        own_nH: gradient of the rows that this rank placed, in the order of its stream.
+        streams: of every rank of ``group``.
+        num_rows: N of the modality.
+        group: takes part: each rank broadcasts its part.
+    """
+    rank, hidden = get_pg_rank(group), own_nH.size(-1)
+    grad_NH = own_nH.new_zeros(num_rows, hidden)
     for source, stream in enumerate(streams):
         if not stream.rows_N.numel():
             continue
         assert stream.sources_N is not None, "a cut names the source of every modality row"
-        if source == rank:
-            part_NH = grad_SBH.reshape(-1, hidden).index_select(0, stream.rows_N)
-        else:
-            part_NH = grad_SBH.new_empty(stream.rows_N.numel(), hidden)
-        dist.broadcast(part_NH, group_src=source, group=group)
-        grad_NH.index_copy_(0, stream.sources_N, part_NH)
+        part_nH = own_nH.contiguous()
+        if source != rank:
+            part_nH = own_nH.new_empty(stream.rows_N.numel(), hidden)
+        dist.broadcast(part_nH, group_src=source, group=group)
+        grad_NH.index_copy_(0, stream.sources_N, part_nH)
     return grad_NH

@@ -30,6 +30,7 @@ from megatron.core.models.mimo.model.checks import (
 from megatron.core.models.mimo.model.encode import Rows, encode_modalities
 from megatron.core.models.mimo.model.forward_inputs import ForwardInputs, plan_of
 from megatron.core.models.mimo.model.idle import take_part
+from megatron.core.models.mimo.model.level_route import LevelRoute
 from megatron.core.models.mimo.model.levels import LevelRows, MergedSequence, place_levels
 from megatron.core.models.mimo.model.merge import embed_streams, merge_streams
 from megatron.core.models.mimo.model.refusals import refuse_scattering_embedding
@@ -50,6 +51,7 @@ class StockEntryPoints(nn.Module):
     mimo_config: MimoModelConfig
     config: Any
     role: RankRole
+    level_route: LevelRoute
     input_tensors: Any
 
     def set_input_tensor(self, input_tensor: Any) -> None:
@@ -233,6 +235,25 @@ class StockEntryPoints(nn.Module):
             trains = any(p.requires_grad for p in self.language_model.parameters())
             merged_SBH.requires_grad_(trains)
         return MergedSequence(hidden_SBH=merged_SBH, levels=levels)
+
+    def _arrived(self, inputs: ForwardInputs, cut: SequenceCut) -> MergedSequence:
+        """Hidden states of the stage before, and levels of rows where they travel with them."""
+        if self.input_tensors is None:
+            raise InputError(
+                "no hidden states have arrived from the previous pipeline stage; call "
+                "set_input_tensor before every forward"
+            )
+        message = self.input_tensors
+        if isinstance(message, dict):
+            message = message[MIMO_LANGUAGE_MODULE_KEY]
+        if not self.level_route.arrives:
+            return MergedSequence(hidden_SBH=message)
+        plan = inputs.plan
+        if plan is None:
+            plan = plan_of(inputs, self.special_token_ids, self.language_model)
+        arrived = self.level_route.received(message, cut.share_of_plan(plan))
+        unwrap_model(self.language_model).set_input_tensor(arrived.hidden_SBH)
+        return arrived
 
     def _embed_by_script(
         self,

@@ -10,6 +10,7 @@ from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.models.mimo.model.attention_support import refuse_attention
+from megatron.core.models.mimo.model.level_route import LevelRoute
 from megatron.core.models.mimo.model.rotary import refuse_mrope
 from megatron.core.models.mimo.model.signatures import names_argument
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
@@ -50,13 +51,16 @@ def refuse_multi_token_prediction(mimo_config: MimoModelConfig) -> None:
         )
 
 
-def refuse_untaken_levels(submodules: nn.ModuleDict, language_model: Any) -> None:
+def refuse_untaken_levels(
+    submodules: nn.ModuleDict, language_model: Any, route: LevelRoute
+) -> None:
     """Raise ``UnsupportedError`` for levels of rows that the language model has no place for.
 
     Args:
         submodules: modality -> ``ModalitySubmodules``, those of this rank.
         language_model: this rank's part; it takes levels where its ``forward`` names an argument
             ``level_rows``, and needs a decoder layer for each.
+        route: of levels to later stages; it knows of those that have ``level_projections``.
     """
     for modality, submodule in submodules.items():
         levels = getattr(submodule, "num_levels", 0)
@@ -71,11 +75,12 @@ def refuse_untaken_levels(submodules: nn.ModuleDict, language_model: Any) -> Non
             )
         decoder = getattr(language_model, "decoder", None)
         layers = len(getattr(decoder, "layers", range(levels)))
-        if layers < levels:
+        if layers < levels and levels != route.levels.get(modality):
             raise UnsupportedError(
                 f"the encoders of {modality!r} give {levels} levels of their rows for the first "
                 f"{levels} decoder layers, and this pipeline stage, the first, holds {layers}; "
-                "give it more layers (decoder_first_pipeline_num_layers), or use fewer stages"
+                "give the modality level_projections, by which later stages know of its levels, or "
+                "this stage more layers (decoder_first_pipeline_num_layers)"
             )
 
 

@@ -11,11 +11,10 @@ from megatron.mimo.models.common.language.kinds import (
     head_size,
     kind_of,
     refuse,
+    sums_to_one,
 )
 
 __all__ = ["language_arguments"]
-
-_MROPE_SECTION = (16, 24, 24)  # what transformers takes where none is given
 
 
 def language_arguments(text: Any) -> dict[str, object]:
@@ -65,7 +64,7 @@ def language_arguments(text: Any) -> dict[str, object]:
     if rope["rope_type"] == "llama3":
         arguments |= {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
     if kind.mrope:
-        arguments |= {"position_embedding_type": "mrope", "mrope_section": _mrope_section(text)}
+        arguments |= {"position_embedding_type": "mrope", "mrope_section": _section(text, kind)}
     return arguments
 
 
@@ -83,7 +82,7 @@ def _of_experts(text: Any) -> dict[str, object]:
         "moe_layer_freq": [int(layer in layers) for layer in range(text.num_hidden_layers)],
         "moe_ffn_hidden_size": text.moe_intermediate_size,
         "moe_router_topk": text.num_experts_per_tok,
-        "moe_router_pre_softmax": not text.norm_topk_prob,
+        "moe_router_pre_softmax": not sums_to_one(text),
         "moe_router_load_balancing_type": "none",
     }
 
@@ -93,9 +92,9 @@ def _number(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def _mrope_section(text: Any) -> list[int]:
+def _section(text: Any, kind: LanguageKind) -> list[int]:
     """How many frequencies of a head turn with time, height and width."""
-    return list(text.rope_parameters.get("mrope_section") or _MROPE_SECTION)
+    return list(text.rope_parameters.get("mrope_section") or kind.mrope or ())
 
 
 def _refuse_unsupported(text: Any, kind: LanguageKind) -> None:
@@ -108,7 +107,7 @@ def _refuse_unsupported(text: Any, kind: LanguageKind) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if getattr(text, name, False):
             refuse(name, True, "False")
-    if kind.experts and text.num_experts_per_tok == 1 and text.norm_topk_prob:
+    if kind.experts and text.num_experts_per_tok == 1 and sums_to_one(text):
         refuse("norm_topk_prob", True, "False where num_experts_per_tok is 1: it is always one")
     if kind.windows != "none":
         _refuse_windows(text, kind)
@@ -129,7 +128,7 @@ def _refuse_rope(text: Any, kind: LanguageKind, rope: Mapping[str, Any]) -> None
             if rope.get(name, value) != value:
                 refuse(name, rope[name], f"{value}, which megatron-core has built in")
     if kind.mrope:
-        section, half = _mrope_section(text), head_size(text) // 2
+        section, half = _section(text, kind), head_size(text) // 2
         if len(section) != 3 or sum(section) != half:
             refuse("mrope_section", section, f"three numbers with the sum {half}, half a head")
 

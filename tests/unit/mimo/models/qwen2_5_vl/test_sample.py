@@ -138,7 +138,7 @@ def test_the_table_has_the_names_that_transformers_writes(tied: bool, tmp_path: 
 
 
 def test_joined_queries_keys_and_values_come_back_bit_for_bit() -> None:
-    from megatron.mimo.models.qwen2_5_vl.vision import JoinedQKV
+    from megatron.mimo.models.common.keys import JoinedQKV
 
     transform = JoinedQKV(heads=3, head_size=2)
     joined = torch.arange(18)

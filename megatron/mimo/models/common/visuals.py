@@ -1,0 +1,225 @@
+"""Images and clips of the Qwen-VL models: from a conversation's joined patches to media items.
+
+Both go through one encoder, in the order of their placeholders, as one modality.
+
+Legend: L tokens of a conversation, T patches, E values of a patch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.core.models.mimo.errors import InputError, UnsupportedError
+from megatron.mimo.data import MediaFormat, MediaItem
+from megatron.mimo.data.model_inputs import Media
+from megatron.mimo.encoders.patch_grids import Grid, SquareGeometry
+
+__all__ = [
+    "IMAGE",
+    "VIDEO",
+    "Visual",
+    "check_patches",
+    "patch_shape",
+    "patch_values",
+    "token_types",
+    "visual_item",
+    "visual_media",
+    "visuals_in_order",
+]
+
+IMAGE, VIDEO = 1, 2  # as in mm_token_type_ids, where 0 is text
+_NAMES = {IMAGE: "image", VIDEO: "video"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Visual:
+    """One image or clip of a conversation.
+
+    Attributes:
+        kind: ``IMAGE`` or ``VIDEO``.
+        number: among those of its kind.
+        pixels_TE: its patches.
+        grid: of patches.
+        squares: frames, lines and columns of rows.
+        rows: that it yields.
+    """
+
+    kind: int
+    number: int
+    pixels_TE: Tensor
+    grid: Grid
+    squares: Grid
+    rows: int
+
+
+def visual_media(config: Any, encoder: str, **given: Any) -> Media:
+    """What the data side needs: one item is one image or clip.
+
+    Args:
+        config: of the whole model.
+        encoder: what it is called.
+        given: further fields of ``Media``.
+    """
+    values = patch_values(config.vision_config)
+    return Media(
+        special_token_ids={"images": config.image_token_id},
+        formats={
+            "images": MediaFormat(
+                encoder=encoder,
+                inputs={
+                    "pixel_values": (torch.float32, (None, values)),
+                    "grid": (torch.int64, (3,)),
+                },
+                on_host=("grid",),
+            )
+        },
+        mrope=True,
+        **given,
+    )
+
+
+def check_patches(vision: Any, *, activation: str, model_types: tuple[str, ...]) -> float:
+    """The base of the rotation of a vision configuration that our encoders can follow.
+
+    Raises:
+        UnsupportedError: a setting that they do not have.
+    """
+    for name, expected in (("hidden_act", (activation,)), ("model_type", model_types)):
+        if getattr(vision, name) not in expected:
+            raise UnsupportedError(
+                f"vision_config.{name} is {getattr(vision, name)!r}; expected "
+                f"{' or '.join(map(repr, expected))}"
+            )
+    for name in ("patch_size", "temporal_patch_size"):
+        if not isinstance(getattr(vision, name), int):
+            raise UnsupportedError(
+                f"vision_config.{name} is {getattr(vision, name)!r}; expected one number"
+            )
+    rope = vision.rope_parameters or {"rope_type": "axial", "rope_theta": 10_000.0}
+    if rope["rope_type"] != "axial":
+        raise UnsupportedError(
+            f"vision_config's rope_type is {rope['rope_type']!r}; expected 'axial'"
+        )
+    return float(rope["rope_theta"])
+
+
+def patch_shape(vision: Any) -> tuple[int, int, int, int]:
+    """Channels, frames, height and width of a patch."""
+    size = vision.patch_size
+    return (vision.in_channels, vision.temporal_patch_size, size, size)
+
+
+def patch_values(vision: Any) -> int:
+    """Values of a patch."""
+    return math.prod(patch_shape(vision))
+
+
+def token_types(config: Any, tokens_L: Tensor, given_1L: Tensor | None, name: str) -> Tensor:
+    """The kind of each token: ``IMAGE``, ``VIDEO`` or 0.
+
+    Args:
+        config: of the whole model.
+        tokens_L: of the conversation.
+        given_1L: ``mm_token_type_ids``, which have to be the same; None where there are none.
+        name: of the sample, for errors.
+    """
+    types_L = IMAGE * (tokens_L == config.image_token_id).long()
+    types_L += VIDEO * (tokens_L == config.video_token_id).long()
+    if given_1L is not None and not torch.equal(given_1L.flatten().long(), types_L):
+        raise InputError(
+            f"sample {name}: mm_token_type_ids are not those of input_ids; expected 1 at tokens "
+            "that are image_token_id, 2 at video_token_id, 0 elsewhere"
+        )
+    return types_L
+
+
+def visual_item(visual: Visual, encoder: str) -> MediaItem:
+    """The item of a sample."""
+    return MediaItem(
+        modality="images",
+        encoder=encoder,
+        inputs={"pixel_values": visual.pixels_TE.float(), "grid": torch.tensor(visual.grid)},
+        rows=visual.rows,
+    )
+
+
+def visuals_in_order(
+    types_L: Tensor, given: Mapping[str, Tensor], geometry: SquareGeometry
+) -> list[Visual]:
+    """Images and clips in the order of their placeholders.
+
+    Args:
+        types_L: see :func:`token_types`.
+        given: ``pixel_values`` with ``image_grid_thw``, and the same of videos, where there are.
+        geometry: of the encoder.
+
+    Raises:
+        InputError: placeholders and media that do not fit each other.
+    """
+    waiting = {
+        IMAGE: _visuals(given, "pixel_values", "image_grid_thw", IMAGE, geometry),
+        VIDEO: _visuals(given, "pixel_values_videos", "video_grid_thw", VIDEO, geometry),
+    }
+    placeholders = types_L[types_L > 0].tolist()
+    visuals: list[Visual] = []
+    at = 0
+    while at < len(placeholders):
+        kind = placeholders[at]
+        one, name = next(waiting[kind], None), _NAMES[kind]
+        if one is None:
+            raise InputError(
+                f"{placeholders[at:].count(kind)} {name} tokens are left and no {name} for them; "
+                f"expected one row of {name}_grid_thw for each {name}"
+            )
+        found = placeholders[at : at + one.rows].count(kind)
+        if found != one.rows:
+            raise InputError(
+                f"the {name} of grid {one.grid} needs {one.rows} {name} tokens in a row and finds "
+                f"{found}"
+            )
+        visuals.append(one)
+        at += one.rows
+    for kind, rest in waiting.items():
+        left = len(list(rest))
+        if left:
+            raise InputError(
+                f"the last {left} of its {_NAMES[kind]}s have no {_NAMES[kind]} tokens; expected "
+                f"one token for each {geometry.merge**2} patches"
+            )
+    return visuals
+
+
+def _visuals(
+    given: Mapping[str, Tensor], pixels: str, grids: str, kind: int, geometry: SquareGeometry
+) -> Iterator[Visual]:
+    """Images, or clips, from their joined patches ``given[pixels]`` and ``given[grids]``."""
+    if (pixels in given) != (grids in given):
+        raise InputError(f"one of {pixels} and {grids} is missing; expected both or none")
+    if pixels not in given:
+        return
+    at, patches_TE = 0, given[pixels]
+    counts = [int(count) for count in given[grids].prod(dim=1)]
+    if len(patches_TE) != sum(counts):
+        raise InputError(
+            f"{pixels} has {len(patches_TE)} patches for {grids} {given[grids].tolist()}; expected "
+            f"{sum(counts)}"
+        )
+    for number, (sizes, count) in enumerate(zip(given[grids].tolist(), counts, strict=True)):
+        frames, lines, columns = sizes
+        grid = (frames, lines, columns)
+        rows = geometry.rows(grid)
+        yield Visual(
+            kind=kind,
+            number=number,
+            pixels_TE=patches_TE[at : at + count],
+            grid=grid,
+            squares=(frames, lines // geometry.merge, columns // geometry.merge),
+            rows=rows,
+        )
+        at += count

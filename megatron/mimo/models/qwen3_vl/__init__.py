@@ -1,0 +1,1 @@
+"""Qwen3-VL: images and clips of any size, dense and with experts."""

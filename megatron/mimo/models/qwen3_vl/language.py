@@ -1,0 +1,62 @@
+"""The language model of Qwen3-VL: a Qwen3 with deepstack and interleaved multimodal RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.mimo.layers.deepstack import TakesLevels, deepstack_layers
+from megatron.mimo.layers.multimodal_rope import InterleavedRotaryEmbedding
+from megatron.mimo.models.common.language import language_spec
+from megatron.mimo.models.common.place import Place
+from megatron.mimo.models.common.settings import LanguageSettings
+from megatron.mimo.models.common.vocabulary import UnpaddedGPT
+
+__all__ = ["DeepstackGPT", "deepstack_spec"]
+
+
+class DeepstackGPT(TakesLevels, UnpaddedGPT):
+    """A GPTModel whose layers add levels of rows, and whose axes of positions take turns.
+
+    Args:
+        section: how many frequencies of a head turn with time, height and width.
+        rotary_percent: GPTModel's.
+        rotary_base: GPTModel's.
+        arguments: UnpaddedGPT's.
+    """
+
+    def __init__(
+        self,
+        *,
+        section: Sequence[int],
+        rotary_percent: float,
+        rotary_base: float,
+        **arguments: Any,
+    ) -> None:
+        rotary = {"rotary_percent": rotary_percent, "rotary_base": rotary_base}
+        super().__init__(**rotary, **arguments)
+        config: Any = self.config
+        self.rotary_pos_emb = InterleavedRotaryEmbedding(
+            section=section, kv_channels=config.kv_channels, **rotary
+        )
+
+
+def deepstack_spec(settings: LanguageSettings, place: Place, text: Any) -> ModuleSpec:
+    """The language model, for ``MimoModelConfig.language_model_spec``.
+
+    Args:
+        settings: what it is built of.
+        place: of the language model.
+        text: its Hugging Face configuration.
+
+    Raises:
+        ConfigError: see :func:`deepstack_layers`.
+    """
+    spec = language_spec(settings, place, text)
+    layers = spec.params["transformer_layer_spec"]
+    changed = {
+        "transformer_layer_spec": deepstack_layers(layers, settings.transformer),
+        "section": settings.transformer.mrope_section,
+    }
+    return ModuleSpec(module=DeepstackGPT, params={**spec.params, **changed})

@@ -1,0 +1,54 @@
+"""Levels of image rows equal one process, whatever pipeline stages their layers are on."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.matrix.cells import AXES, Values, is_valid, name_of
+from tests.matrix.runner import Verdict, run
+from tests.rank_pool import RankPool
+
+CELLS: tuple[Values, ...] = tuple(
+    {axis: values[0] for axis, values in AXES.items()} | {"layers": "deepstack", **changes}
+    for changes in (
+        {},
+        {"tp": 2, "sp": True},
+        {"cp": 2, "packing": "packed"},
+        {"tp": 2, "sp": True, "cp": 2, "positions": "mrope", "packing": "packed"},
+        {"pp": 2},
+        {"pp": 2, "media": "none"},
+        {"pp": 4, "recompute": "uniform", "positions": "mrope"},
+        {"pp": 4, "stages": "embedding-alone", "embeddings": "tied"},
+        {"pp": 2, "vpp": 2, "stages": "uneven", "recompute": "block"},
+        {"pp": 2, "vpp": 2, "tp": 2, "sp": True, "packing": "packed", "micro_batch": 1},
+        {"pp": 2, "vpp": 2, "dp": 2, "reduction": "distributed-overlap"},
+        {"pp": 2, "cp": 2, "dp": 2, "reduction": "overlap", "attention": "spans"},
+        {"pp": 4, "tp": 2, "sp": True, "recompute": "projections", "stages": "uneven"},
+        {"pp": 2, "frozen": "encoders"},
+        {"pp": 2, "frozen": "language", "recompute": "uniform"},
+        {"pp": 2, "frozen": "first-half", "vpp": 2},
+        {"pp": 2, "frozen": "all-but-projection", "dp": 2, "reduction": "overlap"},
+        {"pp": 2, "precision": "bf16", "vpp": 2},
+        {"experts": "alltoall", "ep": 2, "dp": 2, "recompute": "uniform"},
+        {"experts": "allgather", "ep": 2, "pp": 2, "vpp": 2, "dp": 2, "recompute": "moe"},
+        {"experts": "alltoall", "ep": 2, "cp": 2, "pp": 2, "vpp": 2, "packing": "packed"},
+    )
+)
+NAMED = {name_of(values): values for values in CELLS}
+
+
+@pytest.fixture(scope="module")
+def verdicts(request: pytest.FixtureRequest, ranks: RankPool) -> dict[str, Verdict]:
+    """Of the cells that this session asks for; run together, they share their processes."""
+    asked = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if getattr(item, "originalname", None) == test_cell.__name__ and item.path == request.path
+    }
+    return {verdict.name: verdict for verdict in run([NAMED[name] for name in asked], ranks)}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_cell(verdicts: dict[str, Verdict], name: str) -> None:
+    assert is_valid(NAMED[name])
+    assert not verdicts[name].failure, verdicts[name].failure
