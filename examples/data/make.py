@@ -81,41 +81,29 @@ WEATHER = {
 }
 
 
+SPOKEN = [
+    {"from": "human", "value": "<image>\nWhat is this?"},
+    {"from": "gpt", "value": "A cat."},
+]
+CALL = {"name": "weather", "arguments": '{"place": "Rome"}'}
+
+
 def make_conversations() -> None:
     """The layouts of conversations."""
     uri = "data:image/png;base64," + base64.b64encode(encoded(picture("cat"))).decode()
-    spoken = [
-        {"from": "human", "value": "<image>\nWhat is this?"},
-        {"from": "gpt", "value": "A cat."},
-    ]
     llava = [
-        {"id": "0", "image": "media/cat.png", "conversations": spoken},
-        {"id": "1", "conversations": [{"from": "human", "value": "Hi"}, spoken[1]]},
+        {"id": "0", "image": "media/cat.png", "conversations": SPOKEN},
+        {"id": "1", "conversations": [{"from": "human", "value": "Hi"}, SPOKEN[1]]},
     ]
     (HERE / "llava.json").write_text(json.dumps(llava, indent=1) + "\n")
     image = {"type": "image", "path": "media/cat.png"}
     ask = {"type": "text", "text": "What is this?"}
     url = {"type": "image_url", "image_url": {"url": uri, "detail": "auto"}}
-    call = {"name": "weather", "arguments": '{"place": "Rome"}'}
     lines(
         "messages.jsonl",
         [
             {"messages": [user([image, ask]), assistant("A cat.")]},
             {"messages": [user([url, ask]), assistant("A cat.")]},
-        ],
-    )
-    lines(
-        "tools.jsonl",
-        [
-            {
-                "tools": [WEATHER],
-                "messages": [
-                    user("Is it warm in Rome?"),
-                    assistant(None, tool_calls=[{"id": "1", "type": "function", "function": call}]),
-                    {"role": "tool", "tool_call_id": "1", "content": '{"celsius": 31}'},
-                    assistant("Yes, 31 degrees."),
-                ],
-            }
         ],
     )
     lines(
@@ -145,14 +133,32 @@ def make_conversations() -> None:
             },
         ],
     )
+
+
+def make_calls() -> None:
+    """Tools that are called, in two layouts."""
+    lines(
+        "tools.jsonl",
+        [
+            {
+                "tools": [WEATHER],
+                "messages": [
+                    user("Is it warm in Rome?"),
+                    assistant(None, tool_calls=[{"id": "1", "type": "function", "function": CALL}]),
+                    {"role": "tool", "tool_call_id": "1", "content": '{"celsius": 31}'},
+                    assistant("Yes, 31 degrees."),
+                ],
+            }
+        ],
+    )
     called = {
         "from": "function_call",
-        "value": json.dumps({**call, "arguments": {"place": "Rome"}}),
+        "value": json.dumps({**CALL, "arguments": {"place": "Rome"}}),
     }
     lines(
         "sharegpt.jsonl",
         [
-            {"conversations": spoken, "images": ["media/cat.png"], "system": "Be brief."},
+            {"conversations": SPOKEN, "images": ["media/cat.png"], "system": "Be brief."},
             {
                 "conversations": [
                     {"from": "human", "value": "Is it warm in Rome?"},
@@ -306,6 +312,7 @@ def main() -> None:
     """Write all."""
     make_media()
     make_conversations()
+    make_calls()
     make_questions()
     make_documents()
     make_tables()
