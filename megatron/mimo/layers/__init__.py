@@ -8,10 +8,12 @@ from megatron.mimo.layers.specs import (
     language_layer_spec,
     uses_transformer_engine,
 )
+from megatron.mimo.layers.traits import LayerTraits
 
 __all__ = [
     "Adam",
     "CoreAttention",
+    "LayerTraits",
     "Norm",
     "encoder_layer_spec",
     "install_adam",

@@ -27,6 +27,8 @@ from megatron.mimo.backend import capabilities
 from megatron.mimo.layers.attention.core_attention import CoreAttention
 from megatron.mimo.layers.attention.self_attention import CachingSelfAttention
 from megatron.mimo.layers.norm import Norm
+from megatron.mimo.layers.sandwich import SandwichLayer
+from megatron.mimo.layers.traits import LayerTraits
 
 __all__ = ["encoder_layer_spec", "language_layer_spec", "uses_transformer_engine"]
 
@@ -47,7 +49,11 @@ def uses_transformer_engine(config: TransformerConfig) -> bool:
 
 
 def language_layer_spec(
-    config: TransformerConfig, *, vp_stage: int | None = None, pp_rank: int | None = None
+    config: TransformerConfig,
+    *,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+    traits: LayerTraits | None = None,
 ) -> ModuleSpec:
     """Layers with causal attention, and the norm after the last: GPTModel's transformer_layer_spec.
 
@@ -58,6 +64,7 @@ def language_layer_spec(
         config: of the language model.
         vp_stage: virtual pipeline chunk, with interleaving.
         pp_rank: pipeline stage; this rank's in ``parallel_state`` by default.
+        traits: what the layers have besides.
 
     Raises:
         ConfigError: see :func:`uses_transformer_engine`.
@@ -75,6 +82,9 @@ def language_layer_spec(
         attention = layer.submodules.self_attention
         if attention.module is SelfAttention:
             attention.module = CachingSelfAttention
+            attention.params = {**attention.params, "traits": traits or LayerTraits()}
+        if traits is not None and traits.sandwich_norms:
+            layer.module = SandwichLayer
     return _block_spec(block, config, with_te=with_te)
 
 

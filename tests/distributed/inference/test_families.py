@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,20 +10,24 @@ import torch
 from torch import Tensor
 
 from megatron.mimo.models import family_names
+from tests.distributed.models.text_kinds import with_text
 from tests.rank_pool import RankPool, model_parallel
 
 NEW_TOKENS = 32
 LAYOUTS = {"dp2": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
 
+Change = Callable[[Any], None]
 Reference = tuple[Any, dict[str, Tensor], list[dict[str, Tensor]], list[list[int]]]
 
 
-def answer_by_transformers(name: str) -> Reference:
+def answer_by_transformers(name: str, change: Change | None = None) -> Reference:
     """Configuration, weights, prompts, and greedy answers one prompt at a time."""
     from megatron.mimo.models import load_family
 
     family = load_family(name)
     config = family.tiny()
+    if change is not None:
+        change(config)
     torch.manual_seed(3)
     model = family.reference(config).eval()
     with torch.no_grad():
@@ -64,7 +69,9 @@ def generate(name: str, reference: Reference) -> None:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         model_parallel(tp=tp, pp=pp)
-        settings = model_settings(family, config, tp_size=tp, pp_size=pp)
+        # experts cut by tensor parallelism need it
+        changes = {"sequence_parallel": tp > 1 and "num_experts" in family.arguments(config)}
+        settings = model_settings(family, config, tp_size=tp, pp_size=pp, changes=changes)
         model = build_model(family, config, settings, device=torch.device("cpu"))
         load_hugging_face(model, weights, family.keys(config))
         collate = SampleCollator(
@@ -77,6 +84,13 @@ def generate(name: str, reference: Reference) -> None:
         )
         generator = Generator(model, collate, vocab_size=settings.tokens)
         assert generator(prompts, SamplingOptions(max_new_tokens=NEW_TOKENS)) == expected, layout
+
+
+@pytest.mark.parametrize("name", ["mistral, windows", "qwen2, windows", "gemma3", "qwen3_moe"])
+def test_kinds_of_language_models_say_it_too(ranks: RankPool, name: str) -> None:
+    (reference,) = ranks(1)(answer_by_transformers, "llava", with_text(name))
+    assert len({token for answer in reference[3] for token in answer}) > 8
+    ranks(2)(generate, "llava", reference)
 
 
 @pytest.mark.parametrize("name", family_names())

@@ -29,6 +29,9 @@ TEXT: dict[str, list[Any]] = {
         BASE,
         {**BASE, **AXES},  # which only Qwen2.5-VL reads
         {**LLAMA3, "partial_rotary_factor": 0.5},
+        {**LLAMA3, "rope_type": "dynamic"},
+        {**LLAMA3, "rope_type": "yarn", "original_max_position_embeddings": 16},
+        {"rope_type": "longrope", "rope_theta": 100.0, "long_factor": [1.0], "short_factor": [2.0]},
         {**LLAMA3, "low_freq_factor": 2.0},
         {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},
     ],
@@ -46,6 +49,22 @@ TEXT: dict[str, list[Any]] = {
     "bos_token_id": [9],
     "eos_token_id": [9],
     "pretraining_tp": [2],
+}
+GEMMA3: dict[str, list[Any]] = {
+    "_sliding_window_pattern": [2],
+    "hidden_activation": ["silu"],
+    "query_pre_attn_scalar": [100],
+    "final_logit_softcapping": [5.0],
+    "attn_logit_softcapping": [5.0],
+    "use_bidirectional_attention": [True],
+    "tie_word_embeddings": [False],
+    "layer_types": [["full_attention"] * 4, ["sliding_attention", "full_attention"] * 2],
+    "rope_parameters": [
+        {
+            "full_attention": {"rope_type": "linear", "rope_theta": 123.5, "factor": 8.0},
+            "sliding_attention": {"rope_type": "yarn", "rope_theta": 77.5, "factor": 8.0},
+        }
+    ],
 }
 EXPERTS: dict[str, list[Any]] = {
     "decoder_sparse_step": [2],
@@ -134,6 +153,7 @@ FRAMES: dict[str, list[Any]] = {
 OTHERS: dict[str, dict[str, list[Any]]] = {
     **dict.fromkeys(("llava", "llava_next", "llava_avlm", "qwen2_audio"), LLAVA),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"), TEXT | EXPERTS),
+    "gemma3_text": TEXT | GEMMA3,
     "qwen2_5_vl_text": {
         **TEXT,
         "rope_parameters": [

@@ -26,6 +26,21 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 128,
+}
+GEMMA3 = {
+    "head_dim": 24,
+    "query_pre_attn_scalar": 17,
+    "sliding_window": 40,
+    "layer_types": None,
+    "num_hidden_layers": 3,
+    "sliding_window_pattern": 3,
+}
 EXPERTS = {
     "head_dim": 24,
     "num_experts": 5,
@@ -40,11 +55,77 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "llama, wide heads": {"model_type": "llama", "head_dim": 32, "num_key_value_heads": 4},
+    "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama, attention has biases": {"model_type": "llama", "attention_bias": True},
+    "llama, feed-forward has biases": {"model_type": "llama", "mlp_bias": True},
+    "llama3, other factors": {
+        "model_type": "llama",
+        "rope_parameters": LLAMA3_ROPE
+        | {
+            "low_freq_factor": 2.0,
+            "high_freq_factor": 3.5,
+            "original_max_position_embeddings": 256,
+            "factor": 4.0,
+        },
+    },
+    "llama, linear": {"model_type": "llama", "rope_parameters": LINEAR},
+    "llama, dynamic": {"model_type": "llama", "rope_parameters": LINEAR | {"rope_type": "dynamic"}},
+    "llama, yarn": {"model_type": "llama", "rope_parameters": YARN},
+    "llama, yarn with all parameters": {
+        "model_type": "llama",
+        "rope_parameters": YARN
+        | {
+            "beta_fast": 16,
+            "beta_slow": 2,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.9,
+            "truncate": False,
+        },
+    },
+    "qwen2, yarn with its own factor": {
+        "model_type": "qwen2",
+        "rope_parameters": YARN | {"attention_factor": 0.8},
+    },
     "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral, windows": {"model_type": "mistral", "sliding_window": 40},
+    "qwen2, windows": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 33,
+        "max_window_layers": 1,
+    },
+    "qwen3, windows and biases": {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "use_sliding_window": True,
+        "sliding_window": 33,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attention_bias": True,
+    },
+    "gemma3": {"model_type": "gemma3_text", **GEMMA3},
+    "gemma3, untied, capped": {
+        "model_type": "gemma3_text",
+        **GEMMA3,
+        "tie_word_embeddings": False,
+        "final_logit_softcapping": 3.0,
+        "attention_bias": True,
+        "num_hidden_layers": 7,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 3e3},
+        },
+    },
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 24},
     "qwen3, tied": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
     "qwen3_moe": {"model_type": "qwen3_moe", **EXPERTS},
+    "qwen3_moe, windows and biases": {
+        "model_type": "qwen3_moe",
+        **EXPERTS,
+        "use_sliding_window": True,
+        "sliding_window": 40,
+        "attention_bias": True,
+    },
     "qwen3_moe, weights that sum to one": {
         "model_type": "qwen3_moe",
         **EXPERTS,
@@ -103,7 +184,7 @@ def compare(changes: dict[str, Any]) -> None:
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.1)  # biases and norms begin at 0 and 1
     family = text_family()
-    ids_BS = torch.randint(0, config.vocab_size, (2, 300))  # far enough for any kind of RoPE
+    ids_BS = torch.randint(1, config.vocab_size, (2, 300))  # far enough for any RoPE
     with process_groups() as device:
         settings = model_settings(family, config)
         model = build_model(family, config, settings, device=device)
@@ -136,23 +217,82 @@ def test_language_model_equals_that_of_transformers(ranks: RankPool, name: str) 
     ranks(1)(compare, VARIANTS[name])
 
 
+def compare_balance(changes: dict[str, Any]) -> dict[str, float]:
+    """Relative errors of the routers' gradients by the loss that balances experts, alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    from megatron.mimo.arguments.standalone import build_model, model_settings, process_groups
+    from megatron.mimo.checkpoints.weights import load_hugging_face
+
+    given = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
+    config: Any = AutoConfig.for_model(**SMALL | EXPERTS | given | changes)
+    torch.manual_seed(1)
+    reference: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for parameter in reference.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    family, ids_BS = text_family(), torch.randint(1, config.vocab_size, (2, 40))
+    experts, best = config.num_experts, config.num_experts_per_tok
+    with process_groups() as device:
+        model = build_model(family, config, model_settings(family, config), device=device)
+        load_hugging_face(model, reference.state_dict(), family.keys(config))
+        model.train()
+        logits, _ = model(input_ids=ids_BS, position_ids=torch.arange(40).expand(2, -1))
+        (0 * logits.sum()).backward()
+        scores = reference(ids_BS).router_logits
+        losses = [load_balancing_loss_func((one,), experts, best) for one in scores]
+        # Megatron divides by the number of labels, here one for each token
+        (config.router_aux_loss_coef * torch.stack(losses).mean() * ids_BS.numel()).backward()
+        theirs = dict(reference.named_parameters())
+        ours = dict(model.named_parameters())
+        errors = {}
+        for row in family.keys(config).each():
+            if "router" in row.mimo:
+                wanted, got = theirs[row.hf[0]].grad, ours[row.mimo].grad
+                assert wanted is not None
+                assert got is not None
+                errors[row.mimo] = ((got - wanted).norm() / wanted.norm()).item()
+        return errors
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_topk_prob": True}], ids=str)
+def test_balance_loss_equals_that_of_transformers_layer_by_layer(
+    ranks: RankPool, changes: dict[str, Any]
+) -> None:
+    (errors,) = ranks(1)(compare_balance, {"model_type": "qwen3_moe", **changes})
+    assert len(errors) == 2
+    assert max(errors.values()) < 1e-3
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"model_type": "gemma"}, "model_type is 'gemma'; expected one of llama"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu'"),
-        ({"model_type": "llama", "attention_bias": True}, "attention_bias is True"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is 4096"),
         (
-            {"model_type": "llama", "rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 2.0}},
-            "low_freq_factor is 2.0; expected 1.0",
+            {"model_type": "llama", "rope_parameters": LINEAR | {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5; expected 1.0",
+        ),
+        (
+            {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+            "use_bidirectional_attention is True",
+        ),
+        (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping is 50.0",
+        ),
+        (
+            {"model_type": "gemma3_text", "hidden_activation": "silu"},
+            "hidden_activation is 'silu'; expected 'gelu_pytorch_tanh'",
         ),
         (
             {
-                "model_type": "llama",
-                "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+                "model_type": "qwen3_moe",
+                **EXPERTS,
+                "num_experts_per_tok": 1,
+                "norm_topk_prob": True,
             },
-            "rope_type is 'linear'",
+            "norm_topk_prob is True; expected False",
         ),
     ],
 )

@@ -17,6 +17,33 @@ EXPERTS: dict[str, Any] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 24},
+    "mistral, windows": {"model_type": "mistral", "sliding_window": 6},
+    "qwen2, windows": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
+    "llama, biases": {
+        "model_type": "llama",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 24,
+        "query_pre_attn_scalar": 17,
+        "sliding_window": 5,
+        "num_hidden_layers": 4,
+        "sliding_window_pattern": 3,
+        "tie_word_embeddings": True,
+    },
     "qwen3_moe": EXPERTS,
     "qwen3_moe, mixed": {
         **EXPERTS,

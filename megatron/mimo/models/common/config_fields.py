@@ -92,7 +92,6 @@ _LLAVA = (
     "vision_feature_select_strategy vision_feature_layer multimodal_projector_bias "
     "tie_word_embeddings"
 )
-_PLAIN = {"attention_bias": (False, None), "mlp_bias": (False, None)}
 _QWEN_VL = _rules(
     "text_config vision_config image_token_id video_token_id tie_word_embeddings",
     aside="vision_start_token_id vision_end_token_id",
@@ -120,28 +119,34 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
     "qwen3_vl_moe": _QWEN_VL,
     # Language models. Whether they tie is the whole model's to say.
     "llama": _rules(
-        _TEXT + " head_dim tie_word_embeddings", aside=_TOKENS + " pretraining_tp", only=_PLAIN
+        _TEXT + " head_dim attention_bias mlp_bias tie_word_embeddings",
+        aside=_TOKENS + " pretraining_tp",
     ),
     "mistral": _rules(_TEXT + " head_dim sliding_window tie_word_embeddings", aside=_TOKENS),
     "qwen2": _rules(f"{_TEXT} {_WINDOW} tie_word_embeddings", aside=_TOKENS),
     "qwen3": _rules(
-        f"{_TEXT} {_WINDOW} head_dim tie_word_embeddings",
-        aside=_TOKENS,
-        only={"attention_bias": (False, None)},
+        f"{_TEXT} {_WINDOW} head_dim attention_bias tie_word_embeddings", aside=_TOKENS
     ),
     "qwen3_moe": _rules(
-        f"{_TEXT} {_EXPERTS} head_dim use_sliding_window sliding_window tie_word_embeddings",
+        f"{_TEXT} {_EXPERTS} head_dim use_sliding_window sliding_window attention_bias "
+        "tie_word_embeddings",
         aside=_TOKENS,
-        only={"attention_bias": (False, None)},
+    ),
+    "gemma3_text": _rules(
+        _TEXT.replace("hidden_act ", "hidden_activation ")
+        + " head_dim attention_bias query_pre_attn_scalar sliding_window layer_types "
+        "use_bidirectional_attention tie_word_embeddings",
+        aside=_TOKENS + " _sliding_window_pattern",  # which layer_types was made of
+        # Whole models of transformers take no notice of these.
+        only=dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), (None,)),
     ),
     "qwen2_5_vl_text": _rules(f"{_TEXT} {_WINDOW} tie_word_embeddings", aside=_TOKENS),
-    "qwen3_vl_text": _rules(
-        _TEXT + " head_dim tie_word_embeddings", aside=_TOKENS, only={"attention_bias": (False,)}
-    ),
+    "qwen3_vl_text": _rules(_TEXT + " head_dim attention_bias tie_word_embeddings", aside=_TOKENS),
     "qwen3_vl_moe_text": _rules(
-        f"{_TEXT} {_EXPERTS} head_dim tie_word_embeddings".replace(" norm_topk_prob", ""),
+        f"{_TEXT} {_EXPERTS} head_dim attention_bias tie_word_embeddings".replace(
+            " norm_topk_prob", ""
+        ),
         aside=_TOKENS + " sliding_window",  # which it sets to None, whatever is given
-        only={"attention_bias": (False,)},
     ),
     # Towers. Nothing is computed from the pooled output of CLIP and SigLIP.
     "clip_vision_model": _rules(_IMAGES, aside="projection_dim initializer_factor"),
@@ -181,7 +186,7 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
 # What a family's own model of transformers is made of, whatever config.json names beside it.
 _PARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "llava": {
-        "text_config": ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"),
+        "text_config": ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text"),
         "vision_config": ("clip_vision_model", "siglip_vision_model"),
     },
     "llava_next": {
@@ -266,7 +271,7 @@ def _check_part(part: Any, prefix: str) -> None:
 
 
 def _one_of(values: tuple[Any, ...]) -> str:
-    shown = [repr(value) for value in values if value is not None]
+    shown = [repr(value) for value in values if value is not None] or ["None"]
     return shown[0] if len(shown) == 1 else f"one of {', '.join(shown)}"
 
 

@@ -9,21 +9,21 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.layers.deepstack import TakesLevels, deepstack_layers
 from megatron.mimo.layers.multimodal_rope import InterleavedRotaryEmbedding
 from megatron.mimo.models.common.language import language_spec
+from megatron.mimo.models.common.language.gpt import LanguageGPT
 from megatron.mimo.models.common.place import Place
 from megatron.mimo.models.common.settings import LanguageSettings
-from megatron.mimo.models.common.vocabulary import UnpaddedGPT
 
 __all__ = ["DeepstackGPT", "deepstack_spec"]
 
 
-class DeepstackGPT(TakesLevels, UnpaddedGPT):
+class DeepstackGPT(TakesLevels, LanguageGPT):
     """A GPTModel whose layers add levels of rows, and whose axes of positions take turns.
 
     Args:
         section: how many frequencies of a head turn with time, height and width.
         rotary_percent: GPTModel's.
         rotary_base: GPTModel's.
-        arguments: UnpaddedGPT's.
+        arguments: LanguageGPT's.
     """
 
     def __init__(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from megatron.mimo.models.common.language.kinds import (
     LanguageKind,
     expert_layers,
+    has_bias,
+    has_qkv_bias,
     head_size,
     kind_of,
     refuse,
     sums_to_one,
+    window_layers,
 )
+from megatron.mimo.models.common.language.rope import check_rope, rope_by_layer
 
 __all__ = ["language_arguments"]
 
@@ -22,7 +25,7 @@ def language_arguments(text: Any) -> dict[str, object]:
 
     Args:
         text: its Hugging Face configuration (``LlamaConfig``, ``MistralConfig``, ``Qwen2Config``,
-            ``Qwen2_5_VLTextConfig``, ``Qwen3Config``, ``Qwen3MoeConfig``).
+            ``Qwen2_5_VLTextConfig``, ``Qwen3Config``, ``Qwen3MoeConfig``, ``Gemma3TextConfig``).
 
     Returns:
         Values by argparse destination. ``seq_length`` and everything about training are left to
@@ -33,6 +36,8 @@ def language_arguments(text: Any) -> dict[str, object]:
     """
     kind = kind_of(text)
     _refuse_unsupported(text, kind)
+    rope = text.rope_parameters
+    rope = rope["full_attention"] if kind.rope_by_layer_type else rope
     arguments: dict[str, object] = {
         "num_layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
@@ -44,11 +49,11 @@ def language_arguments(text: Any) -> dict[str, object]:
         "normalization": "RMSNorm",
         "layernorm_epsilon": text.rms_norm_eps,
         "swiglu": True,
-        "add_bias_linear": False,
-        "add_qkv_bias": kind.qkv_bias,
+        "add_bias_linear": has_bias(text, "mlp_bias"),
+        "add_qkv_bias": has_qkv_bias(text),
         "qk_layernorm": kind.qk_norms,
         "position_embedding_type": "rope",
-        "rotary_base": _number(text.rope_parameters["rope_theta"]),
+        "rotary_base": _number(rope["rope_theta"]),
         "rotary_percent": 1.0,
         "untie_embeddings_and_output_weights": not text.tie_word_embeddings,
         "vocab_size": text.vocab_size,
@@ -60,9 +65,18 @@ def language_arguments(text: Any) -> dict[str, object]:
     }
     if kind.experts:
         arguments |= _of_experts(text)
-    rope = text.rope_parameters
+    if kind.zero_centered:
+        arguments["layernorm_zero_centered_gamma"] = True
+    windows = window_layers(text)
+    if any(windows):
+        arguments |= {
+            "window_size": (text.sliding_window - 1, 0),
+            "window_attn_skip_freq": [int(slides) for slides in windows],
+        }
     if rope["rope_type"] == "llama3":
         arguments |= {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    if rope["rope_type"] == "yarn":  # the fused rotation knows no factor of sines and cosines
+        arguments["apply_rope_fusion"] = False
     if kind.mrope:
         arguments |= {"position_embedding_type": "mrope", "mrope_section": _section(text, kind)}
     return arguments
@@ -73,17 +87,24 @@ def _of_experts(text: Any) -> dict[str, object]:
 
     The best of a softmax, divided by their sum, are the softmax of the best, which is what Megatron
     computes without ``moe_router_pre_softmax``.
+
+    The loss that balances experts is there where transformers adds it, with
+    ``output_router_logits``: of every layer what ``load_balancing_loss_func`` says of that layer
+    alone, and the mean of all layers. (Given several layers that function multiplies the means of
+    all of them, which no pipeline stage has.) Megatron's counts each choice of a token as 1 / k.
     """
     layers = expert_layers(text)
     if not layers:
         return {}
+    coefficient = text.router_aux_loss_coef if text.output_router_logits else 0.0
     return {
         "num_experts": text.num_experts,
         "moe_layer_freq": [int(layer in layers) for layer in range(text.num_hidden_layers)],
         "moe_ffn_hidden_size": text.moe_intermediate_size,
         "moe_router_topk": text.num_experts_per_tok,
         "moe_router_pre_softmax": not sums_to_one(text),
-        "moe_router_load_balancing_type": "none",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": coefficient * text.num_experts_per_tok / len(layers),
     }
 
 
@@ -98,51 +119,36 @@ def _section(text: Any, kind: LanguageKind) -> list[int]:
 
 
 def _refuse_unsupported(text: Any, kind: LanguageKind) -> None:
-    if text.hidden_act not in ("silu", "swish"):
-        refuse("hidden_act", text.hidden_act, "'silu'")
+    if kind.gelu:
+        _expect(text, "hidden_activation", ("gelu_pytorch_tanh",))
+    else:
+        _expect(text, "hidden_act", ("silu", "swish"))
     derived = text.hidden_size // text.num_attention_heads
     if not kind.reads_head_dim and head_size(text) != derived:
         refuse("head_dim", text.head_dim, f"{derived}, hidden_size / num_attention_heads")
-    _refuse_rope(text, kind, text.rope_parameters)
-    for name in ("attention_bias", "mlp_bias"):
-        if getattr(text, name, False):
-            refuse(name, True, "False")
-    if kind.experts and text.num_experts_per_tok == 1 and sums_to_one(text):
-        refuse("norm_topk_prob", True, "False where num_experts_per_tok is 1: it is always one")
-    if kind.windows != "none":
-        _refuse_windows(text, kind)
-
-
-def _refuse_rope(text: Any, kind: LanguageKind, rope: Mapping[str, Any]) -> None:
-    kinds = ("default",) if kind.mrope else ("default", "llama3")
-    if rope.get("rope_type") not in kinds:
-        refuse("rope_type", rope.get("rope_type"), " or ".join(map(repr, kinds)))
-    if rope["rope_type"] == "llama3":
-        fixed = {
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-            "partial_rotary_factor": 1.0,  # which the default kind does not read
-        }
-        for name, value in fixed.items():
-            if rope.get(name, value) != value:
-                refuse(name, rope[name], f"{value}, which megatron-core has built in")
+    for rope in rope_by_layer(text)[0]:
+        check_rope(text, rope)
     if kind.mrope:
         section, half = _section(text, kind), head_size(text) // 2
         if len(section) != 3 or sum(section) != half:
             refuse("mrope_section", section, f"three numbers with the sum {half}, half a head")
-
-
-def _refuse_windows(text: Any, kind: LanguageKind) -> None:
-    """Attention in windows that are shorter than the longest text."""
-    window = getattr(text, "sliding_window", None)
-    kinds = text.layer_types if kind.windows == "layer_types" else ()
-    slides = any(one != "full_attention" for one in kinds) if kinds else window is not None
-    if not slides:
-        return
-    if window is None:
-        refuse("layer_types", sorted(set(kinds)), "'full_attention' without sliding_window")
-    elif window < text.max_position_embeddings:
+    if kind.experts and text.num_experts_per_tok == 1 and sums_to_one(text):
+        refuse("norm_topk_prob", True, "False where num_experts_per_tok is 1: it is always one")
+    types = set(text.layer_types) if kind.windows == "layer_types" else set()
+    if types - {"full_attention", "sliding_attention"}:
+        refuse("layer_types", sorted(types), "'full_attention' and 'sliding_attention'")
+    if "sliding_attention" in types and text.sliding_window is None:
+        refuse("layer_types", sorted(types), "'full_attention' without sliding_window")
+    if getattr(text, "use_bidirectional_attention", False):
+        refuse("use_bidirectional_attention", True, "False: text is read from left to right")
+    if getattr(text, "attn_logit_softcapping", None) is not None:
         refuse(
-            "sliding_window", window, f"None, or {text.max_position_embeddings} positions or more"
+            "attn_logit_softcapping",
+            text.attn_logit_softcapping,
+            "None: its model in transformers takes no notice of it",
         )
+
+
+def _expect(text: Any, name: str, values: tuple[str, ...]) -> None:
+    if getattr(text, name) not in values:
+        refuse(name, getattr(text, name), repr(values[0]))

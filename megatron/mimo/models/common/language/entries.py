@@ -13,7 +13,13 @@ from megatron.mimo.models.common.keys import (
     Same,
     Transposed,
 )
-from megatron.mimo.models.common.language.kinds import expert_layers, head_size, kind_of
+from megatron.mimo.models.common.language.kinds import (
+    expert_layers,
+    has_bias,
+    has_qkv_bias,
+    head_size,
+    kind_of,
+)
 
 __all__ = ["ROTARY_BUFFERS", "language_entries"]
 
@@ -52,7 +58,7 @@ def language_entries(
         KeyEntry(mimo=embedding, hf=(model + "embed_tokens.weight",), transform=vocabulary),
         row("input_layernorm.weight", "input_layernorm.weight"),
         *_attention_entries(text, row),
-        row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+        *_norm_entries(text, row),
         *_feed_forward_entries(text, row, experts),
         KeyEntry(mimo="language_model.decoder.final_layernorm.weight", hf=(model + "norm.weight",)),
     ]
@@ -60,6 +66,17 @@ def language_entries(
         output = "language_model.output_layer.weight"
         rows.append(KeyEntry(mimo=output, hf=(head + "lm_head.weight",), transform=vocabulary))
     return tuple(rows)
+
+
+def _norm_entries(text: Any, row: Any) -> list[KeyEntry]:
+    """Rows of the norms around the feed-forward."""
+    if not kind_of(text).sandwich_norms:
+        return [row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight")]
+    return [
+        row("post_self_attn_layernorm.weight", "post_attention_layernorm.weight"),
+        row("pre_mlp_layernorm.weight", "pre_feedforward_layernorm.weight"),
+        row("post_mlp_layernorm.weight", "post_feedforward_layernorm.weight"),
+    ]
 
 
 def _feed_forward_entries(text: Any, row: Any, stored: Stored) -> list[KeyEntry]:
@@ -72,6 +89,12 @@ def _feed_forward_entries(text: Any, row: Any, stored: Stored) -> list[KeyEntry]
         rows += [
             row("mlp.linear_fc1.weight", *gate_up, transform=Concatenated(2), layers=dense),
             row("mlp.linear_fc2.weight", "mlp.down_proj.weight", layers=dense),
+        ]
+    if dense and has_bias(text, "mlp_bias"):
+        gate_up = ("mlp.gate_proj.bias", "mlp.up_proj.bias")
+        rows += [
+            row("mlp.linear_fc1.bias", *gate_up, transform=Concatenated(2), layers=dense),
+            row("mlp.linear_fc2.bias", "mlp.down_proj.bias", layers=dense),
         ]
     if sparse:
         hidden, inner = text.hidden_size, text.moe_intermediate_size
@@ -121,7 +144,9 @@ def _attention_entries(text: Any, row: Any) -> list[KeyEntry]:
         row("self_attention.linear_qkv.weight", *projections("weight"), transform=qkv),
         row("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
     ]
-    if kind.qkv_bias:
+    if has_bias(text, "attention_bias"):
+        rows.append(row("self_attention.linear_proj.bias", "self_attn.o_proj.bias"))
+    if has_qkv_bias(text):
         rows.append(row("self_attention.linear_qkv.bias", *projections("bias"), transform=qkv))
     if kind.qk_norms:
         rows += [

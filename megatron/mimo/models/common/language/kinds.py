@@ -11,10 +11,13 @@ __all__ = [
     "KINDS",
     "LanguageKind",
     "expert_layers",
+    "has_bias",
+    "has_qkv_bias",
     "head_size",
     "kind_of",
     "refuse",
     "sums_to_one",
+    "window_layers",
 ]
 
 
@@ -32,6 +35,12 @@ class LanguageKind:
         experts: layers may be mixtures of experts, with weights of their own size.
         reads_norm_topk: the configuration says whether the weights of a token's experts are made
             to sum to one; others always do it.
+        biases: ``attention_bias`` and ``mlp_bias``, those of both that the kind reads.
+        zero_centered: norms multiply by 1 + weight.
+        sandwich_norms: what attention and feed-forward add is normed before it is added.
+        gelu: the feed-forward's activation is the tanh approximation of GELU, not SiLU.
+        scales_embedding: by the root of the hidden size.
+        rope_by_layer_type: ``rope_parameters`` has an entry for each type of layers.
         windows: where attention slides: in no layer, in all of them, or in those that
             ``layer_types`` names.
     """
@@ -42,21 +51,43 @@ class LanguageKind:
     reads_head_dim: bool = True
     experts: bool = False
     reads_norm_topk: bool = True
+    biases: tuple[str, ...] = ()
+    zero_centered: bool = False
+    sandwich_norms: bool = False
+    gelu: bool = False
+    scales_embedding: bool = False
+    rope_by_layer_type: bool = False
     windows: Literal["none", "all", "layer_types"] = "none"
 
 
+_ATTENTION = ("attention_bias",)
+
 KINDS: dict[str, LanguageKind] = {
-    "llama": LanguageKind(),
+    "llama": LanguageKind(biases=("attention_bias", "mlp_bias")),
     "mistral": LanguageKind(windows="all"),
     "qwen2": LanguageKind(qkv_bias=True, windows="layer_types"),
     "qwen2_5_vl_text": LanguageKind(
         qkv_bias=True, mrope=(16, 24, 24), reads_head_dim=False, windows="layer_types"
     ),
-    "qwen3": LanguageKind(qk_norms=True, windows="layer_types"),
-    "qwen3_moe": LanguageKind(qk_norms=True, experts=True, windows="all"),
-    "qwen3_vl_text": LanguageKind(qk_norms=True, mrope=(24, 20, 20)),
+    "qwen3": LanguageKind(qk_norms=True, biases=_ATTENTION, windows="layer_types"),
+    "qwen3_moe": LanguageKind(qk_norms=True, experts=True, biases=_ATTENTION, windows="all"),
+    "qwen3_vl_text": LanguageKind(qk_norms=True, biases=_ATTENTION, mrope=(24, 20, 20)),
     "qwen3_vl_moe_text": LanguageKind(
-        qk_norms=True, experts=True, reads_norm_topk=False, mrope=(24, 20, 20)
+        qk_norms=True,
+        biases=_ATTENTION,
+        experts=True,
+        reads_norm_topk=False,
+        mrope=(24, 20, 20),
+    ),
+    "gemma3_text": LanguageKind(
+        qk_norms=True,
+        biases=_ATTENTION,
+        zero_centered=True,
+        sandwich_norms=True,
+        gelu=True,
+        scales_embedding=True,
+        rope_by_layer_type=True,
+        windows="layer_types",
     ),
 }
 
@@ -76,6 +107,27 @@ def head_size(text: Any) -> int:
     """Features of a head."""
     given: int | None = getattr(text, "head_dim", None)
     return given or text.hidden_size // text.num_attention_heads
+
+
+def has_bias(text: Any, name: str) -> bool:
+    """Whether ``attention_bias`` or ``mlp_bias`` is read by the kind, and set."""
+    return name in kind_of(text).biases and bool(getattr(text, name, False))
+
+
+def has_qkv_bias(text: Any) -> bool:
+    """Whether the projections of queries, keys and values have biases."""
+    return kind_of(text).qkv_bias or has_bias(text, "attention_bias")
+
+
+def window_layers(text: Any) -> tuple[bool, ...]:
+    """For every layer, whether its attention slides in a window shorter than the longest text."""
+    kind, layers = kind_of(text), text.num_hidden_layers
+    window = getattr(text, "sliding_window", None)
+    if kind.windows == "none" or window is None or window >= text.max_position_embeddings:
+        return (False,) * layers
+    if kind.windows == "all":
+        return (True,) * layers
+    return tuple(one == "sliding_attention" for one in text.layer_types)
 
 
 def expert_layers(text: Any) -> tuple[int, ...]:

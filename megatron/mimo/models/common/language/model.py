@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
+from torch.nn import functional as F
+
+from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.mimo.layers import language_layer_spec
-from megatron.mimo.models.common.language.kinds import kind_of
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.mimo.layers import LayerTraits, language_layer_spec
+from megatron.mimo.layers.rotary import Frequencies
+from megatron.mimo.models.common.language.gpt import LanguageGPT
+from megatron.mimo.models.common.language.kinds import has_bias, kind_of
+from megatron.mimo.models.common.language.rope import frequencies, rope_by_layer
 from megatron.mimo.models.common.place import Place
 from megatron.mimo.models.common.settings import LanguageSettings
-from megatron.mimo.models.common.vocabulary import UnpaddedGPT
 
 __all__ = ["language_spec"]
 
@@ -22,15 +30,24 @@ def language_spec(settings: LanguageSettings, place: Place, text: Any) -> Module
         place: of the language model.
         text: its Hugging Face configuration, for what Megatron has no argument for.
     """
-    kind_of(text)
-    config = settings.transformer
+    kind, config = kind_of(text), _config(settings.transformer, text)
+    rotary, kind_of_layer = _rotary(settings, text)
     scaling = settings.rope_scaling_factor
+    traits = LayerTraits(
+        output_bias=has_bias(text, "attention_bias"),
+        sandwich_norms=kind.sandwich_norms,
+        rotary_kinds=max(len(rotary), 1),
+        rotary_kind=kind_of_layer,
+        rotary_factors=tuple(one.factor for one in rotary),
+    )
     return ModuleSpec(
-        module=UnpaddedGPT,
+        module=LanguageGPT,
         params={
             "tokens": settings.tokens,
             "config": config,
-            "transformer_layer_spec": language_layer_spec(config, vp_stage=place.chunk),
+            "transformer_layer_spec": language_layer_spec(
+                config, vp_stage=place.chunk, traits=traits
+            ),
             "vocab_size": settings.padded_tokens,
             "max_sequence_length": settings.max_positions,
             "pre_process": place.is_first_stage,
@@ -44,5 +61,45 @@ def language_spec(settings: LanguageSettings, place: Place, text: Any) -> Module
             **({} if scaling is None else {"rope_scaling_factor": scaling}),
             "share_embeddings_and_output_weights": settings.ties_output,
             "scatter_embedding_sequence_parallel": False,
+            "rotary": rotary,
+            "embedding_scale": text.hidden_size**0.5 if kind.scales_embedding else 1.0,
+            "logit_cap": getattr(text, "final_logit_softcapping", None),
         },
     )
+
+
+def _rotary(
+    settings: LanguageSettings, text: Any
+) -> tuple[tuple[Frequencies, ...], tuple[int, ...]]:
+    """The kinds of frequencies, none where they are Megatron's own, and the kind of every layer.
+
+    Raises:
+        ConfigError: --use-rope-scaling with another kind of scaling.
+    """
+    parameters, kind_of_layer = rope_by_layer(text)
+    names = {rope["rope_type"] for rope in parameters}
+    if names == {"default"} and not kind_of_layer:
+        return (), ()
+    if settings.rope_scaling_factor is not None and names != {"llama3"}:
+        raise ConfigError(
+            f"--use-rope-scaling with rotary embeddings of the kind {', '.join(sorted(names))}; "
+            "expected 'default' or 'llama3': leave the flag out"
+        )
+    told: dict[str, Any] = {} if kind_of_layer else {"rope_theta": settings.rotary_base}
+    if settings.rope_scaling_factor is not None:
+        told["factor"] = settings.rope_scaling_factor
+    return tuple(frequencies(text, {**rope, **told}) for rope in parameters), kind_of_layer
+
+
+def _config(given: TransformerConfig, text: Any) -> TransformerConfig:
+    """Megatron's configuration with what its arguments cannot say."""
+    changes: dict[str, Any] = {}
+    if kind_of(text).gelu:
+        changes["activation_func"] = partial(F.gelu, approximate="tanh")
+        changes["bias_activation_fusion"] = False  # Megatron fuses SiLU alone with a gate
+    scale = getattr(text, "query_pre_attn_scalar", None)
+    if scale is not None:
+        changes["softmax_scale"] = scale**-0.5
+    config = copy.copy(given)
+    vars(config).update(changes)
+    return config
