@@ -14,6 +14,7 @@ from megatron.mimo.checkpoints.match import match_names
 from megatron.mimo.checkpoints.slots import match_slots, model_slots
 from megatron.mimo.checkpoints.torch_dist import CheckpointReader
 from megatron.mimo.convert.assets import CARRIED_FILE
+from megatron.mimo.convert.differences import told
 from megatron.mimo.convert.exporting import read_parameter
 from megatron.mimo.convert.importing import meta_model
 from megatron.mimo.convert.stacked import unstacked
@@ -151,7 +152,9 @@ def _compare_tensors(name: str, theirs: torch.Tensor, ours: torch.Tensor) -> tup
         return difference or 1e-30, f"{name}: {theirs.dtype} / {ours.dtype}, max {difference:.2e}"
     if torch.equal(_bits(theirs), _bits(ours)):
         return 0.0, name
-    return difference or 1e-30, f"{name}: largest difference {difference:.2e}"
+    how = told(theirs, ours)
+    words = f"{name}: largest difference {difference:.2e}" + (f"; {how}" if how else "")
+    return difference or 1e-30, words
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -95,6 +95,83 @@ def test_every_bit_of_every_weight(ranks: RankPool, tmp_path: Path) -> None:
     assert "multi_modal_projector.linear_1.bias" in zeros["weights"]
 
 
+LAYER = "language_model.model.layers.1."
+HEAD = 16  # features of a head of the tiny model
+
+
+def swap_heads(rows_RC: torch.Tensor) -> torch.Tensor:
+    heads = list(rows_RC.split(HEAD))
+    heads[1], heads[2] = heads[2], heads[1]
+    return torch.cat(heads)
+
+
+REARRANGED: dict[str, tuple[str, Any, str]] = {
+    "a perturbed weight": ("mlp.down_proj.weight", lambda one: one.index_fill(0, ROW, 0.5), ""),
+    "two heads of queries swapped": (
+        "self_attn.q_proj.weight",
+        swap_heads,
+        "; rows 16-31 and 32-47 are exchanged",
+    ),
+    "two heads of the output swapped": (
+        "self_attn.o_proj.weight",
+        lambda one: swap_heads(one.T).T.contiguous(),
+        "; columns 16-31 and 32-47 are exchanged",
+    ),
+    "a square matrix transposed": (
+        "self_attn.o_proj.weight",
+        lambda one: one.T.contiguous(),
+        "; it is transposed",
+    ),
+    "all heads moved on by one": (
+        "self_attn.q_proj.weight",
+        lambda one: one.roll(HEAD, dims=0),
+        "; rows are in another order: 0-47 are the directory's 16-63, "
+        "48-63 are the directory's 0-15",
+    ),
+    "rows shuffled": (
+        "mlp.gate_proj.weight",
+        lambda one: one[torch.randperm(len(one), generator=torch.Generator().manual_seed(1))],
+        "; rows are in another order: ",
+    ),
+}
+ROW = torch.tensor([3])
+
+
+def verify_rearranged(folder: Path) -> dict[str, dict[str, str]]:
+    """One weight at a time is changed in the directory that a checkpoint was made of."""
+    from safetensors.torch import load_file, save_file
+
+    from megatron.mimo.convert.verify import verify_checkpoint
+
+    make_and_import("llava", folder)
+    found = {}
+    for title, (name, change, _) in REARRANGED.items():
+        (path,) = (
+            one
+            for one in (folder / "hf").glob("*.safetensors")
+            if f"{LAYER}{name}" in load_file(one)
+        )
+        whole = path.read_bytes()
+        tensors = load_file(path)
+        tensors[LAYER + name] = change(tensors[LAYER + name])
+        save_file(tensors, path, metadata={"format": "pt"})
+        findings = verify_checkpoint(folder / "hf", folder / "mimo", weights_only=True)
+        found[title] = {one.title: str(one) for one in findings if not one.equal}
+        path.write_bytes(whole)
+    return found
+
+
+def test_what_was_done_to_a_weight_is_named(ranks: RankPool, tmp_path: Path) -> None:
+    (found,) = ranks(1)(verify_rearranged, tmp_path)
+    for title, (name, _, words) in REARRANGED.items():
+        assert found[title].keys() == {"weights"}, title
+        first, line = found[title]["weights"].splitlines()  # no other weight is named
+        assert first.startswith("FAIL")
+        assert line.strip().startswith(f"{LAYER}{name}: largest difference ")
+        assert words in line
+        assert words or ";" not in line
+
+
 def carried_types(folder: Path) -> set[torch.dtype]:
     from safetensors.torch import load_file
 
