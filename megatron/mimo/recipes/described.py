@@ -19,6 +19,7 @@ _SAID = (
     *("kv_channels", "group_query_attention", "vocab_size", "position_embedding_type"),
     *("rotary_base", "rotary_percent", "mrope_section", "normalization", "layernorm_epsilon"),
     *("swiglu", "add_bias_linear", "add_qkv_bias", "untie_embeddings_and_output_weights"),
+    *("moe_ffn_hidden_size", "moe_layer_freq", "moe_router_topk", "moe_router_pre_softmax"),
 )
 # What no family has unless it says so, and the values with which it is not there.
 _ABSENT: Mapping[str, object] = {
