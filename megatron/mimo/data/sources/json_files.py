@@ -1,0 +1,243 @@
+"""JSON Lines and JSON lists, compressed or not, by an index of where each record lies.
+
+What is compressed is unpacked once, into the folder of its index: compressed files cannot be
+entered in the middle.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import mmap
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from megatron.core.models.mimo.errors import InputError
+from megatron.mimo.data.formats import RawRecord
+from megatron.mimo.data.sources.index import Arrays, index_place, indexed
+from megatron.mimo.data.sources.record_file import ByteReader
+
+__all__ = ["JsonLines", "JsonList", "not_json"]
+
+_BLOCK = 1 << 24  # bytes that are looked at together
+_SHORT = 8  # bytes; a line up to this long may be blank
+_UNPACKED = "unpacked"
+# one token of JSON that matters for where a list's entries end: strings are passed over whole
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{},]', re.DOTALL)
+
+
+class JsonLines:
+    """One record per line; blank lines are passed over. Also of ``.gz`` and ``.zst``."""
+
+    def __init__(self, path: Path, index_folder: Path) -> None:
+        self.path = path
+        build = partial(_index_lines, path)
+        arrays = indexed(path, "lines", index_folder, build)
+        self._starts, self._sizes = arrays["starts"], arrays["sizes"]
+        self._numbers = arrays["numbers"]  # of lines, from 1; empty where none is blank
+        unpacked = index_place(path, "lines", index_folder) / _UNPACKED
+        self._bytes = ByteReader(unpacked if unpacked.is_file() else path)
+
+    @property
+    def shard_sizes(self) -> Sequence[int]:
+        """One: any record is read as fast as any other."""
+        return [len(self)]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, number: int) -> RawRecord:
+        line = int(self._numbers[number]) if len(self._numbers) else number + 1
+        place = f"line {line}"
+        data = self._bytes.read(int(self._starts[number]), int(self._sizes[number]))
+        return RawRecord(value=_decoded(data, self.path, place), file=self.path, place=place)
+
+
+class JsonList:
+    """The entries of one list."""
+
+    def __init__(self, path: Path, index_folder: Path) -> None:
+        self.path = path
+        arrays = indexed(path, "list", index_folder, partial(_index_list, path))
+        self._starts, self._sizes = arrays["starts"], arrays["sizes"]
+        unpacked = index_place(path, "list", index_folder) / _UNPACKED
+        self._bytes = ByteReader(unpacked if unpacked.is_file() else path)
+
+    @property
+    def shard_sizes(self) -> Sequence[int]:
+        """One: any record is read as fast as any other."""
+        return [len(self)]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, number: int) -> RawRecord:
+        place = f"entry {number + 1}"
+        data = self._bytes.read(int(self._starts[number]), int(self._sizes[number]))
+        return RawRecord(value=_decoded(data, self.path, place), file=self.path, place=place)
+
+
+def not_json(error: Exception) -> str:
+    """What is wrong with one record; the decoder's own words count lines from the record."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg} at character {error.pos + 1}"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return f"not valid JSON: {error}"
+
+
+def _decoded(data: bytes, path: Path, place: str) -> Any:
+    try:
+        return json.loads(data.rstrip())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}, {place}: {not_json(error)}; repair or delete it") from error
+
+
+def _index_lines(path: Path, folder: Path) -> Arrays:
+    """Where each line that is not blank begins, its size without the line's end, its number."""
+    starts, sizes, numbers = [], [], []
+    begin, line, has_blank = 0, 1, False
+    with _plain(path, folder) as file:
+        at, rest = 0, b""
+        while block := file.read(_BLOCK):
+            data = rest + block
+            ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == 10).astype(np.int64)
+            base = at - len(rest)  # where data lies in the file
+            at += len(block)
+            if not len(ends):
+                rest = data
+                continue
+            first = np.concatenate([[0], ends[:-1] + 1])
+            keep = _not_blank(data, first, ends)
+            starts.append((first + base)[keep])
+            sizes.append((ends - first)[keep])
+            numbers.append(np.arange(line, line + len(ends))[keep])
+            has_blank |= not keep.all()
+            line += len(ends)
+            rest = data[int(ends[-1]) + 1 :]
+        begin = at - len(rest)
+    if rest.strip():
+        starts.append(np.array([begin]))
+        sizes.append(np.array([len(rest)]))
+        numbers.append(np.array([line]))
+    none = [np.zeros(0, dtype=np.int64)]
+    found = np.concatenate(numbers or none)
+    return {
+        "starts": np.concatenate(starts or none).astype(np.int64),
+        "sizes": np.concatenate(sizes or none).astype(np.int64),
+        "numbers": found if has_blank else found[:0],
+    }
+
+
+def _not_blank(data: bytes, first: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    keep = np.ones(len(first), dtype=bool)
+    for number in np.flatnonzero(ends - first <= _SHORT):
+        keep[number] = bool(data[first[number] : ends[number]].strip())
+    # longer ones that begin with white space may be blank, too
+    lead = np.frombuffer(data, dtype=np.uint8)[first]
+    for number in np.flatnonzero(np.isin(lead, list(b" \t\r")) & keep):
+        keep[number] = bool(data[first[number] : ends[number]].strip())
+    return keep
+
+
+def _index_list(path: Path, folder: Path) -> Arrays:
+    """Where each entry of the outermost list begins, and its size."""
+    with _plain(path, folder) as file:
+        if not file.seek(0, io.SEEK_END):
+            raise InputError(f"{path} is empty; expected a list of records")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            return _entries(path, data)
+        finally:
+            data.close()
+
+
+def _entries(path: Path, data: mmap.mmap) -> Arrays:
+    head = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not head.startswith(b"["):
+        raise InputError(
+            f"{path}: expected a list of records, got {head[:20].decode(errors='replace')!r}; a "
+            "file with one record per line is called .jsonl"
+        )
+    starts: list[int] = []
+    sizes: list[int] = []
+    depth, begin, end = 0, 0, None
+    for token in _TOKEN.finditer(data):
+        kind = token[0]
+        if kind in b"[{" and depth == 0 and kind == b"[":
+            begin = token.end()
+            depth = 1
+        elif kind in (b"[", b"{"):
+            depth += 1
+        elif kind in (b"]", b"}"):
+            depth -= 1
+        if kind in (b",", b"]") and depth == (1 if kind == b"," else 0):
+            entry = data[begin : token.start()]
+            if entry.strip():
+                starts.append(begin)
+                sizes.append(token.start() - begin)
+            elif kind == b"," or starts:
+                raise _broken(path, len(starts) + 1, "there is nothing between two commas")
+            begin = token.end()
+        if depth == 0:
+            end = token.end()
+            break
+    if end is None:
+        raise _broken(path, len(starts) + 1, "the file ends before the list does")
+    if data[end:].strip():
+        raise _broken(path, len(starts), "text follows the list")
+    return {"starts": np.array(starts, np.int64), "sizes": np.array(sizes, np.int64)}
+
+
+def _broken(path: Path, entry: int, why: str) -> InputError:
+    return InputError(f"{path}: not valid JSON at entry {entry}: {why}; repair it")
+
+
+@contextmanager
+def _plain(path: Path, folder: Path) -> Iterator[IO[bytes]]:
+    """The content without compression, in a file that can be entered anywhere."""
+    if path.suffix not in (".gz", ".zst"):
+        with path.open("rb") as file:
+            yield file
+        return
+    target = folder / _UNPACKED
+    try:
+        with _unpacking(path) as packed, target.open("wb") as out:
+            while block := packed.read(_BLOCK):
+                out.write(block)
+    except (EOFError, gzip.BadGzipFile, zlib.error, _zstd_error()) as error:
+        raise InputError(
+            f"{path} cannot be unpacked: {error}; it is damaged or cut off: copy it again"
+        ) from error
+    with target.open("rb") as file:
+        yield file
+
+
+def _unpacking(path: Path) -> Any:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    try:
+        import zstandard
+    except ImportError as error:
+        raise InputError(
+            f"{path} is compressed with Zstandard, which needs a package: "
+            "pip install 'megatron-mimo[data]'"
+        ) from error
+    return zstandard.open(path, "rb")
+
+
+def _zstd_error() -> type[Exception]:
+    try:
+        import zstandard
+    except ImportError:
+        return gzip.BadGzipFile
+    error: type[Exception] = zstandard.ZstdError
+    return error
