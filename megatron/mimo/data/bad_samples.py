@@ -74,10 +74,14 @@ class BadSampleLog:
     Args:
         policy: with the limit.
         file: ``bad_samples.jsonl`` of the run; None on ranks that do not write.
+        warns: say something of the first, the 10th, the 100th ... of a kind.
     """
 
-    def __init__(self, policy: BadSamplePolicy, file: Path | None = None) -> None:
+    def __init__(
+        self, policy: BadSamplePolicy, file: Path | None = None, *, warns: bool = True
+    ) -> None:
         self._policy = policy
+        self._warns = warns
         self._file = file
         self.counts: Counter[str] = Counter()
 
@@ -93,7 +97,7 @@ class BadSampleLog:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
         count = self.counts[bad.kind]
-        if str(count).strip("0") == "1":  # 1, 10, 100 ...
+        if self._warns and str(count).strip("0") == "1":
             _LOG.warning("left out, %s (%d so far): %s", bad.kind, count, bad.reason)
         broken, most = self.counts["bad"] + self.counts["too slow"], self._policy.max_bad_samples
         if most is not None and bad.kind != "too long" and broken > most:

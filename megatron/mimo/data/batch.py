@@ -11,8 +11,18 @@ from megatron.core.models.mimo.partition.packing import packed_params
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, sequence_cut
 from megatron.mimo.data.sample import Sample
 
-__all__ = ["HEAD_TARGETS", "Batch", "Collator", "batch_device", "keep_for_stage"]
+__all__ = [
+    "HEAD_TARGETS",
+    "SOURCE_IDS",
+    "SOURCE_NAMES",
+    "Batch",
+    "Collator",
+    "batch_device",
+    "keep_for_stage",
+]
 
+SOURCE_IDS = "source_ids"  # int64 [B, S]: the source of each position, where there are several
+SOURCE_NAMES = "source_names"  # of the sources, by number
 Batch = dict[str, Any]
 HEAD_TARGETS = "head_targets"  # as ``MimoModel.forward`` takes it
 Collator = Callable[[Sequence[Sample]], Batch]
@@ -36,13 +46,18 @@ def keep_for_stage(
     drop = set() if pre_process else {"modality_inputs", "alignment_plan"}
     if keep_plan:
         drop.discard("alignment_plan")
-    drop |= set() if post_process else {"labels", "loss_mask", HEAD_TARGETS}
+    of_losses = {"labels", "loss_mask", HEAD_TARGETS, SOURCE_IDS, SOURCE_NAMES}
+    drop |= set() if post_process else of_losses
     kept = {name: value for name, value in batch.items() if name not in drop}
-    if adapter is not None and kept.get("alignment_plan") is not None:
+    if adapter is not None:
         packed = packed_params(
             batch.get("packing_kwargs"), tokens=batch["input_ids"].size(1), cp_size=adapter.cp_size
         )
-        kept["alignment_plan"] = sequence_cut(adapter, packed).share_of_plan(kept["alignment_plan"])
+        cut = sequence_cut(adapter, packed)
+        if kept.get("alignment_plan") is not None:
+            kept["alignment_plan"] = cut.share_of_plan(kept["alignment_plan"])
+        if SOURCE_IDS in kept:  # as the model cuts labels and loss masks
+            kept[SOURCE_IDS] = cut.context_share(kept[SOURCE_IDS])
     if kept.get("modality_inputs"):
         kept["modality_inputs"] = _cast(kept["modality_inputs"], dtype)
     return kept

@@ -8,7 +8,7 @@ placeholders into the text, the family turns what the Hugging Face model would t
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron.core.models.mimo.errors import ConfigError, InputError, MimoError
 from megatron.mimo.data.chat_document import document_text
-from megatron.mimo.data.chat_expanded import ExpandedText, split_text
+from megatron.mimo.data.chat_expanded import ExpandedText, Replaced, split_text
 from megatron.mimo.data.chat_media import read_medium
 from megatron.mimo.data.chat_text import ChatText
 from megatron.mimo.data.conversation import MEDIA_KINDS, ContentPart, Conversation, Document
@@ -108,15 +108,30 @@ class Chat:
         text, spans = self._written(conversation)
         return self._translated(conversation, text, spans)
 
-    def text_length(self, conversation: Conversation | Document) -> int:
-        """Tokens of its text, in which each medium stands once.
+    def text_length(
+        self,
+        conversation: Conversation | Document,
+        put_in: Callable[[str], str] = lambda text: text,
+    ) -> int:
+        """Tokens of its text, in which each medium stands once, or is put in by ``put_in``.
 
         Raises:
             InputError: the template refuses it.
         """
-        text, _ = self._written(conversation)
-        tokens = self.processor.tokenizer(text, add_special_tokens=self._adds(text))
+        text = put_in(self._written(conversation)[0])
+        tokens = self.processor.tokenizer(
+            text, add_special_tokens=_adds(self.processor.tokenizer, text)
+        )
         return len(tokens["input_ids"])
+
+    def replacements(self, conversation: Conversation) -> Sequence[Replaced]:
+        """What stands for each medium of a conversation, and what the processor puts there.
+
+        Raises:
+            InputError: as ``sample``.
+        """
+        _, expanded = self._features(self._written(conversation)[0], self._media(conversation))
+        return expanded.replaced
 
     def prompt(self, conversation: Conversation) -> Sample:
         """A conversation whose next turn is the assistant's, up to where it begins to speak.
@@ -135,12 +150,10 @@ class Chat:
         self, conversation: Conversation | Document, text: str, spans: Sequence[tuple[int, int]]
     ) -> Sample:
         """The sample of a conversation that is written as ``text``; ``spans`` are learned."""
-        media: dict[str, list[Any]] = {}
-        for part in conversation.media:
-            media.setdefault(part.kind, []).append(self._read(part, conversation.name))
+        media = self._media(conversation)
         try:
             features, expanded = self._features(text, media)
-            self._refuse_lost(expanded, conversation.name)
+            _refuse_lost(expanded, self._marks, conversation.name)
             return self.family.sample(
                 self.config,
                 features,
@@ -153,6 +166,13 @@ class Chat:
             raise InputError(
                 f"{conversation.name}: the processor refuses it: {type(error).__name__}: {error}"
             ) from error
+
+    def _media(self, conversation: Conversation | Document) -> dict[str, list[Any]]:
+        """The decoded media of each kind, in order."""
+        media: dict[str, list[Any]] = {}
+        for part in conversation.media:
+            media.setdefault(part.kind, []).append(self._read(part, conversation.name))
+        return media
 
     def _read(self, part: ContentPart, name: str) -> Any:
         if getattr(self.processor, _READERS[part.kind], None) is None:
@@ -192,25 +212,26 @@ class Chat:
         }
         features = self.processor(
             text=[text],
-            add_special_tokens=self._adds(text),
+            add_special_tokens=_adds(self.processor.tokenizer, text),
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
             **given,
         )
         return split_text(features)
 
-    def _adds(self, text: str) -> bool:
-        """Whether the tokenizer has to add its own first token: not where the template does."""
-        bos = self.processor.tokenizer.bos_token
-        return bos is None or not text.startswith(bos)
 
-    def _refuse_lost(self, expanded: ExpandedText, name: str) -> None:
-        for replaced in expanded.replaced:
-            if not any(mark in replaced.by for mark in self._marks):
-                raise InputError(
-                    f"{name}: a medium that stands as {replaced.mark!r} gives no row; "
-                    "it is too short or too small for this model: leave it out"
-                )
+def _adds(tokenizer: Any, text: str) -> bool:
+    """Whether the tokenizer has to add its own first token: not where the template does."""
+    return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
+
+
+def _refuse_lost(expanded: ExpandedText, marks: Collection[str], name: str) -> None:
+    for replaced in expanded.replaced:
+        if not any(mark in replaced.by for mark in marks):
+            raise InputError(
+                f"{name}: a medium that stands as {replaced.mark!r} gives no row; "
+                "it is too short or too small for this model: leave it out"
+            )
 
 
 def _check_settings(processor: Any, config: Any) -> None:

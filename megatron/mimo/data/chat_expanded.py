@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,15 +64,16 @@ class ExpandedText:
         """
         whole = self._whole(text)
         moved = [(self._moved(first), self._moved(end)) for first, end in spans]
-
-        def says(start: int, stop: int) -> bool:
-            if any(start < one.after[1] and one.after[0] < stop for one in self.replaced):
-                return False
-            return any(
-                first < stop <= end and not whole[start:first].strip() for first, end in moved
-            )
-
-        return torch.tensor([says(*offsets) for offsets in self.offsets], dtype=torch.bool)
+        starts_L, stops_L = np.array(self.offsets, dtype=np.int64).reshape(-1, 2).T
+        said_L = np.zeros(len(starts_L), dtype=bool)
+        for first, end in moved:
+            within_L = (first < stops_L) & (stops_L <= end)
+            for at in np.flatnonzero(within_L & (starts_L < first)):
+                within_L[at] = not whole[starts_L[at] : first].strip()
+            said_L |= within_L
+        for one in self.replaced:
+            said_L &= (starts_L >= one.after[1]) | (stops_L <= one.after[0])
+        return torch.from_numpy(said_L)
 
     def _whole(self, text: str) -> str:
         """The text with its media."""

@@ -18,6 +18,7 @@ from megatron.mimo.data.collate import PlacedSample, SampleCollator
 from megatron.mimo.data.sample import Sample
 
 __all__ = [
+    "PACKING_MULTIPLE",
     "FirstFit",
     "PackedDataset",
     "PackedSequence",
@@ -26,6 +27,7 @@ __all__ = [
     "packed_sequences",
 ]
 
+PACKING_MULTIPLE = 8  # tokens; samples are packed as if padded to a multiple of it
 PackedSequence = tuple[Sample, ...]
 
 

@@ -29,9 +29,20 @@ from megatron.mimo.checkpoints.assets import (
 from megatron.mimo.checkpoints.folders import ASSETS, TRACKER
 from megatron.mimo.data.chat import Chat
 from megatron.mimo.data.chat_dataset import ChatDataset
-from megatron.mimo.data.conversations import ConversationFile
+from megatron.mimo.data.measuring import SampleMeasurer
+from megatron.mimo.data.planned_batches import SampleSources
+from megatron.mimo.data.record_dataset import RecordDataset
+from megatron.mimo.data.sample_reader import SampleReader
+from megatron.mimo.data.sources import files_of, open_file
 from megatron.mimo.models import family_of, load_family, read_hf_config
 from megatron.mimo.models.common.family import sample_collator
+from megatron.mimo.recipes.costs import cost_model
+from megatron.mimo.recipes.data_flags import (
+    add_data_arguments,
+    check_data,
+    index_folder,
+    training_mixture,
+)
 from megatron.mimo.recipes.described import refuse_other_model
 from megatron.mimo.recipes.language import language_settings
 from megatron.mimo.recipes.media_flags import (
@@ -42,7 +53,9 @@ from megatron.mimo.recipes.media_flags import (
     media_limits,
 )
 from megatron.mimo.recipes.reading_flags import (
+    add_policy_arguments,
     add_reading_arguments,
+    bad_sample_policy,
     reading_options,
 )
 from megatron.mimo.recipes.recipe import Datasets, FinishedRun, Recipe
@@ -126,13 +139,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="Hugging Face directory with the model's processor and config.json (default: hf/ in "
         "the folder of --load); no weights are read from it",
     )
-    group.add_argument(
-        "--skip-too-long",
-        action="store_true",
-        help="leave out conversations that are longer than --seq-length (default: an error)",
-    )
     add_reading_arguments(parser)
+    add_policy_arguments(parser)
     add_media_arguments(parser, video_fps=VIDEO_FPS)
+    add_data_arguments(parser)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +158,9 @@ class _Run:
 
     def describe(self, given: Namespace) -> Mapping[str, object]:
         """Megatron's arguments of the model; refuses a run without data or processor."""
-        if self.task is None and not (given.data_path or given.train_data_path):
+        if self.task is None and not (
+            given.data_path or given.train_data_path or given.data_mixture
+        ):
             raise ConfigError(
                 f"recipe {self.name!r} trains on conversations of yours: give --data-path "
                 "train.jsonl (docs/data.md says what stands in it)"
@@ -163,6 +175,7 @@ class _Run:
 
     def check(self, args: Namespace) -> None:
         """Refuses an evaluation without conversations, and conversations without an evaluation."""
+        check_data(args)
         if args.eval_iters and self.task is None and not args.valid_data_path:
             raise ConfigError(
                 f"--eval-iters {args.eval_iters}: recipe {self.name!r} has no validation data; "
@@ -179,22 +192,14 @@ class _Run:
         return load_family(self.family).build(self._config(args), language_settings(args), places)
 
     def build_datasets(self, args: Namespace, counts: tuple[int, int, int]) -> Datasets:
-        """Training conversations in a new order in each pass; those of validation in theirs."""
+        """Records in files in the order of their mixture, or the conversations of the task.
+
+        Those of validation come in their own order.
+        """
         train, valid, _ = counts
-        chat = self._chat(args)
-        common: dict[str, Any] = {
-            "chat": chat,
-            "seq_length": args.seq_length,
-            "skip_too_long": args.skip_too_long,
-        }
-        paths = args.train_data_path or args.data_path
-        for_training = self._conversations(args, paths, "train") if train else None
-        for_validation = self._conversations(args, args.valid_data_path, "valid") if valid else None
         return Datasets(
-            train=ChatDataset(for_training, count=train, seed=args.seed, **common)
-            if for_training
-            else None,
-            valid=ChatDataset(for_validation, **common) if for_validation else None,
+            train=self._for_training(args, train) if train else None,
+            valid=self._for_validation(args) if valid else None,
             test=None,
         )
 
@@ -282,14 +287,37 @@ class _Run:
             limits=media_limits(args),
         )
 
-    def _conversations(self, args: Namespace, paths: Sequence[str] | None, split: str) -> Any:
-        from torch.utils.data import ConcatDataset
-
-        if paths:
-            files: list[Any] = [
-                ConversationFile(path, options=reading_options(args)) for path in paths
-            ]
-            return ConcatDataset(files)
+    def _for_training(self, args: Namespace, count: int) -> SampleSources | ChatDataset | None:
+        mixture = training_mixture(args)
+        if mixture is not None:
+            reader = self._reader(args)
+            return SampleSources(
+                mixture=mixture,
+                read=reader,
+                measure=SampleMeasurer(reader=reader, by_reading=args.measure_by_reading),
+                policy=reader.policy,
+                costs=cost_model(args, self._config(args)),
+                look_ahead=args.pack_look_ahead,
+            )
         if self.task is None:
             return None
-        return self.task.train() if split == "train" else self.task.valid()
+        return _of_task(args, self._chat(args), self.task.train(), count=count, seed=args.seed)
+
+    def _for_validation(self, args: Namespace) -> RecordDataset | ChatDataset | None:
+        if args.valid_data_path:
+            folder = index_folder(args)
+            files = [open_file(path, folder) for path in files_of(args.valid_data_path)]
+            return RecordDataset(files, self._reader(args))
+        return None if self.task is None else _of_task(args, self._chat(args), self.task.valid())
+
+    def _reader(self, args: Namespace) -> SampleReader:
+        return SampleReader(
+            chat=self._chat(args),
+            seq_length=args.seq_length,
+            options=reading_options(args),
+            policy=bad_sample_policy(args),
+        )
+
+
+def _of_task(args: Namespace, chat: Chat, conversations: Any, **order: Any) -> ChatDataset:
+    return ChatDataset(conversations, chat=chat, seq_length=args.seq_length, **order)

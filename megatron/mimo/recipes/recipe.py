@@ -19,15 +19,19 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from megatron.core.models.mimo import MimoModel, MimoModelConfig
+    from megatron.mimo.data.planned_batches import SampleSources
     from megatron.mimo.data.sample import Sample
     from megatron.mimo.models.common.place import Places
 
 
 @dataclass(frozen=True, kw_only=True)
 class Datasets:
-    """Map-style datasets of ``Sample``; index i always gives the same sample, on every rank."""
+    """Map-style datasets of ``Sample``; index i always gives the same sample, on every rank.
 
-    train: Dataset[Sample] | None
+    Training may read records in files instead, in the order of a mixture of sources.
+    """
+
+    train: Dataset[Sample] | SampleSources | None
     valid: Dataset[Sample] | None
     test: Dataset[Sample] | None
 

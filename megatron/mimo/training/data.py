@@ -1,8 +1,9 @@
-"""Endless streams of micro-batches from map-style datasets, positioned by sample count.
+"""Endless streams of micro-batches, the same global batches in every layout.
 
-The order is a function of the sample number alone: global batch i holds samples
-``[i * global, (i + 1) * global)`` in every layout, and a micro-batch of data-parallel rank r is
-the r-th slice of the next ``micro * dp`` of them. Resuming is starting at another number.
+Of map-style datasets the order is a function of the sample number alone: global batch i holds
+samples ``[i * global, (i + 1) * global)``, and a micro-batch of data-parallel rank r is the r-th
+slice of the next ``micro * dp`` of them. Resuming is starting at another number. Records in files
+are planned (``planned_data``): their position is a state, which lies in the checkpoint.
 """
 
 from __future__ import annotations
@@ -15,19 +16,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.mimo.data import PackedDataset, PackingCollator, SampleCollator
 from megatron.mimo.data.batch import Batch, Collator, batch_device, keep_for_stage
 from megatron.mimo.data.broadcast import broadcast_batch
-from megatron.mimo.data.packing import packed_sequences
-from megatron.mimo.process.children import left_to_parent, start_reading
+from megatron.mimo.data.cached_items import Caches, with_rows
+from megatron.mimo.data.device_ahead import Ahead, copying_to
+from megatron.mimo.data.packing import PACKING_MULTIPLE, packed_sequences
+from megatron.mimo.data.planned_batches import SampleSources
 from megatron.mimo.recipes.recipe import Datasets, Recipe
-from megatron.mimo.training.origins import SampleFinder
-
-_PACKING_MULTIPLE = 8  # tokens; samples are packed as if padded to a multiple of it
+from megatron.mimo.training.encoder_cache import EncoderCaches
+from megatron.mimo.training.origins import RangeOrigins, SampleFinder
+from megatron.mimo.training.planned_data import planned_batches
+from megatron.mimo.training.plans import DataPosition, host_group
+from megatron.mimo.training.workers import read_batches
 
 __all__ = ["BatchIterator", "MicroBatches", "SampleRange", "dataset_provider"]
 
@@ -100,7 +105,8 @@ class BatchIterator:
     """This rank's micro-batches, on its device; ranks of one TP group get the same ones.
 
     ``next`` is collective over the tensor-parallel group: its first rank reads, the others
-    receive. An error in reading is raised on all of them.
+    receive. An error in reading is raised on all of them. On a GPU, a rank that is alone in its
+    group has the next micro-batch copied while it computes.
     """
 
     def __init__(
@@ -116,11 +122,16 @@ class BatchIterator:
         self._group = group
         self._device = device
         self._keep = keep
+        self._ahead: Ahead | None = None
+        if group.size() == 1 and device.type != "cpu":
+            self._ahead = Ahead(self._load, copying_to(device))
 
     def __iter__(self) -> BatchIterator:
         return self
 
     def __next__(self) -> Batch:
+        if self._ahead is not None:
+            return dict(self._ahead())
         batch: Batch = broadcast_batch(self._load, self._group, self._device)
         return batch
 
@@ -131,13 +142,18 @@ class BatchIterator:
 
 
 def dataset_provider(
-    recipe: Recipe, args: Namespace, samples: SampleFinder | None = None
+    recipe: Recipe,
+    args: Namespace,
+    samples: SampleFinder | None = None,
+    position: DataPosition | None = None,
+    caches: EncoderCaches | None = None,
 ) -> Callable[..., tuple[Any, Any, Any]]:
     """What Megatron's ``pretrain`` calls on every rank to get its three data iterators.
 
-    ``samples`` learns from where the training stream reads. Ranks of the middle pipeline stages get
-    None where they take hidden states only: attention to packed samples or to spans, and multimodal
-    RoPE, read the batch on every stage.
+    ``samples`` learns from where the training stream reads, ``position`` where it stands;
+    ``caches`` may have rows of its media. Ranks of the middle pipeline stages get None where they
+    take hidden states only: attention to packed samples or to spans, and multimodal RoPE, read the
+    batch on every stage.
     """
     from megatron.core import mpu
 
@@ -147,40 +163,31 @@ def dataset_provider(
         first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         collate = recipe.build_collator(args)
+        group = host_group(mpu.get_data_parallel_group())  # collective over the whole job
         if not first and not last and not _every_stage_reads(args, collate):
             return None, None, None
         counts = (counts[0], counts[1] or 0, counts[2] or 0)
         datasets = split_datasets(recipe, args, counts)
+        known = caches.opened() if caches is not None else {}
         pack = packing_collator(recipe.name, args, collate) if args.pack else None
-        dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         keep = _keeper(args, collate, first=first, last=last)
-        # every evaluation reads the same samples, so that its figures can be compared
-        eval_period = max(args.eval_iters, 1) * args.eval_global_batch_size
 
-        def stream(split: str, dataset: Dataset[Any] | None) -> BatchIterator | None:
+        def stream(
+            split: str, dataset: Dataset[Any] | SampleSources | None
+        ) -> BatchIterator | None:
+            opened: Callable[[], Iterator[Batch]]
             if dataset is None:
                 return None
-            training = split == "training"
-            micro_batch = args.micro_batch_size if training else args.eval_micro_batch_size
-            numbers = SampleRange(
-                start=args.consumed_train_samples if training else 0,
-                period=None if training else eval_period,
-                micro_batch=micro_batch,
-                dp_rank=dp_rank,
-                dp_size=dp_size,
-            )
-            fill = collate
-            if training and pack is not None:
-                dataset, fill = pack_training_set(recipe, args, counts, dataset, pack), pack
-            batches = MicroBatches(split, dataset, fill, micro_batch)
-            if training and samples is not None:
-                samples.stream = batches, numbers
-            return BatchIterator(
-                lambda: read_batches(batches, numbers, args.num_workers if training else 0),
-                group=mpu.get_tensor_model_parallel_group(),
-                device=batch_device(),
-                keep=keep,
-            )
+            if isinstance(dataset, SampleSources):
+                at = position or DataPosition(args)
+                opened = planned_batches(args, dataset, pack or collate, group, samples, at, known)
+            else:
+                fill = collate
+                if split == "training" and pack is not None:
+                    dataset, fill = pack_training_set(recipe, args, counts, dataset, pack), pack
+                opened = range_batches(args, split, dataset, fill, samples, known)
+            tp_group = mpu.get_tensor_model_parallel_group()
+            return BatchIterator(opened, group=tp_group, device=batch_device(), keep=keep)
 
         return (
             stream("training", datasets.train),
@@ -190,6 +197,36 @@ def dataset_provider(
 
     provide.is_distributed = True  # type: ignore[attr-defined]
     return provide
+
+
+def range_batches(
+    args: Namespace,
+    split: str,
+    dataset: Dataset[Any],
+    collate: Collator,
+    samples: SampleFinder | None,
+    caches: Caches,
+) -> Callable[[], Iterator[Batch]]:
+    """What opens this rank's micro-batches of a map-style dataset."""
+    from megatron.core import mpu
+
+    training = split == "training"
+    micro_batch = args.micro_batch_size if training else args.eval_micro_batch_size
+    # every evaluation reads the same samples, so that its figures can be compared
+    eval_period = max(args.eval_iters, 1) * args.eval_global_batch_size
+    numbers = SampleRange(
+        start=args.consumed_train_samples if training else 0,
+        period=None if training else eval_period,
+        micro_batch=micro_batch,
+        dp_rank=mpu.get_data_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+    )
+    batches = MicroBatches(split, dataset, collate, micro_batch)
+    if training and samples is not None:
+        samples.stream = RangeOrigins(batches, numbers, args)
+    if not training:
+        return lambda: read_batches(batches, numbers, 0)
+    return lambda: read_batches(with_rows(batches, caches), numbers, args.num_workers)
 
 
 def split_datasets(recipe: Recipe, args: Namespace, counts: tuple[int, int, int]) -> Datasets:
@@ -268,36 +305,20 @@ def pack_training_set(
     """Packed sequences of the training samples.
 
     Which samples are packed together does not depend on the context-parallel size, up to
-    ``_PACKING_MULTIPLE / 2`` ranks, so that a run can go on in another layout.
+    ``PACKING_MULTIPLE / 2`` ranks, so that a run can go on in another layout.
 
     Sequence i is a function of data and seed alone: a run that is made longer reads the same ones
     first. A dataset that has as many samples as it is asked for is asked for more until they
     suffice; another ends, and is read again from its first sequence, pass by pass.
     """
-    multiple = math.lcm(collate.multiple, _PACKING_MULTIPLE)
+    multiple = math.lcm(collate.multiple, PACKING_MULTIPLE)
 
     def larger(count: int) -> Dataset[Any]:
         train = dataset
         if count > len(dataset):  # type: ignore[arg-type]
             built = recipe.build_datasets(args, (count, *counts[1:])).train
-            assert built is not None, "the recipe has a training dataset"
+            assert isinstance(built, Dataset), "the recipe has a training dataset"
             train = built
         return train
 
     return packed_sequences(larger, counts[0], seq_length=args.seq_length, multiple=multiple)
-
-
-def read_batches(batches: MicroBatches, numbers: SampleRange, workers: int) -> Iterator[Batch]:
-    """Micro-batches in order, read by ``workers`` processes ahead of time, or by this one."""
-    loader: DataLoader[Batch] = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=start_reading if workers > 0 else None,
-    )
-    if workers == 0:
-        return iter(loader)
-    with left_to_parent():
-        return iter(loader)

@@ -11,7 +11,7 @@ Shape legend: B micro-batch, S sequence (S_local after context parallelism), V v
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,13 +22,16 @@ from torch import Tensor
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.model.heads import Losses
 from megatron.core.utils import unwrap_model
-from megatron.mimo.data.batch import HEAD_TARGETS, Batch
+from megatron.mimo.data.batch import HEAD_TARGETS, SOURCE_IDS, SOURCE_NAMES, Batch
 from megatron.mimo.process import presence
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.training.losses import CountedBatches
 
 __all__ = [
+    "LOSS",
+    "OF_SOURCE",
     "build_forward_step",
+    "losses_by_source",
     "model_inputs",
     "sum_loss",
     "sum_losses",
@@ -37,6 +40,7 @@ __all__ = [
 ]
 
 LOSS = "lm loss"
+OF_SOURCE = "loss of source "  # and its name
 
 LossReport = dict[str, Tensor]
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, LossReport]]
@@ -57,6 +61,23 @@ def sum_loss(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, L
     total = torch.sum(losses_BS.reshape(-1).float() * mask_N)
     count = mask_N.sum().detach().to(torch.int32)
     return total, count, {LOSS: torch.stack([total.detach(), count.float()])}
+
+
+def losses_by_source(
+    names: Sequence[str], ids_BS: Tensor, loss_mask_BS: Tensor, losses_BS: Tensor
+) -> LossReport:
+    """Sums and numbers of the label positions of each source; no value is read on the host.
+
+    Args:
+        names: of the sources.
+        ids_BS: source of each position, int64 [B, S_local]; the number of sources for none.
+        loss_mask_BS: float [B, S_local], 1 at label positions.
+        losses_BS: per-token losses, [B, S_local].
+    """
+    mask_N = loss_mask_BS.reshape(-1).float()
+    both_2N = torch.stack([losses_BS.reshape(-1).float() * mask_N, mask_N])
+    sums = both_2N.new_zeros(2, len(names) + 1).index_add_(1, ids_BS.reshape(-1), both_2N)
+    return {f"{OF_SOURCE}{name}": sums[:, number] for number, name in enumerate(names)}
 
 
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor, tp_group: Any) -> Tensor:
@@ -121,7 +142,8 @@ def build_forward_step(recipe: Recipe, args: Namespace) -> Callable[..., tuple[T
         output, loss_mask_BS = model(**model_inputs(batch, labels=labels_BS))
         if torch.is_grad_enabled():
             slot.enter("backward")
-        return output, partial(_checked_loss, args, loss_mask_BS, counts)
+        sources = batch.get(SOURCE_NAMES, ()), batch.get(SOURCE_IDS)
+        return output, partial(_checked_loss, args, loss_mask_BS, counts, sources)
 
     return forward_step
 
@@ -182,6 +204,7 @@ def _checked_loss(
     args: Namespace,
     loss_mask_BS: Tensor,
     counts: Mapping[str, Tensor],
+    sources: tuple[Sequence[str], Tensor | None],
     output: Tensor | Losses,
 ) -> tuple[Tensor, Tensor, LossReport]:
     """The loss under Megatron's result checks, which read the value where they are on."""
@@ -191,6 +214,9 @@ def _checked_loss(
         total, count, report = sum_losses(output, counts)
     else:
         total, count, report = sum_loss(loss_mask_BS, output)
+        names, ids_BS = sources
+        if ids_BS is not None:
+            report |= losses_by_source(names, ids_BS, loss_mask_BS, output.detach())
     if torch.is_grad_enabled():
         machine = get_rerun_state_machine()
         if args.check_for_nan_in_loss_and_grad:

@@ -133,11 +133,13 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     # What they import of Megatron looks for packages that the backend may have to hide first.
     from megatron.mimo.training.curve import LossCurve
     from megatron.mimo.training.data import dataset_provider
+    from megatron.mimo.training.encoder_cache import EncoderCaches
     from megatron.mimo.training.forward_step import build_forward_step
     from megatron.mimo.training.model import ModelBuilder
     from megatron.mimo.training.nonfinite import ResultWatch
     from megatron.mimo.training.origins import SampleFinder
     from megatron.mimo.training.part_optimizer import part_optimizer
+    from megatron.mimo.training.plans import DataPosition
     from megatron.mimo.training.watch import LoopWatch
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables
@@ -145,9 +147,11 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
 
     output = None if args.output is None else Path(args.output)
     curve = LossCurve(output / "loss.csv" if output else None, writes=args.rank == 0)
-    watch = LoopWatch(args, console, curve)
+    position = DataPosition(args)
+    watch = LoopWatch(args, console, curve, position)
     builder = ModelBuilder(recipe, args, console.say)
-    samples = SampleFinder(args)
+    caches = EncoderCaches(args, builder.chunks)
+    samples = SampleFinder()
     results = ResultWatch(args, builder.chunks, samples)
     console.say(_opening(recipe, args))
     if recipe.save_assets is not None and args.save and args.rank == 0:
@@ -159,14 +163,10 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
         if args.load is None:
             curve.begin(0)
         try:
-            with (
-                watch.installed(),
-                results.installed(),
-                part_optimizer(args, builder),
-            ):
+            with watch.installed(), results.installed(), part_optimizer(args, builder):
                 pretrain(
                     pretrain_cfg_container_from_args(args),
-                    dataset_provider(recipe, args, samples),
+                    dataset_provider(recipe, args, samples, position, caches),
                     ModelType.encoder_or_decoder,
                     build_forward_step(recipe, args),
                     model_provider=builder,
@@ -179,6 +179,8 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
             return _stopped(leaving, args, console, watch, stopped_by)
     console.end_progress()
     curve.close()
+    for said in caches.report():
+        console.say(said)
     if stopped_by:
         return 0
     _finish(recipe, args, console, watch, builder, curve, output)

@@ -29,8 +29,9 @@ from megatron.mimo.process.children import left_to_parent
 from megatron.mimo.process.console import Console, Pace, format_progress
 from megatron.mimo.process.ranks import running_job
 from megatron.mimo.training.curve import LossCurve
-from megatron.mimo.training.forward_step import LOSS
+from megatron.mimo.training.forward_step import LOSS, OF_SOURCE
 from megatron.mimo.training.mismatch import explain
+from megatron.mimo.training.plans import DataPosition
 from megatron.mimo.training.saving import atomic_tracker, clear_place, save_error
 
 __all__ = ["LoopWatch"]
@@ -39,13 +40,16 @@ __all__ = ["LoopWatch"]
 class LoopWatch:
     """State of the loop as seen from outside: ``iteration``, ``saved`` and the speed."""
 
-    def __init__(self, args: Namespace, console: Console, curve: LossCurve) -> None:
+    def __init__(
+        self, args: Namespace, console: Console, curve: LossCurve, position: DataPosition
+    ) -> None:
         self.iteration = 0
         self.saved: int | None = None
         self.pace = Pace()
         self._args = args
         self._console = console
         self._curve = curve
+        self._position = position
         self._consumed = 0
         self._evaluated: tuple[int, str] = (-1, "")
         self._slot = presence.here().slot
@@ -88,6 +92,7 @@ class LoopWatch:
             *args: Any,
             **kwargs: Any,
         ) -> Any:
+            of_sources = _taken_out(loss_dict)
             result = training_log(
                 loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs
             )
@@ -98,6 +103,7 @@ class LoopWatch:
             self._curve.append(iteration, math.nan if loss is None else loss)
             self._slot.begin(iteration + 1)
             self._show(loss, learning_rate)
+            _show_sources(self._args, iteration, of_sources, self._console)
             return result
 
         return watched
@@ -148,9 +154,11 @@ class LoopWatch:
                 if self._args.async_save:
                     with left_to_parent(), hashed_by_writers() if hashes else nullcontext():
                         result = save(iteration, *args, **kwargs)
+                        self._position.save(folder / iteration_name(iteration))
                 else:
                     with atomic_tracker(folder):
                         result = save(iteration, *args, **kwargs)
+                        self._position.save(folder / iteration_name(iteration))
                         if hashes:
                             hash_checkpoint(folder / iteration_name(iteration), running_job())
             except BaseException as error:
@@ -251,6 +259,34 @@ def _save_last(result: tuple[int, Any], *of_train: Any) -> None:
     training.save_checkpoint_and_time(
         result[0], model, optimizer, scheduler, result[1], of_train[8], train_data_iterator=data
     )
+
+
+def _taken_out(losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The losses of single sources, which leave what Megatron logs: one may have no tokens."""
+    names = [name for name in losses if name.startswith(OF_SOURCE)]
+    return {name.removeprefix(OF_SOURCE): losses.pop(name) for name in names}
+
+
+def _show_sources(
+    args: Namespace, iteration: int, losses: dict[str, torch.Tensor], console: Console
+) -> None:
+    """Log the losses of single sources of this iteration; collective over the pipeline.
+
+    A source that gave no token is left out.
+    """
+    from megatron.training.global_vars import get_tensorboard_writer
+
+    if not getattr(args, "data_mixture", None):
+        return
+    writer = get_tensorboard_writer()
+    if writer is not None and iteration % args.tensorboard_log_interval == 0:
+        for name, loss in losses.items():
+            if math.isfinite(float(loss)):
+                writer.add_scalar(f"{OF_SOURCE}{name}", float(loss), iteration)
+    if iteration % args.log_interval == 0:
+        figures = _from_last_stage({name: float(loss) for name, loss in losses.items()})
+        shown = [f"{name} {value:.4f}" for name, value in figures.items() if math.isfinite(value)]
+        console.say(f"iteration {iteration}  loss by source: {'  '.join(shown)}")
 
 
 def _from_last_stage(figures: dict[str, float]) -> dict[str, float]:

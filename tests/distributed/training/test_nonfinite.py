@@ -89,6 +89,6 @@ def test_a_verdict_in_a_checkpoint_is_not_taken_over() -> None:
 
     waiting = {"state": rerun_state_machine.RerunState.WILL_RERUN_FROM_CHECKPOINT}
     args = Namespace()
-    with ResultWatch(args, [], SampleFinder(args)).installed():
+    with ResultWatch(args, [], SampleFinder()).installed():
         assert not rerun_state_machine.RerunStateMachine().validate_state_dict(waiting)
     assert rerun_state_machine.RerunStateMachine().validate_state_dict(waiting)

@@ -34,7 +34,7 @@ PUBLISHED = {
 
 def given(**changes: Any) -> Namespace:
     flags = {"data_path": None, "train_data_path": None, "load": None, "hf": None}
-    flags["pretrained_checkpoint"] = None
+    flags |= {"pretrained_checkpoint": None, "data_mixture": None}
     return Namespace(**flags | changes)
 
 

@@ -12,6 +12,7 @@ import torch
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.process.console import Console
 from megatron.mimo.training.curve import LossCurve
+from megatron.mimo.training.plans import DataPosition
 from megatron.mimo.training.watch import LoopWatch
 from tests.rank_pool import RankPool, model_parallel
 
@@ -20,7 +21,7 @@ def watch_of(folder: Path, **settings: Any) -> LoopWatch:
     args = Namespace(load=str(folder), save=str(folder), checkpoint=None, **settings)
     curve = LossCurve(folder / "loss.csv", writes=True)
     curve.begin(0)
-    return LoopWatch(args, Console(active=False), curve)
+    return LoopWatch(args, Console(active=False), curve, DataPosition(args))
 
 
 def log_three_iterations(folder: Path) -> tuple[str, int, float]:

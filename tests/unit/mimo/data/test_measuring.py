@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron.core.models.mimo.errors import InputError
+from megatron.mimo.data.bad_samples import BadSample, BadSamplePolicy
+from megatron.mimo.data.balance import Measure
+from megatron.mimo.data.formats import RawRecord
+from megatron.mimo.data.measuring import SampleMeasurer, measure_of
+from megatron.mimo.data.sample import Sample
+from megatron.mimo.data.sample_reader import SampleReader
+from tests.unit.mimo.data.chats import chat_of
+
+SIZES = ((20, 30), (33, 17), (16, 16), (40, 40))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number, size in enumerate(SIZES):
+        image, exif = Image.new("RGB", size, (number, 2, 3)), Image.Exif()
+        exif[274] = 6 if number == 1 else 1  # turned by 90 degrees
+        image.save(tmp_path / f"{number}.png", exif=exif)
+    return tmp_path
+
+
+def conversation(
+    folder: Path, *images: str, text: str = "what? 1 2 3", times: int = 1
+) -> RawRecord:
+    asked = [*({"type": "image", "path": name} for name in images), {"type": "text", "text": text}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "seven 7"}]
+    return RawRecord(value={"messages": turns * times}, file=folder / "a.jsonl", place="line 1")
+
+
+def measurer(family: str, **settings: Any) -> SampleMeasurer:
+    reader = SampleReader(chat=chat_of(family), **({"seq_length": 4096} | settings))
+    return SampleMeasurer(reader=reader)
+
+
+class Unread(SampleReader):
+    """Must not be asked."""
+
+    def __call__(self, record: RawRecord) -> Sample | BadSample:
+        raise AssertionError("a record was read for its length")
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "internvl"])
+def test_headers_tell_what_reading_would(family: str, folder: Path) -> None:
+    by_headers = SampleMeasurer(reader=Unread(chat=chat_of(family), seq_length=4096))
+    read = SampleReader(chat=chat_of(family), seq_length=4096)
+    for names in ((), ("0.png",), ("1.png", "0.png"), ("3.png", "2.png", "2.png", "1.png")):
+        record = conversation(folder, *names, times=2)
+        sample = read(record)
+        assert isinstance(sample, Sample)
+        expected = measure_of(sample)
+        found = by_headers(record)
+        assert isinstance(found, Measure)
+        assert found.length == expected.length
+        assert sum(rows for _, rows in found.media) == sum(rows for _, rows in expected.media)
+        assert {name for name, _ in found.media} == {name for name, _ in expected.media}
+
+
+def test_images_in_memory_are_measured_alike(folder: Path) -> None:
+    data = (folder / "1.png").read_bytes()
+    record = conversation(folder, "1.png")
+    value = {"messages": record.value["messages"]}
+    value["messages"][0]["content"][0] = {"type": "image", "image": {"bytes": data, "path": None}}
+    inner = RawRecord(value=value, file=record.file, place=record.place)
+    by_headers = SampleMeasurer(reader=Unread(chat=chat_of("qwen2_5_vl"), seq_length=4096))
+    assert by_headers(inner) == by_headers(conversation(folder, "1.png"))
+
+
+def test_what_headers_cannot_tell_is_read(folder: Path) -> None:
+    frames = [Image.fromarray(np.full((24, 24, 3), n, np.uint8)) for n in range(4)]
+    frames[0].save(folder / "clip.gif", save_all=True, append_images=frames[1:])
+    record = conversation(folder)
+    record.value["messages"][0]["content"].insert(0, {"type": "video", "path": "clip.gif"})
+    measure = measurer("qwen2_5_vl")
+    sample = measure.reader(record)
+    assert isinstance(sample, Sample)
+    assert measure(record) == measure_of(sample)
+
+
+def test_bad_records_are_found_without_decoding(folder: Path) -> None:
+    skip = {"policy": BadSamplePolicy(on_bad_sample="skip", on_too_long="skip")}
+    (folder / "text.png").write_text("no image")
+    for names, text, kind in (
+        (("none.png",), "a", "bad"),
+        (("text.png",), "a", "bad"),
+        (("0.png",), "1 " * 300, "too long"),
+    ):
+        record = conversation(folder, *names, text=text)
+        found = measurer("llava", seq_length=200, **skip)(record)
+        assert isinstance(found, BadSample)
+        assert found.kind == kind
+        with pytest.raises(InputError, match=r"a.jsonl, line 1"):
+            measurer("llava", seq_length=200)(record)
+
+
+def test_an_image_that_breaks_within_is_found_when_it_is_decoded(folder: Path) -> None:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, format="png")
+    (folder / "cut.png").write_bytes(buffer.getvalue()[:2000])
+    measure = measurer("llava", policy=BadSamplePolicy(on_bad_sample="skip"))
+    record = conversation(folder, "cut.png")
+    assert isinstance(measure(record), Measure)
+    assert isinstance(measure.reader(record), BadSample)
