@@ -61,15 +61,15 @@ class EncoderCaches:
         writes = not (mpu.get_tensor_model_parallel_rank() or mpu.get_context_parallel_rank())
         for chunk in self._chunks:
             refuse_trained(chunk)
-            for modality, submodule in chunk.modality_submodules.items():
-                for name, encoder in submodule.encoders.items():
-                    named = weights_name(encoder, mpu.get_tensor_model_parallel_group())
-                    folder = Path(self._args.cache_encoder) / f"{modality}.{name}.{named}"
-                    cache = RowCache(folder)
-                    call = CachedEncoder(cache, writes=writes)
-                    submodule.encoder_calls[name] = call
-                    self._caches[modality, name] = cache
-                    self._calls.append(call)
+            for modality, name, submodule in _encoders(chunk):
+                encoder = submodule.encoders[name]
+                named = weights_name(encoder, mpu.get_tensor_model_parallel_group())
+                folder = Path(self._args.cache_encoder) / f"{modality}.{name}.{named}"
+                cache = RowCache(folder)
+                call = CachedEncoder(cache, writes=writes)
+                submodule.encoder_calls[name] = call
+                self._caches[modality, name] = cache
+                self._calls.append(call)
         return self._caches
 
     def report(self) -> list[str]:
@@ -185,25 +185,31 @@ def refuse_trained(model: MimoModel) -> None:
     Raises:
         ConfigError: one is trained, draws random numbers, or does not say which rows are whose.
     """
-    for modality, submodule in model.modality_submodules.items():
-        for name, encoder in submodule.encoders.items():
-            where = f"--cache-encoder: encoder '{name}' of {modality}"
-            if any(parameter.requires_grad for parameter in encoder.parameters()):
-                raise ConfigError(
-                    f"{where} is trained, so that its rows change with every step; freeze it "
-                    f"(--freeze {modality}.encoders), or leave --cache-encoder out"
-                )
-            if not hasattr(encoder, "rows_per_item"):
-                raise ConfigError(
-                    f"{where} has no rows_per_item, which says which rows are of which medium; "
-                    "give it one, or leave --cache-encoder out"
-                )
-            draws = [one.p for one in encoder.modules() if isinstance(one, nn.Dropout) and one.p]
-            if draws:
-                raise ConfigError(
-                    f"{where} has dropout {max(draws)}, so that its rows are never the same; set "
-                    "it to 0, or leave --cache-encoder out"
-                )
+    for modality, name, submodule in _encoders(model):
+        encoder = submodule.encoders[name]
+        where = f"--cache-encoder: encoder '{name}' of {modality}"
+        if any(parameter.requires_grad for parameter in encoder.parameters()):
+            raise ConfigError(
+                f"{where} is trained, so that its rows change with every step; freeze it "
+                f"(--freeze {modality}.encoders), or leave --cache-encoder out"
+            )
+        if not hasattr(encoder, "rows_per_item"):
+            raise ConfigError(
+                f"{where} has no rows_per_item, which says which rows are of which medium; "
+                "give it one, or leave --cache-encoder out"
+            )
+        draws = [one.p for one in encoder.modules() if isinstance(one, nn.Dropout) and one.p]
+        if draws:
+            raise ConfigError(
+                f"{where} has dropout {max(draws)}, so that its rows are never the same; set "
+                "it to 0, or leave --cache-encoder out"
+            )
+
+
+def _encoders(model: MimoModel) -> list[tuple[str, str, Any]]:
+    """Modality and name of each encoder, and the submodule that has it."""
+    submodules: dict[str, Any] = dict(model.modality_submodules.items())
+    return [(modality, name, one) for modality, one in submodules.items() for name in one.encoders]
 
 
 def weights_name(encoder: nn.Module, tp_group: dist.ProcessGroup) -> str:

@@ -18,12 +18,44 @@ import numpy as np
 
 from megatron.core.models.mimo.errors import InputError
 
-__all__ = ["default_index_folder", "index_place", "indexed"]
+__all__ = ["GrowingColumn", "default_index_folder", "index_place", "indexed"]
 
 _DONE = "done"  # a file that is there once all others are
 _VERSION = 1  # of the content
+_COPIED = 1 << 24  # bytes at a time
 
 Arrays = Mapping[str, np.ndarray]
+
+
+class GrowingColumn:
+    """An array of int64 that grows on disk while an index is built, whatever its length.
+
+    Args:
+        folder: of the index that is being built.
+        name: of the array.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._path = folder / f"{name}.npy"
+        self._raw = folder / f"{name}.raw"
+        self._file = self._raw.open("wb")
+        self._count = 0
+
+    def add(self, values: np.ndarray) -> None:
+        """Append."""
+        self._file.write(values.astype(np.int64).tobytes())
+        self._count += len(values)
+
+    def finish(self, *, empty: bool = False) -> None:
+        """Put the array into the index; without what was added, if it is to be ``empty``."""
+        self._file.close()
+        count = 0 if empty else self._count
+        with self._path.open("wb") as out, self._raw.open("rb") as raw:
+            header = {"descr": "<i8", "fortran_order": False, "shape": (count,)}
+            np.lib.format.write_array_header_1_0(out, header)
+            if count:
+                shutil.copyfileobj(raw, out, _COPIED)
+        self._raw.unlink()
 
 
 def default_index_folder() -> Path:
@@ -61,8 +93,8 @@ def indexed(
         path: of the file.
         kind: which index, where a file may have several.
         folder: of all indexes.
-        build: gets the folder of the index that is being built, where it may leave further files,
-            and returns the arrays by name.
+        build: gets the folder of the index that is being built, where it may leave further files
+            and ``GrowingColumn``s, and returns the other arrays by name.
 
     Raises:
         InputError: the file cannot be read, or the index cannot be written.

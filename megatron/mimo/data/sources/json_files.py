@@ -12,6 +12,7 @@ import json
 import mmap
 import re
 import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +23,7 @@ import numpy as np
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.formats import RawRecord
-from megatron.mimo.data.sources.index import Arrays, index_place, indexed
+from megatron.mimo.data.sources.index import Arrays, GrowingColumn, index_place, indexed
 from megatron.mimo.data.sources.record_file import ByteReader
 
 __all__ = ["JsonLines", "JsonList", "not_json"]
@@ -103,10 +104,10 @@ def _decoded(data: bytes, path: Path, place: str) -> Any:
 
 def _index_lines(path: Path, folder: Path) -> Arrays:
     """Where each line that is not blank begins, its size without the line's end, its number."""
-    starts, sizes, numbers = [], [], []
-    begin, line, has_blank = 0, 1, False
+    names = ("starts", "sizes", "numbers")
+    starts, sizes, numbers = (GrowingColumn(folder, name) for name in names)
+    at, line, has_blank, rest = 0, 1, False, b""
     with _plain(path, folder) as file:
-        at, rest = 0, b""
         while block := file.read(_BLOCK):
             data = rest + block
             ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == 10).astype(np.int64)
@@ -117,24 +118,20 @@ def _index_lines(path: Path, folder: Path) -> Arrays:
                 continue
             first = np.concatenate([[0], ends[:-1] + 1])
             keep = _not_blank(data, first, ends)
-            starts.append((first + base)[keep])
-            sizes.append((ends - first)[keep])
-            numbers.append(np.arange(line, line + len(ends))[keep])
+            starts.add((first + base)[keep])
+            sizes.add((ends - first)[keep])
+            numbers.add(np.arange(line, line + len(ends))[keep])
             has_blank |= not keep.all()
             line += len(ends)
             rest = data[int(ends[-1]) + 1 :]
-        begin = at - len(rest)
     if rest.strip():
-        starts.append(np.array([begin]))
-        sizes.append(np.array([len(rest)]))
-        numbers.append(np.array([line]))
-    none = [np.zeros(0, dtype=np.int64)]
-    found = np.concatenate(numbers or none)
-    return {
-        "starts": np.concatenate(starts or none).astype(np.int64),
-        "sizes": np.concatenate(sizes or none).astype(np.int64),
-        "numbers": found if has_blank else found[:0],
-    }
+        starts.add(np.array([at - len(rest)]))
+        sizes.add(np.array([len(rest)]))
+        numbers.add(np.array([line]))
+    starts.finish()
+    sizes.finish()
+    numbers.finish(empty=not has_blank)
+    return {}
 
 
 def _not_blank(data: bytes, first: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -167,8 +164,7 @@ def _entries(path: Path, data: mmap.mmap) -> Arrays:
             f"{path}: expected a list of records, got {head[:20].decode(errors='replace')!r}; a "
             "file with one record per line is called .jsonl"
         )
-    starts: list[int] = []
-    sizes: list[int] = []
+    starts, sizes = array("q"), array("q")
     depth, begin, end = 0, 0, None
     for token in _TOKEN.finditer(data):
         kind = token[0]
@@ -194,7 +190,7 @@ def _entries(path: Path, data: mmap.mmap) -> Arrays:
         raise _broken(path, len(starts) + 1, "the file ends before the list does")
     if data[end:].strip():
         raise _broken(path, len(starts), "text follows the list")
-    return {"starts": np.array(starts, np.int64), "sizes": np.array(sizes, np.int64)}
+    return {"starts": np.frombuffer(starts, np.int64), "sizes": np.frombuffer(sizes, np.int64)}
 
 
 def _broken(path: Path, entry: int, why: str) -> InputError:
