@@ -112,6 +112,10 @@ def test_stages_get_what_they_need() -> None:
     assert arguments["n"].dtype == torch.int64
     last = keep_for_stage(batch, pre_process=False, post_process=True, dtype=torch.float32)
     assert last.keys() == {"input_ids", "labels", "loss_mask"}
+    kept = keep_for_stage(
+        batch, pre_process=False, post_process=False, dtype=torch.float32, keep_plan=True
+    )
+    assert kept.keys() == {"input_ids", "alignment_plan"}
 
 
 def test_an_evaluation_without_data_is_refused() -> None:
