@@ -13,6 +13,7 @@ from megatron.mimo.data.sample import Sample
 
 __all__ = [
     "HEAD_TARGETS",
+    "LENGTHS",
     "SOURCE_IDS",
     "SOURCE_NAMES",
     "Batch",
@@ -24,6 +25,7 @@ __all__ = [
 SOURCE_IDS = "source_ids"  # int64 [B, S]: the source of each position, where there are several
 SOURCE_NAMES = "source_names"  # of the sources, by number
 Batch = dict[str, Any]
+LENGTHS = "lengths"  # tokens of each document without padding, for whoever counts them
 HEAD_TARGETS = "head_targets"  # as ``MimoModel.forward`` takes it
 Collator = Callable[[Sequence[Sample]], Batch]
 
@@ -43,7 +45,7 @@ def keep_for_stage(
     ``adapter`` the plan is cut for this rank's part of the sequence, while it is on the host. Later
     stages go without it, unless they are to ``keep_plan``.
     """
-    drop = set() if pre_process else {"modality_inputs", "alignment_plan"}
+    drop = {LENGTHS} | (set() if pre_process else {"modality_inputs", "alignment_plan"})
     if keep_plan:
         drop.discard("alignment_plan")
     of_losses = {"labels", "loss_mask", HEAD_TARGETS, SOURCE_IDS, SOURCE_NAMES}

@@ -18,6 +18,7 @@ from megatron.mimo.data.bad_samples import BadSample, BadSamplePolicy
 from megatron.mimo.data.balance import CostModel, Measure
 from megatron.mimo.data.batch import SOURCE_IDS, SOURCE_NAMES, Batch
 from megatron.mimo.data.collate import SampleCollator
+from megatron.mimo.data.counting import collate_and_count
 from megatron.mimo.data.formats import RawRecord
 from megatron.mimo.data.global_batches import Item
 from megatron.mimo.data.measuring import check_measure
@@ -109,9 +110,9 @@ class PlannedBatches(Dataset[Batch]):
         blank = [self._blank()]
         rows = [samples or blank for samples in kept]
         if isinstance(self._collate, PackingCollator):
-            batch: Batch = self._collate([tuple(samples) for samples in rows])
+            batch = collate_and_count(self._collate, [tuple(samples) for samples in rows])
         else:
-            batch = self._collate([samples[0] for samples in rows])
+            batch = collate_and_count(self._collate, [samples[0] for samples in rows])
         bad = [one for samples in read for one in samples if isinstance(one, BadSample)]
         if bad:
             batch[LEFT_OUT] = bad

@@ -19,6 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.encoders.vit import check_patches, check_pixels, check_runs_whole, patchify
+from megatron.mimo.encoders.work import EncoderWork
 
 __all__ = ["ClipEncoder", "layer_numbers"]
 
@@ -150,6 +151,19 @@ class ClipEncoder(MegatronModule):
         if torch.is_tensor(pixel_values):
             return [self.rows_per_image] * len(pixel_values)
         return [len(images_NCHW) * self.rows_per_image for images_NCHW in pixel_values]
+
+    def work(self, pixel_values: Tensor | Sequence[Tensor]) -> EncoderWork:
+        """How often the parts run for these items."""
+        rows = sum(self.rows_per_item(pixel_values))
+        images, positions = rows // self.rows_per_image, self.num_positions
+        return EncoderWork(
+            vectors={
+                "patch_embedding": images * (positions - (self.class_embedding is not None)),
+                "transformer": images * positions,
+            },
+            pairs={"transformer": images * positions**2},
+            rows=rows,
+        )
 
     def forward(self, pixel_values: Tensor | Sequence[Tensor]) -> Tensor:
         """Encode images.

@@ -182,6 +182,10 @@ class SquareProjector(MegatronModule):
             pg_collection=pg_collection,
         )
 
+    def rows_of(self, rows: int) -> int:
+        """Rows that so many are joined to."""
+        return rows // self.side**2
+
     def forward(self, rows_NI: Tensor) -> Tensor:
         """[N, I] -> [N / G, H]; N may be 0.
 

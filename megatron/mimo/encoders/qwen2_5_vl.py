@@ -9,6 +9,7 @@ of all items, P = merge * merge, H hidden, O output width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from megatron.mimo.encoders.qwen2_5_vl_geometry import (
     patch_sequence,
 )
 from megatron.mimo.encoders.vit import check_runs_whole
+from megatron.mimo.encoders.work import EncoderWork
 from megatron.mimo.layers import uses_transformer_engine
 from megatron.mimo.layers.norm import Norm
 
@@ -126,6 +128,27 @@ class WindowTransformer(MegatronModule):
     ) -> list[int]:
         """Rows of each item: ranks with the same items may encode some each."""
         return [self.geometry.rows(one) for one in grid]
+
+    def work(
+        self,
+        pixel_values: Sequence[Tensor],  # noqa: ARG002 (called with all arguments)
+        grid: Sequence[Grid],
+    ) -> EncoderWork:
+        """How often the parts run for these items."""
+        patches = sum(math.prod(one) for one in grid)
+        by_frame = sum(frames * (lines * columns) ** 2 for frames, lines, columns in grid)
+        by_window = sum(self.geometry.window_pairs(one) for one in grid)
+        layers: Any = self.transformer.layers
+        return EncoderWork(
+            vectors={"patch_embedding": patches, "transformer": patches},
+            pairs={
+                f"transformer.layers.{number}": by_frame
+                if layer.self_attention.core_attention.is_full
+                else by_window
+                for number, layer in enumerate(layers)
+            },
+            rows=patches // self.geometry.merge**2,
+        )
 
     def forward(self, pixel_values: Sequence[Tensor], grid: Sequence[Grid]) -> Tensor:
         """Encode items.

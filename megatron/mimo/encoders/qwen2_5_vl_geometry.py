@@ -43,6 +43,14 @@ class PatchGeometry(SquareGeometry):
                 f"windows of {self.window} x {self.window} squares; expected at least 1"
             )
 
+    def window_pairs(self, grid: Grid) -> int:
+        """Pairs of patches that lie in one window."""
+        frames, *sides = grid
+        squares = [
+            sum(piece**2 for piece in _cut(side // self.merge, self.window)) for side in sides
+        ]
+        return frames * squares[0] * squares[1] * self.merge**4
+
 
 @dataclass(kw_only=True)
 class PatchSequence(TurnedSequence):

@@ -10,6 +10,7 @@ of all items, P = merge * merge, H hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -31,6 +32,7 @@ from megatron.mimo.encoders.plain import plain_encoder_config
 from megatron.mimo.encoders.qwen2_5_vl import borders_on_host
 from megatron.mimo.encoders.qwen3_vl_geometry import FrameGeometry, frame_sequence
 from megatron.mimo.encoders.vit import check_runs_whole
+from megatron.mimo.encoders.work import EncoderWork
 
 __all__ = ["FrameTransformer", "frame_encoder_config"]
 
@@ -133,6 +135,20 @@ class FrameTransformer(MegatronModule):
     ) -> list[int]:
         """Rows of each item: ranks with the same items may encode some each."""
         return [self.geometry.rows(one) for one in grid]
+
+    def work(
+        self,
+        pixel_values: Sequence[Tensor],  # noqa: ARG002 (called with all arguments)
+        grid: Sequence[Grid],
+    ) -> EncoderWork:
+        """How often the parts run for these items."""
+        patches = sum(math.prod(one) for one in grid)
+        by_frame = sum(frames * (lines * columns) ** 2 for frames, lines, columns in grid)
+        return EncoderWork(
+            vectors={"patch_embedding": patches, "transformer": patches},
+            pairs={"transformer": by_frame},
+            rows=patches // self.geometry.merge**2,
+        )
 
     def forward(self, pixel_values: Sequence[Tensor], grid: Sequence[Grid]) -> Encoded:
         """Encode items.

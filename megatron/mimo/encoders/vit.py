@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.mimo.encoders.work import EncoderWork
 
 # Of --recompute-modules, what an encoder's dense layers with ordinary attention have.
 _RECOMPUTED = ("core_attn", "layernorm", "mlp")
@@ -214,6 +215,15 @@ class VisionTransformer(MegatronModule):
     def rows_per_item(self, pixel_values: Tensor) -> list[int]:
         """Rows of each image: ranks with the same images may encode some each."""
         return [self.num_patches] * len(pixel_values)
+
+    def work(self, pixel_values: Tensor) -> EncoderWork:
+        """How often the parts run for these images."""
+        patches = len(pixel_values) * self.num_patches
+        return EncoderWork(
+            vectors={"patch_embedding": patches, "transformer": patches},
+            pairs={"transformer": patches * self.num_patches},
+            rows=patches,
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode images.

@@ -27,6 +27,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.encoders.vit import check_runs_whole
+from megatron.mimo.encoders.work import EncoderWork
 from megatron.mimo.layers import Norm, uses_transformer_engine
 
 __all__ = ["WhisperEncoder", "frames_needed", "sinusoids", "stem_length"]
@@ -146,6 +147,23 @@ class WhisperEncoder(MegatronModule):
     ) -> list[int]:
         """Rows of each clip."""
         return [self.packed_sequences(length) for length in _lengths(input_features, lengths)]
+
+    def work(
+        self, input_features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None = None
+    ) -> EncoderWork:
+        """How often the parts run for these clips."""
+        frames = [clip_MF.size(-1) for clip_MF in input_features]
+        seen = frames if self.attends_to_silence else _lengths(input_features, lengths)
+        positions = [stem_length(length) for length in seen]
+        return EncoderWork(
+            vectors={
+                "conv1": sum(frames),
+                "conv2": sum(stem_length(length) for length in frames),
+                "transformer": sum(positions),
+            },
+            pairs={"transformer": sum(length**2 for length in positions)},
+            rows=sum(self.rows_per_item(input_features, lengths)),
+        )
 
     def forward(
         self, input_features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None = None

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 __all__ = ["Console", "Pace", "format_count", "format_duration", "format_progress"]
@@ -41,17 +41,17 @@ def format_progress(
     total: int,
     loss: float | None,
     samples_per_second: float,
-    tokens_per_second: float,
+    figures: Sequence[str] = (),
     seconds_left: float,
     extra: Mapping[str, str] | None = None,
 ) -> str:
-    """The progress line, without a line end."""
+    """The progress line, without a line end; ``figures`` are what else is known of the speed."""
     width = len(str(total))
     parts = [f"iteration {iteration:{width}d}/{total}"]
     parts.append("loss -" if loss is None else f"loss {loss:.4f}")
     parts += [f"{name} {value}" for name, value in (extra or {}).items()]
     parts.append(f"{format_count(samples_per_second)} samples/s")
-    parts.append(f"{format_count(tokens_per_second)} tokens/s")
+    parts += figures
     parts.append(f"ETA {format_duration(seconds_left)}")
     return "  ".join(parts)
 

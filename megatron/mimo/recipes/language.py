@@ -26,4 +26,5 @@ def language_settings(args: Namespace) -> LanguageSettings:
         rotary_percent=args.rotary_percent,
         rope_scaling_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
         ties_output=not args.untie_embeddings_and_output_weights,
+        whole_logits=args.whole_logits * 2**20,
     )

@@ -36,6 +36,7 @@ from megatron.mimo.data.sample_reader import SampleReader
 from megatron.mimo.data.sources import files_of, open_file
 from megatron.mimo.models import family_of, load_family, read_hf_config
 from megatron.mimo.models.common.family import sample_collator
+from megatron.mimo.models.common.settings import WHOLE_LOGITS
 from megatron.mimo.recipes.costs import cost_model
 from megatron.mimo.recipes.data_flags import (
     add_data_arguments,
@@ -140,6 +141,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "the folder of --load); no weights are read from it",
     )
     add_reading_arguments(parser)
+    group.add_argument(
+        "--whole-logits",
+        type=int,
+        default=WHOLE_LOGITS // 2**20,
+        metavar="MB",
+        help="above so many megabytes of fp32 logits of a micro-batch, on a rank, the loss is "
+        "computed piece by piece, without ever holding all of them (0: always)",
+    )
     add_policy_arguments(parser)
     add_media_arguments(parser, video_fps=VIDEO_FPS)
     add_data_arguments(parser)

@@ -24,6 +24,7 @@ from megatron.mimo.data import PackedDataset, PackingCollator, SampleCollator
 from megatron.mimo.data.batch import Batch, Collator, batch_device, keep_for_stage
 from megatron.mimo.data.broadcast import broadcast_batch
 from megatron.mimo.data.cached_items import Caches, with_rows
+from megatron.mimo.data.counting import collate_and_count
 from megatron.mimo.data.device_ahead import Ahead, copying_to
 from megatron.mimo.data.packing import PACKING_MULTIPLE, packed_sequences
 from megatron.mimo.data.planned_batches import SampleSources
@@ -32,6 +33,7 @@ from megatron.mimo.training.encoder_cache import EncoderCaches
 from megatron.mimo.training.origins import RangeOrigins, SampleFinder
 from megatron.mimo.training.planned_data import planned_batches
 from megatron.mimo.training.plans import DataPosition, host_group
+from megatron.mimo.training.throughput import ThroughputMeter
 from megatron.mimo.training.workers import read_batches
 
 __all__ = ["BatchIterator", "MicroBatches", "SampleRange", "dataset_provider"]
@@ -88,7 +90,8 @@ class MicroBatches(Dataset[Batch]):
 
     def __getitem__(self, first: int) -> Batch:
         numbers = range(first, first + self._micro_batch)
-        return self._collate([self.read(number % self._length) for number in numbers])
+        items = [self.read(number % self._length) for number in numbers]
+        return collate_and_count(self._collate, items)
 
     def read(self, index: int) -> Any:
         """Sample, or packed sequence, ``index``."""
@@ -147,13 +150,14 @@ def dataset_provider(
     samples: SampleFinder | None = None,
     position: DataPosition | None = None,
     caches: EncoderCaches | None = None,
+    meter: ThroughputMeter | None = None,
 ) -> Callable[..., tuple[Any, Any, Any]]:
     """What Megatron's ``pretrain`` calls on every rank to get its three data iterators.
 
     ``samples`` learns from where the training stream reads, ``position`` where it stands;
-    ``caches`` may have rows of its media. Ranks of the middle pipeline stages get None where they
-    take hidden states only: attention to packed samples or to spans, and multimodal RoPE, read the
-    batch on every stage.
+    ``caches`` may have rows of its media, and ``meter`` counts what it holds. Ranks of the middle
+    pipeline stages get None where they take hidden states only: attention to packed samples or to
+    spans, and multimodal RoPE, read the batch on every stage.
     """
     from megatron.core import mpu
 
@@ -186,6 +190,8 @@ def dataset_provider(
                 if split == "training" and pack is not None:
                     dataset, fill = pack_training_set(recipe, args, counts, dataset, pack), pack
                 opened = range_batches(args, split, dataset, fill, samples, known)
+            if split == "training" and meter is not None:
+                opened = meter.watched(opened)
             tp_group = mpu.get_tensor_model_parallel_group()
             return BatchIterator(opened, group=tp_group, device=batch_device(), keep=keep)
 

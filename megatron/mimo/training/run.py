@@ -140,6 +140,7 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     from megatron.mimo.training.origins import SampleFinder
     from megatron.mimo.training.part_optimizer import part_optimizer
     from megatron.mimo.training.plans import DataPosition
+    from megatron.mimo.training.throughput import ThroughputMeter
     from megatron.mimo.training.watch import LoopWatch
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables
@@ -147,9 +148,10 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
 
     output = None if args.output is None else Path(args.output)
     curve = LossCurve(output / "loss.csv" if output else None, writes=args.rank == 0)
-    position = DataPosition(args)
-    watch = LoopWatch(args, console, curve, position)
     builder = ModelBuilder(recipe, args, console.say)
+    meter = ThroughputMeter(builder.chunks)
+    position = DataPosition(args)
+    watch = LoopWatch(args, console, curve, meter, position)
     caches = EncoderCaches(args, builder.chunks)
     samples = SampleFinder()
     results = ResultWatch(args, builder.chunks, samples)
@@ -166,7 +168,7 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
             with watch.installed(), results.installed(), part_optimizer(args, builder):
                 pretrain(
                     pretrain_cfg_container_from_args(args),
-                    dataset_provider(recipe, args, samples, position, caches),
+                    dataset_provider(recipe, args, samples, position, caches, meter),
                     ModelType.encoder_or_decoder,
                     build_forward_step(recipe, args),
                     model_provider=builder,
@@ -208,6 +210,8 @@ def _finish(
         "train_seconds": round(watch.pace.seconds, 3),
         "samples_per_second": round(watch.pace.samples / max(watch.pace.seconds, 1e-9), 2),
     }
+    if watch.throughput is not None:
+        metrics["throughput"] = watch.throughput.metrics(watch.pace.seconds_per_iteration)
     if recipe.finish is not None:
         console.say("evaluating ...")
         run = FinishedRun(

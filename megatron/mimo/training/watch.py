@@ -33,6 +33,7 @@ from megatron.mimo.training.forward_step import LOSS, OF_SOURCE
 from megatron.mimo.training.mismatch import explain
 from megatron.mimo.training.plans import DataPosition
 from megatron.mimo.training.saving import atomic_tracker, clear_place, save_error
+from megatron.mimo.training.throughput import Throughput, ThroughputMeter, write_scalars
 
 __all__ = ["LoopWatch"]
 
@@ -41,11 +42,18 @@ class LoopWatch:
     """State of the loop as seen from outside: ``iteration``, ``saved`` and the speed."""
 
     def __init__(
-        self, args: Namespace, console: Console, curve: LossCurve, position: DataPosition
+        self,
+        args: Namespace,
+        console: Console,
+        curve: LossCurve,
+        meter: ThroughputMeter,
+        position: DataPosition,
     ) -> None:
         self.iteration = 0
         self.saved: int | None = None
         self.pace = Pace()
+        self.throughput: Throughput | None = None
+        self._meter = meter
         self._args = args
         self._console = console
         self._curve = curve
@@ -99,6 +107,7 @@ class LoopWatch:
             loss = self._loss_everywhere(loss_dict.get(LOSS))
             self.iteration = iteration
             self.pace.step(self._trained() - self._consumed)
+            self._meter.step()
             self._consumed = self._trained()
             self._curve.append(iteration, math.nan if loss is None else loss)
             self._slot.begin(iteration + 1)
@@ -230,17 +239,21 @@ class LoopWatch:
         args, pace = self._args, self.pace
         total = args.train_iters
         extra = {} if learning_rate is None else {"lr": f"{learning_rate:.1e}"}
+        milestone = self.iteration % args.log_interval == 0 or self.iteration == total
+        if milestone or self.throughput is None:
+            self.throughput = self._meter.read()
+            write_scalars(self.throughput, pace.seconds_per_iteration, self.iteration)
         self._console.progress(
             format_progress(
                 iteration=self.iteration,
                 total=total,
                 loss=loss,
                 samples_per_second=pace.samples_per_second,
-                tokens_per_second=pace.samples_per_second * args.seq_length,
+                figures=self.throughput.texts(pace.seconds_per_iteration),
                 seconds_left=pace.seconds_per_iteration * (total - self.iteration),
                 extra=extra,
             ),
-            milestone=self.iteration % args.log_interval == 0 or self.iteration == total,
+            milestone=milestone,
         )
         if self.iteration == total:
             self._console.end_progress()

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-__all__ = ["LanguageSettings"]
+__all__ = ["WHOLE_LOGITS", "LanguageSettings"]
+
+WHOLE_LOGITS = 256 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,8 @@ class LanguageSettings:
         rotary_percent: share of a head's channels that turn.
         rope_scaling_factor: factor of Llama 3's scaling; None without it.
         ties_output: the output layer is the embedding.
+        whole_logits: bytes of fp32 logits of a micro-batch, on this rank, above which the loss is
+            computed piece by piece.
     """
 
     transformer: TransformerConfig
@@ -37,3 +41,4 @@ class LanguageSettings:
     rotary_percent: float
     rope_scaling_factor: float | None
     ties_output: bool
+    whole_logits: int = WHOLE_LOGITS

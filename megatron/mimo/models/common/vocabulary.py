@@ -18,25 +18,91 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.utils import get_pg_rank, get_pg_size
+from megatron.mimo.layers.vocabulary_loss import chunked_cross_entropy
+from megatron.mimo.models.common.settings import WHOLE_LOGITS
 
-__all__ = ["UnpaddedGPT", "leave_out_padding"]
+__all__ = ["UnpaddedGPT", "leave_out_padding", "real_tokens"]
 
 
 class UnpaddedGPT(GPTModel):
     """A GPTModel that gives padding of its vocabulary no probability.
 
+    Where the logits of a micro-batch would be large, its loss is computed piece by piece
+    (:mod:`megatron.mimo.layers.vocabulary_loss`).
+
     Args:
         tokens: size of the vocabulary without padding.
+        whole_logits: bytes of fp32 logits on this rank from which on they count as large.
         arguments: GPTModel's.
 
     Raises:
         ConfigError: padding with a loss that is computed without logits.
     """
 
-    def __init__(self, *, tokens: int, **arguments: Any) -> None:
+    def __init__(self, *, tokens: int, whole_logits: int = WHOLE_LOGITS, **arguments: Any) -> None:
         super().__init__(**arguments)
+        self._tokens, self._whole_logits = tokens, whole_logits
         leave_out_padding(self, tokens=tokens, rows=self.vocab_size, tp_group=self.pg_collection.tp)
+
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        labels: Tensor | None,
+        *given: Any,
+        **named: Any,
+    ) -> Tensor:
+        """As GPTModel's: logits, or with labels the losses [B, S]."""
+        if labels is not None and self.post_process and self._cuts_loss(labels.numel()):
+            return self._losses_in_pieces(hidden_states, labels)
+        output: Tensor = super()._postprocess(
+            hidden_states, input_ids, position_ids, labels, *given, **named
+        )
+        return output
+
+    def _cuts_loss(self, tokens: int) -> bool:
+        """Whether the loss of so many tokens is computed piece by piece."""
+        config, layer = self.config, self.output_layer
+        large = 4 * tokens * self.vocab_size // get_pg_size(self.pg_collection.tp)
+        if large <= self._whole_logits or config.cross_entropy_loss_fusion:
+            return False
+        # What changes logits, or looks at them, needs all of them.
+        hooks = layer._forward_hooks.values()
+        plain = all(isinstance(hook, _HidePadding) for hook in hooks)
+        plain &= not hasattr(layer, "adapter") and layer.bias is None
+        special = config.mtp_num_layers or config.use_mup or config.defer_embedding_wgrad_compute
+        return plain and not special
+
+    def _losses_in_pieces(self, hidden_SBH: Tensor, labels_BS: Tensor) -> Tensor:
+        group = self.pg_collection.tp
+        weight_VH = self.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            weight_VH = self.shared_embedding_or_output_weight()
+        if self.output_layer.sequence_parallel:
+            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=group)
+        else:
+            hidden_SBH = copy_to_tensor_model_parallel_region(hidden_SBH, group=group)
+        first = get_pg_rank(group) * len(weight_VH)
+        losses_T = chunked_cross_entropy(
+            hidden_SBH.flatten(0, 1),
+            weight_VH[: max(self._tokens - first, 0)],
+            labels_BS.t().flatten(),
+            first=first,
+            group=group,
+        )
+        return losses_T.view(hidden_SBH.shape[:2]).t().contiguous()
+
+
+def real_tokens(output_layer: nn.Module, rows: int) -> int:
+    """Tokens without padding of an output layer of so many rows."""
+    hooks = output_layer._forward_hooks.values()
+    return next((hook.tokens for hook in hooks if isinstance(hook, _HidePadding)), rows)
 
 
 def leave_out_padding(

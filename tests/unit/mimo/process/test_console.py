@@ -46,7 +46,7 @@ def test_the_progress_line() -> None:
         total=1500,
         loss=0.81234,
         samples_per_second=415.2,
-        tokens_per_second=19_930,
+        figures=["19.9k tokens/s"],
         seconds_left=62,
         extra={"lr": "1.0e-03"},
     )

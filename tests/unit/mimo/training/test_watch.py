@@ -13,6 +13,7 @@ from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.process.console import Console
 from megatron.mimo.training.curve import LossCurve
 from megatron.mimo.training.plans import DataPosition
+from megatron.mimo.training.throughput import ThroughputMeter
 from megatron.mimo.training.watch import LoopWatch
 from tests.rank_pool import RankPool, model_parallel
 
@@ -21,7 +22,8 @@ def watch_of(folder: Path, **settings: Any) -> LoopWatch:
     args = Namespace(load=str(folder), save=str(folder), checkpoint=None, **settings)
     curve = LossCurve(folder / "loss.csv", writes=True)
     curve.begin(0)
-    return LoopWatch(args, Console(active=False), curve, DataPosition(args))
+    meter, position = ThroughputMeter([]), DataPosition(args)
+    return LoopWatch(args, Console(active=False), curve, meter, position)
 
 
 def log_three_iterations(folder: Path) -> tuple[str, int, float]:

@@ -44,6 +44,7 @@ def language_spec(settings: LanguageSettings, place: Place, text: Any) -> Module
         module=LanguageGPT,
         params={
             "tokens": settings.tokens,
+            "whole_logits": settings.whole_logits,
             "config": config,
             "transformer_layer_spec": language_layer_spec(
                 config, vp_stage=place.chunk, traits=traits

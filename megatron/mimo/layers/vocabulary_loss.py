@@ -1,0 +1,111 @@
+"""Cross-entropy over a vocabulary, piece by piece: the logits are never there all at once.
+
+A sequence of 8,192 tokens over 150,000 words has logits of 4.9 GB in fp32, and the plain loss holds
+several tensors of this size. Here rows are taken a few hundred at a time. What is kept for the
+backward pass is one number per row; there the logits are computed a second time.
+
+Legend: T tokens, H hidden, V this rank's part of the vocabulary, C tokens of a piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["chunked_cross_entropy"]
+
+_PIECE = 128 * 2**20  # bytes of the fp32 logits of a piece
+
+
+def chunked_cross_entropy(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    *,
+    first: int,
+    group: dist.ProcessGroup,
+    piece: int = _PIECE,
+) -> Tensor:
+    """The loss of each token, fp32 [T]; its gradients reach ``hidden_TH`` and ``weight_VH``.
+
+    Collective over ``group``: two reductions of [T] numbers forward, none backward; the gradient
+    of ``hidden_TH`` is this rank's part of a sum.
+
+    Args:
+        hidden_TH: what the output layer is given, the same on all ranks of the group.
+        weight_VH: this rank's rows of the output layer, without padding; V may be 0.
+        labels_T: int64 token ids; all are in some rank's part.
+        first: token of this rank's first row.
+        group: the ranks that the vocabulary is divided over.
+        piece: bytes that the fp32 logits of a piece may take.
+    """
+    losses_T: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_TH, weight_VH, labels_T, first, group, piece
+    )
+    return losses_T
+
+
+def _pieces(tokens: int, words: int, piece: int) -> Iterator[slice]:
+    rows = max(piece // (4 * max(words, 1)), 1)
+    return (slice(start, start + rows) for start in range(0, tokens, rows))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        labels_T: Tensor,
+        first: int,
+        group: dist.ProcessGroup,
+        piece: int,
+    ) -> Tensor:
+        tokens, words = len(hidden_TH), len(weight_VH)
+        own_T = labels_T - first
+        is_own_T = (own_T >= 0) & (own_T < words)
+        own_T = own_T.where(is_own_T, 0)
+        largest_T = torch.full_like(own_T, torch.finfo(torch.float32).min, dtype=torch.float32)
+        sums_2T = hidden_TH.new_zeros((2, tokens), dtype=torch.float32)  # of exponentials; label's
+        for at in _pieces(tokens, words, piece) if words else ():
+            logits_CV = (hidden_TH[at] @ weight_VH.t()).float()
+            sums_2T[1, at] = logits_CV.gather(1, own_T[at, None])[:, 0]
+            largest_T[at] = logits_CV.amax(dim=1)
+            sums_2T[0, at] = logits_CV.sub_(largest_T[at, None]).exp_().sum(dim=1)
+        sums_2T[1] *= is_own_T
+        if group.size() > 1:
+            everywhere_T = largest_T.clone()
+            dist.all_reduce(everywhere_T, op=dist.ReduceOp.MAX, group=group)
+            sums_2T[0] *= (largest_T - everywhere_T).exp()
+            largest_T = everywhere_T
+            dist.all_reduce(sums_2T, group=group)
+        scale_T = sums_2T[0].log() + largest_T  # the logarithm of the sum of exponentials
+        ctx.save_for_backward(hidden_TH, weight_VH, own_T, is_own_T, scale_T)
+        ctx.piece = piece
+        return scale_T - sums_2T[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient_T: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        hidden_TH, weight_VH, own_T, is_own_T, scale_T = ctx.saved_tensors
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        of_hidden_TH = torch.zeros_like(hidden_TH) if wants_hidden else None
+        # Summed over many pieces: in bf16 the sum would lose what a piece adds.
+        of_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
+        words = len(weight_VH)
+        for at in _pieces(len(hidden_TH), words, ctx.piece) if words else ():
+            logits_CV = (hidden_TH[at] @ weight_VH.t()).float()
+            chances_CV = logits_CV.sub_(scale_T[at, None]).exp_()
+            is_label_C1 = is_own_T[at, None].to(chances_CV.dtype)
+            chances_CV.scatter_add_(1, own_T[at, None], -is_label_C1)
+            of_logits_CV = chances_CV.mul_(gradient_T[at, None]).to(weight_VH.dtype)
+            if of_hidden_TH is not None:
+                of_hidden_TH[at] = of_logits_CV @ weight_VH
+            if of_weight_VH is not None:
+                of_weight_VH += of_logits_CV.t() @ hidden_TH[at]
+        if of_weight_VH is not None:
+            of_weight_VH = of_weight_VH.to(weight_VH.dtype)
+        return of_hidden_TH, of_weight_VH, None, None, None, None

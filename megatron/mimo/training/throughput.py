@@ -1,0 +1,235 @@
+"""Throughput of a run as it is: real tokens, the model's FLOPs, padding, waiting for data.
+
+Each data-parallel rank counts on the host what its own micro-batches hold; the sums are brought
+together when a line of the log is due.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from megatron.core.models.mimo.errors import UnsupportedError
+from megatron.mimo.backend import capabilities
+from megatron.mimo.backend.cards import dense_bf16_tflops
+from megatron.mimo.data.batch import LENGTHS, Batch, batch_device
+from megatron.mimo.models.common.flops import (
+    language_amounts,
+    media_amounts,
+    operations,
+    training_costs,
+)
+from megatron.mimo.process.console import format_count
+
+if TYPE_CHECKING:
+    from megatron.core.models.mimo import MimoModel
+
+__all__ = ["Throughput", "ThroughputMeter", "write_scalars"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Figures of some iterations, over all ranks.
+
+    Attributes:
+        tokens_per_iteration: real tokens of a global batch, placeholders included.
+        padding: share of the positions that hold none.
+        flops_per_iteration: forward and backward, as :mod:`models.common.flops` counts them; None
+            where a part of the model does not say what it does.
+        waiting: share of the time in which a rank waited for data, of the one that waited longest.
+        peak_memory: bytes, of the rank that took most: of the device, or of the process on CPU.
+    """
+
+    tokens_per_iteration: float
+    padding: float
+    flops_per_iteration: float | None
+    waiting: float
+    peak_memory: float
+
+    def rates(self, seconds_per_iteration: float) -> dict[str, float]:
+        """Rates at a speed: tokens/s, and where they are known TFLOP/s of a device and MFU."""
+        if not seconds_per_iteration:
+            return {}
+        found = {"tokens_per_second": self.tokens_per_iteration / seconds_per_iteration}
+        if self.flops_per_iteration is not None:
+            each = self.flops_per_iteration / seconds_per_iteration / dist.get_world_size()
+            found["tflops_per_device"] = each / 1e12
+            peak = dense_bf16_tflops(capabilities().card)
+            if peak is not None:
+                found["mfu"] = each / 1e12 / peak
+        return found
+
+    def texts(self, seconds_per_iteration: float) -> list[str]:
+        """For the progress line; shares below one per cent are left out."""
+        rates = self.rates(seconds_per_iteration)
+        texts = []
+        if "tokens_per_second" in rates:
+            texts.append(f"{format_count(rates['tokens_per_second'])} tokens/s")
+        if "tflops_per_device" in rates:
+            each = " per device" if dist.get_world_size() > 1 else ""
+            texts.append(f"{_flops_per_second(rates['tflops_per_device'] * 1e12)}{each}")
+        shares = {"MFU": rates.get("mfu"), "padding": self.padding, "data wait": self.waiting}
+        texts += [f"{name} {share:.0%}" for name, share in shares.items() if share and share > 0.01]
+        return [*texts, f"peak {self.peak_memory / 1e9:.1f} GB"]
+
+    def metrics(self, seconds_per_iteration: float) -> dict[str, float]:
+        """For ``metrics.json`` and TensorBoard."""
+        rates = self.rates(seconds_per_iteration)
+        return {
+            **{name: float(f"{rate:.4g}") for name, rate in rates.items()},
+            "padding_share": round(self.padding, 4),
+            "data_wait_share": round(self.waiting, 4),
+            "peak_memory_gb": round(self.peak_memory / 1e9, 3),
+        }
+
+
+class ThroughputMeter:
+    """Counts what this rank trains on.
+
+    Micro-batches that do not say how long their documents are count as full.
+
+    Args:
+        chunks: the rank's chunks of the model; there by the time the first batch is seen.
+    """
+
+    def __init__(self, chunks: Sequence[MimoModel]) -> None:
+        self._chunks = chunks
+        self._amounts: Counter[str] = Counter()
+        self._documents: Counter[int] = Counter()  # by length
+        self._positions = self._iterations = 0
+        self._waited = 0.0
+        self._since = time.monotonic()
+        self._costs: Mapping[str, float] | None = None
+        self._uncounted = False
+
+    def watched(self, batches: Callable[[], Iterator[Batch]]) -> Callable[[], Iterator[Batch]]:
+        """The same micro-batches, counted as they are read, with the time that it takes."""
+
+        def opened() -> Iterator[Batch]:
+            inner = batches()
+            while True:
+                begun = time.monotonic()
+                try:
+                    batch = next(inner)
+                except StopIteration:
+                    return
+                self._waited += time.monotonic() - begun
+                self._see(batch)
+                yield batch
+
+        return opened
+
+    def step(self) -> None:
+        """An iteration has ended."""
+        self._iterations += 1
+
+    def read(self) -> Throughput:
+        """Figures since the last call. Collective over the whole job."""
+        from megatron.core import mpu
+
+        seconds = time.monotonic() - self._since
+        costs = self._all_costs()
+        # All ranks of a data-parallel replica have the same batch: one counts.
+        ranks = (mpu.get_tensor_model_parallel_rank(), mpu.get_context_parallel_rank())
+        counts = ranks == (0, 0) and mpu.is_pipeline_first_stage(ignore_virtual=True)
+        own = [0.0, 0.0, 0.0]
+        if counts:
+            language = language_amounts(costs, self._documents)
+            flops = operations(costs, self._amounts) + operations(costs, language)
+            tokens = sum(length * number for length, number in self._documents.items())
+            own = [tokens, self._positions, flops]
+        device = batch_device()
+        sums = torch.tensor(own, dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        most = [self._waited / max(seconds, 1e-9), _peak_memory(), float(self._uncounted)]
+        largest = torch.tensor(most, dtype=torch.float64, device=device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        tokens, positions, flops = sums.tolist()
+        waiting, peak, uncounted = largest.tolist()
+        steps = max(self._iterations, 1)
+        self._forget()
+        return Throughput(
+            tokens_per_iteration=tokens / steps,
+            padding=1 - tokens / positions if positions else 0.0,
+            flops_per_iteration=None if uncounted else flops / steps,
+            waiting=min(waiting, 1.0),
+            peak_memory=peak,
+        )
+
+    def _see(self, batch: Batch) -> None:
+        ids_BS = batch["input_ids"]
+        lengths = batch.get(LENGTHS)
+        if lengths is None:
+            lengths = [ids_BS.size(1)] * ids_BS.size(0)
+        self._documents.update(lengths)
+        self._positions += ids_BS.numel()
+        if self._uncounted or not self._chunks[0].role.is_first_stage("language"):
+            return
+        try:
+            inputs = batch.get("modality_inputs") or {}
+            self._amounts.update(media_amounts(self._chunks[0], inputs))
+        except UnsupportedError:
+            self._uncounted = True
+
+    def _forget(self) -> None:
+        self._amounts.clear()
+        self._documents.clear()
+        self._positions = self._iterations = 0
+        self._waited, self._since = 0.0, time.monotonic()
+
+    def _all_costs(self) -> Mapping[str, float]:
+        """Costs of the whole model; collective over the pipeline the first time."""
+        from megatron.core import mpu
+
+        if self._costs is not None:
+            return self._costs
+        group = mpu.get_pipeline_model_parallel_group()
+        trained = [any(p.requires_grad for p in chunk.parameters()) for chunk in self._chunks]
+        everywhere = [trained] * group.size()
+        dist.all_gather_object(everywhere, trained, group=group)
+        # Chunk by chunk, and within a chunk stage by stage: the order of the data.
+        flags = [flag for chunk in zip(*everywhere, strict=True) for flag in chunk]
+        costs: Counter[str] = Counter()
+        try:
+            for number, chunk in enumerate(self._chunks):
+                before = any(flags[: number * group.size() + group.rank()])
+                costs.update(training_costs(chunk, trained_before=before))
+        except UnsupportedError:
+            self._uncounted = True
+        parts = [costs] * group.size()
+        dist.all_gather_object(parts, costs, group=group)
+        total: Counter[str] = Counter()
+        for part in parts:
+            total.update(part)
+        self._costs = total
+        return total
+
+
+def write_scalars(throughput: Throughput, seconds_per_iteration: float, iteration: int) -> None:
+    """Put the figures into TensorBoard, on the rank that writes it."""
+    from megatron.training.global_vars import get_tensorboard_writer
+
+    writer = get_tensorboard_writer()
+    if writer is not None:
+        for name, value in throughput.metrics(seconds_per_iteration).items():
+            writer.add_scalar(f"throughput/{name}", value, iteration)
+
+
+def _flops_per_second(value: float) -> str:
+    for factor, unit in ((1e12, "TFLOP/s"), (1e9, "GFLOP/s")):
+        if value >= factor:
+            return f"{format_count(value / factor)} {unit}"
+    return f"{format_count(value / 1e6)} MFLOP/s"
+
+
+def _peak_memory() -> float:
+    if torch.cuda.is_initialized():
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,0 +1,127 @@
+"""FLOPs counted from a model and a batch are those that torch counts while transformers computes.
+
+Attention in transformers' eager implementation computes all pairs of a row, ours what is seen: the
+comparison takes all of them, and the number of seen pairs has a test of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.mimo.models import family_names
+from tests.rank_pool import RankPool, model_parallel
+
+# What is frozen: parts by our names, and how parameters of transformers' model that are in them
+# begin, or where they end up in the module tree.
+FROZEN = {
+    "nothing": ((), ()),
+    "encoders": (("encoders",), ("vision_tower", "audio_tower", "visual.blocks", "visual.p")),
+    "language": (("language",), ("language_model", "lm_head")),
+}
+
+
+def comparable(config: Any) -> Any:
+    """With attention that torch can count, and without layers that transformers runs in vain."""
+    for part in (config, *(getattr(config, name) for name in config.sub_configs or {})):
+        part._attn_implementation = "eager"
+        part._experts_implementation = "eager"
+    if hasattr(config, "vision_feature_layer"):
+        config.vision_feature_layer = -1
+    return config
+
+
+def example_of(family: Any, config: Any) -> dict[str, Any]:
+    """A conversation with media whose recordings, if it has any, fill their windows."""
+    generator = torch.Generator().manual_seed(3)
+    while len(example := family.example(config, generator)) == 1:
+        pass
+    mask_NF = example.get("feature_attention_mask")
+    if mask_NF is None:
+        return dict(example)
+    from megatron.mimo.models.common.audio_tower import rows_of_clip
+
+    token = getattr(config, "audio_token_index", None)
+    ids_L = example["input_ids"][0]
+    rows = rows_of_clip(config.audio_config, mask_NF.size(1)) * len(mask_NF)
+    audio = torch.full((rows,), token)
+    example["input_ids"] = torch.cat([ids_L[ids_L != token], audio])[None]
+    example["feature_attention_mask"] = torch.ones_like(mask_NF)
+    return dict(example)
+
+
+def counts(name: str) -> dict[str, tuple[float, float]]:
+    """Frozen part -> FLOPs that torch counts, and ours, of one conversation."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megatron.mimo.arguments.standalone import build_model, model_settings
+    from megatron.mimo.models import load_family
+    from megatron.mimo.models.common.family import sample_collator
+    from megatron.mimo.models.common.flops import (
+        language_amounts,
+        media_amounts,
+        operations,
+        training_costs,
+    )
+
+    model_parallel()
+    family = load_family(name)
+    config = comparable(family.tiny())
+    example = example_of(family, config)
+    model = build_model(family, config, model_settings(family, config), device=torch.device("meta"))
+    reference = family.reference(config)
+    sample = family.sample(config, example)
+    length = len(sample.token_ids)
+    vocab_size = config.get_text_config().vocab_size
+    collate = sample_collator(family, config, seq_length=length, vocab_size=vocab_size)
+    media = media_amounts(model, collate([sample])["modality_inputs"])
+    found = {}
+    for title, (parts, words) in FROZEN.items():
+        model.requires_grad_(True)
+        model.freeze(
+            *(
+                f"{modality}.{part}" if part == "encoders" else part
+                for part in parts
+                for modality in (model.modality_submodules if part == "encoders" else ("",))
+            )
+        )
+        for path, parameter in reference.named_parameters():
+            parameter.requires_grad_(not any(word in path for word in words))
+        with FlopCounterMode(display=False) as counter:
+            reference(**example, labels=example["input_ids"]).loss.backward()
+        costs = training_costs(model)
+        all_pairs = {
+            amount: length**2 if "pairs" in amount else number
+            for amount, number in language_amounts(costs, {length: 1}).items()
+        }
+        ours = operations(costs, media) + operations(costs, all_pairs)
+        found[title] = (float(counter.get_total_flops()), ours)
+    return found
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_counts_what_torch_counts(ranks: RankPool, name: str) -> None:
+    (found,) = ranks(1)(counts, name)
+    for title, (torchs, ours) in found.items():
+        assert ours == pytest.approx(torchs, rel=0.01), title
+
+
+def seen(lengths: Sequence[int], window: int | None) -> int:
+    return sum(
+        1
+        for length in lengths
+        for query in range(length)
+        for key in range(length)
+        if key <= query and (window is None or query - key < window)
+    )
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
+def test_seen_pairs(window: int | None) -> None:
+    from megatron.mimo.models.common.flops import attended_pairs
+
+    lengths = [1, 7, 12]
+    assert attended_pairs(lengths, window) == seen(lengths, window)
