@@ -29,7 +29,8 @@ IMPORTS_OF_PART: dict[str, frozenset[str]] = {
 # Folders of the training layer, from low to high: each imports only those before it.
 ORDER = (
     *("backend", "process", "layers", "encoders", "data", "models", "checkpoints", "lora"),
-    *("recipes", "topology", "arguments", "inference", "training", "convert", "planner"),
+    *("recipes", "topology", "arguments", "inference", "training", "convert", "inspection"),
+    "planner",
 )
 # Within models, what families have in common knows none of them, and they do not know each other.
 COMMON = "common"
