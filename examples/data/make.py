@@ -274,6 +274,15 @@ def make_tables() -> None:
     place = str(HERE / "paths.arrow")
     with pa.OSFile(place, "wb") as file, pa.ipc.new_stream(file, paths.schema) as writer:
         writer.write_table(paths)
+    heard = {
+        "messages": [
+            [user("<video>What moves?"), assistant("A disc.")],
+            [user("<audio>What is it?"), assistant("A tone.")],
+        ],
+        "videos": [[{"bytes": (MEDIA / "clip.gif").read_bytes(), "path": "clip.gif"}], None],
+        "audios": [None, [{"bytes": (MEDIA / "tone.wav").read_bytes(), "path": None}]],
+    }
+    pq.write_table(pa.table(heard), HERE / "video_audio.parquet")
     features = datasets.Features(
         {
             "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
@@ -295,11 +304,13 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def make_tars() -> None:
-    """A WebDataset tar, and the same as a prepared Energon dataset."""
-    chat = {"conversations": [{"from": "human", "value": "<image>\nWhat is this?"}]}
-    chat["conversations"].append({"from": "gpt", "value": "A cat."})
+    """A WebDataset tar, and the same for Energon, which ``energon prepare`` has indexed.
+
+    ``energon prepare energon --non-interactive --split-ratio 1,0,0 --sample-type CrudeWebdataset``
+    """
+    chat = {"conversations": SPOKEN}
     energon = HERE / "energon"
-    (energon / ".nv-meta").mkdir(parents=True, exist_ok=True)
+    energon.mkdir(exist_ok=True)
     for path in (HERE / "shard-000000.tar", energon / "shard-000000.tar"):
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             add(tar, "000000.jpg", encoded(picture("cat"), "JPEG"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import re
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.chat import Chat
 from megatron.mimo.data.formats import RawRecord, ReadingOptions, detect, read_record
 from megatron.mimo.data.sources import files_of, open_file
@@ -27,6 +29,20 @@ TOOLS = (
     "<s>tools: weather\nuser: Is it warm in Rome?\nassistant:« call weather {'place': 'Rome'}</s>»"
     'tool: {"celsius": 31}\nassistant:« Yes, 31 degrees.</s>»'
 )
+MOVING: list[tuple[str, str, str]] = [
+    (
+        "qwen2_5_vl",
+        "marked-messages",
+        "<|im_start|>user\n<|vision_start|>▷<|vision_end|>What moves?<|im_end|>\n"
+        "<|im_start|>assistant\n«A disc.<|im_end|>»\n",
+    ),
+    (
+        "qwen2_audio",
+        "marked-messages",
+        "<|im_start|>user\n<|audio_bos|>♪<|audio_eos|>What is it?<|im_end|>\n"
+        "<|im_start|>assistant\n«A tone.<|im_end|>»\n",
+    ),
+]
 EXPECTED: dict[str, list[tuple[str, str]]] = {
     "llava.json": [
         ("llava", CAT),
@@ -76,20 +92,8 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
 }
 # Files that a model of another kind reads, or a template that writes tools.
 OTHERS: dict[str, list[tuple[str, str, str]]] = {
-    "video_audio.jsonl": [
-        (
-            "qwen2_5_vl",
-            "marked-messages",
-            "<|im_start|>user\n<|vision_start|>▷<|vision_end|>What moves?<|im_end|>\n"
-            "<|im_start|>assistant\n«A disc.<|im_end|>»\n",
-        ),
-        (
-            "qwen2_audio",
-            "marked-messages",
-            "<|im_start|>user\n<|audio_bos|>♪<|audio_eos|>What is it?<|im_end|>\n"
-            "<|im_start|>assistant\n«A tone.<|im_end|>»\n",
-        ),
-    ],
+    "video_audio.jsonl": MOVING,
+    "video_audio.parquet": MOVING,
     "tools.jsonl": [("tools", "messages", TOOLS)],
     "sharegpt.jsonl": [
         ("llava", "sharegpt", CAT.replace("<s>", "<s>Be brief. ")),
@@ -153,6 +157,18 @@ def test_samples_of_the_examples(
     tokenizer = chat.processor.tokenizer
     whole = "".join(piece for piece, _ in expected)
     assert sample.token_ids.tolist() == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_an_energon_dataset_is_read_where_its_package_is_installed(tmp_path: Path) -> None:
+    if importlib.util.find_spec("megatron.energon") is None:
+        with pytest.raises(InputError, match=r"energon is an Energon dataset.*pip install mega"):
+            records_of(DATA / "energon", tmp_path)
+        return
+    records = records_of(DATA / "energon", tmp_path)
+    chat = chat_of("llava")
+    samples = [chat.sample(read_record(record, ReadingOptions())) for record in records]
+    expected = [list(pieces(text)) for _, text in EXPECTED["shard-000000.tar"]]
+    assert [told(chat, sample) for sample in samples] == expected
 
 
 def test_the_documentation_names_every_example() -> None:
