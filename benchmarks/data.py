@@ -31,7 +31,8 @@ from benchmarks.data_lengths import DISTRIBUTIONS, Distribution
 from megatron.mimo.data.bad_samples import BadSampleLog, BadSamplePolicy
 from megatron.mimo.data.balance import CostModel, Measure, busiest_over_mean, divide
 from megatron.mimo.data.best_fit import fill_sequence, packing_efficiency
-from megatron.mimo.data.global_batches import GlobalBatches, Item
+from megatron.mimo.data.global_batches import GlobalBatches, Item, Measures
+from megatron.mimo.data.measures import Unmeasured
 from megatron.mimo.data.measuring import SampleMeasurer
 from megatron.mimo.data.planned_batches import PlannedBatches, SampleSources
 from megatron.mimo.data.sample_reader import SampleReader
@@ -93,8 +94,13 @@ def sources_of(path: Path, chat: Any, seq_length: int, limit: float | None = Non
     return SampleSources(mixture=mixture, read=reader, measure=SampleMeasurer(reader=reader))
 
 
-def batches_of(sources: SampleSources, chat: Any, seq_length: int, workers: int) -> Iterator[Any]:
-    """Micro-batches as a rank of one reads them, ``workers`` processes ahead."""
+def batches_of(
+    sources: SampleSources, chat: Any, seq_length: int, workers: int, *, measured: bool = False
+) -> Iterator[Any]:
+    """Micro-batches as a rank of one reads them, ``workers`` processes ahead.
+
+    Samples are measured where there are several ranks, packing, or samples that are left out.
+    """
     from megatron.mimo.training.plans import DataPosition, RankPlan, measures_of
     from megatron.mimo.training.workers import read_batches
 
@@ -102,10 +108,12 @@ def batches_of(sources: SampleSources, chat: Any, seq_length: int, workers: int)
         chat.family, chat.config, seq_length=seq_length, vocab_size=len(chat.processor.tokenizer)
     )
     args = Namespace(consumed_train_samples=0)
-    measures = measures_of(sources.measured, workers=workers, group=None, late=[])
+    measures: Measures = Unmeasured()
+    if measured:
+        measures = measures_of(sources.measured, workers=workers, group=None, late=[])
 
     def cost(item: Item) -> float:
-        return float(sum(one.measure.length for one in item))
+        return float(sum(one.measure.length for one in item if one.measure is not None))
 
     plan = RankPlan(
         GlobalBatches(sources.mixture, measures),
@@ -175,14 +183,17 @@ def measure_reading(folder: Path, args: Namespace) -> dict[str, Any]:
     write_records(path, write_images(folder, args.images), args.samples * 40)
     count = args.samples // MICRO_BATCH
 
-    def ours(workers: int, limit: float | None = None) -> tuple[float, float]:
+    def ours(
+        workers: int, limit: float | None = None, *, measured: bool = False
+    ) -> tuple[float, float]:
         sources = sources_of(path, chat, seq_length, limit)
-        batches = batches_of(sources, chat, seq_length, workers)
+        batches = batches_of(sources, chat, seq_length, workers, measured=measured)
         return rates(batches, count, warm_up=2 + 4 * workers)
 
     runs: dict[str, Callable[[], tuple[float, float]]] = {
         "by_hand": lambda: rates(by_hand(path, chat, seq_length), count, warm_up=2),
         "ours": lambda: ours(0),
+        "measured": lambda: ours(0, measured=True),
         "with_time_limit": lambda: ours(0, 300.0),
         "one_worker": lambda: ours(1),
         "two_workers": lambda: ours(2),
@@ -203,6 +214,7 @@ def measure_reading(folder: Path, args: Namespace) -> dict[str, Any]:
         "samples_per_second": {name: round(value, 1) for name, value in wall.items()},
         "samples_per_processor_second": {name: round(value, 1) for name, value in own.items()},
         "of_by_hand_per_core": round(own["ours"] / own["by_hand"], 3),
+        "of_by_hand_per_core_measured": round(own["measured"] / own["by_hand"], 3),
         "of_by_hand_per_core_with_time_limit": round(own["with_time_limit"] / own["by_hand"], 3),
         "two_workers_over_one": round(wall["two_workers"] / wall["one_worker"], 3),
         "two_workers_over_one_on_idle_cores": round(2 * own["two_workers"] / own["one_worker"], 3),

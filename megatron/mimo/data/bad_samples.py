@@ -56,6 +56,11 @@ class BadSamplePolicy:
     sample_timeout: float | None = None
     on_too_long: str = "stop"
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether any sample may be left out, or cut."""
+        return (self.on_bad_sample, self.on_too_long) != ("stop", "stop")
+
     def __post_init__(self) -> None:
         _one_of("on_bad_sample", self.on_bad_sample, ("stop", "skip"))
         _one_of("on_too_long", self.on_too_long, ("stop", "skip", "cut-front", "cut-end"))

@@ -98,7 +98,7 @@ def split_text(features: Mapping[str, Any]) -> tuple[dict[str, Tensor], Expanded
     # Of a processor without media of its own kinds there are none.
     replaced = [one for of_text in features.get(_REPLACED, ()) for one in of_text]
     expanded = ExpandedText(
-        offsets=[(int(start), int(stop)) for start, stop in features[_OFFSETS][0]],
+        offsets=features[_OFFSETS][0],
         replaced=[
             Replaced(
                 mark=one["text"], by=one["replacement"], before=one["span"], after=one["new_span"]

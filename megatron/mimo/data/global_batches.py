@@ -23,10 +23,10 @@ __all__ = ["GlobalBatch", "GlobalBatches", "Measures", "Packing", "Planned"]
 
 @dataclass(frozen=True)
 class Planned:
-    """A sample that is to be read, and what is known of it."""
+    """A sample that is to be read, and what is known of it; None where nothing depends on it."""
 
     draw: Draw
-    measure: Measure
+    measure: Measure | None
 
 
 Item = tuple[Planned, ...]  # the samples of one sequence; without packing, one
@@ -67,8 +67,8 @@ class Measures(Protocol):
         """Begin with these; nothing is waited for."""
         ...
 
-    def collect(self) -> list[Measure | BadSample]:
-        """Those of all that were submitted and not collected yet, in order.
+    def collect(self) -> Sequence[Measure | BadSample | None]:
+        """Those of all that were submitted and not collected yet, in order; None without measure.
 
         Raises:
             InputError: a record is bad, and the policy is to stop.
@@ -140,10 +140,11 @@ class GlobalBatches:
             "formed": self._formed,
             "ended": self._ended,
             "mixture": self._mixture.state_dict(),
-            "asked": [list(draw) for draw in self._asked],
+            "asked": [list(draw) for draw in (*self._unmeasured(), *self._asked)],
             "known": [
                 [*one.draw, one.measure.length, [list(medium) for medium in one.measure.media]]
                 for one in self._known
+                if one.measure is not None
             ],
         }
 
@@ -164,6 +165,10 @@ class GlobalBatches:
         ]
         self._asked = [Draw(*draw) for draw in state["asked"]]
         self._measures.submit(self._asked)
+
+    def _unmeasured(self) -> list[Draw]:
+        """Draws at hand that nobody has measured; a run that goes on may have to."""
+        return [one.draw for one in self._known if one.measure is None]
 
     def _ask(self, count: int, step: int) -> None:
         draws = []
@@ -195,8 +200,13 @@ class GlobalBatches:
             return (self._known.pop(0),)
         multiple, capacity = self._packing.multiple, self._packing.capacity
         at_hand = self._known[: self._packing.look_ahead]
-        lengths = [-(-one.measure.length // multiple) * multiple for one in at_hand]
+        lengths = [-(-_length(one) // multiple) * multiple for one in at_hand]
         taken = fill_sequence(lengths, capacity)
         gone = set(taken)
         self._known = [one for number, one in enumerate(self._known) if number not in gone]
         return tuple(at_hand[number] for number in taken)
+
+
+def _length(planned: Planned) -> int:
+    assert planned.measure is not None, "what is packed is measured"
+    return planned.measure.length

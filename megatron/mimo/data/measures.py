@@ -19,7 +19,7 @@ from megatron.mimo.data.sources import Draw
 from megatron.mimo.process.children import left_to_parent, start_reading
 from megatron.mimo.process.failure import EchoedError
 
-__all__ = ["MeasuresHere", "MeasuresInWorkers", "SharedMeasures"]
+__all__ = ["MeasuresHere", "MeasuresInWorkers", "SharedMeasures", "Unmeasured"]
 
 Measured = Callable[[Draw], Measure | BadSample]
 
@@ -45,6 +45,22 @@ class MeasuresHere:
         """Compute them."""
         draws, self._draws = self._draws, []
         return [self._measure(draw) for draw in draws]
+
+
+class Unmeasured:
+    """No measures, where nothing depends on them: one rank, no packing, no sample left out."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def submit(self, draws: Sequence[Draw]) -> None:
+        """Count them."""
+        self._count += len(draws)
+
+    def collect(self) -> list[None]:
+        """As many times nothing."""
+        count, self._count = self._count, 0
+        return [None] * count
 
 
 class MeasuresInWorkers:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["as_rgb", "load_image", "open_image"]
 
+_ORIENTATION = 274  # of EXIF
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -74,7 +75,9 @@ def as_rgb(image: Image) -> Image:
     """
     from PIL import ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    image.load()  # Pillow knows the EXIF of some formats only then
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)  # which copies what needs no turning, too
     if image.mode in _DEEP or image.mode == "F":
         image = _eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

@@ -130,7 +130,7 @@ class PlannedBatches(Dataset[Batch]):
         found = []
         for planned in item:
             sample = self._sources.sample(planned.draw)
-            if isinstance(sample, Sample):
+            if isinstance(sample, Sample) and planned.measure is not None:
                 check_measure(sample, planned.measure)
             found.append(sample)
         return found

@@ -14,7 +14,8 @@ from megatron.mimo.data.bad_samples import BadSample, BadSampleLog
 from megatron.mimo.data.batch import Batch, Collator
 from megatron.mimo.data.cached_items import Caches, with_rows
 from megatron.mimo.data.collate import SampleCollator
-from megatron.mimo.data.global_batches import GlobalBatches, Item, Packing
+from megatron.mimo.data.global_batches import GlobalBatches, Item, Measures, Packing
+from megatron.mimo.data.measures import Unmeasured
 from megatron.mimo.data.packing import PACKING_MULTIPLE, PackingCollator
 from megatron.mimo.data.planned_batches import LEFT_OUT, PlannedBatches, SampleSources
 from megatron.mimo.training.origins import PlannedOrigins, SampleFinder
@@ -64,14 +65,19 @@ def planned_batches(
     dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     batches = PlannedBatches(sources, collate)
 
+    # of a single rank that leaves nothing out, no one has to know how long samples are
+    is_measured = packing is not None or dp_size > 1 or sources.policy.leaves_out
+
     def cost(item: Item) -> float:
-        measures = [one.measure for one in item]
+        measures = [one.measure for one in item if one.measure is not None]
         return sources.costs.of(measures, args.seq_length, packed=packing is not None)
 
     def opened() -> Iterator[Batch]:
         late: list[BadSample] = []
         workers = args.num_workers
-        measures = measures_of(sources.measured, workers=workers, group=group, late=late)
+        measures: Measures = Unmeasured()
+        if is_measured:
+            measures = measures_of(sources.measured, workers=workers, group=group, late=late)
         formed = GlobalBatches(
             sources.mixture, measures, packing=packing, left_out=log.add, late=late
         )

@@ -16,11 +16,20 @@ import pytest
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.data import PackingCollator, SampleCollator
 from megatron.mimo.data.bad_samples import BadSample, BadSampleLog, BadSamplePolicy
-from megatron.mimo.data.global_batches import GlobalBatches, Item, Packing
+from megatron.mimo.data.global_batches import GlobalBatches, Item, Measures, Packing
+from megatron.mimo.data.measures import Unmeasured
 from megatron.mimo.data.planned_batches import LEFT_OUT, PlannedBatches, SampleSources
+from megatron.mimo.data.sources import MixtureSpec, SourceSpec
 from megatron.mimo.training.plans import DATA_FILE, DataPosition, RankPlan, measures_of
 from megatron.mimo.training.workers import read_batches
-from tests.unit.mimo.data.sources.records import number_sources
+from tests.unit.mimo.data.sources.records import (
+    measure_number,
+    mixed,
+    number_sources,
+    numbered,
+    read_number,
+    write_lines,
+)
 
 SEQUENCE = 64
 GLOBAL = 12
@@ -43,10 +52,18 @@ class Named(PlannedBatches):
 
 
 def rank(
-    sources: SampleSources, args: Namespace, *, pack: bool, dp: tuple[int, int], state: Any
+    sources: SampleSources,
+    args: Namespace,
+    *,
+    pack: bool,
+    dp: tuple[int, int],
+    state: Any,
+    measured: bool = True,
 ) -> tuple[RankPlan, DataPosition]:
     packing = Packing(capacity=SEQUENCE, multiple=8, look_ahead=24) if pack else None
-    measures = measures_of(sources.measured, workers=0, group=None, late=[])
+    measures: Measures = Unmeasured()
+    if measured:
+        measures = measures_of(sources.measured, workers=0, group=None, late=[])
     log = BadSampleLog(sources.policy)
     formed = GlobalBatches(sources.mixture, measures, packing=packing, left_out=log.add)
     if state is not None:
@@ -55,7 +72,7 @@ def rank(
     position = DataPosition(args)
 
     def cost(item: Item) -> float:
-        return float(sum(one.measure.length**2 for one in item))
+        return float(sum(one.measure.length**2 for one in item if one.measure is not None))
 
     plan = RankPlan(
         formed,
@@ -137,6 +154,46 @@ def test_a_bad_sample_is_consumed_and_counted_once(tmp_path: Path) -> None:
     assert resumed == end
     names = {name for step in whole for item in step for name in item}
     assert not names & {f"r{number}" for number in range(11, 100, 20)}
+
+
+def test_ranks_that_measure_go_on_from_one_that_did_not(tmp_path: Path) -> None:
+    lines = [one | {"bad": False} for one in numbered(200)]
+    write_lines(tmp_path / "good.jsonl", lines)
+    spec = MixtureSpec(sources=[SourceSpec(name="good", paths=[str(tmp_path / "good.jsonl")])])
+    seen: list[list[str]] = []
+    state: Any = None
+    for step, (dp, size) in enumerate([(1, 12), (2, 12), (1, 16), (1, 8), (2, 8), (1, 12)]):
+        sources = SampleSources(
+            mixture=mixed(tmp_path, spec), read=read_number, measure=measure_number
+        )
+        batch = []
+        for dp_rank in range(dp):
+            args = Namespace(consumed_train_samples=len(seen), micro_batch_size=2)
+            plan, position = rank(
+                sources, args, pack=False, dp=(dp_rank, dp), state=state, measured=dp > 1
+            )
+            plan._size_at = lambda _, size=size: size
+            for items in islice(iter(plan), size // (2 * dp)):
+                batch += [sources.mixture.read(item[0].draw).value["name"] for item in items]
+            if dp_rank + 1 < dp:
+                sources = SampleSources(
+                    mixture=mixed(tmp_path, spec), read=read_number, measure=measure_number
+                )
+        args.consumed_train_samples += size
+        position.save(tmp_path)
+        state = json.loads((tmp_path / DATA_FILE).read_text())["state"]
+        assert len(set(batch)) == size, step
+        seen.append(sorted(batch))
+    whole = mixed(tmp_path, spec)
+    drawn = []
+    while len(drawn) < 68:
+        draw = whole.draw(1)
+        assert draw is not None
+        drawn.append(whole.read(draw).value["name"])
+    at = 0
+    for batch in seen:
+        assert batch == sorted(drawn[at : at + len(batch)])
+        at += len(batch)
 
 
 class Late:
@@ -221,9 +278,6 @@ def test_a_length_that_is_not_the_measured_one_is_an_error(tmp_path: Path) -> No
 
 
 def test_data_that_end_are_an_error_once_all_is_trained_on(tmp_path: Path) -> None:
-    from megatron.mimo.data.sources import MixtureSpec, SourceSpec
-    from tests.unit.mimo.data.sources.records import measure_number, mixed, read_number
-
     number_sources(tmp_path)
     one = SourceSpec(name="lines", paths=[str(tmp_path / "lines.jsonl")], limit=30)
     sources = SampleSources(
