@@ -329,4 +329,7 @@ class _Run:
 
 
 def _of_task(args: Namespace, chat: Chat, conversations: Any, **order: Any) -> ChatDataset:
-    return ChatDataset(conversations, chat=chat, seq_length=args.seq_length, **order)
+    skips = bad_sample_policy(args).on_too_long == "skip"
+    return ChatDataset(
+        conversations, chat=chat, seq_length=args.seq_length, skip_too_long=skips, **order
+    )

@@ -65,7 +65,7 @@ class DataPosition:
             ConfigError: the checkpoint has none, or one that is damaged.
         """
         args = self.args
-        if not args.consumed_train_samples or args.restart_data:
+        if not args.consumed_train_samples or getattr(args, "restart_data", False):
             return None
         file = Path(args.load) / iteration_name(args.iteration) / DATA_FILE
         remedy = "begin the data anew with --restart-data"
