@@ -108,4 +108,9 @@ def split_text(features: Mapping[str, Any]) -> tuple[dict[str, Tensor], Expanded
     )
     aside = (_OFFSETS, _REPLACED, _UNUSED)
     given = {name: value for name, value in features.items() if name not in aside}
-    return {name: torch.as_tensor(value) for name, value in given.items()}, expanded
+    return {name: _tensor(value) for name, value in given.items()}, expanded
+
+
+def _tensor(value: Any) -> Tensor:
+    """NumPy reads lists of numbers several times faster than torch does."""
+    return torch.as_tensor(np.asarray(value) if isinstance(value, list) else value)

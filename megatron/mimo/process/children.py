@@ -6,6 +6,7 @@ writes a checkpoint for a rank has to live until the rank has saved, and no long
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -52,6 +53,7 @@ def start_reading(_: int) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was there before need not be looked through again and again
     for number in _LEFT:  # handled and not blocked, for what it starts itself inherits a mask
         signal.signal(number, _nothing)
         signal.siginterrupt(number, False)
