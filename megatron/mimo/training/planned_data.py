@@ -65,9 +65,6 @@ def planned_batches(
     dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     batches = PlannedBatches(sources, collate)
 
-    # of a single rank that leaves nothing out, no one has to know how long samples are
-    is_measured = packing is not None or dp_size > 1 or sources.policy.leaves_out
-
     def cost(item: Item) -> float:
         measures = [one.measure for one in item if one.measure is not None]
         return sources.costs.of(measures, args.seq_length, packed=packing is not None)
@@ -76,7 +73,7 @@ def planned_batches(
         late: list[BadSample] = []
         workers = args.num_workers
         measures: Measures = Unmeasured()
-        if is_measured:
+        if packing is not None or dp_size > 1 or sources.policy.leaves_out:
             measures = measures_of(sources.measured, workers=workers, group=group, late=late)
         formed = GlobalBatches(
             sources.mixture, measures, packing=packing, left_out=log.add, late=late
