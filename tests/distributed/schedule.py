@@ -42,6 +42,7 @@ def run_schedule(
     *,
     seq_length: int,
     micro_batch_size: int,
+    schedule: Callable[..., Any] | None = None,
 ) -> float:
     """Forward and backward of a global batch; its loss, on every rank.
 
@@ -51,12 +52,13 @@ def run_schedule(
         forward_step: Megatron's, which reports ``SUM_AND_COUNT`` of each.
         seq_length: S, uncut.
         micro_batch_size: B.
+        schedule: in place of the one that Megatron takes for its sizes.
     """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     iterators = [iter(micro_batches) for _ in wrapped]
-    reports = get_forward_backward_func()(
+    reports = (schedule or get_forward_backward_func())(
         forward_step_func=forward_step,
         data_iterator=iterators if len(wrapped) > 1 else iterators[0],
         model=list(wrapped),

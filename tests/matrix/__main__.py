@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.matrix.cells import Values, all_cells, name_of, pair_cells
+from tests.matrix.grid_cells import grid_cells
 from tests.matrix.page import page
 from tests.matrix.refusals import messages_of_flags, messages_of_library
 from tests.matrix.runner import Verdict, run
@@ -23,6 +24,9 @@ def main() -> int:
         "filter", nargs="*", help="parts of cell names, all of which have to occur: tp2 cp2 packed"
     )
     parser.add_argument("--pairs", action="store_true", help="the set that make test runs")
+    parser.add_argument(
+        "--grids", action="store_true", help="the set whose modules have grids of their own"
+    )
     parser.add_argument("--list", action="store_true", help="name the cells and run none")
     parser.add_argument("--max-ranks", type=int, default=8, help="leave out larger cells")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all verdicts")
@@ -31,9 +35,10 @@ def main() -> int:
         "--write-docs", type=Path, metavar="FILE", help="write the page, if all cells passed"
     )
     asked = parser.parse_args()
+    chosen = pair_cells if asked.pairs else grid_cells if asked.grids else all_cells
     cells = [
         values
-        for values in (pair_cells() if asked.pairs else all_cells())
+        for values in chosen()
         if all(part in name_of(values) for part in asked.filter)
         and values["tp"] * values["cp"] * values["pp"] * values["dp"] <= asked.max_ranks
     ]

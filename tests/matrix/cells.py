@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from itertools import combinations
 from typing import Any
 
+from tests.distributed.core.grids import GridLayout
 from tests.distributed.core.layouts import Layout
 from tests.distributed.core.recompute import RECOMPUTED
 from tests.distributed.core.reference import MEDIA, Design
@@ -46,6 +48,8 @@ FROZEN: dict[str, Values] = {
     "first-half": {"frozen_start": True},
 }
 
+# Of cells whose modules have grids of their own.
+ENCODER_AXES = ("images_tp", "sounds_tp", "activations")
 # Kinds of layers that only the listed cells have.
 LAYERS: dict[str, Values] = {
     "plain": {},
@@ -172,6 +176,11 @@ def make_cell(v: Values) -> Cell:
         **FROZEN[v["frozen"]],
         **LAYERS[v["layers"]],
     )
+    if "images_tp" in v:
+        own = {axis: v[axis] for axis in ENCODER_AXES}
+        layout = GridLayout(
+            **{one.name: getattr(layout, one.name) for one in fields(layout)}, **own
+        )
     return layout, design
 
 
@@ -182,7 +191,10 @@ def name_of(v: Values) -> str:
 
 def features(v: Values) -> list[str]:
     """One word for each value that is not the first of its axis."""
-    return [_word(axis, v[axis]) for axis, values in AXES.items() if v[axis] != values[0]]
+    words = [_word(axis, v[axis]) for axis, values in AXES.items() if v[axis] != values[0]]
+    if "images_tp" in v:
+        words += [f"images:tp{v['images_tp']}", f"sounds:tp{v['sounds_tp']}", v["activations"]]
+    return words
 
 
 def _word(axis: str, value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.distributed.core.grids import GridLayout
 from tests.distributed.core.layouts import (
     CLIP,
     EPSILON,
@@ -172,6 +173,10 @@ def _run_cell(
 ) -> Seen:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+    if isinstance(layout, GridLayout):
+        from tests.matrix.grid_ranks import run_grid_cell
+
+        return run_grid_cell(layout, design, expected, groups, start)
     chunks = build_chunks(layout, design, groups)
     copy_weights(chunks, expected.weights)
     wrapped = wrap_chunks(layout, design, chunks)
@@ -200,7 +205,7 @@ def _run_cell(
         losses.append(run_step(layout, design, wrapped, batch))
         if step == 0:
             if layout.distributed_optimizer:
-                _gather_gradients(wrapped)
+                gather_gradients(wrapped)
             gradients = _gradient_errors(chunks, expected.gradients)
         success, norm, _ = optimizer.step()
         assert success
@@ -234,7 +239,7 @@ def _gradient_errors(chunks: list[Any], gradients: Tensors) -> dict[str, float]:
     return errors
 
 
-def _gather_gradients(wrapped: list[Any]) -> None:
+def gather_gradients(wrapped: list[Any]) -> None:
     """Completes the gradients that the distributed optimizer leaves in shards, in place."""
     for chunk in wrapped:
         for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:

@@ -113,7 +113,9 @@ def _refuse_models() -> dict[str, str]:
             groups,
         )
     )
-    messages["module grids"] = _refused(lambda: build(_config(Layout()), Design(), groups, grids=1))
+    messages["modules on ranks of their own"] = _refused(
+        lambda: build(_config(Layout()), Design(), groups, grids=1)
+    )
     parallel_state.destroy_model_parallel()
     groups = model_parallel(cp=2)
     model = build(_config(Layout(cp=2)), Design(), groups)
@@ -143,7 +145,13 @@ def build(config: Any, design: Design, groups: Any, **wrong: Any) -> Any:
         for layer in layers.submodules.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = DotProductAttention
     if "grids" in wrong:
-        described.module_to_grid_map = dict.fromkeys(["images", "sounds", "language"])
+        from megatron.core.hyper_comm_grid import HyperCommGrid
+
+        described.module_to_grid_map = {
+            "images": HyperCommGrid([1], ["dp"], 0),
+            "sounds": HyperCommGrid([1], ["dp"], 0),
+            "language": HyperCommGrid([1, 1], ["tp", "dp"], 1),
+        }
     return MimoModel(described, cp_group=groups.cp, tp_group=groups.tp)
 
 

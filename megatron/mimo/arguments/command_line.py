@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.arguments.component_flags import add_component_arguments, take_components
 from megatron.mimo.arguments.given import check_effect, given_by_user, said_of, settle_rivals
 from megatron.mimo.arguments.layout import check_layout
 from megatron.mimo.arguments.part_flags import add_part_arguments, check_parts
@@ -70,6 +71,7 @@ def add_mimo_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="FILE.yaml", help="flags by name; weaker than the command line"
     )
     add_part_arguments(group)
+    add_component_arguments(group)
     group.add_argument(
         "--pack",
         action="store_true",
@@ -204,12 +206,19 @@ def config_values(parser: argparse.ArgumentParser, config: Mapping[str, Any]) ->
             values[action.dest] = None
         else:
             if isinstance(value, Mapping):  # module-lr: {images.encoders: 2e-6}
-                value = [f"{name}={item}" for name, item in value.items()]
+                value = [f"{name}={_joined(item)}" for name, item in value.items()]
             words = [str(item) for item in value] if isinstance(value, list) else [str(value)]
             joined = [f"{flag}={words[0]}"] if action.nargs is None and len(words) == 1 else None
             parsed, _ = parser.parse_known_args(joined or [flag, *words])
             values[action.dest] = getattr(parsed, action.dest)
     return values
+
+
+def _joined(value: Any) -> Any:
+    """A mapping in a mapping as a flag has it: component: {images: {tp: 1, dp: 8}}."""
+    if not isinstance(value, Mapping):
+        return value
+    return ",".join(f"{name}={item}" for name, item in value.items())
 
 
 def _recipe_defaults(
@@ -238,6 +247,7 @@ def _check_names(values: Mapping[str, object], known: Collection[str], *, source
 
 def _derive(args: argparse.Namespace, machine: Capabilities) -> None:
     """Fill in what depends on other arguments."""
+    take_components(args)
     args.explicit_load = args.load is not None
     if machine.device == "cuda" and not (args.fp16 or args.fp32 or args.bf16):
         args.bf16 = True

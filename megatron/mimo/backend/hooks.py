@@ -30,6 +30,12 @@ OPTIMIZER = _of_loop(
     "get_megatron_optimizer",
     "rates by part of the model; state that is whole in every checkpoint",
 )
+WRAP = _of_loop(
+    "wrap_model_chunks_with_ddp", "modules with grids of their own are wrapped one by one"
+)
+SCHEDULE = _of_loop(
+    "get_forward_backward_func", "encoders on grids of their own run before the schedule"
+)
 RERUN_MACHINE = Patch(
     name="rerun machine",
     target="megatron.core.rerun_state_machine:RerunStateMachine",
@@ -130,7 +136,8 @@ ADAM = (
 """What :func:`megatron.mimo.layers.install_adam` puts in place, without a kernel for Adam."""
 
 HOOKS = (
-    *(TRAIN, TRAINING_LOG, EVALUATION, EVALUATE, SAVE, LOAD, OPTIMIZER, RERUN_MACHINE),
+    *(TRAIN, TRAINING_LOG, EVALUATION, EVALUATE, SAVE, LOAD, OPTIMIZER, WRAP, SCHEDULE),
+    RERUN_MACHINE,
     *(TRACKER_NAME, ASYNC_SAVE, RESULTS_QUEUE, ARGUMENTS, PIXELS),
     *(LAYERS_APART, ZERO_STATE, PARSER_ERROR, ADAPTED, EXIT),
 )

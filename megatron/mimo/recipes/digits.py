@@ -25,7 +25,7 @@ from megatron.mimo.data import MediaFormat, Sample, SampleCollator
 from megatron.mimo.data import digits as data
 from megatron.mimo.encoders import VisionTransformer, encoder_config
 from megatron.mimo.layers import encoder_layer_spec, language_layer_spec
-from megatron.mimo.models.common.place import Place, Places
+from megatron.mimo.models.common.place import Place, Places, config_at
 from megatron.mimo.recipes.recipe import Batch, Datasets, FinishedRun, Recipe
 from megatron.mimo.recipes.report import Card, save_report
 from megatron.training.argument_utils import core_transformer_config_from_args
@@ -112,6 +112,7 @@ def build_model(arguments: Namespace, places: Places) -> MimoModelConfig:
 
 def _images_spec(language: TransformerConfig, place: Place) -> ModuleSpec:
     """The ViT, and an MLP from its width to the language model's."""
+    language = config_at(language, place)
     vision = encoder_config(
         language,
         num_layers=ENCODER_LAYERS,

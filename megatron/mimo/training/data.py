@@ -157,7 +157,8 @@ def dataset_provider(
     ``samples`` learns from where the training stream reads, ``position`` where it stands;
     ``caches`` may have rows of its media, and ``meter`` counts what it holds. Ranks of the middle
     pipeline stages get None where they take hidden states only: attention to packed samples or to
-    spans, and multimodal RoPE, read the batch on every stage.
+    spans, and multimodal RoPE, read the batch on every stage, and so do encoders on grids
+    of their own.
     """
     from megatron.core import mpu
 
@@ -168,13 +169,14 @@ def dataset_provider(
         last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         collate = recipe.build_collator(args)
         group = host_group(mpu.get_data_parallel_group())  # collective over the whole job
-        if not first and not last and not _every_stage_reads(args, collate):
+        encodes = bool(args.component) and not vp_stage
+        if not (first or last or encodes or _every_stage_reads(args, collate)):
             return None, None, None
         counts = (counts[0], counts[1] or 0, counts[2] or 0)
         datasets = split_datasets(recipe, args, counts)
         known = caches.opened() if caches is not None else {}
         pack = packing_collator(recipe.name, args, collate) if args.pack else None
-        keep = _keeper(args, collate, first=first, last=last)
+        keep = _keeper(args, collate, first=first, last=last, encodes=encodes)
 
         def stream(
             split: str, dataset: Dataset[Any] | SampleSources | None
@@ -249,15 +251,16 @@ def split_datasets(recipe: Recipe, args: Namespace, counts: tuple[int, int, int]
 
 
 def _keeper(
-    args: Namespace, collate: Collator, *, first: bool, last: bool
+    args: Namespace, collate: Collator, *, first: bool, last: bool, encodes: bool
 ) -> Callable[[Batch], Batch]:
     """What leaves out of a batch what this pipeline stage has no use for."""
     return partial(
         keep_for_stage,
-        pre_process=first,
+        pre_process=first or encodes,
         post_process=last,
         dtype=args.params_dtype,
-        adapter=sequence_partition(args),
+        # what all ranks of the first stage place is found from the uncut plan
+        adapter=None if encodes else sequence_partition(args),
         keep_plan=getattr(collate, "plan_on_every_stage", False),
     )
 

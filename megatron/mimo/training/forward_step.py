@@ -181,6 +181,7 @@ def model_inputs(batch: Batch, labels: Tensor | None) -> dict[str, Any]:
         "packing_kwargs": batch.get("packing_kwargs"),
         "span_ids": batch.get("span_ids"),
         HEAD_TARGETS: batch.get(HEAD_TARGETS),
+        "encoded_rows": batch.get("encoded_rows"),
     }
 
 

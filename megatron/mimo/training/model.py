@@ -11,6 +11,7 @@ from megatron.mimo.lora import load_without_adapters
 from megatron.mimo.models.common.place import Place, Places
 from megatron.mimo.models.common.vocabulary import leave_out_padding
 from megatron.mimo.recipes.recipe import Recipe
+from megatron.mimo.training.module_grids import ModuleGrids
 from megatron.mimo.training.trained_parts import Trained, apply_parts, survey_parts
 
 if TYPE_CHECKING:
@@ -23,16 +24,26 @@ __all__ = ["ModelBuilder"]
 class ModelBuilder:
     """The ``model_provider`` of a run.
 
+    Args:
+        recipe: gives the model's description.
+        args: of the run.
+        say: tells a human.
+
     Attributes:
         chunks: what it has built, unwrapped.
         trained: what is trained of it, once all is built.
+        grids: of its modules.
     """
 
     def __init__(
-        self, recipe: Recipe, args: Namespace, say: Callable[[str], None] = lambda _: None
+        self,
+        recipe: Recipe,
+        args: Namespace,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._recipe = recipe
         self._args = args
+        self.grids = ModuleGrids(args)
         self._say = say
         self._adapters: list[str] = []
         self.chunks: list[MimoModel] = []
@@ -65,17 +76,23 @@ class ModelBuilder:
             is_last_stage=post_process,
             chunk=vp_stage,
         )
-        model = MimoModel(
-            self._recipe.build_model(self._args, Places(language=place)),
-            cp_group=pg_collection.cp,
-            tp_group=pg_collection.tp,
-        )
+        modalities = {}
+        if self.grids:
+            groups = self.grids.grids.groups
+            modalities = {name: Place(groups=groups[name]) for name in groups}
+        places = Places(language=place, modalities=modalities)
+        described = self._recipe.build_model(self._args, places)
+        if self.grids:
+            described = self.grids.described(described)
+        model = MimoModel(described, cp_group=pg_collection.cp, tp_group=pg_collection.tp)
         if not model.config.calculate_per_token_loss:
             raise ConfigError(
                 f"recipe {self._recipe.name!r} builds a model with calculate_per_token_loss=False; "
                 "take it from the arguments (core_transformer_config_from_args does)"
             )
         model.pg_collection = pg_collection
+        if self.grids:
+            self.grids.agree(model)
         leave_out_padding(
             model.language_model,
             tokens=_vocabulary(self._args),

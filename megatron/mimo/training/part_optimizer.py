@@ -12,6 +12,7 @@ from torch import nn
 from megatron.mimo.backend.hooks import OPTIMIZER
 from megatron.mimo.backend.patching import replaced
 from megatron.mimo.training.frozen_layers import keep_layers_apart
+from megatron.mimo.training.module_grids import build_optimizer
 from megatron.mimo.training.optimizer_state import fill_state
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ __all__ = ["part_optimizer", "rate_overrides"]
 
 @contextmanager
 def part_optimizer(args: Namespace, builder: ModelBuilder) -> Iterator[None]:
-    """Let the optimizer that ``pretrain`` builds within this context follow the flags on parts.
+    """Let what ``pretrain`` builds within this context follow the flags on parts and components.
 
     megatron-core's ``get_megatron_optimizer`` takes overrides by parameter; ``pretrain`` passes
     its standard ones. The run's are added to these. A group's learning rate follows the run's
@@ -36,9 +37,14 @@ def part_optimizer(args: Namespace, builder: ModelBuilder) -> Iterator[None]:
     """
 
     def around(make: Callable[..., Any]) -> Callable[..., Any]:
-        def made(*positional: Any, config_overrides: dict[Any, Any], **keywords: Any) -> Any:
+        def made(
+            config: Any, model: Any, *, config_overrides: dict[Any, Any], **keywords: Any
+        ) -> Any:
             overrides = config_overrides | rate_overrides(args, builder.chunks)
-            optimizer = make(*positional, config_overrides=overrides, **keywords)
+            if args.component:
+                optimizer = build_optimizer(model, config, overrides)
+            else:
+                optimizer = make(config, model, config_overrides=overrides, **keywords)
             fill_state(optimizer)
             assert builder.trained is not None, "the model is built first"
             if builder.trained.has_gaps:
@@ -47,7 +53,7 @@ def part_optimizer(args: Namespace, builder: ModelBuilder) -> Iterator[None]:
 
         return made
 
-    with replaced({OPTIMIZER: around}):
+    with replaced({OPTIMIZER: around}), builder.grids.installed():
         yield
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron.core.models.mimo.errors import MimoError
 from megatron.mimo.arguments.command_line import parse_arguments
+from megatron.mimo.arguments.component_flags import layout_text
 from megatron.mimo.arguments.early import EarlyArguments, parse_early
 from megatron.mimo.backend import capabilities
 from megatron.mimo.backend.job import end_job
@@ -66,6 +67,9 @@ def _main(argv: Sequence[str] | None, rank: int) -> int:
         with quiet_imports():
             recipe, args = _arguments(early, argv, rank)
         console = Console(active=rank == 0)
+        if args.show_layout:
+            console.say(layout_text(args))
+            return 0
         owned = claim_folders(args, tell=console.say)
         _keep(owned)
         start, warning = choose_start(args, repair=rank == 0)
@@ -203,6 +207,7 @@ def _finish(
     from megatron.mimo.training.generate import greedy_generation
 
     leave_on_signal(args, console)
+    builder.grids.unwrap(builder.chunks)
     presence.here().slot.enter("evaluating and reporting")
     metrics: dict[str, Any] = {
         "recipe": recipe.name,
@@ -212,7 +217,14 @@ def _finish(
     }
     if watch.throughput is not None:
         metrics["throughput"] = watch.throughput.metrics(watch.pace.seconds_per_iteration)
-    if recipe.finish is not None:
+    apart = builder.grids.encoders_apart
+    if recipe.finish is not None and apart:
+        console.say(
+            f"not evaluated by generation: the tensor-parallel ranks of {', '.join(apart)} are in "
+            "several replicas or stages of the language model; examples/mimo/generate.py runs from "
+            "the checkpoint"
+        )
+    elif recipe.finish is not None:
         console.say("evaluating ...")
         run = FinishedRun(
             arguments=args,
@@ -227,6 +239,7 @@ def _finish(
             metrics |= recipe.finish(run)
     if output is not None and args.rank == 0:
         write_text(output / METRICS, json.dumps(metrics, indent=2) + "\n")
+    builder.grids.destroy()
     console.say(_figures(metrics))
     if output is not None:
         console.say(f"run directory: {output}/")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.arguments.component_flags import components_of
 from megatron.mimo.data.batch import batch_device
 from megatron.mimo.lora import add_adapters, require_adapters, settings_from
 from megatron.mimo.training.frozen_layers import has_gaps
@@ -71,7 +72,7 @@ def survey_parts(chunks: Sequence[MimoModel], args: Namespace, adapters: list[st
     parts = _gather(paths, adapters)
     _check_names(args, known, parts)
     return Trained(
-        text=_count_text([parameter for parameter, _ in paths], args),
+        text=_count_text(paths, args),
         has_gaps=has_gaps(parts.trained, parts.frozen),
     )
 
@@ -120,20 +121,23 @@ def _check_names(args: Namespace, known: list[str], parts: _Parts) -> None:
         require_adapters(settings, sorted(parts.adapted))
 
 
-def _count_text(parameters: Sequence[nn.Parameter], args: Namespace) -> str:
+def _count_text(paths: Sequence[tuple[nn.Parameter, tuple[str, ...]]], args: Namespace) -> str:
     counts = torch.zeros(2, dtype=torch.float64)
-    tp = args.tensor_model_parallel_size
-    for parameter in parameters:
+    components = components_of(args.component, world_size=args.world_size)
+    for parameter, names in paths:
         if getattr(parameter, "shared", False):
             continue  # the last stage's copy of the embedding
+        own = components.get(names[0].partition(".")[0]) if names else None
+        tp = args.tensor_model_parallel_size if own is None else own.tp
+        pp = args.pipeline_model_parallel_size if own is None else own.pp
         share = 1.0 if getattr(parameter, "tensor_model_parallel", False) else 1.0 / tp
         if not getattr(parameter, "allreduce", True):  # an expert's
             share = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp) / tp
+        share /= dist.get_world_size() / (tp * pp)  # copies
         counts += parameter.numel() * share * torch.tensor([float(parameter.requires_grad), 1.0])
     counts = counts.float().to(batch_device())
     dist.all_reduce(counts)
-    copies = dist.get_world_size() / (tp * args.pipeline_model_parallel_size)
-    trained, total = (counts / copies / 1e6).tolist()
+    trained, total = (counts / 1e6).tolist()
     if trained == 0:
         raise ConfigError(
             "nothing is trained: --freeze, or the recipe, leaves no parameter; name fewer parts"

@@ -56,7 +56,9 @@ def image_parts(config: Any, groups: Any, levels: int) -> dict[str, Any]:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.mimo.encoders import VisionTransformer, encoder_config
     from megatron.mimo.layers import encoder_layer_spec
+    from megatron.mimo.models.common.place import Place, config_at
 
+    config = config_at(config, Place(groups=groups))
     vision = encoder_config(config, num_layers=2, hidden_size=8, num_attention_heads=4)
     encoder = ModuleSpec(
         module=_leveled_transformer(levels) if levels else VisionTransformer,

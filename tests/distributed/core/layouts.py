@@ -101,9 +101,9 @@ class Deviation:
 def run_reference(design: Design) -> Outcome:
     """One process, plain loops, plain AdamW; runs on a pool of one rank."""
     groups = model_parallel()
-    model = build_model(transformer_config(), design, groups, first=True, last=True)
+    model = build_model(transformer_config(design), design, groups, first=True, last=True)
     losses, gradients = [], []
-    for batch in make_batches():
+    for batch in make_batches(media=design.media):
         model.zero_grad()
         losses.append(reference_step(model, batch).item())
         gradients.append(whole(model, lambda parameter: parameter.grad))
@@ -113,7 +113,7 @@ def run_reference(design: Design) -> Outcome:
         trainable, lr=LEARNING_RATE, eps=EPSILON, betas=(0.9, 0.99), weight_decay=0.0
     )
     norms, trained_losses = [], []
-    for batch in make_batches():
+    for batch in make_batches(media=design.media):
         optimizer.zero_grad()
         trained_losses.append(reference_step(model, batch).item())
         norms.append(torch.nn.utils.clip_grad_norm_(trainable, CLIP).item())

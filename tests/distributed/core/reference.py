@@ -174,8 +174,10 @@ def build_model(
     vp_stage: int | None = None,
     recompute_projections: bool = False,
     packed: bool = False,
+    grids: Any = None,
+    inputs_of: str = "encoders",
 ) -> Any:
-    """This rank's part of the model, frozen as the design says."""
+    """This rank's part of the model, frozen as the design says; maybe on grids (``Grids``)."""
     from megatron.core.enums import ModelType
     from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -201,7 +203,9 @@ def build_model(
     images = ModuleSpec(
         module=VisionModalitySubmodules,
         params={"recompute_projections": recompute_projections},
-        submodules=image_parts(config, groups, design.levels),
+        submodules=image_parts(
+            config, groups if grids is None else grids.groups["images"], design.levels
+        ),
     )
     model = MimoModel(
         MimoModelConfig(
@@ -210,6 +214,8 @@ def build_model(
             special_token_ids=PLACEHOLDERS,
             kv_format="thd" if packed else "sbhd",
             heads=head_specs() if design.heads else {},
+            module_to_grid_map=None if grids is None else dict(grids.by_module),
+            modality_inputs_of=inputs_of,
         ),
         cp_group=groups.cp,
         tp_group=groups.tp,

@@ -110,6 +110,27 @@ def test_layouts_give_the_same_losses(
     assert expected[0] < 3.5  # the checkpoint's weights, not random ones
 
 
+MODALITIES = {"qwen2_audio_tiny": ["audio"], "llava_avlm_tiny": ["images", "audio"]}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_encoders_on_every_rank_give_the_same_losses(
+    ranks: RankPool, twins: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """Each module on a grid of its own, the language model in two stages; from a checkpoint."""
+    common = ("--load", str(twins[name] / "checkpoints"), "--finetune", "--train-iters", "3")
+    modules = [f"{one}=dp=2" for one in MODALITIES.get(name, ["images"])]
+    grids = ("--component", *modules, "language=pp=2")
+    runs = {"one": (1, common), "grids": (2, (*common, *grids))}
+    for folder, (world, flags) in runs.items():
+        argv = [SCRIPT, "--recipe", name, "--output", tmp_path / folder, *flags]
+        finished(ranks.start_script(world, argv, timeout=HANG))
+    expected, found = (
+        [float(loss) for loss in losses(tmp_path / folder).values()] for folder in runs
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def write_conversations(folder: Path, count: int) -> Path:
     """Images of one grey each: dark or bright."""
     lines = []

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.utils import unwrap_model
@@ -126,7 +127,9 @@ def training_costs(model: Any, *, trained_before: bool = False) -> Costs:
         UnsupportedError: an encoder or a projection does not say what it does.
     """
     flow = _Flow(has_gradient=trained_before)
-    for modality, submodules in model.modality_submodules.items():
+    # Encoders on grids of their own are on every stage, and their work is done once.
+    is_first = model.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY)
+    for modality, submodules in model.modality_submodules.items() if is_first else ():
         of_modality = _Flow(costs=flow.costs)
         _count_modality(modality, unwrap_model(submodules), of_modality)
         flow.has_gradient |= of_modality.has_gradient

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
-__all__ = ["Place", "Places"]
+__all__ = ["Place", "Places", "config_at"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +68,32 @@ class Places:
     def __getitem__(self, module: str) -> Place:
         """The place of a modality, or of "language"."""
         return self.modalities.get(module, self.language)
+
+
+def config_at(language: TransformerConfig, place: Place) -> TransformerConfig:
+    """The language model's configuration as a module at another place takes it: with its sizes.
+
+    The very object where the place has the language model's sizes, as in the uniform layout.
+    """
+    sizes = {
+        "tensor_model_parallel_size": place.tp_size,
+        "context_parallel_size": place.cp_size,
+        "pipeline_model_parallel_size": place.pp_size,
+    }
+    if all(getattr(language, name) == size for name, size in sizes.items()):
+        return language
+    return replace(
+        language,
+        **sizes,
+        virtual_pipeline_model_parallel_size=None,
+        pipeline_model_parallel_layout=None,
+        num_layers_in_first_pipeline_stage=None,
+        num_layers_in_last_pipeline_stage=None,
+        account_for_embedding_in_pipeline_split=False,
+        account_for_loss_in_pipeline_split=False,
+        tensor_parallel_num_weight_shards=None,
+        expert_tensor_parallel_num_weight_shards=None,
+        sequence_parallel=language.sequence_parallel and place.tp_size > 1,
+        expert_model_parallel_size=1,
+        expert_tensor_parallel_size=None,
+    )

@@ -20,7 +20,7 @@ from megatron.mimo.models.common.language import (
     language_spec,
 )
 from megatron.mimo.models.common.llava_kind import MODULE_TREE, text_config
-from megatron.mimo.models.common.place import Places
+from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT, random_text
 from megatron.mimo.models.internvl.sample import sample
@@ -48,9 +48,10 @@ def arguments(config: Any) -> dict[str, object]:
 
 def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelConfig:
     """The model of one rank."""
+    place = places["images"]
     images = ModuleSpec(
         module=VisionModalitySubmodules,
-        submodules=vision_specs(config, settings.transformer, places["images"]),
+        submodules=vision_specs(config, config_at(settings.transformer, place), place),
     )
     return MimoModelConfig(
         language_model_spec=language_spec(settings, places.language, text_config(config)),

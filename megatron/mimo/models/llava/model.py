@@ -20,7 +20,7 @@ from megatron.mimo.models.common.llava_kind import (
     projector_spec,
     text_config,
 )
-from megatron.mimo.models.common.place import Places
+from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT, TINY_VISION, random_text_with_images
 from megatron.mimo.models.common.vision_tower import image_shape, rows_per_image
@@ -32,7 +32,8 @@ __all__ = ["FAMILY"]
 
 def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelConfig:
     """The model of one rank."""
-    language, place = settings.transformer, places["images"]
+    place = places["images"]
+    language = config_at(settings.transformer, place)
     images = ModuleSpec(
         module=VisionModalitySubmodules,
         submodules={

@@ -29,7 +29,7 @@ from megatron.mimo.models.common.llava_kind import (
     projector_spec,
     text_config,
 )
-from megatron.mimo.models.common.place import Places
+from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT, TINY_VISION, random_text
 from megatron.mimo.models.common.vision_tower import image_shape, rows_per_image
@@ -47,17 +47,18 @@ __all__ = ["FAMILY", "LlavaAvlmProcessor"]  # the processor registers itself
 
 def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelConfig:
     """The model of one rank."""
-    language = settings.transformer
+    place = places["images"]
+    language = config_at(settings.transformer, place)
     images = ModuleSpec(
         module=VisionModalitySubmodules,
         submodules={
-            "encoders": image_encoders(config, language, places["images"]),
-            "input_projections": [projector_spec(config, language, places["images"])],
+            "encoders": image_encoders(config, language, place),
+            "input_projections": [projector_spec(config, language, place)],
         },
     )
     audio = audio_modality(
         config.audio_config,
-        language,
+        config_at(settings.transformer, places["audio"]),
         places["audio"],
         activation=config.projector_hidden_act,
         bias=config.multimodal_projector_bias,

@@ -16,7 +16,7 @@ from megatron.mimo.models.common import llava_kind
 from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.language import language_spec
 from megatron.mimo.models.common.llava_kind import image_encoders, projector_spec, text_config
-from megatron.mimo.models.common.place import Places
+from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT, TINY_VISION, random_text_with_images
 from megatron.mimo.models.common.vision_tower import image_shape, tower_name
@@ -43,7 +43,8 @@ def arguments(config: Any) -> dict[str, object]:
 def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelConfig:
     """The model of one rank."""
     side_in_patches(config)
-    language, place = settings.transformer, places["images"]
+    place = places["images"]
+    language = config_at(settings.transformer, place)
     projection = ModuleSpec(
         module=NewlineProjection,
         params={"config": language, "projector": projector_spec(config, language, place)},

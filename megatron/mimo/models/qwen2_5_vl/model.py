@@ -15,7 +15,7 @@ from megatron.mimo.models.common.config_fields import check_fields
 from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.language import language_arguments, language_spec
 from megatron.mimo.models.common.llava_kind import text_config
-from megatron.mimo.models.common.place import Places
+from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT, random_text
 from megatron.mimo.models.common.visuals import patch_values, visual_media
@@ -41,9 +41,11 @@ def arguments(config: Any) -> dict[str, object]:
 
 def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelConfig:
     """The model of one rank."""
+    place = places["images"]
+    language = config_at(settings.transformer, place)
     images = ModuleSpec(
         module=VisionModalitySubmodules,
-        submodules=vision_specs(config.vision_config, settings.transformer, places["images"]),
+        submodules=vision_specs(config.vision_config, language, place),
     )
     return MimoModelConfig(
         language_model_spec=language_spec(settings, places.language, text_config(config)),

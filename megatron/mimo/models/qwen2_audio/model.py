@@ -19,7 +19,7 @@ from megatron.mimo.models.common.audio_tower import (
 from megatron.mimo.models.common.config_fields import check_fields
 from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.language import language_arguments, language_spec
-from megatron.mimo.models.common.place import Places
+from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT, random_text
 from megatron.mimo.models.qwen2_audio.keys import key_table, text_config
@@ -36,7 +36,12 @@ def arguments(config: Any) -> dict[str, object]:
 
 def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelConfig:
     """The model of one rank."""
-    audio = audio_modality(config.audio_config, settings.transformer, places["audio"], num_layers=1)
+    audio = audio_modality(
+        config.audio_config,
+        config_at(settings.transformer, places["audio"]),
+        places["audio"],
+        num_layers=1,
+    )
     return MimoModelConfig(
         language_model_spec=language_spec(settings, places.language, text_config(config)),
         modality_submodules_spec={"audio": audio},

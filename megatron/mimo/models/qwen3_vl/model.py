@@ -18,7 +18,7 @@ from megatron.mimo.models.common.config_fields import check_fields
 from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.language import language_arguments
 from megatron.mimo.models.common.llava_kind import text_config
-from megatron.mimo.models.common.place import Places
+from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT, random_text
 from megatron.mimo.models.common.visuals import IMAGE, VIDEO, patch_values, visual_media
@@ -92,9 +92,12 @@ def _check_levels(given: list[int], depth: int, layers: int) -> None:
 
 def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelConfig:
     """The model of one rank."""
+    place = places["images"]
     images = ModuleSpec(
         module=VisionModalitySubmodules,
-        submodules=vision_specs(config.vision_config, settings.transformer, places["images"]),
+        submodules=vision_specs(
+            config.vision_config, config_at(settings.transformer, place), place
+        ),
     )
     return MimoModelConfig(
         language_model_spec=deepstack_spec(settings, places.language, text_config(config)),

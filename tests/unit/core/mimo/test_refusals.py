@@ -97,7 +97,7 @@ def check_constructions_that_are_refused() -> None:
     from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
 
     spec = language_spec()
-    with pytest.raises(UnsupportedError, match="process grids of their own"):
+    with pytest.raises(ConfigError, match=r"no grid for \['language'\], but None"):
         MimoModel(MimoModelConfig(spec, {}, {}, {"language": None}))
     with pytest.raises(UnsupportedError, match="mtp_num_layers = 1"):
         MimoModel(MimoModelConfig(language_spec({"mtp_num_layers": 1})))

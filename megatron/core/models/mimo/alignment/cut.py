@@ -124,8 +124,13 @@ class SequenceCut:
             pieces.append(cut_plan(plan, positions_S.to(device)))
         return self._own_piece(replace(plan, pieces=tuple(pieces)))
 
+    def of_rank(self, *, cp_rank: int, tp_rank: int) -> SequenceCut:
+        """The same cut as another rank takes its share by it."""
+        tp_rank = tp_rank if self.tp_size > 1 else 0
+        return replace(self, cp_rank=cp_rank, tp_rank=tp_rank, _known={})
+
     def _own_piece(self, plan: AlignmentPlan) -> AlignmentPlan:
-        if not plan.pieces or self.tp_size == 1:
+        if not plan.pieces or self.tp_size == 1 or plan.own_rows:
             return plan
         return replace(plan.pieces[self.tp_rank], pieces=plan.pieces)
 
@@ -164,6 +169,26 @@ def cut_plan(plan: AlignmentPlan, positions_S: torch.Tensor) -> AlignmentPlan:
         text_ids_N=text_ids_N,
         streams=streams,
         positions_S=positions_S if plan.positions_S is None else plan.positions_S[positions_S],
+    )
+
+
+def with_own_rows(plan: AlignmentPlan) -> AlignmentPlan:
+    """A plan for the modality rows that it places alone, in the order of ``sources_N``.
+
+    Args:
+        plan: this rank's; index tensors on the host.
+    """
+    streams = {
+        name: stream if name == TEXT else Stream(rows_N=stream.rows_N)
+        for name, stream in plan.streams.items()
+    }
+    counts = {name: streams[name].rows_N.numel() for name in plan.counts}
+    return replace(
+        plan,
+        streams=with_runs(streams, plan.batch_size),
+        counts=counts,
+        encoders={},
+        own_rows=True,
     )
 
 

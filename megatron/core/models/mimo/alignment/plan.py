@@ -77,6 +77,8 @@ class AlignmentPlan:
             one's among them; () otherwise.
         encoders: modality -> its encoders in the order of their rows, where the plan depends on
             it: where ``row_order`` was given.
+        own_rows: the modality rows that are merged by it are those that this rank places alone,
+            in the order in which the streams name their places; ``counts`` are theirs.
     """
 
     sequence_length: int
@@ -87,6 +89,7 @@ class AlignmentPlan:
     positions_S: torch.Tensor | None = None
     pieces: tuple[AlignmentPlan, ...] = ()
     encoders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    own_rows: bool = False
 
     def row_order(self) -> dict[str, RowOrder]:
         """What ``build_alignment_plan`` was given as ``row_order``; of a plan that is not cut."""

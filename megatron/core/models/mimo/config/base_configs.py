@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 KV_FORMATS = ("sbhd", "thd")
 ENCODER_SPLITS = ("auto", "never", "cp", "tp", "tp-cp")
+INPUTS_OF = ("encoders", "language")
 HEADS = "heads"  # as a part of a model
 TEXT = "text"  # the stream of ordinary tokens; no modality may take its name
 _RESERVED_NAMES = (TEXT, MIMO_LANGUAGE_MODULE_KEY)
@@ -57,6 +58,11 @@ class MimoModelConfig:
             allows (see ``ModalitySubmodules``). One value for all modalities, or modality ->
             value, "auto" for those left out. What cannot be divided as asked is refused when the
             model is built.
+        modality_inputs_of: with grids, to whose data-parallel replica the ``modality_inputs`` of a
+            forward belong. "encoders": to that of each modality, as megatron-core's MIMO has it;
+            rows are taken to the language model's layout in every forward. "language": every rank
+            of a replica of the language model has the same inputs; the schedule ``EncodeFirst``
+            deals the work out and trains.
         heads: name -> further head; a model that has any gives ``Losses`` in place of the loss
             per token.
 
@@ -73,10 +79,12 @@ class MimoModelConfig:
     kv_format: str = "sbhd"
     encoder_split: str | Mapping[str, str] = "auto"
     heads: Mapping[str, HeadSpec] = field(default_factory=dict)
+    modality_inputs_of: str = "encoders"
 
     def __post_init__(self) -> None:
-        if self.kv_format not in KV_FORMATS:
-            raise ConfigError(f"kv_format is {self.kv_format!r}; expected one of {KV_FORMATS}")
+        for name, values in (("kv_format", KV_FORMATS), ("modality_inputs_of", INPUTS_OF)):
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {values}")
         for name in self.modality_submodules_spec:
             if name in _RESERVED_NAMES or not name or "." in name:
                 raise ConfigError(

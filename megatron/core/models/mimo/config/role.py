@@ -78,16 +78,20 @@ class RankRole:
         *,
         pre_process: bool = True,
         post_process: bool = True,
+        encoders: bool | None = None,
     ) -> RankRole:
-        """The role in the uniform layout: encoders live on the language model's first stage.
+        """The role where every module is on the same ranks, or on those of the uniform layout.
 
         Args:
             modality_module_names: the modalities, without the language model.
             pre_process: this rank's language chunk holds the embedding.
             post_process: this rank's language chunk holds the output layer.
+            encoders: this rank's chunk holds the encoders; by default where it holds the
+                embedding, as in the uniform layout.
         """
         whole = ModuleStageInfo(is_first_stage=True, is_last_stage=True)
-        modules = dict.fromkeys(modality_module_names, whole) if pre_process else {}
+        held = pre_process if encoders is None else encoders
+        modules = dict.fromkeys(modality_module_names, whole) if held else {}
         modules[MIMO_LANGUAGE_MODULE_KEY] = ModuleStageInfo(
             is_first_stage=pre_process, is_last_stage=post_process
         )

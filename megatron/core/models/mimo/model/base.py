@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron.core.models.mimo.alignment import AlignmentPlan, EncodedRows
-from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig, RankRole
+from megatron.core.models.mimo.alignment import AlignmentPlan, Encoded, EncodedRows
+from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig
 from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.models.mimo.model.checks import (
     HeadTargets,
@@ -20,6 +20,17 @@ from megatron.core.models.mimo.model.checks import (
     check_count,
     check_encoder_order,
     refuse_other_ids,
+)
+from megatron.core.models.mimo.model.colocated import (
+    Bridges,
+    bridge_rows,
+    build_bridges,
+    building_encoders,
+    give_groups,
+    groups_for_checkpoints,
+    language_groups,
+    refuse_encoding_alone,
+    role_of,
 )
 from megatron.core.models.mimo.model.encode import Rows
 from megatron.core.models.mimo.model.encoder_splits import split_encoders
@@ -36,7 +47,7 @@ from megatron.core.models.mimo.model.refusals import (
     refuse_scattering_embedding,
     refuse_untaken_levels,
 )
-from megatron.core.models.mimo.model.wrapped_modules import WrappedModules
+from megatron.core.models.mimo.model.wrapped_modules import WrappedModules, name_wrapped_modules
 from megatron.core.models.mimo.partition.utils import build_partition_adapter, sequence_cut
 from megatron.core.models.mimo.submodules.state import Offsets, descended_state, forgive_extra_state
 from megatron.core.transformer.module import MegatronModule
@@ -49,7 +60,7 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
 
     Every occurrence of a modality's special token in ``input_ids`` takes one row of that
     modality, batch-major and left to right. Encoders are built where the language model's
-    embedding is: on the first pipeline stage.
+    embedding is, on the first pipeline stage; with process grids of their own, on every rank.
 
     Args:
         mimo_config: what to build.
@@ -62,13 +73,15 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         role: which modules this rank runs.
         partition_adapter: cuts sequences; None without context or sequence parallelism.
         level_route: which levels of rows (deepstack) this rank's layers add or hand on.
+        colocated_comms: (modality, "language") -> what takes its rows to the language model's
+            layout; {} where no rows change ranks in a forward.
 
     Raises:
         ConfigError: (a ``ValueError``) the language model's spec holds no ``config``; encoders
             that cannot be split as asked; sections of multimodal RoPE that do not fit the heads.
-        UnsupportedError: (a ``RuntimeError``) module grids; sequence parallelism with an
-            embedding that scatters by itself; context parallelism or packing with an attention
-            that cannot do it.
+        UnsupportedError: (a ``RuntimeError``) modules on ranks of their own; sequence parallelism
+            with an embedding that scatters by itself; context parallelism or packing with an
+            attention that cannot do it.
     """
 
     def __init__(
@@ -81,22 +94,21 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         super().__init__(language_config(mimo_config))
         self.mimo_config = mimo_config
         self.special_token_ids = dict(mimo_config.special_token_ids or {})
-        self.colocated_comms: dict[tuple[str, str], Any] = {}
+        self.colocated_comms: Bridges = build_bridges(mimo_config)
         self.input_tensors: Any = None
-        params = mimo_config.language_model_spec.params
-        self.role = RankRole.uniform(
-            mimo_config.modality_submodules_spec,
-            pre_process=params.get("pre_process", True),
-            post_process=params.get("post_process", True),
-        )
+        self.role = role_of(mimo_config)
+        cp_group, tp_group = language_groups(mimo_config, cp_group, tp_group)
         self.partition_adapter = build_partition_adapter(mimo_config, cp_group, tp_group)
         self.modality_submodules = torch.nn.ModuleDict()
-        for name in self.role.modality_module_names:
-            spec = mimo_config.modality_submodules_spec[name]
-            self.modality_submodules[name] = spec.module.from_spec(
-                spec, is_first_stage=True, is_last_stage=True
-            )
-        split_encoders(self.modality_submodules, mimo_config, cp_group, tp_group)
+        with building_encoders(self.role, mimo_config):
+            for name in self.role.modality_module_names:
+                spec = mimo_config.modality_submodules_spec[name]
+                self.modality_submodules[name] = spec.module.from_spec(
+                    spec, is_first_stage=True, is_last_stage=True
+                )
+        give_groups(self.modality_submodules, mimo_config)
+        if mimo_config.module_to_grid_map is None:
+            split_encoders(self.modality_submodules, mimo_config, cp_group, tp_group)
         self.language_model = build_module(mimo_config.language_model_spec)
         self.level_route = level_route(mimo_config.modality_submodules_spec, self.language_model)
         self._language_call = LanguageCall.of(self.language_model)
@@ -104,6 +116,7 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         heads = mimo_config.heads if self.role.is_last_stage(MIMO_LANGUAGE_MODULE_KEY) else {}
         self.heads = Heads(heads, self.language_model, self.partition_adapter)
         refuse_untaken_levels(self.modality_submodules, self.language_model, self.level_route)
+        self.register_load_state_dict_pre_hook(name_wrapped_modules)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(forgive_extra_state)  # type: ignore[no-untyped-call]
         prepare_recomputation(self)
 
@@ -137,6 +150,7 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         padding_mask: torch.Tensor | None = None,
         inference_context: Any = None,
         head_targets: HeadTargets | None = None,
+        encoded_rows: Mapping[str, Encoded] | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Run this rank's part of the model.
 
@@ -164,6 +178,8 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
                 then those that the language model gives for it, over the whole vocabulary.
             head_targets: ``{head: {name: [B, S, ...]}}``; "mask" says where its loss counts, which
                 is where the text's does if it is left out.
+            encoded_rows: modality -> rows that were encoded already, in place of
+                ``modality_inputs``; as the plan orders them.
 
         Returns:
             ``(output, loss_mask)``. On the last stage output is the loss per token [B, S], or
@@ -185,6 +201,7 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
             packing_kwargs=packing_kwargs,
             token_indices=modality_token_indices,
             plan=alignment_plan,
+            encoded_rows=encoded_rows,
             span_ids_BS=span_ids,
             padding_mask_BS=padding_mask,
             inference_context=inference_context,
@@ -195,13 +212,27 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
             return self._language_output(inputs, {}, None)
         plan = plan_of(inputs, self.special_token_ids, self.language_model)
         check_encoder_order(plan.encoders, self.modality_submodules)
-        rows = self._forward_encoders(input_ids, modality_inputs, None)
+        if encoded_rows is not None:
+            rows = dict(encoded_rows)
+        else:
+            refuse_encoding_alone(self.mimo_config)
+            rows = self._forward_encoders(input_ids, modality_inputs, None)
+            rows = self._bridged(rows, plan)
         given = {name: EncodedRows.of(encoded).num_rows for name, encoded in rows.items()}
         for name in {**plan.counts, **given}:
             check_count(name, plan.counts.get(name, 0), given.get(name, 0))
         if alignment_plan is not None and input_ids is not None:
             refuse_other_ids(alignment_plan, input_ids, self.special_token_ids)
         return self._language_output(inputs, rows, plan)
+
+    def _bridged(self, rows: Rows, plan: AlignmentPlan) -> Rows:
+        """Rows in the language model's layout; collective where there are bridges."""
+        if not self.colocated_comms:
+            return rows
+        device, config = next(self.parameters()).device, self.config
+        empty_H = torch.empty(config.hidden_size, dtype=config.params_dtype, device=device)
+        comms, submodules = self.colocated_comms, self.modality_submodules
+        return bridge_rows(rows, comms, submodules, plan, empty_H=empty_H)
 
     def _run_language_model(
         self, inputs: ForwardInputs, rows: Rows, plan: AlignmentPlan | None
@@ -252,9 +283,12 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Sharded state of the language model and the modalities of this rank."""
-        metadata = ensure_metadata_has_dp_cp_group(dict(metadata or {}))
-        return descended_state(self, prefix, sharded_offsets, metadata)
+        own, tp_group = groups_for_checkpoints(self.mimo_config, self.language_model)
+        metadata = ensure_metadata_has_dp_cp_group({**(metadata or {}), **own})
+        return descended_state(self, prefix, sharded_offsets, metadata, tp_group=tp_group)
 
     def destroy(self) -> None:
-        """Release process groups that this model owns; the uniform layout owns none."""
+        """Release process groups that this model owns; without bridges it owns none."""
+        for bridge in self.colocated_comms.values():
+            bridge.destroy()
         self.colocated_comms.clear()

@@ -13,6 +13,7 @@ import torch
 
 from megatron.core.models.mimo.alignment import (
     AlignmentPlan,
+    Encoded,
     build_alignment_plan,
     check_input_ids,
     plan_from_indices,
@@ -50,6 +51,7 @@ class ForwardInputs:
     packing_kwargs: Mapping[str, Any] | None = None
     token_indices: Mapping[str, torch.Tensor] | None = None
     plan: AlignmentPlan | None = None
+    encoded_rows: Mapping[str, Encoded] | None = None
     span_ids_BS: torch.Tensor | None = None
     padding_mask_BS: torch.Tensor | None = None
     inference_context: Any = None

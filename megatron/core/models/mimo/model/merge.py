@@ -157,7 +157,7 @@ def gradients_of_rows(
     """Gradients [N, H] of rows that were placed by a plan, None where none is needed.
 
     With a sequence-parallel plan, all ranks of ``group`` take part: each broadcasts the gradient
-    of the modality rows that it placed.
+    of the modality rows that it placed; not where each has its own rows.
 
     Args:
         grad_SBH: gradient of this rank's merged sequence.
@@ -171,7 +171,7 @@ def gradients_of_rows(
     for name, count, wanted in zip(names, counts, needed, strict=True):
         if not wanted:
             grads.append(None)
-        elif name != TEXT and plan.pieces:
+        elif name != TEXT and plan.pieces and not plan.own_rows:
             streams = [piece.streams[name] for piece in plan.pieces]
             assert group is not None, "only a tensor-parallel group has pieces"
             own_nH = take_rows(grad_SBH, replace(plan.streams[name], sources_N=None), count)

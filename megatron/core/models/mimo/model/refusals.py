@@ -10,6 +10,7 @@ from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.models.mimo.model.attention_support import refuse_attention
+from megatron.core.models.mimo.model.colocated import refuse_grids
 from megatron.core.models.mimo.model.level_route import LevelRoute
 from megatron.core.models.mimo.model.rotary import refuse_mrope
 from megatron.core.models.mimo.model.signatures import names_argument
@@ -21,24 +22,15 @@ def refuse_description(mimo_config: MimoModelConfig) -> None:
     """Refuse what the description of a model alone shows not to work.
 
     Raises:
-        ConfigError: no language configuration; a multimodal rotary embedding that does not fit.
-        UnsupportedError: module grids, multi-token prediction, an attention that cannot do its job.
+        ConfigError: no language configuration; a multimodal rotary embedding or module grids that
+            do not fit.
+        UnsupportedError: module grids that no layout runs, multi-token prediction, an attention
+            that cannot do its job.
     """
     refuse_grids(mimo_config)
     refuse_multi_token_prediction(mimo_config)
     refuse_attention(mimo_config)
     refuse_mrope(mimo_config)
-
-
-def refuse_grids(mimo_config: MimoModelConfig) -> None:
-    """Raise ``UnsupportedError`` for layouts in which modules have process grids of their own."""
-    grids = mimo_config.module_to_grid_map
-    if grids is not None:
-        raise UnsupportedError(
-            f"module_to_grid_map gives {sorted(grids)} process grids of their own; this release "
-            "runs the uniform layout, in which all modules share Megatron's groups. Pass None, or "
-            "set MEGATRON_MIMO_OVERLAY=0 to use megatron-core's own MIMO for module grids"
-        )
 
 
 def refuse_multi_token_prediction(mimo_config: MimoModelConfig) -> None:

@@ -29,6 +29,26 @@ _ASKED_OF_LANGUAGE_MODEL = frozenset(
 )
 
 
+def name_wrapped_modules(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Hook of ``load_state_dict``: keys of the unwrapped model become those of the wrapped one.
+
+    A wrapper leaves its name out of ``state_dict``, and torch looks for it when loading.
+    """
+    modules = {"language_model": model.language_model}
+    for name, submodule in model.modality_submodules.items():
+        modules[f"modality_submodules.{name}"] = submodule
+    for path, module in modules.items():
+        inside, own = "", unwrap_model(module)
+        while module is not own:
+            inside, module = f"{inside}module.", module.module
+        if not inside:
+            continue
+        start = f"{prefix}{path}."
+        for key in [key for key in state_dict if key.startswith(start)]:
+            if not key.startswith(start + inside):
+                state_dict[start + inside + key.removeprefix(start)] = state_dict.pop(key)
+
+
 class WrappedModules(nn.Module):
     """Hands on what is asked to the modules that it is meant for; a mixin of ``MimoModel``.
 

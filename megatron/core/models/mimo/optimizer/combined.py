@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megatron.core.models.mimo.config.grids import same_ranks
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
 from megatron.core.models.mimo.optimizer.state import give_back, prime, take_out
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig
@@ -29,7 +30,7 @@ class ModuleOptimizerInfo:
         optimizer: as ``get_megatron_optimizer`` returns it. A rank without the module has one
             without parameters, which takes part in the collectives of the others; None where no
             rank trains the module.
-        grid: must be None: modules share Megatron's groups.
+        grid: the module's process grid; None where modules share Megatron's groups.
         pg_collection: the groups the optimizer was built with; None for Megatron's global ones.
         is_active: this rank holds parameters of the module that are trained. Without, an optimizer
             that has parameters is left alone.
@@ -100,7 +101,7 @@ class MimoOptimizer(ChainedOptimizer):
         chained_optimizers: Megatron's optimizers, those of one module after those of another.
 
     Raises:
-        UnsupportedError: (a ``RuntimeError``) a module with a process grid of its own.
+        UnsupportedError: (a ``RuntimeError``) modules on ranks of their own.
     """
 
     def __init__(
@@ -110,18 +111,18 @@ class MimoOptimizer(ChainedOptimizer):
         *,
         device: torch.device | None = None,
     ) -> None:
-        grids = [name for name, info in module_infos.items() if info.grid is not None]
-        if grids:
+        grids = {name: info.grid for name, info in module_infos.items() if info.grid is not None}
+        if grids and not same_ranks(grids):
             raise UnsupportedError(
-                f"modules {grids} have process grids of their own; this release optimizes modules "
-                "that share Megatron's groups. Build the optimizer with get_mimo_optimizer"
+                f"the grids of {sorted(grids)} are on ranks of their own; this release optimizes "
+                "modules on the same ranks: give their grids one extent"
             )
         self.module_infos = dict(module_infos)
         parts = [
             part
             for info in module_infos.values()
             if info.is_active or not _has_parameters(info.optimizer)
-            for part in _parts(info.optimizer)
+            for part in links_of(info.optimizer)
         ]
         super().__init__(parts)
         self.config = config
@@ -212,7 +213,7 @@ class MimoOptimizer(ChainedOptimizer):
                     "without the optimizer, or freeze the modules that were frozen then"
                 )
             optimizer: Any = self.module_infos[name].optimizer
-            give_back(name, module_state, _parts(optimizer))
+            give_back(name, module_state, links_of(optimizer))
             optimizer.load_state_dict(module_state)
 
     def sharded_state_dict(
@@ -237,12 +238,12 @@ class MimoOptimizer(ChainedOptimizer):
             state[name] = self._primed(name).sharded_state_dict(
                 model_sharded_state_dict, is_loading, **keywords
             )
-            take_out(name, state[name], _parts(self.module_infos[name].optimizer), replica)
+            take_out(name, state[name], links_of(self.module_infos[name].optimizer), replica)
         return state
 
     def _primed(self, name: str) -> Any:
         optimizer = self.module_infos[name].optimizer
-        for part in _parts(optimizer):
+        for part in links_of(optimizer):
             prime(part)
         return optimizer
 
@@ -263,7 +264,7 @@ class MimoOptimizer(ChainedOptimizer):
         return bool(verdict.item())
 
 
-def _parts(optimizer: Any) -> list[Any]:
+def links_of(optimizer: Any) -> list[Any]:
     """Megatron's optimizers in one: a chain's links."""
     if optimizer is None:
         return []
@@ -273,7 +274,7 @@ def _parts(optimizer: Any) -> list[Any]:
 
 
 def _has_parameters(optimizer: Any) -> bool:
-    return any(group["params"] for part in _parts(optimizer) for group in part.param_groups)
+    return any(group["params"] for part in links_of(optimizer) for group in part.param_groups)
 
 
 def _holds_state(info: ModuleOptimizerInfo) -> bool:

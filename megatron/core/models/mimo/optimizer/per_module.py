@@ -11,6 +11,7 @@ from torch import nn
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
+from megatron.core.models.mimo.config.grids import Geometry, groups_of, has_groups
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
 from megatron.core.models.mimo.optimizer.combined import MimoOptimizer, ModuleOptimizerInfo
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
@@ -42,6 +43,7 @@ def get_mimo_optimizer(
     config_overrides: Overrides | None = None,
     *,
     use_gloo_process_groups: bool = False,
+    kind: type[MimoOptimizer] = MimoOptimizer,
 ) -> MimoOptimizer:
     """Build one Megatron optimizer per module and combine them.
 
@@ -49,15 +51,18 @@ def get_mimo_optimizer(
     what is built, so that all of them build or all of them raise.
 
     Args:
-        mimo_model: a ``MimoModel`` whose language model and modality submodules are each wrapped
+        mimo_model: a ``MimoModel``, or the list of this rank's chunks of one under interleaved
+            pipeline parallelism, whose language model and modality submodules are each wrapped
             in Megatron's ``DistributedDataParallel``; those without a trainable parameter need
-            not be. Its ``pg_collection``, where a script has set one, gives the process groups.
+            not be. Each module's process grid gives its groups, where it has one with groups; else
+            the model's ``pg_collection``, where a script has set one.
         config: of all modules.
         config_overrides: as ``get_megatron_optimizer`` takes them: what differs for some
             parameters (learning rate, weight decay). Names are those of the unwrapped model,
             "modality_submodules.images.*". None for Megatron's usual ones; a dictionary takes
             their place.
         use_gloo_process_groups: as ``get_megatron_optimizer`` takes it.
+        kind: of the combined optimizer; another names its state in checkpoints differently.
 
     Raises:
         ConfigError: (a ``ValueError``) a module is not wrapped or wrapped for another kind of
@@ -66,44 +71,54 @@ def get_mimo_optimizer(
             modules only.
     """
     _refuse(config)
-    modules = _modules(mimo_model)
+    models = mimo_model if isinstance(mimo_model, list) else [mimo_model]
+    modules = _modules(models)
     names = _parameter_names(modules)
     keys = tuple(config_overrides or ())
-    problems = tuple(_problems(mimo_model, modules, config))
-    trained = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, DistributedDataParallel) and _is_trained(module)
+    problems = tuple(_problems(models, modules, config))
+    trained: dict[str, list[Any]] = {
+        name: [one for one in held if _is_trained(one)]
+        for name, held in modules.items()
+        if any(isinstance(one, DistributedDataParallel) and _is_trained(one) for one in held)
     }
     surveys = _gather(
         _Survey(
             problems=problems,
-            ddp_configs={name: module.ddp_config for name, module in trained.items()},
+            ddp_configs={name: held[0].ddp_config for name, held in trained.items()},
             matched=tuple(any(key.matches(*pair) for pair in names.items()) for key in keys),
         )
     )
     _raise_problems(surveys, keys)
-    pg_collection = getattr(mimo_model, "pg_collection", None)
+    grids = models[0].mimo_config.module_to_grid_map or {}
     infos = {}
     for name in modules:
         ddp_config = next((s.ddp_configs[name] for s in surveys if name in s.ddp_configs), None)
-        optimizer = None
+        optimizer, grid = None, grids.get(name)
+        pg_collection = _groups(models[0], name)
         if ddp_config is not None:
             # Optimizers align their parameter groups over the world: a rank without the module
             # takes part with one that holds nothing.
-            chunk = trained.get(name)
-            if chunk is None:
-                chunk = _nothing(mimo_model.config, ddp_config, pg_collection)
+            chunks = trained.get(name)
+            if chunks is None:
+                chunks = [_nothing(models[0].config, ddp_config, pg_collection)]
             optimizer = get_megatron_optimizer(
                 config,
-                [chunk],
+                chunks,
                 config_overrides=_by_full_name(config_overrides, names),
-                use_gloo_process_groups=use_gloo_process_groups,
+                use_gloo_process_groups=use_gloo_process_groups and grid is None,
                 pg_collection=pg_collection,
             )
-        infos[name] = ModuleOptimizerInfo(optimizer, None, pg_collection, name in trained)
-    device = next((parameter.device for parameter in mimo_model.parameters()), None)
-    return MimoOptimizer(infos, config, device=device)
+        infos[name] = ModuleOptimizerInfo(optimizer, grid, pg_collection, name in trained)
+    device = next((parameter.device for parameter in models[0].parameters()), None)
+    return kind(infos, config, device=device)
+
+
+def _groups(model: Any, name: str) -> Any:
+    """The process groups of a module; None for Megatron's global ones."""
+    grid = (model.mimo_config.module_to_grid_map or {}).get(name)
+    if grid is not None and has_groups(grid):
+        return groups_of(name, grid)
+    return getattr(model, "pg_collection", None)
 
 
 def _refuse(config: OptimizerConfig) -> None:
@@ -119,8 +134,9 @@ def _refuse(config: OptimizerConfig) -> None:
         )
 
 
-def _modules(model: Any) -> dict[str, nn.Module | None]:
-    """Every module of the model, in the same order on all ranks; None where it is not here."""
+def _modules(models: list[Any]) -> dict[str, list[nn.Module]]:
+    """What is here of every module of the model, in the same order on all ranks."""
+    model = models[0]
     if not hasattr(model, "mimo_config"):
         raise ConfigError(
             f"got a {type(model).__name__}, expected a MimoModel; a model that is wrapped as a "
@@ -131,24 +147,27 @@ def _modules(model: Any) -> dict[str, nn.Module | None]:
             f"one optimizer per module leaves out the heads {sorted(model.mimo_config.heads)}; "
             "wrap the model as a whole and use get_megatron_optimizer"
         )
-    modules: dict[str, nn.Module | None] = {
-        name: dict(model.modality_submodules.items()).get(name)
+    modules: dict[str, list[nn.Module]] = {
+        name: [one.modality_submodules[name] for one in models if name in one.modality_submodules]
         for name in model.mimo_config.modality_submodules_spec
     }
-    modules[MIMO_LANGUAGE_MODULE_KEY] = model.language_model
+    language = [one.language_model for one in models]
+    modules[MIMO_LANGUAGE_MODULE_KEY] = [one for one in language if one is not None]
     return modules
 
 
-def _is_trained(module: nn.Module | None) -> bool:
-    return module is not None and any(p.requires_grad for p in module.parameters())
+def _is_trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
-def _parameter_names(modules: Mapping[str, nn.Module | None]) -> dict[nn.Parameter, str]:
+def _each(modules: Mapping[str, list[nn.Module]]) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, held in modules.items() for module in held)
+
+
+def _parameter_names(modules: Mapping[str, list[nn.Module]]) -> dict[nn.Parameter, str]:
     """Parameter -> its name in the unwrapped model."""
     names = {}
-    for module_name, module in modules.items():
-        if module is None:
-            continue
+    for module_name, module in _each(modules):
         prefix = (
             "language_model"
             if module_name == MIMO_LANGUAGE_MODULE_KEY
@@ -160,13 +179,13 @@ def _parameter_names(modules: Mapping[str, nn.Module | None]) -> dict[nn.Paramet
 
 
 def _problems(
-    model: nn.Module, modules: Mapping[str, nn.Module | None], config: OptimizerConfig
+    models: list[Any], modules: Mapping[str, list[nn.Module]], config: OptimizerConfig
 ) -> Iterator[str]:
     """What is wrong with this rank's modules."""
     covered: set[nn.Parameter] = set()
-    for name, module in modules.items():
-        covered.update(module.parameters() if module is not None else ())
-        if module is None or not _is_trained(module):
+    for name, module in _each(modules):
+        covered.update(module.parameters())
+        if not _is_trained(module):
             continue
         if not isinstance(module, DistributedDataParallel):
             yield (
@@ -186,14 +205,31 @@ def _problems(
                 f"module {name!r} has num_distributed_optimizer_instances="
                 f"{ddp_config.num_distributed_optimizer_instances}; expected 1"
             )
+        yield from _misscaled(models[0], name, module)
         if not all(parameter.requires_grad for parameter in module.params_with_grad):
             yield f"module {name!r} was frozen in part after it was wrapped; freeze, then wrap"
-    for full_name, parameter in model.named_parameters():
+    for full_name, parameter in (pair for model in models for pair in model.named_parameters()):
         if parameter.requires_grad and parameter not in covered:
             yield (
                 f"parameter {full_name!r} belongs to no module and would not be trained; move it "
                 "into the language model or a modality's submodules, or freeze it"
             )
+
+
+def _misscaled(model: Any, name: str, module: Any) -> Iterator[str]:
+    """Why a module's gradients would not be on the scale of the language model's."""
+    grids = model.mimo_config.module_to_grid_map
+    if not grids or module.config.calculate_per_token_loss:
+        return
+    own, other = (
+        Geometry.of(one, grids[one]).sizes["dp"] for one in (name, MIMO_LANGUAGE_MODULE_KEY)
+    )
+    if own != other:
+        yield (
+            f"module {name!r} is wrapped with a configuration of calculate_per_token_loss=False, "
+            f"which averages its gradients over {own} data-parallel ranks, and the language model "
+            f"has {other}; set it to True in the configurations of all modules"
+        )
 
 
 def _gather(survey: _Survey) -> list[_Survey]:

@@ -14,6 +14,7 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
+from megatron.core.utils import unwrap_model
 
 Offsets = tuple[tuple[int, int, int], ...]
 
@@ -37,13 +38,14 @@ def sharded_state(
     into, so that a plain container of tensor-parallel layers is sharded too.
 
     Args:
-        module: any module; DDP and precision wrappers must be taken off before.
+        module: any module; wrappers of data parallelism and precision leave no name in a key.
         prefix: of every key.
         sharded_offsets: dimensions that an outer module has added.
         metadata: Megatron's; ``dp_cp_group`` is read from it.
         tp_group: tensor-parallel group; None for Megatron's global one.
     """
     metadata = ensure_metadata_has_dp_cp_group(metadata)
+    module = unwrap_model(module)
     if hasattr(module, "sharded_state_dict"):
         state: dict[str, Any] = sharded_state_dict_default(
             module, prefix, sharded_offsets, metadata

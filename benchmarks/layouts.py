@@ -1,0 +1,331 @@
+"""What encoders on every rank cost and save: bytes between ranks, balance, the busiest rank.
+
+    python benchmarks/layouts.py          # a table
+    python benchmarks/layouts.py --json   # one JSON object
+
+Four processes train a step of a small vision-language model whose encoder is about half of the
+work, with the language model in two tensor-parallel ranks and two pipeline stages: in the uniform
+layout, where the encoder runs on the first stage, and colocated, where it runs on every rank.
+
+- ``busiest_rank_ratio``: processor time of the busiest rank, uniform over colocated: how much
+  faster a step can be where every rank has a core. ``step_ratio`` is the same of wall-clock time,
+  which says nothing where ranks share cores.
+- ``bytes_ratio``: bytes that rows and their gradients take between ranks over the least there can
+  be: every row that its reader has not encoded itself, once there and its gradient once back.
+- ``balance``: for areas of photographs, cost of the busiest owner over the mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import socket
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD, SEQUENCE, IMAGE, PATCHES = 4, 128, 99, 16
+
+
+def balance(owners: int, items: int, seed: int) -> float:
+    """Cost of the busiest owner over the mean, for photographs' areas (a factor of thirty)."""
+    from megatron.core.models.mimo.comm.balance import deal_out
+
+    chance = random.Random(seed)
+    costs = [256 * chance.lognormvariate(0.0, 0.8) + 1 for _ in range(items * owners)]
+    loads = [0.0] * owners
+    for cost, owner in zip(costs, deal_out(costs, owners), strict=True):
+        loads[owner] += cost
+    return max(loads) * owners / sum(loads)
+
+
+def language_config(hidden: int) -> Any:
+    """Of the language model."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=4,
+        hidden_size=hidden,
+        num_attention_heads=4,
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        pipeline_dtype=torch.float32,
+        calculate_per_token_loss=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        finalize_model_grads_func=finalize_model_grads,
+    )
+
+
+def encoder_spec(config: Any, layers: int, place: Any) -> Any:
+    """A ViT as wide as the language model."""
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.mimo.encoders import VisionTransformer, encoder_config
+    from megatron.mimo.layers import encoder_layer_spec
+    from megatron.mimo.models.common.place import Place, config_at
+
+    vision = encoder_config(
+        config_at(config, Place(groups=place)),
+        num_layers=layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=4,
+    )
+    params = {
+        "config": vision,
+        "transformer_layer_spec": encoder_layer_spec(vision),
+        "image_size": (16, 16),
+        "patch_size": 4,
+        "channels": 3,
+        "pg_collection": place,
+    }
+    return ModuleSpec(VisionTransformer, params)
+
+
+def model_on(args: argparse.Namespace, groups: Any, grids: Any) -> Any:
+    """The model of one rank, wrapped."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.enums import ModelType
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.mimo.layers import language_layer_spec
+
+    config = language_config(args.hidden)
+    place = groups if grids is None else grids.groups["images"]
+    encoders = {"vit": encoder_spec(config, args.encoder_layers, place)}
+    language = {
+        "config": config,
+        "transformer_layer_spec": language_layer_spec(config),
+        "vocab_size": 128,
+        "max_sequence_length": SEQUENCE,
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+        "pg_collection": groups,
+        "position_embedding_type": "rope",
+        "scatter_embedding_sequence_parallel": False,
+    }
+    images = ModuleSpec(VisionModalitySubmodules, submodules={"encoders": encoders})
+    described = MimoModelConfig(
+        ModuleSpec(GPTModel, language),
+        {"images": images},
+        {"images": IMAGE},
+        module_to_grid_map=None if grids is None else dict(grids.by_module),
+        modality_inputs_of="language",
+    )
+    model = MimoModel(described, cp_group=groups.cp, tp_group=groups.tp)
+    model.model_type = ModelType.encoder_or_decoder
+    ddp = DistributedDataParallelConfig()
+    if grids is None:
+        return DistributedDataParallel(config, ddp, model)
+    model.language_model = DistributedDataParallel(config, ddp, model.language_model)
+    model.modality_submodules["images"] = DistributedDataParallel(
+        config, ddp, model.modality_submodules["images"], pg_collection=place
+    )
+    return model
+
+
+def micro_batches(count: int) -> list[dict[str, Any]]:
+    """Of the one replica: sequences with one to six images."""
+    chance = torch.Generator().manual_seed(0)
+    batches = []
+    for number in range(count):
+        images = 1 + number % 6
+        tokens = torch.randint(0, IMAGE, (1, SEQUENCE), generator=chance)
+        tokens[0, : images * PATCHES] = IMAGE
+        batches.append(
+            {
+                "input_ids": tokens,
+                "position_ids": torch.arange(SEQUENCE)[None],
+                "labels": tokens.roll(-1, dims=1).clamp(max=IMAGE - 1),
+                "loss_mask": torch.ones(1, SEQUENCE),
+                "modality_inputs": {
+                    "images": {
+                        "vit": {"pixel_values": torch.rand(images, 3, 16, 16, generator=chance)}
+                    }
+                },
+            }
+        )
+    return batches
+
+
+def forward_step(batches: Any, model: Any) -> tuple[Any, Any]:
+    """The loss, summed over tokens."""
+    losses, _ = model(**next(batches))
+    return losses, lambda output: (
+        output.sum(),
+        torch.tensor(output.numel(), dtype=torch.int),
+        {"loss": output.detach().sum()},
+    )
+
+
+def measure(layout: str, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step, of this rank's processor, and bytes that this rank sends."""
+    from megatron.core import parallel_state
+    from megatron.core.models.mimo.comm import exchange
+    from megatron.core.models.mimo.model.encode_first import EncodeFirst
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.mimo.topology import Component, build_grids
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2
+    )
+    model_parallel_cuda_manual_seed(1)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    grids = None
+    if layout == "colocated":
+        components = {
+            "images": Component(name="images", dp=WORLD),
+            "language": Component(name="language", tp=2, pp=2),
+        }
+        grids = build_grids(components)
+    model = model_on(args, groups, grids)
+    schedule = get_forward_backward_func() if grids is None else EncodeFirst([model])
+    sent = count_bytes(exchange)
+    first = parallel_state.is_pipeline_first_stage()
+    best = timed(model, schedule, sent, args, encodes=first or grids is not None)
+    parallel_state.destroy_model_parallel()
+    return {**best, "sent": float(sum(sent))}
+
+
+def timed(
+    model: Any, schedule: Any, sent: list[int], args: argparse.Namespace, *, encodes: bool
+) -> dict[str, float]:
+    """Seconds of the fastest step, on the wall and of this rank's processor."""
+    best = {"wall": float("inf"), "processor": float("inf")}
+    for repeat in range(args.repeats + 1):
+        model.zero_grad_buffer()
+        batches = micro_batches(args.micro_batches)
+        for batch in batches if not encodes else ():
+            batch["modality_inputs"] = None
+        sent.clear()
+        dist.barrier()
+        start = time.perf_counter(), time.process_time()
+        schedule(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[model],
+            num_microbatches=args.micro_batches,
+            seq_length=SEQUENCE,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        dist.barrier()
+        if repeat:  # the first warms up
+            best["wall"] = min(best["wall"], time.perf_counter() - start[0])
+            best["processor"] = min(best["processor"], time.process_time() - start[1])
+    return best
+
+
+def count_bytes(exchange: Any) -> list[int]:
+    """Bytes that this rank sends to others, exchange by exchange, from now on."""
+    sent: list[int] = []
+    given = exchange.Routes.rows_sent
+
+    def counting(rows_NH: Any, routes: Any, group: Any) -> Any:
+        rank = 0 if group is None else dist.get_rank(group)
+        sent.append(given(routes, rank) * rows_NH.size(1) * rows_NH.element_size())
+        return original(rows_NH, routes, group)
+
+    from megatron.core.models.mimo.model import modality_pass
+
+    original = modality_pass.exchange_rows
+    modality_pass.exchange_rows = counting
+    return sent
+
+
+def run_rank(rank: int, port: int, args: argparse.Namespace, results: Any) -> None:
+    """One of the processes."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    from megatron.mimo.backend import select_backend
+
+    select_backend("cpu")
+    dist.init_process_group("gloo")
+    found = {layout: measure(layout, args) for layout in ("uniform", "colocated")}
+    everyone: list[Any] = [None] * WORLD
+    dist.all_gather_object(everyone, found)
+    if rank == 0:
+        results.put(everyone)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def least_bytes(args: argparse.Namespace) -> int:
+    """Every row once to each of the two ranks that place it, and its gradient once back.
+
+    A quarter of the rows is encoded by each of the readers, who then need not receive it.
+    """
+    rows = sum(PATCHES * (1 + number % 6) for number in range(args.micro_batches))
+    width = args.hidden * 4
+    there = 2 * rows - rows // 2
+    back = rows - rows // 2
+    return (there + back) * width
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    """All figures."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    ranks = [
+        context.Process(target=run_rank, args=(rank, port, args, results)) for rank in range(WORLD)
+    ]
+    for one in ranks:
+        one.start()
+    everyone = results.get()
+    for one in ranks:
+        one.join()
+    busiest = {
+        layout: {key: max(one[layout][key] for one in everyone) for key in ("wall", "processor")}
+        for layout in ("uniform", "colocated")
+    }
+    moved = sum(one["colocated"]["sent"] for one in everyone)
+    return {
+        "busiest_rank_ratio": busiest["uniform"]["processor"] / busiest["colocated"]["processor"],
+        "step_ratio": busiest["uniform"]["wall"] / busiest["colocated"]["wall"],
+        "seconds": busiest,
+        "bytes_moved": moved,
+        "bytes_ratio": moved / least_bytes(args),
+        "balance": {
+            str(owners): max(balance(owners, 16, seed) for seed in range(20))
+            for owners in (2, 4, 8, 16)
+        },
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--encoder-layers", type=int, default=8)
+    parser.add_argument("--micro-batches", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    figures = report(args)
+    if args.json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name:20} {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Modules with process grids of their own on the same ranks: what is refused, groups, bridges.
+
+Legend: N rows of one modality, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from megatron.core.models.mimo.alignment import AlignmentPlan, Encoded, EncodedRows
+from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
+from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig, RankRole
+from megatron.core.models.mimo.config.base_configs import language_config
+from megatron.core.models.mimo.config.grids import Geometry, groups_of, has_groups, same_ranks
+from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.utils import unwrap_model
+
+Bridges = dict[tuple[str, str], ColocatedBridgeCommunicator]
+
+
+def refuse_grids(mimo_config: MimoModelConfig) -> None:
+    """Refuse grids that no layout runs, and those under which gradients would be scaled wrongly.
+
+    Raises:
+        ConfigError: (a ``ValueError``) an empty map; sizes that the language model's configuration
+            contradicts; a loss that is averaged by data-parallel ranks that differ in number.
+        UnsupportedError: (a ``RuntimeError``) modules on ranks of their own; encoders with pipeline
+            or context parallelism; heads.
+    """
+    grids = mimo_config.module_to_grid_map
+    if grids is None:
+        return
+    if not grids:
+        raise ConfigError(
+            "module_to_grid_map is empty; pass None for the uniform layout or a grid per module"
+        )
+    missing = sorted(name for name, grid in grids.items() if not hasattr(grid, "dim_names"))
+    if missing:
+        raise ConfigError(
+            f"module_to_grid_map has no grid for {missing}, but {grids[missing[0]]!r}; expected a "
+            "HyperCommGrid for every module"
+        )
+    if not same_ranks(grids):
+        extents = {
+            name: f"ranks {grid.rank_offset} to {grid.rank_offset + grid.size - 1}"
+            for name, grid in grids.items()
+        }
+        raise UnsupportedError(
+            f"module_to_grid_map puts modules on ranks of their own: {extents}; this release runs "
+            "grids over the same ranks. Give all the same extent, or set MEGATRON_MIMO_OVERLAY=0 "
+            "to use megatron-core's own MIMO"
+        )
+    if mimo_config.heads:
+        raise UnsupportedError(
+            f"module_to_grid_map and heads {sorted(mimo_config.heads)}: a head belongs to no "
+            "module with a grid; leave one of them away"
+        )
+    geometries = {name: Geometry.of(name, grid) for name, grid in grids.items()}
+    language = geometries.pop(MIMO_LANGUAGE_MODULE_KEY)
+    for name, geometry in geometries.items():
+        for axis in ("pp", "cp"):
+            if geometry.sizes[axis] != 1:
+                raise UnsupportedError(
+                    f"the grid of {name!r} has {axis} = {geometry.sizes[axis]}: encoders on the "
+                    "language model's ranks are parallel by tp and dp; use larger ones of these"
+                )
+    _check_sizes(mimo_config, language)
+    _check_scaling(mimo_config, language, geometries)
+
+
+def _check_sizes(mimo_config: MimoModelConfig, language: Geometry) -> None:
+    config = language_config(mimo_config)
+    for axis, field in (
+        ("tp", "tensor_model_parallel_size"),
+        ("cp", "context_parallel_size"),
+        ("pp", "pipeline_model_parallel_size"),
+    ):
+        if getattr(config, field) != language.sizes[axis]:
+            raise ConfigError(
+                f"the grid of 'language' has {axis} = {language.sizes[axis]}, and its "
+                f"configuration says {field} = {getattr(config, field)}; give both the same"
+            )
+    cut = [axis for axis in ("pp", "cp") if language.sizes[axis] > 1]
+    if cut and mimo_config.modality_inputs_of == "encoders":
+        raise UnsupportedError(
+            f"a language model with {' and '.join(cut)} beside encoders on grids of their own "
+            "needs modality_inputs_of='language' in MimoModelConfig and the schedule EncodeFirst, "
+            "which runs the encoders on every rank before the language model's schedule"
+        )
+
+
+def _check_scaling(
+    mimo_config: MimoModelConfig, language: Geometry, modalities: Mapping[str, Geometry]
+) -> None:
+    if language_config(mimo_config).calculate_per_token_loss:
+        return
+    for name, geometry in modalities.items():
+        if geometry.sizes["dp"] != language.sizes["dp"]:
+            raise ConfigError(
+                f"calculate_per_token_loss=False averages gradients over data-parallel ranks, of "
+                f"which {name!r} has {geometry.sizes['dp']} and 'language' {language.sizes['dp']}: "
+                f"those of {name!r} would be {language.sizes['dp']}/{geometry.sizes['dp']} of what "
+                "they are; set calculate_per_token_loss=True in the configurations of all modules"
+            )
+
+
+def role_of(mimo_config: MimoModelConfig) -> RankRole:
+    """Which modules this rank builds; with grids, encoders in the first chunk of every rank."""
+    params = mimo_config.language_model_spec.params
+    encoders = None
+    if mimo_config.module_to_grid_map is not None:
+        encoders = not params.get("vp_stage")
+    return RankRole.uniform(
+        mimo_config.modality_submodules_spec,
+        pre_process=params.get("pre_process", True),
+        post_process=params.get("post_process", True),
+        encoders=encoders,
+    )
+
+
+@contextmanager
+def building_encoders(role: RankRole, mimo_config: MimoModelConfig) -> Iterator[None]:
+    """Build encoders within this context.
+
+    On later pipeline stages the generators are put back, so that the language model's layers are
+    drawn there as they are without encoders.
+    """
+    is_first = role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY)
+    if mimo_config.module_to_grid_map is None or is_first:
+        yield
+        return
+    tracker = get_cuda_rng_tracker()
+    states = tracker.get_states()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            tracker.set_states(states)
+
+
+def language_groups(
+    mimo_config: MimoModelConfig, cp_group: ProcessGroup | None, tp_group: ProcessGroup | None
+) -> tuple[ProcessGroup | None, ProcessGroup | None]:
+    """The groups that cut sequences: those given; with grids, else the language model's own."""
+    grids = mimo_config.module_to_grid_map
+    if grids is None:
+        return cp_group, tp_group
+    own = mimo_config.language_model_spec.params.get("pg_collection")
+    config = language_config(mimo_config)
+    if cp_group is None and config.context_parallel_size > 1:
+        cp_group = getattr(own, "cp", None) or grids[MIMO_LANGUAGE_MODULE_KEY].get_pg("cp")
+    if tp_group is None and config.tensor_model_parallel_size > 1:
+        tp_group = getattr(own, "tp", None) or grids[MIMO_LANGUAGE_MODULE_KEY].get_pg("tp")
+    return cp_group, tp_group
+
+
+def build_bridges(mimo_config: MimoModelConfig) -> Bridges:
+    """What takes each modality's rows to the language model's layout; {} where nothing does.
+
+    Every rank calls it, for groups are created.
+    """
+    grids = mimo_config.module_to_grid_map
+    if grids is None or mimo_config.modality_inputs_of != "encoders":
+        return {}
+    return {
+        (name, MIMO_LANGUAGE_MODULE_KEY): ColocatedBridgeCommunicator(
+            src_grid=grids[name],
+            dest_grid=grids[MIMO_LANGUAGE_MODULE_KEY],
+            src_module_name=name,
+            dest_module_name=MIMO_LANGUAGE_MODULE_KEY,
+            dim_mapping={"b": 0, "h": 1},
+        )
+        for name in mimo_config.modality_submodules_spec
+    }
+
+
+def bridge_rows(
+    rows: Mapping[str, Encoded],
+    bridges: Bridges,
+    submodules: nn.ModuleDict,
+    plan: AlignmentPlan,
+    *,
+    empty_H: torch.Tensor,
+) -> dict[str, Encoded]:
+    """The rows that this rank's replica of the language model reads, of every modality.
+
+    All ranks take part, modality by modality, whether or not they have rows.
+
+    Args:
+        rows: of the encoder replica's inputs.
+        bridges: of every modality.
+        submodules: modality -> ``ModalitySubmodules``.
+        plan: of the language model's replica.
+        empty_H: a vector like one row.
+    """
+    taken: dict[str, Encoded] = {}
+    for (name, _), bridge in bridges.items():
+        levels = getattr(unwrap_model(submodules[name]), "num_levels", 0)
+        wide_NH = side_by_side(rows.get(name), levels, empty_H)
+        wide_NH = bridge.communicate(wide_NH, count=plan.counts.get(name, 0))
+        taken[name] = apart(wide_NH, levels)
+    return taken
+
+
+def side_by_side(encoded: Encoded | None, levels: int, empty_H: torch.Tensor) -> torch.Tensor:
+    """Rows and their levels as one tensor [N, (1 + levels) * H]; [0, ...] for None.
+
+    Args:
+        encoded: projected rows; without levels where a modality is idle.
+        levels: that every row has.
+        empty_H: a vector like one row.
+    """
+    if encoded is None:
+        return empty_H.new_empty(0, (1 + levels) * empty_H.numel())
+    tensors = EncodedRows.of(encoded).tensors
+    if len(tensors) == 1:
+        tensors = tensors * (1 + levels) if not tensors[0].size(0) else tensors
+    return torch.cat(tensors, dim=1) if len(tensors) > 1 else tensors[0]
+
+
+def apart(wide_NH: torch.Tensor, levels: int) -> Encoded:
+    """The inverse of ``side_by_side``."""
+    rows_NH, *others = wide_NH.chunk(1 + levels, dim=1)
+    return EncodedRows(rows_NH=rows_NH, levels=tuple(others)).simplest()
+
+
+def refuse_encoding_alone(mimo_config: MimoModelConfig) -> None:
+    """Raise ``UnsupportedError`` for a forward that would have to encode by itself and cannot."""
+    if mimo_config.module_to_grid_map is None or mimo_config.modality_inputs_of == "encoders":
+        return
+    if torch.is_grad_enabled():
+        raise UnsupportedError(
+            "a model with modality_inputs_of='language' is trained by the schedule EncodeFirst, "
+            "which gives forward the encoded_rows; call the schedule, or forward under no_grad"
+        )
+    apart = encoders_apart(mimo_config.module_to_grid_map)
+    if apart:
+        raise UnsupportedError(
+            f"the tensor-parallel ranks of {apart} are in several replicas or stages of the "
+            "language model, so that they do not get the same inputs in a forward; call the "
+            "schedule EncodeFirst, or load the checkpoint in another layout"
+        )
+
+
+def encoders_apart(grids: Mapping[str, Any]) -> list[str]:
+    """Modalities whose tensor-parallel ranks are not all on one stage of one replica.
+
+    Of the language model; without the schedule ``EncodeFirst`` these cannot encode.
+    """
+    language = Geometry.of(MIMO_LANGUAGE_MODULE_KEY, grids[MIMO_LANGUAGE_MODULE_KEY])
+    apart = []
+    for name in (name for name in grids if name != MIMO_LANGUAGE_MODULE_KEY):
+        encoder = Geometry.of(name, grids[name])
+        for replica in range(encoder.sizes["dp"]):
+            positions = [language.positions[rank] for rank in encoder.where(dp=replica)]
+            if len({(position.dp, position.pp) for position in positions}) > 1:
+                apart.append(name)
+                break
+    return apart
+
+
+def give_groups(submodules: nn.ModuleDict, mimo_config: MimoModelConfig) -> None:
+    """Let each modality know its grid's groups, where a script has not told it."""
+    for name, module in submodules.items():
+        submodule: Any = module
+        grid = (mimo_config.module_to_grid_map or {}).get(name)
+        if grid is None or not hasattr(submodule, "pg_collection") or not has_groups(grid):
+            continue
+        if submodule.pg_collection is None:
+            submodule.pg_collection = groups_of(name, grid)
+
+
+def groups_for_checkpoints(
+    mimo_config: MimoModelConfig, language_model: Any
+) -> tuple[dict[str, ProcessGroup], ProcessGroup | None]:
+    """The language model's own groups: what goes into the metadata, and the tensor-parallel one.
+
+    Nothing where Megatron's global groups are the language model's.
+    """
+    groups: Any = getattr(unwrap_model(language_model), "pg_collection", None)
+    if mimo_config.module_to_grid_map is None or getattr(groups, "dp_cp", None) is None:
+        return {}, None
+    return {"dp_cp_group": groups.dp_cp}, groups.tp

@@ -1,0 +1,136 @@
+"""Optimizers of modules whose state in a checkpoint is that of one optimizer of the whole model.
+
+Megatron's optimizers name the state of a parameter after the parameter, so what several of them
+write for their modules is what one would write for all; only what is not a tensor (parameter
+groups, step, loss scale) has to be told once. Such a checkpoint loads in every layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
+from megatron.core.models.mimo.optimizer.combined import MimoOptimizer, links_of
+from megatron.core.models.mimo.optimizer.state import prime
+from megatron.core.optimizer import FP32Optimizer
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+_MODULES = "modules"
+_SHARDING = "param_state_sharding_type"
+_TOLD_ONCE = ("grad_scaler", _SHARDING)
+
+
+class WholeModelOptimizer(MimoOptimizer):
+    """``MimoOptimizer`` whose checkpoints are those of one optimizer of the whole model.
+
+    The rank that writes what is not a tensor has every module that is trained, so all modules are
+    on the same ranks.
+    """
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, **keywords: Any
+    ) -> dict[Any, Any]:
+        """State for ``dist_checkpointing``, under the keys of one optimizer of the whole model.
+
+        Raises:
+            UnsupportedError: (a ``RuntimeError``) a distributed optimizer's state by buckets, which
+                are those of a module.
+        """
+        metadata = keywords.get("metadata") or {}
+        kind = metadata.get("distrib_optim_sharding_type")
+        if self.config.use_distributed_optimizer and kind != "fully_reshardable":
+            raise UnsupportedError(
+                f"the state of a distributed optimizer as {kind!r} belongs to one layout of "
+                "modules; save it as 'fully_reshardable' (--dist-ckpt-optim-fully-reshardable)"
+            )
+        links: list[dict[str, Any]] = []
+        for name in self._replica:
+            for number, link in enumerate(links_of(self.module_infos[name].optimizer)):
+                prime(link)
+                state = link.sharded_state_dict(model_sharded_state_dict, is_loading, **keywords)
+                while len(links) <= number:
+                    links.append({_MODULES: {}})
+                _join(links[number], name, link, state, is_loading=is_loading)
+        return links[0] if len(links) == 1 else dict(enumerate(links))
+
+    @torch.no_grad()  # Megatron copies into fp32 parameters, leaves of the graph
+    def load_state_dict(self, state_dict: Mapping[Any, Any]) -> None:
+        """Load what was loaded into ``sharded_state_dict``.
+
+        Raises:
+            ConfigError: (a ``ValueError``) a module that is trained here has no state in it.
+        """
+        links = [state_dict]
+        if _MODULES not in state_dict:
+            links = [state_dict[number] for number in sorted(state_dict)]
+        for name in self._replica:
+            for number, link in enumerate(links_of(self.module_infos[name].optimizer)):
+                if number >= len(links) or name not in links[number].get(_MODULES, {}):
+                    raise ConfigError(
+                        f"the checkpoint holds no optimizer state of module {name!r}; load the "
+                        "model without the optimizer (--no-load-optim), or freeze the modules that "
+                        "were frozen then"
+                    )
+                link.load_state_dict(_own(links[number], name, link))
+
+
+def _join(
+    whole: dict[str, Any], name: str, link: Any, state: dict[str, Any], *, is_loading: bool
+) -> None:
+    """Put one module's state into the whole, its parameter groups among those of others."""
+    inner = _inner(link, state)
+    groups = inner.pop("param_groups")
+    told = {key: state.pop(key) for key in _TOLD_ONCE if key in state}
+    step = inner["state"].pop("common_step", None) if "state" in inner else None
+    whole[_MODULES][name] = state
+    if is_loading:
+        return  # it comes from the file
+    whole.update(told)
+    common = whole if isinstance(link, FP32Optimizer) else whole.setdefault("optimizer", {})
+    if step is not None:
+        common.setdefault("state", {})["common_step"] = step
+    known = common.setdefault("param_groups", [])
+    identifiers = [_identifier(group) for group in known]
+    for group in groups:
+        plain = {key: value for key, value in group.items() if key != "params"}
+        if _identifier(plain) not in identifiers:
+            known.append(deepcopy(plain))
+
+
+def _own(whole: Mapping[str, Any], name: str, link: Any) -> dict[str, Any]:
+    """What one module's optimizer loads, from the loaded whole."""
+    state: dict[str, Any] = dict(whole[_MODULES][name])
+    common = whole if isinstance(link, FP32Optimizer) else whole["optimizer"]
+    state |= {key: whole[key] for key in _TOLD_ONCE if key in whole}
+    is_flat = isinstance(link, FP32Optimizer)
+    inner = state if is_flat else state.setdefault("optimizer", {})
+    by_identifier = {_identifier(group): group for group in common["param_groups"]}
+    inner["param_groups"] = []
+    for group in link.optimizer.state_dict()["param_groups"]:
+        found = by_identifier.get(_identifier(group))
+        if found is None:
+            raise ConfigError(
+                f"the checkpoint has no parameter group of module {name!r} with "
+                f"{dict(zip(param_group_identifier_keys, _identifier(group), strict=True))}; train "
+                "with the learning rates and weight decays it was saved with"
+            )
+        inner["param_groups"].append({**deepcopy(found), "params": group["params"]})
+    step = common.get("state", {}).get("common_step")
+    if "state" in inner and step is not None:
+        inner["state"] = {**inner["state"], "common_step": step}
+    return state
+
+
+def _inner(link: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Where Megatron keeps the parameter groups in a state."""
+    inner: dict[str, Any] = state if isinstance(link, FP32Optimizer) else state["optimizer"]
+    return inner
+
+
+def _identifier(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells parameter groups apart, as Megatron does."""
+    return tuple(group.get(key) for key in param_group_identifier_keys)

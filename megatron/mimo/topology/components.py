@@ -1,0 +1,165 @@
+"""Components: the sizes and ranks of every module that has a parallel layout of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+
+from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
+from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
+
+__all__ = ["AXES", "LANGUAGE", "Component", "check_components", "parse_component"]
+
+LANGUAGE = MIMO_LANGUAGE_MODULE_KEY
+AXES = ("tp", "cp", "dp", "pp")  # the order in which ranks are dealt out, as Megatron's default
+_KEYS = (*AXES, "rank_offset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One module's layout.
+
+    Attributes:
+        name: "language", or a modality.
+        tp, cp, dp, pp: sizes of tensor, context, data and pipeline parallelism.
+        rank_offset: its first rank.
+
+    Raises:
+        ConfigError: a size below 1, a negative offset.
+    """
+
+    name: str
+    tp: int = 1
+    cp: int = 1
+    dp: int = 1
+    pp: int = 1
+    rank_offset: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name == "rank_offset" else 1
+            if field.name != "name" and (type(value) is not int or value < least):
+                raise ConfigError(
+                    f"component {self.name!r}: {field.name} is {value!r}; expected an integer of "
+                    f"at least {least}"
+                )
+
+    @property
+    def size(self) -> int:
+        """Ranks that it has."""
+        return self.tp * self.cp * self.dp * self.pp
+
+    @property
+    def ranks(self) -> range:
+        """Its ranks."""
+        return range(self.rank_offset, self.rank_offset + self.size)
+
+    def __str__(self) -> str:
+        sizes = [f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
+        return f"{self.name}={','.join(sizes) or 'tp=1'}"
+
+
+def parse_component(text: str) -> Component:
+    """A component from a flag's text, ``images=tp=1,dp=8``.
+
+    Raises:
+        ConfigError: it is not of this form.
+    """
+    name, separator, rest = text.partition("=")
+    if not name or not separator or not rest:
+        raise ConfigError(
+            f"--component {text}: expected NAME=AXIS=SIZE,... such as images=tp=1,dp=8; axes are "
+            f"{', '.join(_KEYS)}"
+        )
+    values: dict[str, int] = {}
+    for item in rest.split(","):
+        key, _, value = item.partition("=")
+        if key not in _KEYS:
+            near = get_close_matches(key, _KEYS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"--component {text}: {key!r} is none of {', '.join(_KEYS)}{hint}")
+        if key in values:
+            raise ConfigError(f"--component {text}: {key} is given twice; leave one away")
+        if not value.removeprefix("-").isdecimal():
+            raise ConfigError(f"--component {text}: {key} is {value!r}; expected an integer")
+        values[key] = int(value)
+    return Component(name=name, **values)
+
+
+def check_components(
+    components: Sequence[Component], *, world_size: int, modalities: Iterable[str] | None = None
+) -> Mapping[str, Component]:
+    """The components by name, the language model's last, once they fit the job and each other.
+
+    Args:
+        components: of all modules.
+        world_size: processes of the job.
+        modalities: those that the model has; None where they are not known yet.
+
+    Raises:
+        ConfigError: naming the components that do not fit, with what would.
+        UnsupportedError: modules on ranks of their own, encoders with pipeline or context
+            parallelism.
+    """
+    by_name: dict[str, Component] = {}
+    for component in components:
+        if component.name in by_name:
+            raise ConfigError(f"--component {component.name} is given twice; leave one away")
+        by_name[component.name] = component
+    if LANGUAGE not in by_name:
+        raise ConfigError(
+            f"--component is given for {sorted(by_name)} and not for {LANGUAGE!r}; add --component "
+            f"{LANGUAGE}=tp=...,dp=..."
+        )
+    if modalities is not None:
+        _check_names(by_name, list(modalities))
+    language = by_name.pop(LANGUAGE)
+    for component in by_name.values():
+        _check_modality(component, language)
+    last = max(component.ranks.stop for component in (*by_name.values(), language))
+    if last != world_size:
+        sizes = ", ".join(f"{one} has {one.size}" for one in (*by_name.values(), language))
+        raise ConfigError(
+            f"--component: the components take {last} processes ({sizes}), and the job has "
+            f"{world_size}; start {last} (torchrun --nproc-per-node) or change the sizes"
+        )
+    return {**by_name, LANGUAGE: language}
+
+
+def _check_names(by_name: Mapping[str, Component], modalities: list[str]) -> None:
+    for name in by_name:
+        if name not in (*modalities, LANGUAGE):
+            near = get_close_matches(name, [*modalities, LANGUAGE], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"--component {name}: the model has the modules {[*modalities, LANGUAGE]}{hint}"
+            )
+    missing = [name for name in modalities if name not in by_name]
+    if missing:
+        raise ConfigError(
+            f"--component is given for {sorted(by_name)} and not for {missing}; every module needs "
+            "one"
+        )
+
+
+def _check_modality(component: Component, language: Component) -> None:
+    if component.ranks != language.ranks:
+        overlap = set(component.ranks) & set(language.ranks)
+        how = "overlap in part" if overlap else "are ranks of their own"
+        raise UnsupportedError(
+            f"--component: {_span(component)} of {component.name!r} and {_span(language)} of "
+            f"{LANGUAGE!r} {how}; this release runs modules on the same ranks: give "
+            f"{component.name} all of them ({component.name}=tp=1,dp={language.size})"
+        )
+    for axis in ("pp", "cp"):
+        if getattr(component, axis) != 1:
+            raise UnsupportedError(
+                f"--component {component}: encoders on the language model's ranks are parallel by "
+                f"tp and dp; leave {axis} away"
+            )
+
+
+def _span(component: Component) -> str:
+    return f"ranks {component.ranks.start} to {component.ranks.stop - 1}"

@@ -1,0 +1,249 @@
+"""The reference's model with every module on a grid of its own, and a step of it on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tests.distributed.core.layouts import (
+    CLIP,
+    EPSILON,
+    LEARNING_RATE,
+    SMALL_BUCKET,
+    Deviation,
+    Layout,
+    Outcome,
+    config_changes,
+    copy_weights,
+    model_inputs,
+)
+from tests.distributed.core.reference import (
+    SEQUENCE,
+    Design,
+    Sample,
+    build_model,
+    make_batches,
+    transformer_config,
+)
+from tests.distributed.core.whole import Part, parts
+from tests.distributed.schedule import loss_of_labels, run_schedule
+from tests.rank_pool import model_parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridLayout(Layout):
+    """The language model's layout, and the encoders' tensor-parallel sizes on the same ranks.
+
+    Attributes:
+        images_tp, sounds_tp: the rest of the ranks is data parallel.
+        activations: as ``EncodeFirst`` takes it.
+    """
+
+    images_tp: int = 1
+    sounds_tp: int = 1
+    activations: str = "keep"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Built:
+    """A rank's part of the job.
+
+    Attributes:
+        chunks: of the model, their modules wrapped.
+        held: the parameters, found before they were wrapped.
+        schedule: ``EncodeFirst``.
+        grids: to be given back.
+    """
+
+    chunks: list[Any]
+    held: list[Part]
+    schedule: Any
+    grids: Any
+
+    @property
+    def wrapped(self) -> list[Any]:
+        """The modules that are trained."""
+        every = [
+            module
+            for chunk in self.chunks
+            for module in (chunk.language_model, *chunk.modality_submodules.values())
+        ]
+        return [module for module in every if hasattr(module, "bucket_groups")]
+
+
+def components(layout: GridLayout) -> dict[str, Any]:
+    from megatron.mimo.topology import Component, check_components
+
+    world = layout.world_size
+    return dict(
+        check_components(
+            [
+                Component(name="images", tp=layout.images_tp, dp=world // layout.images_tp),
+                Component(name="sounds", tp=layout.sounds_tp, dp=world // layout.sounds_tp),
+                Component(name="language", tp=layout.tp, cp=layout.cp, dp=layout.dp, pp=layout.pp),
+            ],
+            world_size=world,
+            modalities=["images", "sounds"],
+        )
+    )
+
+
+def build(layout: GridLayout, design: Design, weights: Any, groups: Any = None) -> Built:
+    """Collective; starts from whole weights, and makes the language model's groups unless given."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.models.mimo.model.encode_first import EncodeFirst
+    from megatron.mimo.topology import build_grids
+
+    if groups is None:
+        sizes = {name: getattr(layout, name) for name in ("tp", "pp", "cp", "ep", "vpp")}
+        groups = model_parallel(**sizes)
+    grids = build_grids(components(layout))
+    config = transformer_config(
+        design, finalize_model_grads_func=finalize_model_grads, **config_changes(layout)
+    )
+    count = layout.vpp or 1
+    chunks = [
+        build_model(
+            config,
+            design,
+            groups,
+            first=parallel_state.is_pipeline_first_stage() and number == 0,
+            last=parallel_state.is_pipeline_last_stage() and number == count - 1,
+            vp_stage=None if layout.vpp is None else number,
+            recompute_projections=layout.recompute == "projections",
+            packed=layout.packed,
+            grids=grids,
+            inputs_of="language",
+        )
+        for number in range(count)
+    ]
+    copy_weights(chunks, weights)
+    held = [part for chunk in chunks for part in parts(chunk)]
+    for number, chunk in enumerate(chunks):
+        wrap(chunk, layout, grids, number)
+    return Built(
+        chunks=chunks,
+        held=held,
+        schedule=EncodeFirst(chunks, activations=layout.activations),
+        grids=grids,
+    )
+
+
+def wrap(model: Any, layout: GridLayout, grids: Any, number: int = 0) -> None:
+    """Every module that is trained in a wrapper of its own groups; in bf16, as Megatron has it."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    def wrapped(module: Any, groups: Any) -> Any:
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            return module
+        ddp_config = DistributedDataParallelConfig(
+            overlap_grad_reduce=layout.overlap_grad_reduce,
+            overlap_param_gather=layout.overlap_param_gather,
+            use_distributed_optimizer=layout.distributed_optimizer,
+            grad_reduce_in_fp32=True,
+            bucket_size=SMALL_BUCKET,
+        )
+        return DistributedDataParallel(
+            model.config, ddp_config, module, disable_bucketing=number > 0, pg_collection=groups
+        )
+
+    if model.config.bf16:
+        model.bfloat16()
+    model.language_model = wrapped(model.language_model, None)
+    for name, module in model.modality_submodules.items():
+        model.modality_submodules[name] = wrapped(module, grids.groups[name])
+
+
+def step(layout: GridLayout, design: Design, built: Built, batch: list[Sample]) -> float:
+    """Forward and backward of a global batch by ``EncodeFirst``; the loss on every rank."""
+    from megatron.core import parallel_state
+
+    dp_rank, size = parallel_state.get_data_parallel_rank(), layout.micro_batch
+    mine = [batch[i : i + size] for i in range(0, len(batch), size)][dp_rank :: layout.dp]
+    dtype = built.chunks[0].config.params_dtype
+    batches = [
+        # A plan in every other micro-batch: both ways have to give the same.
+        model_inputs(samples, layout, design, dtype=dtype, plan=number % 2 == 0)
+        for number, samples in enumerate(mine)
+    ]
+    for one in batches:
+        for encoder in one["modality_inputs"].get("images", {}).values():
+            encoder["pixel_values"] = encoder["pixel_values"].to(dtype)
+    for chunk in built.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    return run_schedule(
+        built.chunks,
+        batches,
+        loss_of_labels,
+        seq_length=SEQUENCE * size if layout.packed else SEQUENCE,
+        micro_batch_size=1 if layout.packed else size,
+        schedule=built.schedule,
+    )
+
+
+def run_gradients(layout: GridLayout, design: Design, reference: Outcome) -> Deviation:
+    """Loss and gradients of every batch, with weights as they are; runs on every rank."""
+    built = build(layout, design, reference.weights)
+    losses: list[float] = []
+    errors: dict[str, float] = {}
+    covered: dict[str, set[tuple[Any, ...]]] = {}
+    batches = make_batches(media=design.media)
+    for batch, gradients in zip(batches, reference.gradients, strict=True):
+        losses.append(step(layout, design, built, batch))
+        for part in built.held:
+            if part.parameter.requires_grad:
+                gradient = part.parameter.main_grad
+                unused = part.key not in gradients  # by no sample
+                error = float(gradient.norm()) if unused else part.error(gradient, gradients)
+                errors[part.name] = max(errors.get(part.name, 0.0), error)
+                covered.setdefault(part.key, set()).add(part.span())
+    return Deviation(losses=losses, errors=errors, norms=[], covered=covered)
+
+
+def run_training(layout: GridLayout, design: Design, reference: Outcome) -> Deviation:
+    """A step of the optimizer per batch; compares weights after the last."""
+    built = build(layout, design, reference.weights)
+    optimizer = make_optimizer(built, layout)
+    losses, norms = [], []
+    for batch in make_batches(media=design.media):
+        optimizer.zero_grad()
+        losses.append(step(layout, design, built, batch))
+        success, norm, _ = optimizer.step()
+        assert success
+        norms.append(float(norm))
+    if layout.overlap_param_gather:
+        for chunk in built.chunks:
+            chunk.disable_forward_pre_hook()
+    errors, covered = {}, {}
+    for part in built.held:
+        errors[part.name] = part.error(part.parameter.data, reference.trained)
+        covered.setdefault(part.key, set()).add(part.span())
+    return Deviation(losses=losses, errors=errors, norms=norms, covered=covered)
+
+
+def make_optimizer(built: Built, layout: GridLayout) -> Any:
+    from megatron.core.models.mimo import get_mimo_optimizer
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.mimo.layers import install_adam
+
+    if layout.distributed_optimizer:
+        install_adam()
+    config = built.chunks[0].config
+    return get_mimo_optimizer(
+        built.chunks if len(built.chunks) > 1 else built.chunks[0],
+        OptimizerConfig(
+            optimizer="adam",
+            lr=LEARNING_RATE,
+            adam_beta1=0.9,
+            adam_beta2=0.99,
+            adam_eps=EPSILON,
+            weight_decay=0.0,
+            clip_grad=CLIP,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_param_gather=layout.overlap_param_gather,
+        ),
+    )

@@ -1,0 +1,115 @@
+"""Runs whose modules have grids of their own, through the example: --component."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.training.launch import COMPARABLE, EVALUATE, RECIPE, SCRIPT, losses, succeed
+from tests.rank_pool import RankPool
+from tests.time_limits import HANG
+
+FOUR_LAYERS = ("--num-layers", "4", "--micro-batch-size", "1")
+# name -> processes, components, further flags
+LAYOUTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
+    "pp2": (2, ("images=dp=2", "language=pp=2"), ()),
+    "tp2-zero": (
+        2,
+        ("images=dp=2", "language=tp=2"),
+        ("--use-distributed-optimizer", "--sequence-parallel"),
+    ),
+    "cp2": (2, ("images=dp=2", "language=cp=2"), ("--encoder-activations", "recompute")),
+    "dp2-images-tp2": (2, ("images=tp=2", "language=dp=2"), ()),
+    "pp2-dp2-zero": (
+        4,
+        ("images=dp=4", "language=pp=2,dp=2"),
+        ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+    ),
+    "vpp2": (
+        2,
+        ("images=dp=2", "language=pp=2"),
+        ("--num-layers-per-virtual-pipeline-stage", "1"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("one")
+    succeed(ranks, output, "one", *COMPARABLE, *EVALUATE, *FOUR_LAYERS, "--train-iters", "8")
+    return output
+
+
+def run(ranks: RankPool, output: Path, name: str, last: int) -> str:
+    world, components, flags = LAYOUTS[name]
+    argv = [SCRIPT, *RECIPE, "--output", output, *COMPARABLE, *EVALUATE, *FOUR_LAYERS, *flags]
+    argv += ["--component", *components, "--train-iters", str(last)]
+    exits = ranks.start_script(world, argv, timeout=HANG).wait()
+    assert [exit_.exit_code for exit_ in exits] == [0] * world, exits[0].stdout + exits[0].stderr
+    return exits[0].stdout
+
+
+def test_a_run_moves_between_uniform_and_colocated_layouts(
+    ranks: RankPool, one_process: Path, tmp_path: Path
+) -> None:
+    """Weights, optimizer and data position survive, also into the distributed optimizer."""
+    begin = (*COMPARABLE, *EVALUATE, *FOUR_LAYERS)
+    succeed(ranks, tmp_path, "one", *begin, "--train-iters", "2")
+    run(ranks, tmp_path, "pp2", 3)
+    run(ranks, tmp_path, "cp2", 4)
+    printed = run(ranks, tmp_path, "vpp2", 5)
+    assert "iteration 5/5" in printed
+    assert "accuracy" in printed
+    succeed(ranks, tmp_path, "tp2", *begin, "--train-iters", "6")
+    run(ranks, tmp_path, "dp2-images-tp2", 7)
+    succeed(ranks, tmp_path, "pp2", *begin, "--train-iters", "8")
+    _same_losses(tmp_path, one_process)
+    answers = [
+        json.loads((p / "metrics.json").read_text())["answers"] for p in (tmp_path, one_process)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_the_distributed_optimizer_moves_too(
+    ranks: RankPool, tmp_path: Path, one_process: Path
+) -> None:
+    begin = (*COMPARABLE, *EVALUATE, *FOUR_LAYERS, "--use-distributed-optimizer")
+    succeed(ranks, tmp_path, "one", *begin, "--train-iters", "2")
+    run(ranks, tmp_path, "pp2-dp2-zero", 4)
+    run(ranks, tmp_path, "tp2-zero", 6)
+    succeed(ranks, tmp_path, "dp2", *begin, "--train-iters", "8")
+    _same_losses(tmp_path, one_process)
+
+
+def _same_losses(found: Path, expected: Path) -> None:
+    assert {n: float(loss) for n, loss in losses(found).items()} == pytest.approx(
+        {n: float(loss) for n, loss in losses(expected).items()}, rel=1e-5
+    )
+
+
+def test_the_layout_is_shown(ranks: RankPool, tmp_path: Path) -> None:
+    argv = [SCRIPT, *RECIPE, "--output", tmp_path / "none", "--show-layout"]
+    argv += ["--component", "images=tp=1,dp=2", "--component", "language=pp=2"]
+    exits = ranks.script(2, argv)
+    assert [exit_.exit_code for exit_ in exits] == [0, 0], exits[0].stderr
+    assert re.search(r"^images +dp0 +dp1$", exits[0].stdout, re.MULTILINE)
+    assert re.search(r"^language +pp0 +pp1$", exits[0].stdout, re.MULTILINE)
+    assert not (tmp_path / "none").exists()
+
+
+REFUSED = {
+    "other modules": (("pictures=dp=2", "language=pp=2"), "the model has the modules"),
+    "other size": (("images=dp=2", "language=pp=1"), "give images all of them"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(ranks: RankPool, tmp_path: Path, case: str) -> None:
+    components, text = REFUSED[case]
+    argv = [SCRIPT, *RECIPE, "--output", tmp_path, "--component", *components]
+    exits = ranks.start_script(2, argv, timeout=HANG).wait()
+    assert all(exit_.exit_code for exit_ in exits)
+    assert text in "".join(exit_.stdout + exit_.stderr for exit_ in exits)

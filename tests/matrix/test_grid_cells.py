@@ -1,0 +1,39 @@
+"""Cells whose modules have grids of their own equal one process.
+
+``python -m tests.matrix --grids`` runs all of them.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.matrix.cells import make_cell, name_of
+from tests.matrix.grid_cells import GRIDS, grid_cells, small_grid_cells
+from tests.matrix.runner import Verdict, run
+from tests.rank_pool import RankPool
+
+SMALL = {name_of(values): values for values in small_grid_cells()}
+
+
+@pytest.fixture(scope="module")
+def verdicts(request: pytest.FixtureRequest, ranks: RankPool) -> dict[str, Verdict]:
+    """Of the cells that this session asks for; run together, they share their processes."""
+    asked = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if getattr(item, "originalname", None) == test_cell.__name__ and item.path == request.path
+    }
+    return {verdict.name: verdict for verdict in run([SMALL[name] for name in asked], ranks)}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_cell(verdicts: dict[str, Verdict], name: str) -> None:
+    assert not verdicts[name].failure, verdicts[name].failure
+
+
+def test_the_set_is_what_it_says() -> None:
+    cells = grid_cells()
+    assert len({name_of(values) for values in cells}) == len(cells) == GRIDS >= 120
+    assert {make_cell(values)[0].world_size for values in cells} >= {2, 4, 8}
+    for axis in ("images_tp", "sounds_tp", "activations"):
+        assert len({values[axis] for values in cells}) > 1, axis
