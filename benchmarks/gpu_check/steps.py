@@ -14,6 +14,7 @@ FAMILIES = (
     "llava",
     "llava_next",
     "internvl",
+    "gemma3",
     "qwen2_5_vl",
     "qwen3_vl",
     "qwen3_vl_moe",

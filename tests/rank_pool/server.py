@@ -33,7 +33,7 @@ PRELOAD = (
     *(
         f"transformers.models.{name}.modeling_{name}"
         for name in (
-            *("clip", "internvl", "llama", "llava", "llava_next", "mistral", "qwen2"),
+            *("clip", "gemma3", "internvl", "llama", "llava", "llava_next", "mistral", "qwen2"),
             *("qwen2_5_vl", "qwen2_audio", "siglip", "whisper"),
         )
     ),
@@ -45,7 +45,14 @@ PRELOAD = (
             *("convert.verify", "inference", "lora", "training.run", "training.forward_step"),
             *(
                 f"models.{name}.model"
-                for name in ("internvl", "llava", "llava_next", "qwen2_5_vl", "qwen2_audio")
+                for name in (
+                    "gemma3",
+                    "internvl",
+                    "llava",
+                    "llava_next",
+                    "qwen2_5_vl",
+                    "qwen2_audio",
+                )
             ),
         )
     ),

@@ -207,9 +207,9 @@ class Chat:
                 for video in videos
             ]
         # Not of the text, whose offsets are no tensors; some processors would try to make them.
-        given |= {
-            f"{kind}_kwargs": {"return_tensors": "pt"} for kind in ("images", "videos", "audio")
-        }
+        tensors, names = {"return_tensors": "pt"}, self.family.media(self.config).image_settings
+        given |= {"images_kwargs": tensors | _set_of(self.processor, names)}
+        given |= {"videos_kwargs": tensors, "audio_kwargs": tensors}
         features = self.processor(
             text=[text],
             add_special_tokens=_adds(self.processor.tokenizer, text),
@@ -218,6 +218,13 @@ class Chat:
             **given,
         )
         return split_text(features)
+
+
+def _set_of(processor: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Of the image processor, what its processor would overwrite with a default."""
+    reader = getattr(processor, "image_processor", None)
+    found = {name: getattr(reader, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _adds(tokenizer: Any, text: str) -> bool:

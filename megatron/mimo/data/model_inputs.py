@@ -26,12 +26,17 @@ class Media:
         formats: as ``SampleCollator.media_formats``.
         mrope: position ids have three axes.
         plan_on_every_stage: as ``SampleCollator.plan_on_every_stage``.
+        spans: modalities of whose items all rows see each other.
+        image_settings: of the image processor, that count where they are set, though its
+            processor has a default for them.
     """
 
     special_token_ids: Mapping[str, int]
     formats: Mapping[str, MediaFormat | Sequence[MediaFormat]]
     mrope: bool = False
     plan_on_every_stage: bool = False
+    spans: Sequence[str] = ()
+    image_settings: Sequence[str] = ()
 
 
 class ToSample(Protocol):

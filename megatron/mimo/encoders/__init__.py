@@ -9,7 +9,7 @@ from megatron.mimo.encoders.clip import ClipEncoder, layer_numbers
 from megatron.mimo.encoders.hugging_face import HuggingFaceEncoder
 from megatron.mimo.encoders.perceiver import PerceiverResampler
 from megatron.mimo.encoders.plain import activation_function, plain_encoder_config
-from megatron.mimo.encoders.projectors import Projector, SquareProjector
+from megatron.mimo.encoders.projectors import PooledProjector, Projector, SquareProjector
 from megatron.mimo.encoders.qwen2_5_vl import PatchMerger, WindowTransformer
 from megatron.mimo.encoders.vit import VisionTransformer, encoder_config
 from megatron.mimo.encoders.whisper import WhisperEncoder
@@ -22,6 +22,7 @@ __all__ = [
     "NewlineProjection",
     "PatchMerger",
     "PerceiverResampler",
+    "PooledProjector",
     "Projector",
     "SquareProjector",
     "VisionTransformer",

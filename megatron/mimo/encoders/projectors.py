@@ -16,8 +16,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.encoders.plain import activation_function
+from megatron.mimo.layers.norm import Norm
 
-__all__ = ["Projector", "SquareProjector", "join_squares"]
+__all__ = ["PooledProjector", "Projector", "SquareProjector", "join_squares"]
 
 
 class Projector(MegatronModule):
@@ -160,11 +161,7 @@ class SquareProjector(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config)
-        if side < 1 or min(grid) < 1 or any(length % side for length in grid):
-            raise ConfigError(
-                f"a grid of {grid[0]} x {grid[1]} rows is not divisible into squares of "
-                f"{side} x {side}; change the side, or the size of images"
-            )
+        _check_squares(grid, side)
         normed = {"rows": input_size, "squares": input_size * side**2, "none": 0}
         if norm not in normed:
             raise ConfigError(f"norm is {norm!r}; expected one of {', '.join(normed)}")
@@ -192,12 +189,7 @@ class SquareProjector(MegatronModule):
         Raises:
             InputError: rows that are not whole items.
         """
-        per_item = self.grid[0] * self.grid[1]
-        if len(rows_NI) % per_item:
-            raise InputError(
-                f"{len(rows_NI)} rows; expected a multiple of {per_item}, as every item is a grid "
-                f"of {self.grid[0]} x {self.grid[1]}"
-            )
+        _check_items(rows_NI, self.grid)
         if self.norm is not None and self.norm_of == "rows":
             rows_NI = self.norm(rows_NI)
         joined = join_squares(rows_NI, grid=self.grid, side=self.side)
@@ -205,3 +197,84 @@ class SquareProjector(MegatronModule):
             joined = self.norm(joined)
         projected: Tensor = self.projector(joined)
         return projected
+
+
+class PooledProjector(MegatronModule):
+    """Averages the rows of each square of neighbours, norms what comes out, and projects it.
+
+    The norm is RMSNorm times 1 + weight, as Gemma's.
+
+    Args:
+        config: of the language model, as for :class:`Projector`.
+        grid: height and width of every item's grid of rows.
+        side: of a square.
+        input_size: I.
+        output_size: H.
+        layernorm_epsilon: of the norm.
+        pg_collection: as for :class:`Projector`.
+
+    Raises:
+        ConfigError: a grid that is not divisible into squares; see also :class:`Projector`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        grid: tuple[int, int],
+        side: int,
+        input_size: int,
+        output_size: int,
+        layernorm_epsilon: float,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config)
+        _check_squares(grid, side)
+        self.grid, self.side = grid, side
+        # Replicated over the tensor-parallel group, with equal inputs and so equal gradients.
+        gemma = replace(
+            config,
+            normalization="RMSNorm",
+            layernorm_zero_centered_gamma=True,
+            memory_efficient_layer_norm=False,
+            sequence_parallel=False,
+            tp_comm_overlap=False,
+        )
+        self.norm = Norm(gemma, input_size, layernorm_epsilon)
+        self.projector = Projector(
+            config,
+            input_size=input_size,
+            output_size=output_size,
+            num_layers=1,
+            bias=False,
+            pg_collection=pg_collection,
+        )
+
+    def forward(self, rows_NI: Tensor) -> Tensor:
+        """[N, I] -> [N / G, H]; N may be 0.
+
+        Raises:
+            InputError: rows that are not whole items.
+        """
+        _check_items(rows_NI, self.grid)
+        joined = join_squares(rows_NI, grid=self.grid, side=self.side)
+        pooled = joined.unflatten(-1, (self.side**2, rows_NI.size(-1))).mean(dim=-2)
+        projected: Tensor = self.projector(self.norm(pooled))
+        return projected
+
+
+def _check_squares(grid: tuple[int, int], side: int) -> None:
+    if side < 1 or min(grid) < 1 or any(length % side for length in grid):
+        raise ConfigError(
+            f"a grid of {grid[0]} x {grid[1]} rows is not divisible into squares of "
+            f"{side} x {side}; change the side, or the size of images"
+        )
+
+
+def _check_items(rows_NI: Tensor, grid: tuple[int, int]) -> None:
+    per_item = grid[0] * grid[1]
+    if len(rows_NI) % per_item:
+        raise InputError(
+            f"{len(rows_NI)} rows; expected a multiple of {per_item}, as every item is a grid "
+            f"of {grid[0]} x {grid[1]}"
+        )

@@ -21,6 +21,7 @@ __all__ = ["family_names", "family_of", "load_family", "read_hf_config"]
 # Each module megatron.mimo.models.<name>.model has a constant FAMILY. The architectures are what
 # config.json calls its models; they stand here so that finding a family imports no other.
 _ARCHITECTURES = {
+    "gemma3": ("Gemma3ForConditionalGeneration",),
     "internvl": ("InternVLForConditionalGeneration",),
     "llava": ("LlavaForConditionalGeneration",),
     "llava_avlm": ("LlavaAvlmForConditionalGeneration",),

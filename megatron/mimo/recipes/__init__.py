@@ -23,8 +23,19 @@ _RECIPES = {
         "digits:digits",
         "read 1 to 4 scanned digits; ViT + GPT from scratch, two minutes on 2 CPU cores",
     ),
+    "gemma3_12b": ("gemma3:gemma3_12b", "Gemma 3 12B, SigLIP with pan-and-scan"),
+    "gemma3_27b": ("gemma3:gemma3_27b", "Gemma 3 27B, SigLIP with pan-and-scan"),
+    "gemma3_4b": ("gemma3:gemma3_4b", "Gemma 3 4B, SigLIP with pan-and-scan"),
+    "gemma3_tiny": (
+        "tiny.twins:gemma3_tiny",
+        "Gemma 3 of 0.2 million parameters that reads scanned digits",
+    ),
     "internvl3_5_14b": ("internvl:internvl3_5_14b", "InternVL 3.5, InternViT 300M + Qwen3 14B"),
     "internvl3_5_1b": ("internvl:internvl3_5_1b", "InternVL 3.5, InternViT 300M + Qwen3 0.6B"),
+    "internvl3_5_30b_a3b": (
+        "internvl:internvl3_5_30b_a3b",
+        "InternVL 3.5, InternViT 300M + Qwen3 30B-A3B",
+    ),
     "internvl3_5_38b": ("internvl:internvl3_5_38b", "InternVL 3.5, InternViT 6B + Qwen3 32B"),
     "internvl3_5_8b": ("internvl:internvl3_5_8b", "InternVL 3.5, InternViT 300M + Qwen3 8B"),
     "internvl_tiny": (
@@ -80,8 +91,12 @@ _RECIPES = {
 
 # Models of one family that differ in size alone have one twin; it answers to all their names.
 _TWINS = {
+    "gemma3_12b_tiny": "gemma3_tiny",
+    "gemma3_27b_tiny": "gemma3_tiny",
+    "gemma3_4b_tiny": "gemma3_tiny",
     "internvl3_5_14b_tiny": "internvl_tiny",
     "internvl3_5_1b_tiny": "internvl_tiny",
+    "internvl3_5_30b_a3b_tiny": "internvl_tiny",
     "internvl3_5_38b_tiny": "internvl_tiny",
     "internvl3_5_8b_tiny": "internvl_tiny",
     "internvl3_8b_tiny": "internvl_tiny",

@@ -8,13 +8,7 @@ from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.recipes.settings import FINETUNING, presets_of
 
-_SMALL: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "attention_bias": True,
-}
+_SMALL: dict[str, Any] = {"attention_bias": True}  # sizes are the defaults of transformers
 _LARGE: dict[str, Any] = {
     "hidden_size": 3200,
     "intermediate_size": 12800,
@@ -28,26 +22,35 @@ _LARGE: dict[str, Any] = {
 
 def internvl3_5_1b() -> Recipe:
     """InternViT 300M and Qwen3 0.6B, whose output layer is its own."""
-    text = _qwen3(hidden=1024, inside=3072, layers=28, heads=16)
-    return _internvl("internvl3_5_1b", "InternVL 3.5, InternViT 300M + Qwen3 0.6B", _SMALL, text)
+    return _internvl("internvl3_5_1b", "300M + Qwen3 0.6B", _SMALL, _qwen3(1024, 3072, 28, 16))
 
 
 def internvl3_5_8b() -> Recipe:
     """InternViT 300M and Qwen3 8B."""
-    text = _qwen3(hidden=4096, inside=12288, layers=36, heads=32)
-    return _internvl("internvl3_5_8b", "InternVL 3.5, InternViT 300M + Qwen3 8B", _SMALL, text)
+    return _internvl("internvl3_5_8b", "300M + Qwen3 8B", _SMALL, _qwen3(4096, 12288, 36, 32))
 
 
 def internvl3_5_14b() -> Recipe:
     """InternViT 300M and Qwen3 14B."""
-    text = _qwen3(hidden=5120, inside=17408, layers=40, heads=40)
-    return _internvl("internvl3_5_14b", "InternVL 3.5, InternViT 300M + Qwen3 14B", _SMALL, text)
+    return _internvl("internvl3_5_14b", "300M + Qwen3 14B", _SMALL, _qwen3(5120, 17408, 40, 40))
 
 
 def internvl3_5_38b() -> Recipe:
     """InternViT 6B, whose 25 heads no even tensor-parallel size divides, and Qwen3 32B."""
-    text = _qwen3(hidden=5120, inside=25600, layers=64, heads=64)
-    return _internvl("internvl3_5_38b", "InternVL 3.5, InternViT 6B + Qwen3 32B", _LARGE, text)
+    return _internvl("internvl3_5_38b", "6B + Qwen3 32B", _LARGE, _qwen3(5120, 25600, 64, 64))
+
+
+def internvl3_5_30b_a3b() -> Recipe:
+    """InternViT 300M and Qwen3 30B-A3B: 128 experts in every layer, 8 for each token."""
+    text = _qwen3(2048, 6144, 48, 32) | {
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+    }
+    return _internvl("internvl3_5_30b_a3b", "300M + Qwen3 30B-A3B", _SMALL, text)
 
 
 def internvl3_8b() -> Recipe:
@@ -61,13 +64,11 @@ def internvl3_8b() -> Recipe:
         "num_key_value_heads": 4,
         "vocab_size": 151674,
         "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
     }
-    name, summary = "internvl3_8b", "InternVL 3, InternViT 300M + Qwen2.5 7B"
-    return _internvl(name, summary, _SMALL, text, image_token=151667)
+    return _internvl("internvl3_8b", "300M + Qwen2.5 7B", _SMALL, text, image_token=151667)
 
 
-def _qwen3(*, hidden: int, inside: int, layers: int, heads: int) -> dict[str, Any]:
+def _qwen3(hidden: int, inside: int, layers: int, heads: int) -> dict[str, Any]:
     return {
         "model_type": "qwen3",
         "hidden_size": hidden,
@@ -78,13 +79,12 @@ def _qwen3(*, hidden: int, inside: int, layers: int, heads: int) -> dict[str, An
         "head_dim": 128,
         "vocab_size": 151936,
         "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
     }
 
 
 def _internvl(
     name: str,
-    summary: str,
+    parts: str,
     vision: dict[str, Any],
     text: dict[str, Any],
     *,
@@ -97,6 +97,7 @@ def _internvl(
             vision_config={**vision, "model_type": "internvl_vision"},
             text_config={
                 **text,
+                "rms_norm_eps": 1e-6,
                 "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
                 "tie_word_embeddings": False,
                 "bos_token_id": 151643,
@@ -110,7 +111,7 @@ def _internvl(
 
     return pretrained(
         name=name,
-        summary=summary,
+        summary=f"InternVL {'3.5' if '3_5' in name else '3'}, InternViT {parts}",
         family="internvl",
         config=config,
         arguments=FINETUNING | {"lr": 1e-5, "seq_length": 8192},

@@ -81,6 +81,7 @@ def generate(name: str, reference: Reference) -> None:
             special_token_ids=media.special_token_ids,
             media_formats=media.formats,
             mrope=media.mrope,
+            span_modalities=media.spans,
         )
         generator = Generator(model, collate, vocab_size=settings.tokens)
         assert generator(prompts, SamplingOptions(max_new_tokens=NEW_TOKENS)) == expected, layout

@@ -169,6 +169,13 @@ OTHERS: dict[str, dict[str, list[Any]]] = {
     **dict.fromkeys(("clip_vision_model", "siglip_vision_model"), IMAGES),
     **dict.fromkeys(("whisper", "qwen2_audio_encoder"), AUDIO),
     **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), VISUALS),
+    "gemma3": {
+        "image_token_index": [9],
+        "boi_token_index": [9],
+        "eoi_token_index": [9],
+        "mm_tokens_per_image": [1, 16, 9],
+        "tie_word_embeddings": [True],
+    },
     "internvl": {
         "image_token_id": [9],
         "image_seq_length": [77],

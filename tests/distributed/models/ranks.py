@@ -158,6 +158,7 @@ def _collator(family: Any, config: Any, samples: Sequence[Any]) -> Any:
         special_token_ids=media.special_token_ids,
         media_formats=media.formats,
         mrope=media.mrope,
+        span_modalities=media.spans,
     )
 
 

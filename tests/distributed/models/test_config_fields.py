@@ -42,6 +42,7 @@ def bases() -> list[Any]:
         "qwen3_vl",
         "qwen3_vl_moe",
         "internvl",
+        "gemma3",
     )
     several = [load_family(name).tiny() for name in names]
     other = load_family("llava").tiny().to_dict()

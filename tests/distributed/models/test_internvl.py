@@ -13,6 +13,7 @@ from megatron.mimo.models import load_family
 from tests.distributed.models.expected import compute_expected
 from tests.distributed.models.ranks import Layout
 from tests.distributed.models.test_families import check
+from tests.distributed.models.text_kinds import EXPERTS
 from tests.rank_pool import RankPool
 
 FAMILY = load_family("internvl")
@@ -46,15 +47,34 @@ def with_an_inner_layer(config: Any) -> None:
     config.vision_config.use_qk_norm = True
 
 
+def with_experts(config: Any) -> None:
+    from transformers import AutoConfig
+
+    from megatron.mimo.models.common.tiny import TINY_TEXT
+
+    config.text_config = AutoConfig.for_model(**TINY_TEXT | EXPERTS)
+
+
 @pytest.mark.parametrize(
     ("change", "layout"),
     [
+        (with_experts, Layout()),
+        (with_experts, Layout(dp=2, ep=2)),
+        (with_experts, Layout(tp=2, changes={"sequence_parallel": True})),
         (with_the_large_tower, Layout(tp=2, changes={"sequence_parallel": True})),
         (with_the_large_tower, Layout(pp=2)),
         (with_qwen2_and_ties, Layout(cp=2)),
         (with_an_inner_layer, Layout(tp=2, changes=RECOMPUTE)),
     ],
-    ids=["large-tp2-sp", "large-pp2", "qwen2-tied-cp2", "inner-layer-tp2-recomputed"],
+    ids=[
+        "experts",
+        "experts-ep2",
+        "experts-tp2-sp",
+        "large-tp2-sp",
+        "large-pp2",
+        "qwen2-tied-cp2",
+        "inner-layer-tp2-recomputed",
+    ],
 )
 def test_other_configurations(
     ranks: RankPool, change: Callable[[Any], None], layout: Layout

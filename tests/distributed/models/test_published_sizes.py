@@ -7,9 +7,13 @@ import pytest
 from tests.rank_pool import RankPool
 
 RECIPES = (
+    "gemma3_4b",
+    "gemma3_12b",
+    "gemma3_27b",
     "internvl3_5_1b",
     "internvl3_5_8b",
     "internvl3_5_14b",
+    "internvl3_5_30b_a3b",
     "internvl3_5_38b",
     "internvl3_8b",
     "llava_1_5_7b",

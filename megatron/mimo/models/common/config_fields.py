@@ -117,6 +117,10 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
     "qwen2_5_vl": _QWEN_VL,
     "qwen3_vl": _QWEN_VL,
     "qwen3_vl_moe": _QWEN_VL,
+    "gemma3": _rules(
+        "vision_config text_config image_token_index mm_tokens_per_image tie_word_embeddings",
+        aside="boi_token_index eoi_token_index",
+    ),
     # Language models. Whether they tie is the whole model's to say.
     "llama": _rules(
         _TEXT + " head_dim attention_bias mlp_bias tie_word_embeddings",
@@ -201,6 +205,10 @@ _PARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "qwen2_audio": {
         "text_config": ("llama", "mistral", "qwen2"),
         "audio_config": ("qwen2_audio_encoder",),
+    },
+    "gemma3": {
+        "text_config": ("gemma3_text",),
+        "vision_config": ("siglip_vision_model",),
     },
     "internvl": {
         "text_config": ("qwen2", "qwen3", "qwen3_moe", "llama"),

@@ -99,6 +99,7 @@ def sample_collator(
         pad_id=pad_id,
         special_token_ids=media.special_token_ids,
         media_formats=media.formats,
+        span_modalities=media.spans,
         mrope=media.mrope,
         plan_on_every_stage=media.plan_on_every_stage,
     )

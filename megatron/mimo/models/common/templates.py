@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["INTERNVL_TEMPLATE", "LLAVA_TEMPLATE", "QWEN_TEMPLATE"]
+__all__ = ["GEMMA_TEMPLATE", "INTERNVL_TEMPLATE", "LLAVA_TEMPLATE", "QWEN_TEMPLATE"]
 
 LLAVA_TEMPLATE = """{% for message in messages %}
 {%- if message['role'] != 'system' %}{{ message['role'].upper() }}: {% endif %}
@@ -28,3 +28,12 @@ INTERNVL_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role
 {%- endfor %}<|im_end|>{{ '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"""
+GEMMA_TEMPLATE = """{{ bos_token }}
+{%- for message in messages %}
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+{{- '<start_of_turn>' + role + '\\n' }}
+{%- for part in message['content'] %}
+{%- if part['type'] == 'text' %}{{ part['text'] }}{% else %}<start_of_image>{% endif %}
+{%- endfor %}<end_of_turn>{{ '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}<start_of_turn>model{{ '\\n' }}{% endif %}"""

@@ -65,6 +65,7 @@ def tower_spec(
     *,
     feature_layer: int | Sequence[int],
     strategy: str,
+    post_norm: bool = False,
 ) -> ModuleSpec:
     """The encoder.
 
@@ -76,6 +77,7 @@ def tower_spec(
             states, the embedding first.
         strategy: LLaVA's ``vision_feature_select_strategy``: "default" leaves out the first row
             of an image (CLIP's class token), "full" keeps all.
+        post_norm: features are the output of the last layer, normed.
 
     Raises:
         ConfigError: sizes or layers that do not fit.
@@ -106,13 +108,19 @@ def tower_spec(
             "patch_bias": not is_clip,
             "feature_layers": layers,
             "drop_first_row": _drops_first_row(strategy),
+            "post_norm": post_norm,
             "pg_collection": place.groups,
         },
     )
 
 
 def tower_entries(
-    vision: Any, *, feature_layer: int | Sequence[int], mimo: str, hf: str
+    vision: Any,
+    *,
+    feature_layer: int | Sequence[int],
+    mimo: str,
+    hf: str,
+    post_norm: bool = False,
 ) -> tuple[KeyEntry, ...]:
     """Parameter names of the encoder.
 
@@ -121,6 +129,7 @@ def tower_entries(
         feature_layer: as for :func:`tower_spec`.
         mimo: our prefix, such as "modality_submodules.images.encoders.clip.".
         hf: Hugging Face's, such as "vision_tower.".
+        post_norm: as for :func:`tower_spec`.
     """
     width, patch = vision.hidden_size, vision.patch_size
     qkv = FusedQKV(
@@ -143,6 +152,9 @@ def tower_entries(
         rows += [row(f"pre_layernorm.{kind}", f"pre_layrnorm.{kind}") for kind in _KINDS]
     else:
         rows.append(row("patch_embedding.bias", "embeddings.patch_embedding.bias"))
+    if post_norm:
+        norm = "transformer.final_layernorm"
+        rows += [row(f"{norm}.{kind}", f"post_layernorm.{kind}") for kind in _KINDS]
     layers = range(max(layer_numbers(feature_layer, vision.num_hidden_layers)))
     ours, theirs = "transformer.layers.{i}.", "encoder.layers.{i}."
     for kind in _KINDS:
@@ -161,12 +173,15 @@ def tower_entries(
     return tuple(rows)
 
 
-def tower_carried(vision: Any, *, feature_layer: int | Sequence[int], hf: str) -> tuple[str, ...]:
+def tower_carried(
+    vision: Any, *, feature_layer: int | Sequence[int], hf: str, post_norm: bool = False
+) -> tuple[str, ...]:
     """Patterns of the weights behind the features, which nothing is computed from."""
     built = max(layer_numbers(feature_layer, vision.num_hidden_layers))
     unused = [f"encoder.layers.{layer}.*" for layer in range(built, vision.num_hidden_layers)]
     # Files of older versions hold the numbers of the positions.
-    unused += ["post_layernorm.*", "head.*", "embeddings.position_ids"]
+    unused += ["head.*", "embeddings.position_ids"]
+    unused += [] if post_norm else ["post_layernorm.*"]
     return tuple(hf + pattern for pattern in unused)
 
 

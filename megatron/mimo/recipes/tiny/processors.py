@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.mimo.models.common.templates import (
+    GEMMA_TEMPLATE,
     INTERNVL_TEMPLATE,
     LLAVA_TEMPLATE,
     QWEN_TEMPLATE,
@@ -13,6 +14,7 @@ from megatron.mimo.recipes.tiny.tasks import QUESTIONS, TONE_RATE
 from megatron.mimo.recipes.tiny.tokenizer import tiny_tokenizer
 
 __all__ = [
+    "gemma3_processor",
     "internvl_processor",
     "llava_avlm_processor",
     "llava_next_processor",
@@ -62,6 +64,35 @@ def llava_avlm_processor(config: Any) -> Any:
         tokenizer=_llama_tokenizer(config, tokens),
         patch_size=config.vision_config.patch_size,
         chat_template=LLAVA_TEMPLATE,
+    )
+
+
+# What Gemma's processor writes around the crops of an image.
+_CROPS = "Here is the original image and here are some crops to help you see better"
+
+
+def gemma3_processor(config: Any) -> Any:
+    """A ``Gemma3Processor`` that pans and scans."""
+    from transformers import Gemma3ImageProcessor, Gemma3Processor
+
+    side = config.vision_config.image_size
+    names = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
+    ids = (config.boi_token_index, config.eoi_token_index, config.image_token_index)
+    return Gemma3Processor(
+        image_processor=Gemma3ImageProcessor(
+            size={"height": side, "width": side},
+            do_pan_and_scan=True,
+            pan_and_scan_min_crop_size=8,
+            pan_and_scan_max_num_crops=2,
+            pan_and_scan_min_ratio_to_activate=1.8,
+        ),
+        tokenizer=_gemma_tokenizer(config, dict(zip(names.values(), ids, strict=True)), names),
+        image_seq_length=config.mm_tokens_per_image,
+        chat_template=GEMMA_TEMPLATE,
     )
 
 
@@ -191,6 +222,21 @@ def _qwen_vl_tokenizer(config: Any) -> Any:
             "<|image_pad|>": config.image_token_id,
             "<|video_pad|>": config.video_token_id,
         },
+    )
+
+
+def _gemma_tokenizer(config: Any, placeholders: dict[str, int], names: dict[str, str]) -> Any:
+    text = config.get_text_config()
+    ids = {"<pad>": text.pad_token_id, "<bos>": text.bos_token_id, "<eos>": text.eos_token_id}
+    turns = {"<start_of_turn>": 7, "<end_of_turn>": 8}
+    return tiny_tokenizer(
+        {**ids, **placeholders, **turns},
+        vocab_size=text.vocab_size,
+        texts=(*QUESTIONS, _CROPS),
+        bos="<bos>",
+        eos="<end_of_turn>",
+        pad="<pad>",
+        names=names,
     )
 
 

@@ -24,6 +24,7 @@ from tests.unit.mimo.data.chats import chat_of, parse, talk, with_template
 
 PICTURE = Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3))
 FAMILIES = (
+    "gemma3",
     "internvl",
     "llava",
     "llava_next",
@@ -38,6 +39,7 @@ VALUES = {
     "video": Video(frames_THWC=np.zeros((4, 16, 16, 3), dtype=np.uint8), fps=2.0),
 }
 KINDS = {
+    "gemma3": ("image", "image"),
     "internvl": ("image", "video", "image"),
     "llava": ("image", "image"),
     "llava_next": ("image", "image"),

@@ -19,6 +19,7 @@ from tests.rank_pool import RankPool, model_parallel
 from tests.unit.mimo.encoders.test_clip import language_config
 
 INPUT, OUTPUT, GRID, QUERIES, HEADS = 8, 12, (4, 6), 5, 4
+EPSILON = 0.01
 ROWS = 2 * GRID[0] * GRID[1]  # two items
 
 Weights = dict[str, Tensor]
@@ -69,6 +70,12 @@ def shuffle(x_NI: Tensor, weights: Weights) -> Tensor:
     return two_layers(norm(squares(x_NI), weights, "norm", 1e-6), weights, "projector.")
 
 
+def pooled(x_NI: Tensor, weights: Weights) -> Tensor:
+    rows = squares(x_NI).view(-1, 4, INPUT).sum(dim=1) / 4
+    normed = rows / (rows.square().mean(dim=-1, keepdim=True) + EPSILON).sqrt()
+    return linear(normed * (1 + weights["norm.weight"]), weights, "projector.linear_fc1")
+
+
 def perceiver(x_NI: Tensor, weights: Weights) -> Tensor:
     outputs = []
     for item_PI in norm(x_NI, weights, "norm", 1e-5).split(GRID[0] * GRID[1]):
@@ -95,6 +102,7 @@ def perceiver(x_NI: Tensor, weights: Weights) -> Tensor:
 
 WIDTHS = {"input_size": INPUT, "output_size": OUTPUT}
 SQUARES = {**WIDTHS, "grid": GRID, "side": 2}
+POOLED = {**SQUARES, "layernorm_epsilon": EPSILON}
 RESAMPLED = {
     **WIDTHS,
     "rows_per_item": GRID[0] * GRID[1],
@@ -111,6 +119,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[Tensor, Weights], Tensor]]
         three_layers,
     ),
     "patch merger": ("SquareProjector", {**SQUARES, "norm": "rows"}, merger),
+    "pooled": ("PooledProjector", POOLED, pooled),
     "pixel shuffle": ("SquareProjector", {**SQUARES, "hidden_size": 16}, shuffle),
     "perceiver": ("PerceiverResampler", RESAMPLED, perceiver),
 }
@@ -203,6 +212,7 @@ def refusals() -> None:
         ("Projector", {**WIDTHS, "hidden_size": 7}, ConfigError, r"\[8, 7, 12\] is split over 2"),
         ("Projector", {**WIDTHS, "activation": "x"}, UnsupportedError, "activation 'x'"),
         ("SquareProjector", {**SQUARES, "side": 3}, ConfigError, "4 x 6 rows is not divisible"),
+        ("PooledProjector", {**POOLED, "side": 3}, ConfigError, "4 x 6 rows is not divisible"),
         ("SquareProjector", {**SQUARES, "norm": "x"}, ConfigError, "norm is 'x'; expected one"),
         ("PerceiverResampler", {**RESAMPLED, "num_queries": 0}, ConfigError, "num_queries=0"),
         (
@@ -215,7 +225,11 @@ def refusals() -> None:
         with pytest.raises(error, match=message):
             build(kind, settings, 2)
         parallel_state.destroy_model_parallel()
-    for kind, settings in (("SquareProjector", SQUARES), ("PerceiverResampler", RESAMPLED)):
+    for kind, settings in (
+        ("SquareProjector", SQUARES),
+        ("PooledProjector", POOLED),
+        ("PerceiverResampler", RESAMPLED),
+    ):
         with pytest.raises(InputError, match=r"25 rows; expected a multiple of .*24"):
             build(kind, settings, 2)(torch.zeros(25, INPUT))
         parallel_state.destroy_model_parallel()

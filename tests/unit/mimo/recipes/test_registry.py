@@ -18,9 +18,13 @@ RECIPES = Path(__file__).parents[4] / "megatron/mimo/recipes"
 TINY = [name for name in recipe_names() if name.endswith("_tiny")]
 # Parameters of the published models, in millions.
 PUBLISHED = {
+    "gemma3_4b": 4300,
+    "gemma3_12b": 12187,
+    "gemma3_27b": 27432,
     "internvl3_5_1b": 1061,
     "internvl3_5_8b": 8528,
     "internvl3_5_14b": 15120,
+    "internvl3_5_30b_a3b": 30849,
     "internvl3_5_38b": 38390,
     "internvl3_8b": 7944,
     "llava_1_5_7b": 7063,

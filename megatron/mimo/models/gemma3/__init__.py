@@ -1,0 +1,1 @@
+"""Gemma 3: images as blocks of rows that see each other."""
