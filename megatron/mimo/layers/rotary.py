@@ -43,6 +43,8 @@ class RotaryAngles(RotaryEmbedding):
         arguments: of megatron-core's ``RotaryEmbedding``.
     """
 
+    inv_freq: Tensor
+
     def __init__(self, kinds: Sequence[Frequencies], **arguments: Any) -> None:
         super().__init__(**arguments)
         inverse = [kind.inverse for kind in kinds]

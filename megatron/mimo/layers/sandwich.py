@@ -16,6 +16,9 @@ __all__ = ["SandwichLayer"]
 class SandwichLayer(TransformerLayer):
     """megatron-core's layer; what attention and feed-forward add to the residual is normed."""
 
+    self_attn_bda: Any
+    mlp_bda: Any
+
     def __init__(self, config: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(config, *arguments, **named)
         norms = [Norm(config, config.hidden_size, config.layernorm_epsilon) for _ in range(2)]

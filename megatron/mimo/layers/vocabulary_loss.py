@@ -43,7 +43,7 @@ def chunked_cross_entropy(
         group: the ranks that the vocabulary is divided over.
         piece: bytes that the fp32 logits of a piece may take.
     """
-    losses_T: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    losses_T: Tensor = _ChunkedCrossEntropy.apply(
         hidden_TH, weight_VH, labels_T, first, group, piece
     )
     return losses_T
@@ -89,7 +89,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return scale_T - sums_2T[1]
 
     @staticmethod
-    def backward(ctx: Any, gradient_T: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_T: Tensor) -> tuple[Any, ...]:
         hidden_TH, weight_VH, own_T, is_own_T, scale_T = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         of_hidden_TH = torch.zeros_like(hidden_TH) if wants_hidden else None

@@ -29,6 +29,8 @@ class CachingSelfAttention(SelfAttention):
         named: SelfAttention's other arguments.
     """
 
+    _yarn_concentration_factor: float
+
     def __init__(
         self, config: TransformerConfig, *, layer_number: int, traits: LayerTraits, **named: Any
     ) -> None:

@@ -261,7 +261,7 @@ def _count(
     if path.rsplit(".", 1)[-1] == _CORE:
         flow.attend(amounts.pairs(path, module), module.config)
         return
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if path.rsplit(".", 1)[-1] == "experts":
         copies *= config.moe_router_topk / config.num_moe_experts
     children = list(module.named_children())
@@ -284,7 +284,7 @@ def _count(
 
 def _shards(parameter: Any, module: Any) -> int:
     """How many ranks hold a part of a parameter of this module."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if not getattr(parameter, "allreduce", True):  # an expert's
         etp_size = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
         return int(config.expert_model_parallel_size * etp_size)
