@@ -80,8 +80,9 @@ _ENTRIES: tuple[object, ...] = (
 @contextmanager
 def conversations() -> Iterator[Case]:
     """Cases: a file of two entries, one of which is wrong, or whose bytes are."""
-    from megatron.mimo.data.chat_dataset import ChatDataset
-    from megatron.mimo.data.conversations import ConversationFile
+    from megatron.mimo.data.record_dataset import RecordDataset
+    from megatron.mimo.data.sample_reader import SampleReader
+    from megatron.mimo.data.sources import open_file
     from tests.unit.mimo.data.chats import chat_of
 
     chat = chat_of("llava")
@@ -100,7 +101,8 @@ def conversations() -> Iterator[Case]:
                 data = scramble(data, random)
             file = folder / ("data.jsonl" if as_lines else "data.json")
             file.write_bytes(data)
-            dataset = ChatDataset(ConversationFile(file), chat=chat, seq_length=256)
+            files = [open_file(file, folder / "index")]
+            dataset = RecordDataset(files, SampleReader(chat=chat, seq_length=256))
             for place in range(len(dataset)):
                 dataset[place]
 

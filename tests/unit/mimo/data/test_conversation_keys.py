@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.conversations import ConversationFile
-from megatron.mimo.data.formats import ReadingOptions
+from megatron.mimo.data.sources import files_of
+from tests.unit.mimo.data.chats import Conversations
 
 IMAGE = {"type": "image", "path": "a.png"}
 VIDEO = {"type": "video", "path": "a.gif"}
@@ -31,7 +31,7 @@ def llava(turn: Any = None, **more: Any) -> dict[str, Any]:
 def read(tmp_path: Path, line: Any, **options: Any) -> Any:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(line) + "\n")
-    return ConversationFile(path, options=ReadingOptions(**options))[0]
+    return Conversations(path, **options)[0]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -136,6 +136,6 @@ def test_system_and_settings_are_kept(tmp_path: Path) -> None:
 
 def test_a_data_file_is_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
-    for path in (tmp_path / "pipe.jsonl", tmp_path, Path("/dev/null")):
+    for path in (tmp_path / "pipe.jsonl", Path("/dev/null")):
         with pytest.raises(InputError, match="is no regular file"):
-            ConversationFile(path)
+            files_of([path])
