@@ -128,10 +128,17 @@ def module_names(reference: Any) -> dict[str, str]:
         tempfile.TemporaryDirectory() as folder,
         _no_progress_bars(),
     ):
-        numbers = {name: torch.tensor([float(number)]) for number, name in enumerate(names)}
+        # Of a stack of experts one number for each, twice: writing may split it.
+        stacks = {
+            name: one.size(0) for name, one in reference.state_dict().items() if one.dim() == 3
+        }
+        numbers = {
+            name: torch.full((stacks[name], 2, 2) if name in stacks else (1,), float(number))
+            for number, name in enumerate(names)
+        }
         reference.save_pretrained(folder, state_dict=numbers)
         written = load_file(Path(folder) / "model.safetensors")
-    return {name: names[int(number.item())] for name, number in written.items()}
+    return {name: names[int(number.flatten()[0])] for name, number in written.items()}
 
 
 @contextmanager

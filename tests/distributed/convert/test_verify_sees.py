@@ -201,20 +201,20 @@ def verify_broken_audio() -> dict[str, str]:
 
 def verify_broken_images() -> dict[str, str]:
     from megatron.mimo.convert.verify import verify_tiny
-    from megatron.mimo.models.qwen2_5_vl import sample as qwen2_5_vl_sample
+    from megatron.mimo.models.common import visuals
 
-    kept = qwen2_5_vl_sample._visuals
+    kept = visuals._visuals
 
     def negated(given: Any, pixels: str, *rest: Any) -> Any:
         if pixels == "pixel_values" and pixels in given:
             given = {**given, pixels: -given[pixels]}
         return kept(given, pixels, *rest)
 
-    qwen2_5_vl_sample._visuals = negated
+    visuals._visuals = negated
     try:
         return {one.title: str(one) for one in verify_tiny("qwen2_5_vl") if not one.equal}
     finally:
-        qwen2_5_vl_sample._visuals = kept
+        visuals._visuals = kept
 
 
 @pytest.mark.parametrize("broken", [verify_broken_audio, verify_broken_images])

@@ -5,6 +5,7 @@ Legend: L tokens of one sample, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.rank_pool import model_parallel
 
 Tensors = dict[str, Tensor]
 RANK, ALPHA = 4, 6.0
+TP2 = Layout(tp=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,14 @@ class Adapted:
     gradients: Tensors
 
 
-def settings(modules: tuple[str, ...]) -> Any:
+def settings(modules: tuple[str, ...], weights: Tensors) -> Any:
+    """Of all linear layers; beside experts, which take no adapters, those of attention alone."""
     from megatron.mimo.lora import LoraSettings
 
-    return LoraSettings(modules=modules, rank=RANK, alpha=ALPHA)
+    given: dict[str, Any] = {"modules": modules, "rank": RANK, "alpha": ALPHA}
+    if any(".experts." in name for name in weights):
+        given["targets"] = ("linear_qkv", "linear_proj")
+    return LoraSettings(**given)
 
 
 def build(name: str, expected: Expected, modules: tuple[str, ...], layout: Layout) -> Any:
@@ -55,7 +61,7 @@ def build(name: str, expected: Expected, modules: tuple[str, ...], layout: Layou
     )
     model = build_model(family, expected.config, built_of, device=torch.device("cpu"))
     load_hugging_face(model, expected.weights, family.keys(expected.config))
-    add_adapters(model, settings(modules))
+    add_adapters(model, settings(modules, expected.weights))
     return model
 
 
@@ -84,14 +90,19 @@ def adapter_values(model: Any) -> Tensors:
     }
 
 
-def compute_adapted(name: str, modules: tuple[str, ...], folder: Path) -> Adapted:
+def compute_adapted(
+    name: str,
+    modules: tuple[str, ...],
+    folder: Path,
+    change: Callable[[Any], None] | None = None,
+) -> Adapted:
     """On one rank: adapters of random values, saved in ``folder``/ours and loaded by PEFT."""
     import peft
 
     from megatron.mimo.lora import adapted, export_adapters, module_names
     from megatron.mimo.models import load_family
 
-    base = compute_expected(name)
+    base = compute_expected(name, change)
     family, config = load_family(name), base.config
     model = build(name, base, modules, Layout())
     generator = torch.Generator().manual_seed(5)
@@ -105,7 +116,8 @@ def compute_adapted(name: str, modules: tuple[str, ...], folder: Path) -> Adapte
     table = family.keys(config)
     with torch.device("meta"):
         names = module_names(family.reference(config))
-    export_adapters(table, adapter_values(model), settings(modules), folder / "peft", names=names)
+    told = settings(modules, base.weights)
+    export_adapters(table, adapter_values(model), told, folder / "peft", names=names)
     with_adapters = peft.PeftModel.from_pretrained(reference, folder / "peft", is_trainable=True)
     labels = [family.sample(config, example).is_label for example in base.examples]
     loss, logits = mean_loss(with_adapters.eval(), base.examples, labels)
@@ -182,11 +194,16 @@ def read_adapters(name: str, modules: tuple[str, ...], base: Expected, folder: P
     return adapter_values(model)
 
 
-def merged_logits(name: str, modules: tuple[str, ...], wanted: Adapted, folder: Path) -> float:
+def merged_logits(
+    name: str,
+    modules: tuple[str, ...],
+    wanted: Adapted,
+    folder: Path,
+    layout: Layout = TP2,
+) -> float:
     """How far logits are from PEFT's when adapters are merged."""
     from megatron.mimo.lora import adapted, merge_adapters
 
-    layout = Layout(tp=2)
     model = build(name, wanted.base, modules, layout)
     load(model, folder / "ours")
     assert merge_adapters(model) == len(wanted.gradients) // 2

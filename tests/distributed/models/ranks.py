@@ -71,31 +71,47 @@ def compare(name: str, layout: Layout, expected: Expected) -> Deviation:
 
 def train(name: str, layout: Layout, expected: Expected) -> list[float]:
     """Losses of steps of Megatron's optimizer; runs on every rank."""
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    trainer = Trainer(name, layout, expected)
+    return [trainer.step() for _ in range(STEPS)]
 
-    _, wrapped = _build(name, layout, expected)
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=LEARNING_RATE,
-            adam_beta1=BETAS[0],
-            adam_beta2=BETAS[1],
-            adam_eps=EPSILON,
-            weight_decay=WEIGHT_DECAY,
-            clip_grad=CLIP,
-        ),
-        [wrapped],
-    )
-    for group in optimizer.param_groups:  # as the scheduler of a run does at every step
-        group["weight_decay"] = WEIGHT_DECAY * group["wd_mult"]
-    losses = []
-    for _ in range(STEPS):
-        wrapped.zero_grad_buffer()
-        optimizer.zero_grad()
-        batches = make_batches(name, layout, expected)
-        losses.append(run_step(layout, expected, wrapped, batches, own_loss=True)[0])
-        optimizer.step()
-    return losses
+
+class Trainer:
+    """The rank's part of the model with transformers' weights, and Megatron's optimizer of it.
+
+    Attributes:
+        model: bare.
+        optimizer: as ``compute_expected`` has it.
+    """
+
+    def __init__(self, name: str, layout: Layout, expected: Expected) -> None:
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        self.model, self._wrapped = _build(name, layout, expected)
+        self.optimizer: Any = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=LEARNING_RATE,
+                adam_beta1=BETAS[0],
+                adam_beta2=BETAS[1],
+                adam_eps=EPSILON,
+                weight_decay=WEIGHT_DECAY,
+                clip_grad=CLIP,
+            ),
+            [self._wrapped],
+        )
+        for group in self.optimizer.param_groups:  # as the scheduler of a run does at every step
+            group["weight_decay"] = WEIGHT_DECAY * group["wd_mult"]
+        self._batch = (name, layout, expected)
+
+    def step(self) -> float:
+        """One step on all examples; the loss before it."""
+        _, layout, expected = self._batch
+        self._wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        batches = make_batches(*self._batch)
+        loss, _ = run_step(layout, expected, self._wrapped, batches, own_loss=True)
+        self.optimizer.step()
+        return loss
 
 
 def waits(name: str, layout: Layout) -> dict[str, int]:

@@ -31,7 +31,8 @@ RECIPES = (
 )
 
 
-def match_on_meta(recipe: str) -> None:
+def match_on_meta(recipe: str) -> tuple[int, int]:
+    """Raises where a name or shape differs; numbers of parameters and of weights compared."""
     import torch
 
     from megatron.mimo.arguments.standalone import build_model, model_settings, process_groups
@@ -55,6 +56,7 @@ def match_on_meta(recipe: str) -> None:
         shapes = {name: tuple(theirs[match.given[name]].shape) for name in row.hf}
         check_shapes(table.hf_shapes(row, slot.shape), shapes, source=recipe)
     assert {row.mimo for _, row in matched} == {row.mimo for row in table.each()}
+    return sum(one.numel() for one in theirs.values()), len(match.given)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

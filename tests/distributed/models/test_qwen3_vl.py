@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.distributed.models.expected import Expected, compute_expected
+from tests.distributed.models.packed import packed_logits
 from tests.distributed.models.ranks import Layout, train
 from tests.distributed.models.test_families import LOSSES, check
-from tests.distributed.models.test_qwen2_5_vl import packed_logits
 from tests.rank_pool import RankPool
 
 SP = {"sequence_parallel": True}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.distributed.models.expected import Expected, compute_expected
+from tests.distributed.models.packed import packed_logits
 from tests.distributed.models.ranks import Layout
 from tests.distributed.models.test_families import check
 from tests.distributed.models.text_kinds import KINDS, has_experts, with_text
@@ -51,3 +52,13 @@ def test_equals_transformers(
     ranks: RankPool, expected: Callable[[str], Expected], name: str, layout: str
 ) -> None:
     check(ranks, "llava", (LAYOUTS | OF_EXPERTS)[layout], expected(name))
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+@pytest.mark.parametrize("name", ["mistral, windows", "qwen2, windows", "gemma3", "qwen3_moe"])
+def test_a_packed_row_has_the_logits_of_its_samples(
+    ranks: RankPool, expected: Callable[[str], Expected], name: str, cp: int
+) -> None:
+    for distances in ranks(cp)(packed_logits, "llava", expected(name), cp):
+        assert distances
+        assert max(distances) < 1e-4
