@@ -26,7 +26,8 @@ class BadSample:
         file: that holds the record.
         place: where in it: "line 3", "row 17".
         medium: that is at fault; None where no single one is.
-        kind: "bad", "too long" or "too slow".
+        kind: "bad", "too long" or "too slow"; "cut" of a sample that was not left out but lost
+            turns, so as to fit.
         reason: the whole message, as training would have ended with it.
     """
 
@@ -94,8 +95,8 @@ class BadSampleLog:
         """Count one and write it down.
 
         Raises:
-            InputError: there are more than ``max_bad_samples`` now; over-long ones, which are no
-                fault of the data, are not counted for that.
+            InputError: there are more than ``max_bad_samples`` now; those that are too long or
+                were cut, which is no fault of the data, are not counted for that.
         """
         self.counts[bad.kind] += 1
         if self._file is not None:
@@ -103,22 +104,14 @@ class BadSampleLog:
                 file.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
         count = self.counts[bad.kind]
         if self._warns and str(count).strip("0") == "1":
-            _LOG.warning("left out, %s (%d so far): %s", bad.kind, count, bad.reason)
+            done = "cut" if bad.kind == "cut" else f"left out, {bad.kind}"
+            _LOG.warning("%s (%d so far): %s", done, count, bad.reason)
         broken, most = self.counts["bad"] + self.counts["too slow"], self._policy.max_bad_samples
-        if most is not None and bad.kind != "too long" and broken > most:
+        if most is not None and bad.kind in ("bad", "too slow") and broken > most:
             raise InputError(
                 f"{broken} samples were bad, more than --max-bad-samples {most}; the last: "
                 f"{bad.reason}"
             )
-
-    def add_cut(self, turns: int, name: str) -> None:
-        """Count a sample that lost turns, so as to fit."""
-        if not turns:
-            return
-        self.counts["cut"] += 1
-        count = self.counts["cut"]
-        if str(count).strip("0") == "1":
-            _LOG.warning("cut by %d turns, %s (%d cut so far)", turns, name, count)
 
     def state_dict(self) -> dict[str, int]:
         """The counts."""

@@ -114,6 +114,12 @@ class PlannedBatches(Dataset[Batch]):
         else:
             batch = collate_and_count(self._collate, [samples[0] for samples in rows])
         bad = [one for samples in read for one in samples if isinstance(one, BadSample)]
+        bad += [
+            self._cut(sample, planned.draw)
+            for item, samples in zip(items, read, strict=True)
+            for planned, sample in zip(item, samples, strict=True)
+            if isinstance(sample, Sample) and sample.cut_turns
+        ]
         if bad:
             batch[LEFT_OUT] = bad
         if self._shows_sources:
@@ -134,6 +140,16 @@ class PlannedBatches(Dataset[Batch]):
                 check_measure(sample, planned.measure)
             found.append(sample)
         return found
+
+    def _cut(self, sample: Sample, draw: Draw) -> BadSample:
+        """What is written down of a sample that lost turns."""
+        return BadSample(
+            file=str(self._sources.mixture.sources[draw.source].files.paths[draw.file]),
+            place=f"record {draw.record + 1}",
+            medium=None,
+            kind="cut",
+            reason=f"{sample.name}: {sample.cut_turns} turns were cut away, so that it fits",
+        )
 
     def _blank(self) -> Sample:
         """A sample without labels, where all of a sequence were left out."""

@@ -10,7 +10,7 @@ from typing import Any
 from megatron.mimo.data.chat import Chat
 from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
 from megatron.mimo.data.formats import RawRecord, ReadingOptions, read_record
-from megatron.mimo.data.sources import files_of, open_file
+from megatron.mimo.data.sources import open_file
 from megatron.mimo.models import load_family
 from megatron.mimo.recipes.tiny import processors
 
@@ -29,19 +29,20 @@ def parse(entry: Any, place: str = "line 1", folder: Path = Path()) -> Any:
     return read_record(record, ReadingOptions())
 
 
-class Conversations:
-    """The conversations of a file, as training reads them."""
+class ReadFile(Sequence[Any]):
+    """What the records of a file hold, read when they are asked for; its index lies beside it."""
 
     def __init__(self, path: Path, **options: Any) -> None:
-        (found,) = files_of([path])
-        self._file = open_file(found, path.parent / "index")
+        self._records = open_file(path, path.parent / "index")
         self._options = ReadingOptions(**options)
 
     def __len__(self) -> int:
-        return len(self._file)
+        return len(self._records)
 
-    def __getitem__(self, number: int) -> Any:
-        return read_record(self._file[number], self._options)
+    def __getitem__(self, number: Any) -> Any:
+        if number >= len(self):
+            raise IndexError
+        return read_record(self._records[number], self._options)
 
 
 def talk(*turns: tuple[str, Sequence[str | tuple[str, Any]]], name: str = "talk") -> Conversation:

@@ -19,7 +19,7 @@ from megatron.mimo.data.chat_dataset import ChatDataset
 from megatron.mimo.data.conversation import Conversation
 from megatron.mimo.data.media_files import Video
 from megatron.mimo.recipes.tiny import processors, tasks
-from tests.unit.mimo.data.chats import Conversations, chat_of, parse, talk, with_template
+from tests.unit.mimo.data.chats import ReadFile, chat_of, parse, talk, with_template
 
 PICTURE = Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3))
 FAMILIES = (
@@ -243,7 +243,7 @@ def test_files_and_memory_give_the_same_sample(tmp_path: Path) -> None:
     }
     (tmp_path / "a.jsonl").write_text(json.dumps(line))
     chat = chat_of("llava")
-    [read] = Conversations(tmp_path / "a.jsonl")
+    [read] = ReadFile(tmp_path / "a.jsonl")
     told = talk(("user", [("image", PICTURE), "What is this?"]), ("assistant", ["A cat."]))
     one, other = chat.sample(read), chat.sample(told)
     assert torch.equal(one.token_ids, other.token_ids)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.sources import files_of
-from tests.unit.mimo.data.chats import Conversations
+from tests.unit.mimo.data.chats import ReadFile
 
 IMAGE = {"type": "image", "path": "a.png"}
 VIDEO = {"type": "video", "path": "a.gif"}
@@ -31,7 +29,7 @@ def llava(turn: Any = None, **more: Any) -> dict[str, Any]:
 def read(tmp_path: Path, line: Any, **options: Any) -> Any:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(line) + "\n")
-    return Conversations(path, **options)[0]
+    return ReadFile(path, **options)[0]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -132,10 +130,3 @@ def test_system_and_settings_are_kept(tmp_path: Path) -> None:
         read(tmp_path, entry({"type": "video", "video": ["b.png", "a.png"]})).turns[0].content[0]
     )
     assert frames.value == (tmp_path / "b.png", tmp_path / "a.png")
-
-
-def test_a_data_file_is_a_file(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    for path in (tmp_path / "pipe.jsonl", Path("/dev/null")):
-        with pytest.raises(InputError, match="is no regular file"):
-            files_of([path])

@@ -10,7 +10,7 @@ import pytest
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversation import Conversation
-from tests.unit.mimo.data.chats import Conversations
+from tests.unit.mimo.data.chats import ReadFile
 
 OURS = {
     "messages": [
@@ -41,10 +41,10 @@ LLAVA = {
 }
 
 
-def written(path: Path, *entries: Any) -> Conversations:
+def written(path: Path, *entries: Any) -> ReadFile:
     lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
     path.write_text("\n".join(lines) + "\n")
-    return Conversations(path)
+    return ReadFile(path)
 
 
 def content(conversation: Conversation) -> list[Any]:
@@ -72,7 +72,7 @@ def test_both_formats_say_the_same(tmp_path: Path) -> None:
 def test_a_list_reads_like_lines(tmp_path: Path) -> None:
     listed = tmp_path / "list.json"
     listed.write_text(json.dumps([LLAVA, OURS]))
-    file = Conversations(listed)
+    file = ReadFile(listed)
     assert len(file) == 2
     assert content(file[1]) == content(file[0])
     assert file[1].name == f"{listed}, entry 2"
@@ -137,12 +137,3 @@ def test_what_is_wrong_is_named(tmp_path: Path, entry: Any, message: str) -> Non
     with pytest.raises(InputError, match=message) as caught:
         file[1]
     assert str(tmp_path) in str(caught.value)
-
-
-def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"none.jsonl cannot be read: No such file"):
-        Conversations(tmp_path / "none.jsonl")
-    assert len(written(tmp_path / "empty.jsonl", "")) == 0
-    (tmp_path / "one.json").write_text(json.dumps(OURS))
-    with pytest.raises(InputError, match=r"one.json: expected a list .* is called .jsonl"):
-        Conversations(tmp_path / "one.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -14,9 +15,15 @@ import torch
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.data.bad_samples import BadSample, BadSampleLog, BadSamplePolicy
+from megatron.mimo.data.collate import SampleCollator
 from megatron.mimo.data.formats import RawRecord, ReadingOptions
+from megatron.mimo.data.global_batches import GlobalBatches
+from megatron.mimo.data.measures import MeasuresHere
+from megatron.mimo.data.measuring import SampleMeasurer
+from megatron.mimo.data.planned_batches import LEFT_OUT, PlannedBatches, SampleSources
 from megatron.mimo.data.sample import Sample
 from megatron.mimo.data.sample_reader import SampleReader
+from megatron.mimo.data.sources import Mixture, MixtureSpec, SourceSpec
 from megatron.mimo.data.timed import Timed
 from tests.time_limits import HANG
 from tests.unit.mimo.data.chats import chat_of
@@ -94,8 +101,7 @@ def test_bad_samples_are_written_down_and_limited(tmp_path: Path) -> None:
         "kind": "bad",
         "reason": bad.reason,
     }
-    again.add_cut(2, "line 5")
-    assert again.state_dict() == {"bad": 3, "too long": 2, "too slow": 0, "cut": 1}
+    assert again.state_dict() == {"bad": 3, "too long": 2, "too slow": 0, "cut": 0}
 
 
 LONG = [("one two three", "four"), ("five six seven", "eight"), ("nine ten", "eleven")]
@@ -112,6 +118,27 @@ def test_whole_turns_are_cut(on_too_long: str, images: int, kept: str, gone: str
     sample = reader(seq_length=40, on_too_long=on_too_long)(chat(*LONG, images=images))
     assert text_of(sample) == f"<s>{kept}"
     assert sample.cut_turns == 4  # type: ignore[union-attr]
+
+
+def test_samples_that_are_cut_are_named_beside_their_batch(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    long, short = chat(*LONG).value, chat(("Hi", "Hello!")).value
+    file.write_text("".join(json.dumps(one) + "\n" for one in (long, short, long)))
+    read = reader(seq_length=40, on_too_long="cut-end")
+    spec = MixtureSpec(sources=[SourceSpec(name="data", paths=[str(file)])])
+    mixture = Mixture(spec, index_folder=tmp_path / "index", seed=1, buffer=1)
+    sources = SampleSources(mixture=mixture, read=read, measure=SampleMeasurer(reader=read))
+    formed = GlobalBatches(mixture, MeasuresHere(sources.measured))
+    settings = {"seq_length": 40, "vocab_size": 512, "pad_id": 0}
+    collate = SampleCollator(**settings, special_token_ids={}, media_formats={})  # type: ignore[arg-type]
+    batch = PlannedBatches(sources, collate)[formed.form(3).items]
+    log = BadSampleLog(BadSamplePolicy(max_bad_samples=0), tmp_path / "bad_samples.jsonl")
+    for one in batch[LEFT_OUT]:
+        log.add(one)
+    assert log.state_dict() == {"cut": 2}
+    written = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").open()]
+    assert sorted(one["place"] for one in written) == ["record 1", "record 3"]
+    assert re.search(r"a.jsonl, line [13]: 4 turns were cut away", written[0]["reason"])
 
 
 def test_media_are_never_cut() -> None:
