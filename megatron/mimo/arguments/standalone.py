@@ -102,6 +102,8 @@ def model_settings(
 ) -> LanguageSettings:
     """What a family's language model is built of, as in a run that changes nothing of it.
 
+    Experts under tensor parallelism come with sequence parallelism, which a run has to ask for.
+
     Args:
         family: the model's.
         config: its Hugging Face configuration.
@@ -120,8 +122,11 @@ def model_settings(
         **family.arguments(config),
         "tensor_model_parallel_size": tp_size,
         "pipeline_model_parallel_size": pp_size,
-        **(changes or {}),
     }
+    if tp_size > 1 and values.get("num_experts"):
+        # Ranks with equal tokens would each count them among the gradients of the experts.
+        values["sequence_parallel"] = True
+    values |= changes or {}
     check_model(values)
     return settings_of(values, dtype=dtype)
 

@@ -94,9 +94,8 @@ def compare_model(
         model = build_model(family, config, settings, device=device)
         load_weights(model, checkpoint)
         longest = max(example["input_ids"].size(1) for example in expected.examples)
-        collate = sample_collator(
-            family, config, seq_length=longest + 5, vocab_size=settings.tokens
-        )
+        length = (longest // tp_size + 5) * tp_size  # divisible, for sequence parallelism
+        collate = sample_collator(family, config, seq_length=length, vocab_size=settings.tokens)
         samples = [family.sample(config, example) for example in expected.examples]
         generator = Generator(model, collate, vocab_size=settings.tokens)
         found.answers = generator(

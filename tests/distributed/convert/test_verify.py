@@ -44,15 +44,17 @@ def test_changes_reach_our_model(ranks: RankPool) -> None:
     ]
 
 
-def verify_on_processes(folder: Path) -> list[str]:
+def verify_on_processes(name: str, folder: Path) -> list[str]:
     from megatron.mimo.convert.verify import verify_checkpoint
 
-    make_and_import("llava", folder)
+    make_and_import(name, folder)
     return [str(one) for one in verify_checkpoint(folder / "hf", folder / "mimo", tp_size=2)]
 
 
-def test_starts_the_processes_of_a_layout(ranks: RankPool, tmp_path: Path) -> None:
-    (lines,) = ranks(1, timeout=HANG)(verify_on_processes, tmp_path)
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl_moe"])
+def test_starts_the_processes_of_a_layout(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    """Experts too, whose gradients tensor-parallel ranks would otherwise count twice."""
+    (lines,) = ranks(1, timeout=HANG)(verify_on_processes, name, tmp_path)
     assert len(lines) == 7
     assert all(line.startswith("ok") for line in lines), lines
 
