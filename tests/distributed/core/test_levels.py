@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.distributed.core.split_model import (
+    HIDDEN,
     IMAGE,
     Cell,
     Result,
@@ -159,7 +160,9 @@ def test_equals_one_process(ranks: RankPool, references: dict[bool, Result], nam
 def refusals() -> None:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.mimo import MimoModel
+    from megatron.core.models.mimo.alignment.cut import SequenceCut
     from megatron.core.models.mimo.errors import ConfigError, InputError, UnsupportedError
+    from megatron.core.models.mimo.model.forward_inputs import ForwardInputs
     from megatron.core.models.mimo.model.level_route import LevelRoute
     from megatron.core.models.mimo.model.refusals import refuse_untaken_levels
 
@@ -189,6 +192,10 @@ def refusals() -> None:
     model.modality_submodules["images"].encoders["encoder"].num_levels = 1
     with pytest.raises(InputError, match="gave 2 levels of its rows, and its num_levels is 1"):
         model(**batch)
+    model.level_route = LevelRoute(levels={"images": 2}, first=1, is_first=False, crosses=True)
+    model.set_input_tensor([torch.zeros(8, 1, HIDDEN)])
+    with pytest.raises(InputError, match="neither alignment_plan nor input_ids say where"):
+        model._arrived(ForwardInputs(), SequenceCut())
 
 
 def test_levels_that_have_no_place_are_refused(ranks: RankPool) -> None:

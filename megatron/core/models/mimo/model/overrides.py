@@ -249,6 +249,11 @@ class StockEntryPoints(nn.Module):
         if not self.level_route.arrives:
             return MergedSequence(hidden_SBH=message)
         plan = inputs.plan
+        if plan is None and inputs.input_ids_BS is None:
+            raise InputError(
+                "levels of rows have arrived with the hidden states, and neither alignment_plan "
+                "nor input_ids say where they go; give this pipeline stage one of both"
+            )
         if plan is None:
             plan = plan_of(inputs, self.special_token_ids, self.language_model)
         arrived = self.level_route.received(message, cut.share_of_plan(plan))
