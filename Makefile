@@ -8,7 +8,7 @@ export OMP_NUM_THREADS
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast matrix chaos check lock versions
+.PHONY: help setup train test test-fast matrix cards chaos check lock versions
 
 help:
 	@echo 'make setup   prepare .venv (PYTHON=/path/to/python3.12 to choose the interpreter; LATEST=1 for the'
@@ -17,6 +17,7 @@ help:
 	@echo 'make test    run the test suite (ARGS="...")'
 	@echo 'make test-fast  its quick part on up to four cores, for the loop of a developer'
 	@echo 'make matrix  hold 300 parallel layouts against one process (ARGS="tp2 cp2", "--list", "--help")'
+	@echo 'make cards   prove model families and write docs/models (ARGS="llava", ARGS="llava --number 2", "--help")'
 	@echo 'make chaos   try to break the promises of docs/reliability.md for ten minutes (ARGS="--minutes 60 --seed 1")'
 	@echo 'make check   format, lint, types and structure: what CI checks besides the tests'
 	@echo 'make lock      write requirements.lock anew, from the ranges of pyproject.toml'
@@ -37,6 +38,9 @@ test-fast: setup
 
 matrix: setup
 	.venv/bin/python -m tests.matrix $(ARGS)
+
+cards: setup
+	.venv/bin/python -m tests.cards $(ARGS)
 
 chaos: setup
 	.venv/bin/python -m tests.chaos $(ARGS)

@@ -1,0 +1,1 @@
+"""Cards of model families: what is proved of each, on tiny configurations drawn at random."""

@@ -1,0 +1,66 @@
+"""Pages of ``docs/models`` are what the generator writes; and a few proofs of one family."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron.mimo.models import family_names
+from tests.cards.configurations import DRAWN, described, draw
+from tests.cards.page import configuration_rows, page, proof_titles
+from tests.cards.proofs import PROOFS, Verdict, prove
+from tests.rank_pool import RankPool
+
+FOLDER = Path(__file__).parents[2] / "docs/models"
+PAGES = {path.stem: path.read_text() for path in FOLDER.glob("*.md")}
+
+
+def skeleton(text: str) -> list[str]:
+    """A page without what a run found: numbers, dates, versions, and the rows of sizes."""
+    kept = []
+    for line in text.splitlines():
+        if line.startswith("| `"):
+            continue
+        beginning = next((one for one in proof_titles() if line.startswith(one)), None)
+        kept.append(beginning or re.sub(r"\*\*.*", "", line))
+    return kept
+
+
+def verdicts_like(text: str) -> list[Verdict]:
+    """Verdicts with which the generator writes the same rows as a page's, as far as they go."""
+    told = dict(re.findall(r"^- ([\w ,]+): (.+)$", text, re.MULTILINE))
+    return [
+        Verdict(number=number, proof=title, deviation=None, refused=told.get(title, ""))
+        for number in range(DRAWN + 1)
+        for title in PROOFS
+    ]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_has_the_form_that_the_generator_writes(name: str) -> None:
+    assert name in family_names()
+    text = PAGES[name]
+    assert skeleton(text) == skeleton(page(name, verdicts_like(text), []))
+    assert all(row in text.splitlines() for row in configuration_rows(name))
+    assert re.search(r"\*\*\d+ proofs passed, 0 failed\*\* on 20\d\d-", text)
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_configurations_differ_from_each_other(name: str) -> None:
+    told = [described(draw(name, number)) for number in range(DRAWN + 1)]
+    assert len(set(told)) == DRAWN + 1
+    assert told == [described(draw(name, number)) for number in range(DRAWN + 1)]
+
+
+def test_some_proofs_of_a_drawn_configuration(ranks: RankPool) -> None:
+    verdicts = list(prove(ranks, "llava", 2, ["one process", "packed", "resume"]))
+    assert [one.failure for one in verdicts] == [""] * 3
+    assert all(one.deviation is not None for one in verdicts)
+
+
+def test_a_proof_can_fail(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.cards.proofs.LOGITS", 1e-12)
+    (verdict,) = prove(ranks, "llava", 1, ["one process"])
+    assert verdict.failure.startswith("logits off by ")
