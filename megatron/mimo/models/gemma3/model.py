@@ -22,7 +22,7 @@ from megatron.mimo.models.common.language import (
     language_spec,
 )
 from megatron.mimo.models.common.llava_kind import MODULE_TREE, image_format, text_config
-from megatron.mimo.models.common.place import Places
+from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT, TINY_VISION, random_text
 from megatron.mimo.models.common.vision_tower import (
@@ -80,7 +80,8 @@ def _squares(config: Any) -> tuple[int, int]:
 
 def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelConfig:
     """The model of one rank."""
-    vision, language, place = config.vision_config, settings.transformer, places["images"]
+    vision, place = config.vision_config, places["images"]
+    language = config_at(settings.transformer, place)
     patches, side = _squares(config)
     encoder = tower_spec(
         vision, language, place, feature_layer=_LAST, strategy="full", post_norm=True
