@@ -130,7 +130,7 @@ class SharedMeasures:
         """Those of all ranks."""
         count, self._count = self._count, 0
         failure: Exception | None = None
-        mine: list[Any] | str
+        mine: Sequence[Any] | str
         try:
             mine = self._inner.collect()
         except Exception as error:  # noqa: BLE001 - the other ranks are waiting
