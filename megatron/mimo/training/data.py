@@ -192,7 +192,7 @@ def dataset_provider(
                 if split == "training" and pack is not None:
                     dataset, fill = pack_training_set(recipe, args, counts, dataset, pack), pack
                 opened = range_batches(args, split, dataset, fill, samples, known)
-            if split == "training" and meter is not None:
+            if split == "training" and meter is not None and not vp_stage:
                 opened = meter.watched(opened)
             tp_group = mpu.get_tensor_model_parallel_group()
             return BatchIterator(opened, group=tp_group, device=batch_device(), keep=keep)

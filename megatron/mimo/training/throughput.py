@@ -82,8 +82,11 @@ class Throughput:
     def metrics(self, seconds_per_iteration: float) -> dict[str, float]:
         """For ``metrics.json`` and TensorBoard."""
         rates = self.rates(seconds_per_iteration)
+        flops = self.flops_per_iteration
         return {
             **{name: float(f"{rate:.4g}") for name, rate in rates.items()},
+            "tokens_per_iteration": round(self.tokens_per_iteration, 1),
+            **({} if flops is None else {"tflop_per_iteration": float(f"{flops / 1e12:.6g}")}),
             "padding_share": round(self.padding, 4),
             "data_wait_share": round(self.waiting, 4),
             "peak_memory_gb": round(self.peak_memory / 1e9, 3),

@@ -57,5 +57,9 @@ def test_trains_as_one_process(ranks: RankPool, tmp_path: Path, name: str) -> No
     assert [*map(float, found.values())] == pytest.approx(
         [*map(float, expected.values())], rel=1e-5
     )
-    answers = [json.loads((run / "metrics.json").read_text())["answers"] for run in (one, two)]
-    assert answers[0] == answers[1]
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in (one, two)]
+    assert metrics[0]["answers"] == metrics[1]["answers"]
+    counted = ("tokens_per_iteration", "padding_share")
+    assert [metrics[0]["throughput"][name] for name in counted] == pytest.approx(
+        [metrics[1]["throughput"][name] for name in counted], rel=1e-5
+    )
