@@ -21,6 +21,14 @@ RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("--num-layers-per-virtual-pipeline-stage", "1"),
         ),
     ),
+    # Every chunk reads the batches: they count once.
+    "interleaved, packed": (
+        (*FOUR_LAYERS, "--pack", "--seq-length", "48", "--max-position-embeddings", "48"),
+        (
+            *("--pipeline-model-parallel-size", "2"),
+            *("--num-layers-per-virtual-pipeline-stage", "1"),
+        ),
+    ),
     "uneven stages": (
         FOUR_LAYERS,
         (
