@@ -17,7 +17,7 @@ FLAGS = {torch.float32: "--fp32", torch.bfloat16: "--bf16", torch.float16: "--fp
 OF_INFERENCE_ENGINES = {"inference_sampling_seed"}  # a run's --seed; nothing here reads it
 
 
-def settings_of_a_run(family: str, tp: int, pp: int, dtype: torch.dtype) -> Any:
+def settings_of_a_run(family: str, tp: int, pp: int, dtype: torch.dtype, *more: str) -> Any:
     from megatron.mimo.arguments.command_line import parse_arguments
     from megatron.mimo.recipes import load_recipe
     from megatron.mimo.recipes.language import language_settings
@@ -28,7 +28,7 @@ def settings_of_a_run(family: str, tp: int, pp: int, dtype: torch.dtype) -> Any:
         load_recipe(f"{family}_tiny"),
         machine=capabilities(),
         config={},
-        argv=["--no-output", "--train-iters=1", *layout, FLAGS[dtype]],
+        argv=["--no-output", "--train-iters=1", *layout, FLAGS[dtype], *more],
     )
     args.padded_vocab_size = calculate_padded_vocab_size(
         args.vocab_size, args.make_vocab_size_divisible_by, tp
@@ -55,7 +55,9 @@ def test_settings_are_those_of_a_run(
     monkeypatch.setenv("WORLD_SIZE", str(tp * pp))
     family = load_family(name)
     found = model_settings(family, family.tiny(), tp_size=tp, pp_size=pp, dtype=dtype)
-    wanted = settings_of_a_run(name, tp, pp, dtype)
+    # Megatron's experts need it under tensor parallelism; a model alone has it by itself.
+    more = ["--sequence-parallel"] if tp > 1 and found.transformer.num_moe_experts else []
+    wanted = settings_of_a_run(name, tp, pp, dtype, *more)
     for one in (found, found.transformer):
         other = wanted if one is found else wanted.transformer
         names = {field.name for field in fields(one)} - {"transformer"} - OF_INFERENCE_ENGINES

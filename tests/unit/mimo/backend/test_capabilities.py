@@ -95,7 +95,10 @@ def test_every_tiny_recipe_has_arguments_and_a_configuration(
     assert config.bf16 == (machine.device == "cuda")
     has_wgrad = machine.has_apex("fused_weight_gradient_mlp_cuda")
     assert config.gradient_accumulation_fusion == has_wgrad  # else every linear layer raises
-    assert config.transformer_impl == argument_defaults(machine)["transformer_impl"]
+    # Its images are spans of tokens that see each other, which Transformer Engine does not have.
+    local = {"gemma3_tiny": "local"}
+    wanted = local.get(recipe, argument_defaults(machine)["transformer_impl"])
+    assert config.transformer_impl == wanted
 
 
 @pytest.mark.parametrize("flags", NEEDS_ENGINE)

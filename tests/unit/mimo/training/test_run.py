@@ -21,7 +21,9 @@ def test_every_orderly_end_ends_the_process_groups(
 
     monkeypatch.setattr(run.presence, "join", lambda **_: None)  # of this process, for good
     monkeypatch.setattr(run, "claim_folders", lambda *_, **__: [])
-    monkeypatch.setattr(run, "_arguments", lambda *_: (None, Namespace(read_over=[])))
+    monkeypatch.setattr(
+        run, "_arguments", lambda *_: (None, Namespace(read_over=[], show_layout=False))
+    )
     monkeypatch.setattr(run, "choose_start", lambda *_, **__: (None, None))
     monkeypatch.setattr(run, "_already_finished", lambda *_: False)
     monkeypatch.setattr(run, "_train", train)
