@@ -250,6 +250,10 @@ class PooledProjector(MegatronModule):
             pg_collection=pg_collection,
         )
 
+    def rows_of(self, rows: int) -> int:
+        """Rows that so many are averaged to."""
+        return rows // self.side**2
+
     def forward(self, rows_NI: Tensor) -> Tensor:
         """[N, I] -> [N / G, H]; N may be 0.
 
