@@ -67,7 +67,7 @@ def cause_of(
         for end in silent
     )
     failures = [(word.when, word.text, word.printed) for word in words if word.kind in _OWN]
-    failures += [(end.when, end.text, False) for end in silent]
+    failures += [(_failed_at(end), end.text, False) for end in silent]
     first = min(failures, default=None)
     if killed and launcher_ended is not None and (first is None or launcher_ended <= first[0]):
         assert launcher is not None
@@ -85,6 +85,17 @@ def cause_of(
 
 
 _OWN = ("failed", "refused")
+
+
+def _failed_at(end: Ending) -> float:
+    """When a rank has failed that has ended without a word.
+
+    A launcher ends the others by SIGTERM once one has failed, and both may be seen at one look:
+    a rank that was ended so has failed after those that ended at about the same time.
+    """
+    asked = end.status is not None and os.WIFSIGNALED(end.status)
+    asked = asked and os.WTERMSIG(end.status or 0) == signal.SIGTERM
+    return end.when + (_TOGETHER if asked else 0.0)
 
 
 def describe_exit(slot: SlotContent, status: int | None, stacks: str, *, host: str) -> str:

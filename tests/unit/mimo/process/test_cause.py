@@ -42,6 +42,17 @@ def test_a_rank_that_was_killed_comes_before_those_that_lost_it() -> None:
     assert found.text == "ended 1"
 
 
+def test_a_rank_that_a_launcher_ended_comes_behind_the_one_that_was_killed() -> None:
+    """Both are seen to have ended at one look, or the one that was asked to end a little before."""
+    for when in (1.0, 1.1):
+        found = cause([], [ending(0, 1.0, signal.SIGTERM), ending(1, when, signal.SIGKILL)])
+        assert found is not None
+        assert found.text == "ended 1"
+    found = cause([], [ending(0, 1.0, signal.SIGTERM), ending(1, 9.0, signal.SIGKILL)])
+    assert found is not None
+    assert found.text == "ended 0"
+
+
 def test_who_lost_a_connection_is_named_where_nobody_else_failed() -> None:
     found = cause([word("lost", 1.0, 0, "Connection reset")], [ending(0, 1.1, 256)])
     assert found is not None
