@@ -209,7 +209,7 @@ def merged_logits(
     assert merge_adapters(model) == len(wanted.gradients) // 2
     assert not list(adapted(model))
     assert not adapter_values(model)
-    model.freeze("language", "images", frozen=False)
+    model.freeze("language", *model.modality_submodules, frozen=False)
     return _step(name, layout, model, wanted.base)[1]
 
 
