@@ -23,6 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.mimo.encoders.patch_encoder import PatchEncoder
 from megatron.mimo.encoders.patch_grids import Grid, check_items
 from megatron.mimo.encoders.plain import pretrained_encoder_config
 from megatron.mimo.encoders.projectors import Projector
@@ -66,7 +67,7 @@ def window_encoder_config(
     )
 
 
-class WindowTransformer(MegatronModule):
+class WindowTransformer(PatchEncoder):
     """Images and clips to one row per square of patches, which holds the square's patches.
 
     Args:
@@ -79,6 +80,8 @@ class WindowTransformer(MegatronModule):
     Raises:
         ConfigError: sizes that do not fit each other, or a config that divides the encoder.
     """
+
+    geometry: PatchGeometry
 
     def __init__(
         self,
@@ -111,23 +114,6 @@ class WindowTransformer(MegatronModule):
             post_layer_norm=False,  # the merger normalises
             pg_collection=pg_collection,
         )
-
-    def blank_inputs(self) -> dict[str, Any]:
-        """Arguments of ``forward`` for one blank square of patches: the smallest input there is.
-
-        A micro-batch without this modality runs it, so that every rank takes part in collectives.
-        """
-        merge, values = self.geometry.merge, self.patch_embedding.in_features
-        blank_TE = self.patch_embedding.weight.new_zeros(merge**2, values)
-        return {"pixel_values": [blank_TE], "grid": [(1, merge, merge)]}
-
-    def rows_per_item(
-        self,
-        pixel_values: Sequence[Tensor],  # noqa: ARG002 (called with all arguments)
-        grid: Sequence[Grid],
-    ) -> list[int]:
-        """Rows of each item: ranks with the same items may encode some each."""
-        return [self.geometry.rows(one) for one in grid]
 
     def work(
         self,

@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from megatron.core.models.mimo.alignment import Encoded, EncodedRows
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.mimo.encoders.patch_encoder import PatchEncoder
 from megatron.mimo.encoders.patch_grids import Grid, check_items
 from megatron.mimo.encoders.plain import plain_encoder_config
 from megatron.mimo.encoders.qwen2_5_vl import borders_on_host
@@ -69,7 +69,7 @@ def frame_encoder_config(
     return config
 
 
-class FrameTransformer(MegatronModule):
+class FrameTransformer(PatchEncoder):
     """Images and clips to one row per square of patches, which holds the square's patches.
 
     Args:
@@ -86,6 +86,8 @@ class FrameTransformer(MegatronModule):
     Raises:
         ConfigError: sizes that do not fit each other, or a config that divides the encoder.
     """
+
+    geometry: FrameGeometry
 
     def __init__(
         self,
@@ -118,23 +120,6 @@ class FrameTransformer(MegatronModule):
             post_layer_norm=False,  # the merger normalises
             pg_collection=pg_collection,
         )
-
-    def blank_inputs(self) -> dict[str, Any]:
-        """Arguments of ``forward`` for one blank square of patches: the smallest input there is.
-
-        A micro-batch without this modality runs it, so that every rank takes part in collectives.
-        """
-        merge, values = self.geometry.merge, self.patch_embedding.in_features
-        blank_TE = self.patch_embedding.weight.new_zeros(merge**2, values)
-        return {"pixel_values": [blank_TE], "grid": [(1, merge, merge)]}
-
-    def rows_per_item(
-        self,
-        pixel_values: Sequence[Tensor],  # noqa: ARG002 (called with all arguments)
-        grid: Sequence[Grid],
-    ) -> list[int]:
-        """Rows of each item: ranks with the same items may encode some each."""
-        return [self.geometry.rows(one) for one in grid]
 
     def work(
         self,
