@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,60 +18,13 @@ from torch import Tensor
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.mimo.encoders.plain import activation_function, pretrained_encoder_config
 from megatron.mimo.layers import encoder_layer_spec
 from megatron.mimo.layers.layer_scale import ScaledAdd
 from megatron.mimo.layers.wide_norm import WideNorm
 
-__all__ = ["NormedAttention", "internvit_config", "internvit_layer_spec"]
+__all__ = ["NormedAttention", "internvit_layer_spec"]
 
-_NORMALIZATIONS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
 _EPSILON = 1e-6  # of the norms of queries and keys, whatever that of the others is
-
-
-def internvit_config(
-    language: TransformerConfig,
-    *,
-    num_layers: int,
-    hidden_size: int,
-    num_attention_heads: int,
-    ffn_hidden_size: int,
-    activation: str,
-    norm_type: Literal["layer_norm", "rms_norm"],
-    layernorm_epsilon: float,
-    attention_dropout: float = 0.0,
-) -> TransformerConfig:
-    """The encoder's configuration.
-
-    Args:
-        language: as for :func:`pretrained_encoder_config`, and so the sizes.
-        num_layers: layers that are built.
-        hidden_size: width of the residual stream.
-        num_attention_heads: heads of each layer.
-        ffn_hidden_size: width inside the MLP.
-        activation: of the MLP, by its name in Hugging Face's configurations.
-        norm_type: of the norms before attention and MLP.
-        layernorm_epsilon: of these.
-        attention_dropout: of attention weights.
-
-    Raises:
-        ConfigError: the sizes do not fit each other or the tensor-parallel size.
-        UnsupportedError: unknown activation.
-    """
-    return pretrained_encoder_config(
-        language,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_attention_heads=num_attention_heads,
-        ffn_hidden_size=ffn_hidden_size,
-        normalization=_NORMALIZATIONS[norm_type],
-        layernorm_epsilon=layernorm_epsilon,
-        gated_linear_unit=False,
-        activation_func=activation_function(activation),
-        # Megatron's fused kernel for "gelu" is its tanh approximation.
-        bias_activation_fusion=False,
-        attention_dropout=attention_dropout,
-    )
 
 
 def internvit_layer_spec(

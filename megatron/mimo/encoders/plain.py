@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -103,8 +103,9 @@ def plain_encoder_config(
     activation: str,
     layernorm_epsilon: float,
     attention_dropout: float = 0.0,
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm",
 ) -> TransformerConfig:
-    """An encoder with LayerNorm, biases everywhere and an MLP without a gate.
+    """An encoder with biases everywhere and an MLP without a gate.
 
     Args:
         language: as for :func:`pretrained_encoder_config`, and so the sizes.
@@ -115,6 +116,7 @@ def plain_encoder_config(
         activation: of the MLP, by its name in Hugging Face's configurations.
         layernorm_epsilon: of every norm.
         attention_dropout: of attention weights.
+        normalization: kind of every norm.
 
     Raises:
         ConfigError: the sizes do not fit each other or the tensor-parallel size.
@@ -126,7 +128,7 @@ def plain_encoder_config(
         hidden_size=hidden_size,
         num_attention_heads=num_attention_heads,
         ffn_hidden_size=ffn_hidden_size,
-        normalization="LayerNorm",
+        normalization=normalization,
         layernorm_epsilon=layernorm_epsilon,
         gated_linear_unit=False,
         activation_func=activation_function(activation),

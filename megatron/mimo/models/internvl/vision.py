@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.mimo.encoders import ClipEncoder, SquareProjector, layer_numbers
-from megatron.mimo.encoders.internvit import internvit_config, internvit_layer_spec
+from megatron.mimo.encoders import ClipEncoder, SquareProjector, layer_numbers, plain_encoder_config
+from megatron.mimo.encoders.internvit import internvit_layer_spec
 from megatron.mimo.models.common.keys import FusedQKV, KeyEntry, Reshaped, Same, Transform
 from megatron.mimo.models.common.place import Place
 
@@ -30,6 +30,10 @@ _IMAGES = "modality_submodules.images."
 _KINDS = ("weight", "bias")
 _SAME = Same()
 _PROJECTOR_EPSILON = 1e-5
+_NORMALIZATIONS: dict[str, Literal["LayerNorm", "RMSNorm"]] = {
+    "layer_norm": "LayerNorm",
+    "rms_norm": "RMSNorm",
+}
 
 
 def tile_shape(vision: Any) -> tuple[int, int, int]:
@@ -112,14 +116,14 @@ def vision_specs(config: Any, language: TransformerConfig, place: Place) -> dict
     """
     vision = config.vision_config
     numbers = layer_numbers(config.vision_feature_layer, vision.num_hidden_layers)
-    encoder_config = internvit_config(
+    encoder_config = plain_encoder_config(
         language,
         num_layers=max(numbers),
         hidden_size=vision.hidden_size,
         num_attention_heads=vision.num_attention_heads,
         ffn_hidden_size=vision.intermediate_size,
         activation=vision.hidden_act,
-        norm_type=vision.norm_type,
+        normalization=_NORMALIZATIONS[vision.norm_type],
         layernorm_epsilon=vision.layer_norm_eps,
         attention_dropout=vision.attention_dropout,
     )
