@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.matrix.asked import asked_verdicts
 from tests.matrix.cells import AXES, Values, is_valid, name_of
-from tests.matrix.runner import Verdict, run
+from tests.matrix.runner import Verdict
 from tests.rank_pool import RankPool
 
 CELLS: tuple[Values, ...] = tuple(
@@ -39,13 +40,7 @@ NAMED = {name_of(values): values for values in CELLS}
 
 @pytest.fixture(scope="module")
 def verdicts(request: pytest.FixtureRequest, ranks: RankPool) -> dict[str, Verdict]:
-    """Of the cells that this session asks for; run together, they share their processes."""
-    asked = {
-        item.callspec.params["name"]
-        for item in request.session.items
-        if getattr(item, "originalname", None) == test_cell.__name__ and item.path == request.path
-    }
-    return {verdict.name: verdict for verdict in run([NAMED[name] for name in asked], ranks)}
+    return asked_verdicts(request, ranks, NAMED, test_cell)
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.matrix.asked import asked_verdicts
 from tests.matrix.cells import make_cell, name_of
 from tests.matrix.grid_cells import GRIDS, grid_cells, small_grid_cells
-from tests.matrix.runner import Verdict, run
+from tests.matrix.runner import Verdict
 from tests.rank_pool import RankPool
 
 SMALL = {name_of(values): values for values in small_grid_cells()}
@@ -17,13 +18,7 @@ SMALL = {name_of(values): values for values in small_grid_cells()}
 
 @pytest.fixture(scope="module")
 def verdicts(request: pytest.FixtureRequest, ranks: RankPool) -> dict[str, Verdict]:
-    """Of the cells that this session asks for; run together, they share their processes."""
-    asked = {
-        item.callspec.params["name"]
-        for item in request.session.items
-        if getattr(item, "originalname", None) == test_cell.__name__ and item.path == request.path
-    }
-    return {verdict.name: verdict for verdict in run([SMALL[name] for name in asked], ranks)}
+    return asked_verdicts(request, ranks, SMALL, test_cell)
 
 
 @pytest.mark.parametrize("name", SMALL)

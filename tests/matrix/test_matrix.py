@@ -6,8 +6,9 @@ from itertools import combinations
 
 import pytest
 
+from tests.matrix.asked import asked_verdicts
 from tests.matrix.cells import AXES, FULL_SIZE, Values, all_cells, is_valid, name_of, pair_cells
-from tests.matrix.runner import Verdict, run
+from tests.matrix.runner import Verdict
 from tests.rank_pool import RankPool
 
 PAIRS = {name_of(values): values for values in pair_cells()}
@@ -15,13 +16,7 @@ PAIRS = {name_of(values): values for values in pair_cells()}
 
 @pytest.fixture(scope="module")
 def verdicts(request: pytest.FixtureRequest, ranks: RankPool) -> dict[str, Verdict]:
-    """Of the cells that this session asks for; run together, they share their processes."""
-    asked = {
-        item.callspec.params["name"]
-        for item in request.session.items
-        if getattr(item, "originalname", None) == test_cell.__name__ and item.path == request.path
-    }
-    return {verdict.name: verdict for verdict in run([PAIRS[name] for name in asked], ranks)}
+    return asked_verdicts(request, ranks, PAIRS, test_cell)
 
 
 @pytest.mark.parametrize("name", PAIRS)
