@@ -8,6 +8,7 @@ and norms.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
@@ -19,6 +20,8 @@ from megatron.core.models.vision.vit_layer_specs import (
 )
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
@@ -78,13 +81,20 @@ def language_layer_spec(
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
+    traits = traits or LayerTraits()
     for layer in block.layer_specs:
+        if not with_te:
+            _name_norms_as_fused(layer)
         attention = layer.submodules.self_attention
         if attention.module is SelfAttention:
             attention.module = CachingSelfAttention
-            attention.params = {**attention.params, "traits": traits or LayerTraits()}
-        if traits is not None and traits.sandwich_norms:
+            attention.params = {**attention.params, "traits": traits}
+        if traits.sandwich_norms:
             layer.module = SandwichLayer
+    if with_te and traits.sees_spans:
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        _replace(block, {TEDotProductAttention: CoreAttention})
     return _block_spec(block, config, with_te=with_te)
 
 
@@ -112,15 +122,31 @@ def encoder_layer_spec(config: TransformerConfig) -> ModuleSpec:
         layer, final_norm = get_vit_layer_with_transformer_engine_spec(), TENorm
     else:
         layer, final_norm = get_vit_layer_with_local_spec(), WrappedTorchNorm
-        # A checkpoint calls the norms what Transformer Engine's fused layers call them.
-        layer.submodules.sharded_state_dict_keys_map = {
-            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-        }
+        _name_norms_as_fused(layer)
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * config.num_layers, layer_norm=final_norm
     )
     return _block_spec(block, config, with_te=with_te)
+
+
+def _name_norms_as_fused(layer: ModuleSpec) -> None:
+    """Let a checkpoint call norms what they are called where Transformer Engine's layers hold them.
+
+    Theirs hold the norm before queries, keys and values, and the norm before a dense feed-forward:
+    neither that before experts nor, with latent attention, that before attention.
+    """
+    parts = layer.submodules
+    names = {}
+    if _made(parts.self_attention) is not MLASelfAttention:
+        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    if _made(parts.mlp) is not MoELayer:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    parts.sharded_state_dict_keys_map = names
+
+
+def _made(part: Any) -> Any:
+    """The class of what a spec builds; megatron-core has two ways of saying it."""
+    return part.func if isinstance(part, partial) else getattr(part, "module", part)
 
 
 def _block_spec(

@@ -13,6 +13,7 @@ class LayerTraits:
 
     Attributes:
         output_bias: the projection behind attention has a bias; None: as all linear layers.
+        sees_spans: tokens of one span, such as those of an image, see each other.
         sandwich_norms: what attention and feed-forward add is normed before it is added.
         rotary_kinds: how many kinds of angles there are, see ``RotaryAngles``.
         rotary_kind: which of them a layer takes, by its number from 0; () for the first.
@@ -20,6 +21,7 @@ class LayerTraits:
     """
 
     output_bias: bool | None = None
+    sees_spans: bool = False
     sandwich_norms: bool = False
     rotary_kinds: int = 1
     rotary_kind: tuple[int, ...] = ()

@@ -106,7 +106,9 @@ def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelC
         },
     )
     return MimoModelConfig(
-        language_model_spec=language_spec(settings, places.language, text_config(config)),
+        language_model_spec=language_spec(
+            settings, places.language, text_config(config), sees_spans=True
+        ),
         modality_submodules_spec={"images": images},
         special_token_ids={"images": config.image_token_index},
     )

@@ -7,7 +7,6 @@ import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,6 +14,8 @@ from PIL import Image
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.clips import choose
 from megatron.mimo.data.media_files import MediaLimits, Video, load_video
+
+av = pytest.importorskip("av")
 
 SHADES = [Image.new("RGB", (16, 16), (number * 20, 0, 0)) for number in range(12)]
 

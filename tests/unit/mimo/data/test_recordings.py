@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 from scipy.io import wavfile
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.media_files import load_audio
+
+soundfile = pytest.importorskip("soundfile")
 
 WAVE = (0.5 * np.sin(np.arange(8000) / 5)).astype(np.float32)
 

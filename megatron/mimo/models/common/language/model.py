@@ -22,19 +22,23 @@ from megatron.mimo.models.common.settings import LanguageSettings
 __all__ = ["language_spec"]
 
 
-def language_spec(settings: LanguageSettings, place: Place, text: Any) -> ModuleSpec:
+def language_spec(
+    settings: LanguageSettings, place: Place, text: Any, *, sees_spans: bool = False
+) -> ModuleSpec:
     """The GPTModel, for ``MimoModelConfig.language_model_spec``.
 
     Args:
         settings: what it is built of.
         place: of the language model.
         text: its Hugging Face configuration, for what Megatron has no argument for.
+        sees_spans: rows of one item see each other, as ``Media.spans`` says.
     """
     kind, config = kind_of(text), _config(settings.transformer, text)
     rotary, kind_of_layer = _rotary(settings, text)
     scaling = settings.rope_scaling_factor
     traits = LayerTraits(
         output_bias=has_bias(text, "attention_bias"),
+        sees_spans=sees_spans,
         sandwich_norms=kind.sandwich_norms,
         rotary_kinds=max(len(rotary), 1),
         rotary_kind=kind_of_layer,
