@@ -1,0 +1,96 @@
+"""Where the documents of packed rows begin, for what passes from token to token.
+
+Borders are computed where the tokens are, from the summed lengths alone: no loop over documents,
+and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from megatron.core.models.mimo.errors import InputError
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.mimo.layers.gated_delta_net.heads_over_ranks import Dealt, dealt
+
+__all__ = ["Documents", "documents_of"]
+
+_KNOWN = WeakTensorKeyDictionary()
+"""Of the boundaries of a micro-batch: every layer asks again."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Documents:
+    """The documents of one packed row of T tokens.
+
+    Padding behind a document counts as its last tokens (nothing before them depends on it); what
+    follows the last place is a document of its own.
+
+    Attributes:
+        number_T: of the document of each token; ascending, empty documents left out.
+        position_T: of each token in its document.
+        sums: summed lengths of the places, integers [documents + 1] from 0 to at most T, on the
+            device of the tokens.
+    """
+
+    number_T: Tensor
+    position_T: Tensor
+    sums: Tensor
+    _dealt: dict[int, Dealt] = field(default_factory=dict, repr=False)
+
+    def dealt(self, size: int) -> Dealt:
+        """How context parallelism of this size deals out the tokens."""
+        if size not in self._dealt:
+            tokens = self.number_T.numel()
+            self._dealt[size] = dealt(tokens, size, self.sums.device, self.sums)
+        return self._dealt[size]
+
+
+def documents_of(
+    packed: PackedSeqParams | None, *, tokens: int, device: torch.device
+) -> Documents | None:
+    """The documents of a packed row; None where rows are not packed.
+
+    Args:
+        packed: with ``qkv_format="thd"``; ``cu_seqlens_q_padded``, else ``cu_seqlens_q``, says
+            where documents begin, on the host or on the device.
+        tokens: T, of the whole row.
+        device: of the tokens.
+
+    Raises:
+        InputError: boundaries are missing, or (on the host) do not fit the row.
+    """
+    if packed is None or packed.qkv_format != "thd":
+        return None
+    padded = packed.cu_seqlens_q_padded
+    sums = packed.cu_seqlens_q if padded is None else padded
+    if sums is None:
+        raise InputError("packed_seq_params.cu_seqlens_q is None; a packed sequence needs it")
+    version, known_tokens, documents = _KNOWN.get(sums, (None, None, None))
+    if documents is None or (version, known_tokens) != (sums._version, tokens):
+        _check(sums, tokens)
+        documents = _find(sums.to(device, non_blocking=True), tokens)
+        _KNOWN[sums] = (sums._version, tokens, documents)
+    return documents
+
+
+def _find(sums: Tensor, tokens: int) -> Documents:
+    place_T = torch.arange(tokens, device=sums.device, dtype=sums.dtype)
+    number_T = torch.searchsorted(sums[1:].contiguous(), place_T, right=True)
+    return Documents(number_T=number_T, position_T=place_T - sums[number_T], sums=sums)
+
+
+def _check(sums: Tensor, tokens: int) -> None:
+    if sums.device.type != "cpu":
+        return
+    values = sums.tolist()
+    rising = all(first <= second for first, second in itertools.pairwise(values))
+    if not values or values[0] != 0 or not rising or values[-1] > tokens:
+        raise InputError(
+            f"boundaries of packed documents are {values} for a row of {tokens} tokens; expected "
+            "lengths summed up from 0 to at most the tokens: [0, 5, 12]"
+        )

@@ -1,0 +1,362 @@
+"""The gated delta net, in the place of a layer's self-attention.
+
+Legend: S tokens (``S_local`` of a rank under context parallelism), B rows, H hidden, G key heads of
+this rank, R value heads of each, F channels of a key head's group, J taps of the convolution, K and
+V sizes of a key and a value. Between the projections rows come first: T tokens of B rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.core.models.mimo.errors import InputError, UnsupportedError
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from megatron.mimo.layers.gated_delta_net.decoding import delta_step, last_inputs
+from megatron.mimo.layers.gated_delta_net.documents import Documents, documents_of
+from megatron.mimo.layers.gated_delta_net.heads_over_ranks import (
+    Dealt,
+    dealt,
+    to_heads,
+    to_tokens,
+)
+from megatron.mimo.layers.gated_delta_net.kernels import kernels_here
+from megatron.mimo.layers.gated_delta_net.parameters import (
+    ConvolutionWeight,
+    HeadNormWeight,
+    cut_by_heads,
+    first_A_log,
+)
+from megatron.mimo.layers.gated_delta_net.sizes import Sizes, Streams
+from megatron.mimo.layers.gated_delta_net.token_functions import decay_of_gate
+
+__all__ = ["GatedDeltaNet", "GatedDeltaNetSubmodules"]
+
+
+@dataclass
+class GatedDeltaNetSubmodules:
+    """The linear layers: ``in_proj`` column-parallel, ``out_proj`` row-parallel."""
+
+    in_proj: ModuleSpec | type
+    out_proj: ModuleSpec | type
+
+
+class GatedDeltaNet(MegatronModule):
+    """Linear attention by the gated delta rule (Qwen3-Next's and Qwen3.5's linear layers).
+
+    The hidden states are projected to queries, keys, values and gates; queries, keys and values
+    pass a short causal convolution; ``gated_delta_rule`` mixes tokens; its outputs are normalised
+    head by head, gated and projected back. There are no positions: rotary arguments change nothing.
+
+    Weights are ordered by key heads (``weight_order``): each parameter but the norm's is cut over
+    tensor-parallel ranks in plain runs of heads. Under context parallelism the ranks exchange
+    tokens for heads (``heads_over_ranks``), so that ``linear_num_key_heads`` has to be a multiple
+    of tp * cp.
+
+    Generation keeps the convolution's last inputs [J - 1, B, G, F] and the state [G, B, R, K, V] in
+    ``inference_context.key_value_memory_dict[layer_number]``.
+
+    Args:
+        config: with ``linear_num_key_heads``, ``linear_num_value_heads``, ``linear_key_head_dim``,
+            ``linear_value_head_dim`` and ``linear_conv_kernel_dim``. ``deterministic_mode`` keeps
+            to PyTorch's kernels.
+        submodules: the linear layers.
+        layer_number: from 1, over the whole model.
+        pg_collection: with ``tp``, and ``cp`` where it is in use; ``parallel_state``'s by default.
+        cp_comm_type: of the attention layers; heads are exchanged whatever it is.
+        pp_layer_offset: of the pipeline stage; not needed.
+        name: of the module; passed on to the linear layers.
+
+    Attributes:
+        in_proj, conv1d, norm, out_proj: see ``weight_order`` for the order of their weights.
+        A_log, dt_bias: of the decay, one number for each value head.
+
+    Raises:
+        ConfigError: sizes that are missing or do not fit each other or the ranks.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: GatedDeltaNetSubmodules,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        cp_comm_type: str | None = None,  # noqa: ARG002 (TransformerLayer passes it)
+        pp_layer_offset: int | None = None,  # noqa: ARG002 (likewise)
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.sizes = sizes = Sizes.of(config)
+        names = ["tp", "cp"] if config.context_parallel_size > 1 else ["tp"]
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(names)
+        self.pg_collection = groups
+        self.tp_group: dist.ProcessGroup = groups.tp
+        self.cp_group = groups.cp if config.context_parallel_size > 1 else None
+        self.kernels = kernels_here(deterministic=config.deterministic_mode)
+
+        def linear(spec: Any, part: str, *widths: int, **named: Any) -> Any:
+            if name is not None:
+                named["name"] = f"{name}.{part}"
+            shared = {"config": config, "bias": False, "is_expert": False, "tp_group": groups.tp}
+            return build_module(spec, *widths, **shared, **named)
+
+        self.in_proj = linear(
+            submodules.in_proj,
+            "in_proj",
+            config.hidden_size,
+            sizes.key_heads * sizes.projected,
+            init_method=config.init_method,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_comm_buffer_name=None,
+        )
+        self.conv1d = ConvolutionWeight(config, sizes, groups.tp)
+        self.A_log = cut_by_heads(first_A_log(sizes.value_heads), config, groups.tp)
+        self.dt_bias = cut_by_heads(torch.ones(sizes.value_heads), config, groups.tp)
+        self.norm = HeadNormWeight(config, sizes.value)
+        self.out_proj = linear(
+            submodules.out_proj,
+            "out_proj",
+            sizes.value_heads * sizes.value,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name=None,
+        )
+
+    @property
+    def operations_per_token(self) -> int:
+        """FLOPs of the rule for one token, on all ranks; linear layers and convolution apart."""
+        return self.sizes.operations_per_token
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        inference_context: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        attention_bias: Tensor | None = None,
+        **positions: Any,  # noqa: ARG002 (rotary tables and offsets; there are no positions here)
+    ) -> tuple[Tensor, None]:
+        """Mixes the tokens of each row, or of each document of a packed row.
+
+        Args:
+            hidden_states: [S_local, B, H]; a tensor-parallel share of the tokens under sequence
+                parallelism.
+            attention_mask: None, or bool [B, 1, 1, L], True where a token is padding, before or
+                behind the row's own; the last S of L are this step's. Padding changes neither
+                convolution nor state, and its own output means nothing.
+            inference_context: the static context of generation.
+            packed_seq_params: with ``qkv_format="thd"``, where documents begin, of the whole row.
+            attention_bias: None.
+            positions: what TransformerLayer passes to attention besides.
+
+        Returns:
+            [S_local, B, H] as the input is cut, and None for a bias.
+
+        Raises:
+            InputError: boundaries that do not fit the row.
+            UnsupportedError: a mask between tokens, a bias, spans, or a cache with packed rows or
+                of dynamic batching.
+        """
+        if attention_bias is not None:
+            raise UnsupportedError("attention_bias in a gated delta net; expected None")
+        projected_SBD, _ = self.in_proj(hidden_states)
+        streams = self.sizes.split(projected_SBD)
+        padding_BT = _padding(attention_mask, projected_SBD.size(0))
+        if inference_context is not None:
+            if packed_seq_params is not None:
+                raise UnsupportedError("packed rows with a cache; generate from rows of prompts")
+            mixed_SBGRV = self._continue(streams, padding_BT, inference_context)
+        else:
+            mixed_SBGRV = self._mix(streams, padding_BT, packed_seq_params)
+        normed_SBGRV = self.kernels.norm(
+            mixed_SBGRV, streams.gate, self._norm_weight(), self.config.layernorm_epsilon
+        )
+        out_SBH, _ = self.out_proj(normed_SBGRV.flatten(2))
+        return out_SBH, None
+
+    def _mix(
+        self, streams: Streams, padding_BT: Tensor | None, packed: PackedSeqParams | None
+    ) -> Tensor:
+        """The rule over whole rows: [S_local, B, G, R, V]."""
+        group = self._context_group(packed)
+        size = 1 if group is None else group.size()
+        tokens, device = streams.convolved.size(0) * size, streams.convolved.device
+        documents = documents_of(packed, tokens=tokens, device=device)
+        if documents is not None and streams.convolved.size(1) != 1:
+            raise InputError(
+                f"a packed micro-batch has {streams.convolved.size(1)} rows; expected one"
+            )
+        rank, order = 0, None
+        if group is not None:
+            if padding_BT is not None:
+                raise UnsupportedError(
+                    "context parallelism requires attention_mask=None; pad behind the tokens"
+                )
+            rank = group.rank()
+            order = dealt(tokens, size, device) if documents is None else documents.dealt(size)
+            streams = _exchanged(streams, order, group)
+        mixed_BTGRV, _ = self._rule(streams, documents, padding_BT, share=(rank, size))
+        mixed_SBGRV = mixed_BTGRV.transpose(0, 1)
+        if group is None or order is None:
+            return mixed_SBGRV
+        R = self.sizes.values_per_key
+        return to_tokens(mixed_SBGRV.flatten(3), order, group).unflatten(3, (R, -1))
+
+    def _rule(
+        self,
+        streams: Streams,
+        documents: Documents | None,
+        padding_BT: Tensor | None,
+        *,
+        share: tuple[int, int] = (0, 1),
+        history_BJGF: Tensor | None = None,
+        state_BGRKV: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Convolution and rule: [B, T, G, R, V] and the state."""
+        rank, size = share
+        x_BTGF, a, b = (
+            x.transpose(0, 1) for x in (streams.convolved, streams.decay, streams.strength)
+        )
+        if padding_BT is not None:
+            x_BTGF = x_BTGF.masked_fill(padding_BT[:, :, None, None], 0)
+        weight_GFJ, A_log_GR, dt_bias_GR = (
+            parameter.unflatten(0, (size, -1, width))[rank]
+            for parameter, width in (
+                (self.conv1d.weight.squeeze(1), self.sizes.convolved),
+                (self.A_log, self.sizes.values_per_key),
+                (self.dt_bias, self.sizes.values_per_key),
+            )
+        )
+        convolved_BTGF = self.kernels.convolve(
+            x_BTGF, weight_GFJ, history_BJGF=history_BJGF, documents=documents
+        )
+        q, k, v = self.sizes.heads(convolved_BTGF)
+        decay = decay_of_gate(a, A_log_GR, dt_bias_GR)
+        strength = b.to(decay.dtype).sigmoid()
+        if padding_BT is not None:
+            decay, strength = (
+                x.masked_fill(padding_BT[:, :, None, None], 0) for x in (decay, strength)
+            )
+        if x_BTGF.size(1) == 1 and state_BGRKV is not None:
+            out, state = delta_step(
+                *(x.squeeze(1) for x in (q, k, v, decay, strength)), state_BGRKV
+            )
+            return out.unsqueeze(1), state
+        return self.kernels.delta_rule(
+            q, k, v, decay, strength, documents=documents, state_BGRKV=state_BGRKV
+        )
+
+    def _continue(self, streams: Streams, padding_BT: Tensor | None, context: Any) -> Tensor:
+        """The rule over the next tokens of each sequence: [S, B, G, R, V]; the cache moves on."""
+        if not context.is_static_batching():
+            raise UnsupportedError(
+                "a gated delta net in dynamic batching; use a static inference context"
+            )
+        caches = context.key_value_memory_dict
+        x_BTGF = streams.convolved.transpose(0, 1)
+        if padding_BT is not None:
+            x_BTGF = x_BTGF.masked_fill(padding_BT[:, :, None, None], 0)
+        if context.sequence_len_offset == 0:
+            history_BJGF = x_BTGF.new_zeros(len(x_BTGF), self.sizes.taps - 1, *x_BTGF.shape[2:])
+            state_BGRKV = None
+        else:
+            history_BJGF, state_BGRKV = (
+                cache.transpose(0, 1) for cache in caches[self.layer_number]
+            )
+        mixed_BTGRV, state_BGRKV = self._rule(
+            streams, None, padding_BT, history_BJGF=history_BJGF, state_BGRKV=state_BGRKV
+        )
+        assert state_BGRKV is not None, "rows that are not packed have a last state"
+        history_BJGF = last_inputs(x_BTGF, history_BJGF, padding_BT)
+        caches[self.layer_number] = history_BJGF.transpose(0, 1), state_BGRKV.transpose(0, 1)
+        return mixed_BTGRV.transpose(0, 1)
+
+    def _norm_weight(self) -> Tensor:
+        """The norm's weight, whose gradient is summed over the heads of all tensor-parallel ranks.
+
+        Under sequence parallelism ``finalize_model_grads`` sums it, with the layers' norms.
+        """
+        if self.config.sequence_parallel or self.tp_group.size() == 1:
+            return self.norm.weight
+        weight: Tensor = copy_to_tensor_model_parallel_region(self.norm.weight, group=self.tp_group)
+        return weight
+
+    def _context_group(self, packed: PackedSeqParams | None) -> dist.ProcessGroup | None:
+        group = self.cp_group
+        if packed is not None and packed.cp_group is not None:
+            group = packed.cp_group
+        elif packed is not None and packed.local_cp_size is not None:
+            if packed.local_cp_size != 1:
+                raise InputError(
+                    f"packed_seq_params.local_cp_size is {packed.local_cp_size} without a "
+                    "cp_group; give the group, or 1"
+                )
+            group = None
+        return group if group is not None and group.size() > 1 else None
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+        tp_group: dist.ProcessGroup | None = None,
+    ) -> dict[str, Any]:
+        """For megatron-core's checkpoints: every parameter but the norm's is cut by heads."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        tp_group = tp_group or self.tp_group
+        own: dict[str, Any] = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            {"A_log": 0, "dt_bias": 0},
+            sharded_offsets,
+            tp_group=tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for name, module in self.named_children():
+            sharded |= sharded_state_dict_default(
+                module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group
+            )
+        return sharded
+
+
+def _exchanged(streams: Streams, order: Dealt, group: dist.ProcessGroup) -> Streams:
+    """All tokens of this rank's heads; the output's gate stays with the tokens."""
+    widths = [x.size(-1) for x in (streams.convolved, streams.strength, streams.decay)]
+    joined = torch.cat([streams.convolved, streams.strength, streams.decay], dim=-1)
+    convolved, strength, decay = to_heads(joined, order, group).split(widths, dim=-1)
+    return dataclasses.replace(streams, convolved=convolved, strength=strength, decay=decay)
+
+
+def _padding(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """Which tokens are padding: bool [B, S], True where one is."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
+        raise UnsupportedError(
+            f"attention_mask is {mask.dtype} of shape {list(mask.shape)}; a gated delta net is "
+            "causal and takes padded tokens only, bool [B, 1, 1, tokens]: leave the mask out, pack "
+            "documents by packing_kwargs"
+        )
+    return mask[:, 0, 0, mask.size(-1) - tokens :]
