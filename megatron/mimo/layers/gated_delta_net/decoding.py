@@ -1,6 +1,6 @@
 """One token at a time: the recurrence itself, and what the convolution remembers.
 
-Legend: B sequences, T tokens of a step, G key heads, R value heads of each, F channels of a group,
+Legend: B sequences, S tokens of a step, G key heads, R value heads of each, F channels of a group,
 J taps of the convolution, K size of a key, V size of a value.
 """
 
@@ -39,22 +39,21 @@ def delta_step(
     return out_BGRV.to(v_BGRV.dtype), state
 
 
-def last_inputs(x_BTGF: Tensor, history_BJGF: Tensor, padding_BT: Tensor | None) -> Tensor:
+def last_inputs(x_SBGF: Tensor, history_JBGF: Tensor, padding_SB: Tensor | None) -> Tensor:
     """What the convolution of the next step has to know: each sequence's last J - 1 tokens.
 
     Args:
-        x_BTGF: what the convolution read in this step.
-        history_BJGF: the J - 1 tokens before.
-        padding_BT: bool, True where a token is none; before or behind a sequence's tokens, not
+        x_SBGF: what the convolution read in this step.
+        history_JBGF: the J - 1 tokens before.
+        padding_SB: bool, True where a token is none; before or behind a sequence's tokens, not
             among them. None for none.
     """
-    taps = history_BJGF.size(1)
-    extended = torch.cat([history_BJGF, x_BTGF], dim=1)
-    if padding_BT is None:
-        return extended[:, extended.size(1) - taps :].clone()
-    T = x_BTGF.size(1)
-    place_T = torch.arange(1, T + 1, device=padding_BT.device)
-    end_B = torch.where(padding_BT, 0, place_T).amax(dim=1)
+    taps = len(history_JBGF)
+    extended = torch.cat([history_JBGF, x_SBGF])
+    if padding_SB is None:
+        return extended[len(extended) - taps :].clone()
+    place_S1 = torch.arange(1, len(x_SBGF) + 1, device=padding_SB.device)[:, None]
+    end_B = torch.where(padding_SB, 0, place_S1).amax(dim=0)
     # The tokens [end - taps, end) of the step lie at [end, end + taps) behind the history.
-    index_BJ = end_B[:, None] + torch.arange(taps, device=padding_BT.device)
-    return extended.take_along_dim(index_BJ[:, :, None, None], dim=1)
+    index_JB = end_B + torch.arange(taps, device=padding_SB.device)[:, None]
+    return extended.take_along_dim(index_JB[:, :, None, None], dim=0)

@@ -6,6 +6,7 @@ and nothing waits for the device.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.mimo.layers.gated_delta_net.heads_over_ranks import Dealt, dealt
+from megatron.mimo.layers.gated_delta_net.heads_over_ranks import Dealt, deal_places
 
 __all__ = ["Documents", "documents_of"]
 
@@ -35,18 +36,29 @@ class Documents:
         position_T: of each token in its document.
         sums: summed lengths of the places, integers [documents + 1] from 0 to at most T, on the
             device of the tokens.
+        given: the same where they were given, maybe on the host.
     """
 
     number_T: Tensor
     position_T: Tensor
     sums: Tensor
+    given: Tensor
     _dealt: dict[int, Dealt] = field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def filled_sums(self) -> tuple[Tensor, Tensor]:
+        """Summed lengths from 0 to T of the documents that have tokens, int64: on the device of the
+        tokens, and on the host (which waits for the device where only that knows the lengths).
+        """
+        values = sorted({*self.given.tolist(), self.number_T.numel()})
+        host = torch.tensor(values)
+        return host.to(self.number_T.device, non_blocking=True), host
 
     def dealt(self, size: int) -> Dealt:
         """How context parallelism of this size deals out the tokens."""
         if size not in self._dealt:
             tokens = self.number_T.numel()
-            self._dealt[size] = dealt(tokens, size, self.sums.device, self.sums)
+            self._dealt[size] = deal_places(tokens, size, self.sums)
         return self._dealt[size]
 
 
@@ -73,15 +85,16 @@ def documents_of(
     version, known_tokens, documents = _KNOWN.get(sums, (None, None, None))
     if documents is None or (version, known_tokens) != (sums._version, tokens):
         _check(sums, tokens)
-        documents = _find(sums.to(device, non_blocking=True), tokens)
+        documents = _find(sums, tokens, device)
         _KNOWN[sums] = (sums._version, tokens, documents)
     return documents
 
 
-def _find(sums: Tensor, tokens: int) -> Documents:
+def _find(given: Tensor, tokens: int, device: torch.device) -> Documents:
+    sums = given.to(device, non_blocking=True)
     place_T = torch.arange(tokens, device=sums.device, dtype=sums.dtype)
     number_T = torch.searchsorted(sums[1:].contiguous(), place_T, right=True)
-    return Documents(number_T=number_T, position_T=place_T - sums[number_T], sums=sums)
+    return Documents(number_T=number_T, position_T=place_T - sums[number_T], sums=sums, given=given)
 
 
 def _check(sums: Tensor, tokens: int) -> None:

@@ -10,6 +10,7 @@ tensor-parallel rank, D numbers for each.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megatron.core.models.mimo.alignment.cut import SequenceCut
 
-__all__ = ["Dealt", "dealt", "to_heads", "to_tokens"]
+__all__ = ["Dealt", "deal_evenly", "deal_places", "to_heads", "to_tokens"]
 
 
 class Dealt(NamedTuple):
@@ -33,25 +34,33 @@ class Dealt(NamedTuple):
     ranks_S: Tensor
 
 
-def dealt(tokens: int, size: int, device: torch.device, places: Tensor | None = None) -> Dealt:
-    """How the tokens of a row are dealt out.
+@functools.lru_cache(maxsize=8)
+def deal_evenly(tokens: int, size: int, device: torch.device) -> Dealt:
+    """How the tokens of rows that are not packed are dealt out.
 
     Args:
         tokens: S.
         size: cp.
         device: of the tensors.
-        places: summed lengths of the places of packed documents, which are dealt out one by one;
-            None for rows that are not packed.
 
     Raises:
         InputError: S is not divisible by 2 * cp.
     """
-    cut = SequenceCut(cp_size=size, places=places)
-    positions = [
-        cut.of_rank(cp_rank=rank, tp_rank=0).context_positions(tokens) for rank in range(size)
-    ]
-    ranks_S = torch.cat(positions).to(device, non_blocking=True)
-    return Dealt(sequence_S=ranks_S.argsort(), ranks_S=ranks_S)
+    return _deal(tokens, size, device, None)
+
+
+def deal_places(tokens: int, size: int, places: Tensor) -> Dealt:
+    """How the tokens of a packed row are dealt out, document by document.
+
+    Args:
+        tokens: S.
+        size: cp.
+        places: summed lengths of the documents' places, where the tokens are.
+
+    Raises:
+        InputError: S is not divisible by 2 * cp.
+    """
+    return _deal(tokens, size, places.device, places)
 
 
 def to_heads(x_SBGD: Tensor, order: Dealt, group: dist.ProcessGroup) -> Tensor:
@@ -73,6 +82,15 @@ def to_tokens(x_SBGD: Tensor, order: Dealt, group: dist.ProcessGroup) -> Tensor:
     by_rank = _Reorder.apply(x_SBGD, order.ranks_S, order.sequence_S)
     received = _swap(by_rank.unflatten(0, (group.size(), -1)), group)  # [cp, S_local, B, G / cp, D]
     return received.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def _deal(tokens: int, size: int, device: torch.device, places: Tensor | None) -> Dealt:
+    cut = SequenceCut(cp_size=size, places=places)
+    positions = [
+        cut.of_rank(cp_rank=rank, tp_rank=0).context_positions(tokens) for rank in range(size)
+    ]
+    ranks_S = torch.cat(positions).to(device, non_blocking=True)
+    return Dealt(sequence_S=ranks_S.argsort(), ranks_S=ranks_S)
 
 
 class _Reorder(torch.autograd.Function):

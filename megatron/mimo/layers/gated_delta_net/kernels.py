@@ -1,4 +1,4 @@
-"""The convolution and the rule over whole rows, in PyTorch or by ``fla`` on a GPU's kernels.
+"""Whose kernels compute the expensive steps: PyTorch's, or flash-linear-attention's on a GPU.
 
 Legend: as ``delta_rule`` and ``token_functions``.
 """
@@ -7,27 +7,22 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megatron.mimo.backend import capabilities
 from megatron.mimo.layers.gated_delta_net.delta_rule import gated_delta_rule
 from megatron.mimo.layers.gated_delta_net.documents import Documents
+from megatron.mimo.layers.gated_delta_net.fla_kernels import FlaKernels, is_usable
 from megatron.mimo.layers.gated_delta_net.token_functions import causal_convolution, gated_norm
 
-__all__ = ["Kernels", "PyTorchKernels", "kernels_here"]
+__all__ = ["Kernels", "PyTorchKernels", "fast_kernels"]
 
 
 class Kernels(Protocol):
-    """Ways to compute the three expensive steps of the layer."""
+    """The three steps, over whole rows."""
 
-    def convolve(
-        self,
-        x_BTGF: Tensor,
-        weight_GFJ: Tensor,
-        *,
-        history_BJGF: Tensor | None,
-        documents: Documents | None,
-    ) -> Tensor:
+    def convolve(self, x_BTGF: Tensor, weight_GFJ: Tensor, documents: Documents | None) -> Tensor:
         """See ``causal_convolution``."""
 
     def delta_rule(
@@ -37,31 +32,33 @@ class Kernels(Protocol):
         v_BTGRV: Tensor,
         decay_BTGR: Tensor,
         strength_BTGR: Tensor,
-        *,
         documents: Documents | None,
-        state_BGRKV: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """See ``gated_delta_rule``; no state is given back for packed rows."""
+        """See ``gated_delta_rule``; a state for rows that are not packed."""
 
     def norm(self, x_BTGRV: Tensor, gate_BTGRV: Tensor, weight_V: Tensor, epsilon: float) -> Tensor:
         """See ``gated_norm``."""
 
 
 class PyTorchKernels:
-    """On any device, in a fixed order of sums."""
+    """On any device and in any dtype, in a fixed order of sums.
 
-    def convolve(
-        self,
-        x_BTGF: Tensor,
-        weight_GFJ: Tensor,
-        *,
-        history_BJGF: Tensor | None,
-        documents: Documents | None,
-    ) -> Tensor:
+    Args:
+        history_BJGF: what the convolution read before the rows.
+        state_BGRKV: before the rows.
+    """
+
+    def __init__(
+        self, history_BJGF: Tensor | None = None, state_BGRKV: Tensor | None = None
+    ) -> None:
+        self._history_BJGF = history_BJGF
+        self._state_BGRKV = state_BGRKV
+
+    def convolve(self, x_BTGF: Tensor, weight_GFJ: Tensor, documents: Documents | None) -> Tensor:
         """See ``causal_convolution``."""
         position_T = None if documents is None else documents.position_T
         return causal_convolution(
-            x_BTGF, weight_GFJ, history_BJGF=history_BJGF, position_T=position_T
+            x_BTGF, weight_GFJ, history_BJGF=self._history_BJGF, position_T=position_T
         )
 
     def delta_rule(
@@ -71,10 +68,8 @@ class PyTorchKernels:
         v_BTGRV: Tensor,
         decay_BTGR: Tensor,
         strength_BTGR: Tensor,
-        *,
         documents: Documents | None,
-        state_BGRKV: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         """See ``gated_delta_rule``."""
         return gated_delta_rule(
             q_BTGK,
@@ -83,7 +78,7 @@ class PyTorchKernels:
             decay_BTGR,
             strength_BTGR,
             documents_T=None if documents is None else documents.number_T,
-            state_BGRKV=state_BGRKV,
+            state_BGRKV=self._state_BGRKV,
         )
 
     def norm(self, x_BTGRV: Tensor, gate_BTGRV: Tensor, weight_V: Tensor, epsilon: float) -> Tensor:
@@ -91,15 +86,16 @@ class PyTorchKernels:
         return gated_norm(x_BTGRV, gate_BTGRV, weight_V, epsilon)
 
 
-def kernels_here(*, deterministic: bool) -> Kernels:
-    """flash-linear-attention's where the package can be used on this process's GPU, else PyTorch's.
+def fast_kernels(dtype: torch.dtype, *, deterministic: bool) -> Kernels:
+    """flash-linear-attention's where it can be used on this process's GPU, else PyTorch's.
 
     Args:
+        dtype: of the projections; the package's kernels are for half precision.
         deterministic: only sums in a fixed order will do.
     """
-    if capabilities().device != "cpu" and not deterministic:
-        from megatron.mimo.layers.gated_delta_net import fla
-
-        if fla.is_usable():
-            return fla.FlaKernels()
+    here = capabilities()
+    on_gpu = here.device != "cpu" and here.flash_linear_attention is not None
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    if on_gpu and is_half and not deterministic and is_usable():
+        return FlaKernels()
     return PyTorchKernels()

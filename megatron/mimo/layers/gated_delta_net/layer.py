@@ -31,11 +31,11 @@ from megatron.mimo.layers.gated_delta_net.decoding import delta_step, last_input
 from megatron.mimo.layers.gated_delta_net.documents import Documents, documents_of
 from megatron.mimo.layers.gated_delta_net.heads_over_ranks import (
     Dealt,
-    dealt,
+    deal_evenly,
     to_heads,
     to_tokens,
 )
-from megatron.mimo.layers.gated_delta_net.kernels import kernels_here
+from megatron.mimo.layers.gated_delta_net.kernels import Kernels, PyTorchKernels, fast_kernels
 from megatron.mimo.layers.gated_delta_net.parameters import (
     ConvolutionWeight,
     HeadNormWeight,
@@ -108,7 +108,6 @@ class GatedDeltaNet(MegatronModule):
         self.pg_collection = groups
         self.tp_group: dist.ProcessGroup = groups.tp
         self.cp_group = groups.cp if config.context_parallel_size > 1 else None
-        self.kernels = kernels_here(deterministic=config.deterministic_mode)
 
         def linear(spec: Any, part: str, *widths: int, **named: Any) -> Any:
             if name is not None:
@@ -181,24 +180,32 @@ class GatedDeltaNet(MegatronModule):
             raise UnsupportedError("attention_bias in a gated delta net; expected None")
         projected_SBD, _ = self.in_proj(hidden_states)
         streams = self.sizes.split(projected_SBD)
-        padding_BT = _padding(attention_mask, projected_SBD.size(0))
-        if inference_context is not None:
-            if packed_seq_params is not None:
-                raise UnsupportedError("packed rows with a cache; generate from rows of prompts")
-            mixed_SBGRV = self._continue(streams, padding_BT, inference_context)
+        padding_SB = _padding(attention_mask, projected_SBD.size(0))
+        if padding_SB is not None:
+            streams = _without_padding(streams, padding_SB)
+        if inference_context is None:
+            group = self._context_group(packed_seq_params)
+            if group is not None and padding_SB is not None:
+                raise UnsupportedError(
+                    "context parallelism requires attention_mask=None; padding behind the tokens "
+                    "needs no mask"
+                )
+            mixed_SBGRV = self._mix(streams, packed_seq_params, group)
+        elif packed_seq_params is None:
+            mixed_SBGRV = self._continue(streams, padding_SB, inference_context)
         else:
-            mixed_SBGRV = self._mix(streams, padding_BT, packed_seq_params)
-        normed_SBGRV = self.kernels.norm(
+            raise UnsupportedError("packed rows with a cache; generate from rows of prompts")
+        kernels = self._fast_kernels(projected_SBD)
+        normed_SBGRV = kernels.norm(
             mixed_SBGRV, streams.gate, self._norm_weight(), self.config.layernorm_epsilon
         )
         out_SBH, _ = self.out_proj(normed_SBGRV.flatten(2))
         return out_SBH, None
 
     def _mix(
-        self, streams: Streams, padding_BT: Tensor | None, packed: PackedSeqParams | None
+        self, streams: Streams, packed: PackedSeqParams | None, group: dist.ProcessGroup | None
     ) -> Tensor:
         """The rule over whole rows: [S_local, B, G, R, V]."""
-        group = self._context_group(packed)
         size = 1 if group is None else group.size()
         tokens, device = streams.convolved.size(0) * size, streams.convolved.device
         documents = documents_of(packed, tokens=tokens, device=device)
@@ -208,14 +215,12 @@ class GatedDeltaNet(MegatronModule):
             )
         rank, order = 0, None
         if group is not None:
-            if padding_BT is not None:
-                raise UnsupportedError(
-                    "context parallelism requires attention_mask=None; pad behind the tokens"
-                )
             rank = group.rank()
-            order = dealt(tokens, size, device) if documents is None else documents.dealt(size)
+            order = (
+                deal_evenly(tokens, size, device) if documents is None else documents.dealt(size)
+            )
             streams = _exchanged(streams, order, group)
-        mixed_BTGRV, _ = self._rule(streams, documents, padding_BT, share=(rank, size))
+        mixed_BTGRV, _ = self._rule(streams, documents, share=(rank, size))
         mixed_SBGRV = mixed_BTGRV.transpose(0, 1)
         if group is None or order is None:
             return mixed_SBGRV
@@ -225,20 +230,24 @@ class GatedDeltaNet(MegatronModule):
     def _rule(
         self,
         streams: Streams,
-        documents: Documents | None,
-        padding_BT: Tensor | None,
+        documents: Documents | None = None,
         *,
         share: tuple[int, int] = (0, 1),
-        history_BJGF: Tensor | None = None,
-        state_BGRKV: Tensor | None = None,
+        past: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Convolution and rule: [B, T, G, R, V] and the state."""
+        """Convolution and rule: [B, T, G, R, V] and the state.
+
+        Args:
+            streams: of all tokens of this rank's heads.
+            documents: of a packed row.
+            share: this rank among those that share the layer's heads by context parallelism.
+            past: the convolution's last inputs and the state before the tokens.
+        """
         rank, size = share
+        kernels = PyTorchKernels(*past) if past else self._fast_kernels(streams.convolved)
         x_BTGF, a, b = (
             x.transpose(0, 1) for x in (streams.convolved, streams.decay, streams.strength)
         )
-        if padding_BT is not None:
-            x_BTGF = x_BTGF.masked_fill(padding_BT[:, :, None, None], 0)
         weight_GFJ, A_log_GR, dt_bias_GR = (
             parameter.unflatten(0, (size, -1, width))[rank]
             for parameter, width in (
@@ -247,49 +256,35 @@ class GatedDeltaNet(MegatronModule):
                 (self.dt_bias, self.sizes.values_per_key),
             )
         )
-        convolved_BTGF = self.kernels.convolve(
-            x_BTGF, weight_GFJ, history_BJGF=history_BJGF, documents=documents
-        )
+        convolved_BTGF = kernels.convolve(x_BTGF, weight_GFJ, documents)
         q, k, v = self.sizes.heads(convolved_BTGF)
         decay = decay_of_gate(a, A_log_GR, dt_bias_GR)
         strength = b.to(decay.dtype).sigmoid()
-        if padding_BT is not None:
-            decay, strength = (
-                x.masked_fill(padding_BT[:, :, None, None], 0) for x in (decay, strength)
-            )
-        if x_BTGF.size(1) == 1 and state_BGRKV is not None:
-            out, state = delta_step(
-                *(x.squeeze(1) for x in (q, k, v, decay, strength)), state_BGRKV
-            )
+        if past is not None and x_BTGF.size(1) == 1:
+            out, state = delta_step(*(x.squeeze(1) for x in (q, k, v, decay, strength)), past[1])
             return out.unsqueeze(1), state
-        return self.kernels.delta_rule(
-            q, k, v, decay, strength, documents=documents, state_BGRKV=state_BGRKV
-        )
+        return kernels.delta_rule(q, k, v, decay, strength, documents)
 
-    def _continue(self, streams: Streams, padding_BT: Tensor | None, context: Any) -> Tensor:
+    def _continue(self, streams: Streams, padding_SB: Tensor | None, context: Any) -> Tensor:
         """The rule over the next tokens of each sequence: [S, B, G, R, V]; the cache moves on."""
         if not context.is_static_batching():
             raise UnsupportedError(
                 "a gated delta net in dynamic batching; use a static inference context"
             )
-        caches = context.key_value_memory_dict
-        x_BTGF = streams.convolved.transpose(0, 1)
-        if padding_BT is not None:
-            x_BTGF = x_BTGF.masked_fill(padding_BT[:, :, None, None], 0)
-        if context.sequence_len_offset == 0:
-            history_BJGF = x_BTGF.new_zeros(len(x_BTGF), self.sizes.taps - 1, *x_BTGF.shape[2:])
-            state_BGRKV = None
-        else:
-            history_BJGF, state_BGRKV = (
-                cache.transpose(0, 1) for cache in caches[self.layer_number]
-            )
-        mixed_BTGRV, state_BGRKV = self._rule(
-            streams, None, padding_BT, history_BJGF=history_BJGF, state_BGRKV=state_BGRKV
-        )
+        caches, x_SBGF = context.key_value_memory_dict, streams.convolved
+        past = None
+        history_JBGF = x_SBGF.new_zeros(self.sizes.taps - 1, *x_SBGF.shape[1:])
+        if context.sequence_len_offset > 0:
+            history_JBGF, state_GBRKV = caches[self.layer_number]
+            past = history_JBGF.transpose(0, 1), state_GBRKV.transpose(0, 1)
+        mixed_BTGRV, state_BGRKV = self._rule(streams, past=past)
         assert state_BGRKV is not None, "rows that are not packed have a last state"
-        history_BJGF = last_inputs(x_BTGF, history_BJGF, padding_BT)
-        caches[self.layer_number] = history_BJGF.transpose(0, 1), state_BGRKV.transpose(0, 1)
+        history_JBGF = last_inputs(x_SBGF, history_JBGF, padding_SB)
+        caches[self.layer_number] = history_JBGF, state_BGRKV.transpose(0, 1)
         return mixed_BTGRV.transpose(0, 1)
+
+    def _fast_kernels(self, projected: Tensor) -> Kernels:
+        return fast_kernels(projected.dtype, deterministic=self.config.deterministic_mode)
 
     def _norm_weight(self) -> Tensor:
         """The norm's weight, whose gradient is summed over the heads of all tensor-parallel ranks.
@@ -349,8 +344,19 @@ def _exchanged(streams: Streams, order: Dealt, group: dist.ProcessGroup) -> Stre
     return dataclasses.replace(streams, convolved=convolved, strength=strength, decay=decay)
 
 
+def _without_padding(streams: Streams, padding_SB: Tensor) -> Streams:
+    """Nothing to convolve, no decay (softplus of -inf) and no correction where padding is."""
+    padding_SB11 = padding_SB[:, :, None, None]
+    return dataclasses.replace(
+        streams,
+        convolved=streams.convolved.masked_fill(padding_SB11, 0),
+        strength=streams.strength.masked_fill(padding_SB11, -torch.inf),
+        decay=streams.decay.masked_fill(padding_SB11, -torch.inf),
+    )
+
+
 def _padding(mask: Tensor | None, tokens: int) -> Tensor | None:
-    """Which tokens are padding: bool [B, S], True where one is."""
+    """Which tokens are padding: bool [S, B], True where one is."""
     if mask is None:
         return None
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
@@ -359,4 +365,4 @@ def _padding(mask: Tensor | None, tokens: int) -> Tensor | None:
             "causal and takes padded tokens only, bool [B, 1, 1, tokens]: leave the mask out, pack "
             "documents by packing_kwargs"
         )
-    return mask[:, 0, 0, mask.size(-1) - tokens :]
+    return mask[:, 0, 0, mask.size(-1) - tokens :].t()
