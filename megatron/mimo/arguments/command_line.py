@@ -255,6 +255,10 @@ def _derive(args: argparse.Namespace, machine: Capabilities) -> None:
         raise ConfigError("--fp32 excludes --fp16 and --bf16; give one of the three")
     if args.rerun_mode == "report_stats":  # the flag's word; the machine knows another
         args.rerun_mode = "report_determinism_stats"
+    if args.profile:
+        # Megatron's other way marks steps for Nsight Systems, which is what its ranges are for
+        args.use_pytorch_profiler |= not args.nvtx_ranges
+        args.profile_ranks = args.profile_ranks or [0]
     if args.num_experts and not args.swiglu:
         args.bias_gelu_fusion = False  # Megatron's experts do not have it, and raise
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:

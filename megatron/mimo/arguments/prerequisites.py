@@ -47,15 +47,24 @@ def _check_rate(args: Namespace) -> None:
 
 def _check_profile(args: Namespace, machine: Capabilities) -> None:
     on_gpu = machine.device != "cpu"
-    if args.profile and not args.use_pytorch_profiler and not on_gpu:
-        raise ConfigError(
-            "--profile marks steps for NVIDIA's Nsight Systems, which needs a GPU; add "
-            "--use-pytorch-profiler, which writes a trace into the TensorBoard folder"
-        )
+    if args.use_pytorch_profiler and not args.profile:
+        raise ConfigError("--use-pytorch-profiler has no effect without --profile; give it as well")
     if args.profile and args.use_pytorch_profiler and args.tensorboard_dir is None:
         raise ConfigError(
-            "--use-pytorch-profiler writes into the TensorBoard folder, and there is none; give "
+            "--profile writes beside the TensorBoard folder, and there is none; give "
             "--tensorboard-dir DIR, or leave --no-output away"
+        )
+    first, end = args.profile_step_start, args.profile_step_end
+    if args.profile and not 1 <= first < end:
+        raise ConfigError(
+            f"--profile-step-start {first} --profile-step-end {end}: iterations count from 1, and "
+            "those before the end are profiled; give an end after the start"
+        )
+    beyond = [rank for rank in args.profile_ranks if not 0 <= rank < args.world_size]
+    if args.profile and beyond:
+        raise ConfigError(
+            f"--profile-ranks {' '.join(map(str, beyond))}: the run has the ranks 0 to "
+            f"{args.world_size - 1}"
         )
     for flag, is_on in (
         ("--record-memory-history", args.record_memory_history),

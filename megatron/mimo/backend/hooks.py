@@ -42,6 +42,25 @@ RERUN_MACHINE = Patch(
     reason="where a value that is not finite came from; a run that ends by one can go on",
     scope=Scope.RUN,
 )
+FINALIZE = _of_loop("finalize_model_grads", "--profile names what reduces the gradients")
+BACKWARD = Patch(
+    name="backward of a micro-batch",
+    target="megatron.core.pipeline_parallel.schedules:backward_step",
+    reason="--profile names it",
+    scope=Scope.RUN,
+)
+PROFILER = Patch(
+    name="profiler",
+    target="torch.profiler:profile",
+    reason="what Megatron makes of it counts steps from the start of the process, and only traces",
+    scope=Scope.RUN,
+)
+STEP = Patch(
+    name="step of the optimizer",
+    target="megatron.core.optimizer.optimizer:MegatronOptimizer.step",
+    reason="--profile names it",
+    scope=Scope.OBJECT,
+)
 TRACKER_NAME = Patch(
     name="tracker file",
     target="megatron.training.checkpointing:get_checkpoint_tracker_filename",
@@ -137,8 +156,8 @@ ADAM = (
 
 HOOKS = (
     *(TRAIN, TRAINING_LOG, EVALUATION, EVALUATE, SAVE, LOAD, OPTIMIZER, WRAP, SCHEDULE),
-    RERUN_MACHINE,
+    *(RERUN_MACHINE, FINALIZE, BACKWARD, PROFILER),
     *(TRACKER_NAME, ASYNC_SAVE, RESULTS_QUEUE, ARGUMENTS, PIXELS),
-    *(LAYERS_APART, ZERO_STATE, PARSER_ERROR, ADAPTED, EXIT),
+    *(LAYERS_APART, ZERO_STATE, PARSER_ERROR, ADAPTED, STEP, EXIT),
 )
 """What is in place for the time of a run or a call, or in one object."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.model.heads import Losses
+from megatron.core.models.mimo.model.ranges import named_range
 from megatron.core.utils import unwrap_model
 from megatron.mimo.data.batch import HEAD_TARGETS, SOURCE_IDS, SOURCE_NAMES, Batch
 from megatron.mimo.process import presence
@@ -126,7 +127,8 @@ def build_forward_step(recipe: Recipe, args: Namespace) -> Callable[..., tuple[T
         timers = get_timers()
         slot.enter("reading data")
         timers("batch-generator", log_level=2).start()
-        batch, counts = read(data_iterator, model)
+        with named_range("data"):
+            batch, counts = read(data_iterator, model)
         timers("batch-generator").stop()
         slot.enter("forward")
         labels_BS = batch.get("labels")

@@ -144,6 +144,7 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     from megatron.mimo.training.origins import SampleFinder
     from megatron.mimo.training.part_optimizer import part_optimizer
     from megatron.mimo.training.plans import DataPosition
+    from megatron.mimo.training.profiling import Profiling
     from megatron.mimo.training.throughput import ThroughputMeter
     from megatron.mimo.training.watch import LoopWatch
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -153,15 +154,12 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     output = None if args.output is None else Path(args.output)
     curve = LossCurve(output / "loss.csv" if output else None, writes=args.rank == 0)
     builder = ModelBuilder(recipe, args, console.say)
-    meter = ThroughputMeter(builder.chunks)
-    position = DataPosition(args)
+    meter, position = ThroughputMeter(builder.chunks), DataPosition(args)
     watch = LoopWatch(args, console, curve, meter, position)
-    caches = EncoderCaches(args, builder.chunks)
-    samples = SampleFinder()
+    profiling = Profiling(args, builder.chunks, console)
+    caches, samples = EncoderCaches(args, builder.chunks), SampleFinder()
     results = ResultWatch(args, builder.chunks, samples)
-    console.say(_opening(recipe, args))
-    if recipe.save_assets is not None and args.save and args.rank == 0:
-        recipe.save_assets(args, Path(args.save))
+    _open(recipe, args, console)
     presence.here().slot.enter("building the model")
     with stdout(shown=args.verbose and args.rank == 0), warnings_shown(shown=args.verbose):
         set_global_variables(args)
@@ -169,7 +167,10 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
         if args.load is None:
             curve.begin(0)
         try:
-            with watch.installed(), results.installed(), part_optimizer(args, builder):
+            with contextlib.ExitStack() as stack:
+                for one in (watch, profiling, results):
+                    stack.enter_context(one.installed())
+                stack.enter_context(part_optimizer(args, builder))
                 pretrain(
                     pretrain_cfg_container_from_args(args),
                     dataset_provider(recipe, args, samples, position, caches, meter),
@@ -187,10 +188,16 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     curve.close()
     for said in caches.report():
         console.say(said)
-    if stopped_by:
-        return 0
-    _finish(recipe, args, console, watch, builder, curve, output)
+    if not stopped_by:
+        _finish(recipe, args, console, watch, builder, curve, output)
     return 0
+
+
+def _open(recipe: Recipe, args: Namespace, console: Console) -> None:
+    """Say what is run, and keep what its checkpoints need beside the weights."""
+    console.say(_opening(recipe, args))
+    if recipe.save_assets is not None and args.save and args.rank == 0:
+        recipe.save_assets(args, Path(args.save))
 
 
 def _finish(

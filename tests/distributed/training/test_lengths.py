@@ -41,12 +41,6 @@ def test_a_nan_is_shown_as_one(ranks: RankPool, tmp_path: Path, layout: str) -> 
     assert losses(tmp_path)[2] == "nan"
 
 
-def test_a_trace_without_a_gpu(ranks: RankPool, tmp_path: Path) -> None:
-    steps = ("--profile-step-start", "1", "--profile-step-end", "2")
-    succeed(ranks, tmp_path, "one", "--profile", "--use-pytorch-profiler", *steps)
-    assert (tmp_path / "torch_profile/rank-0.json.gz").stat().st_size > 0
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_processes_saves_too(ranks: RankPool, tmp_path: Path, number: int) -> None:
     flags = ("--train-iters", "100000", "--save-interval", "100000", "--num-workers", "2")

@@ -91,8 +91,10 @@ def test_a_schedule_of_batch_sizes_wins_over_a_recipes_batch_size() -> None:
             ("--lr-decay-style", "WSD", "--train-samples", "90"),
             "WSD needs --lr-wsd-decay-samples N",
         ),
-        (("--profile",), "--profile marks steps for .*; add --use-pytorch-profiler"),
-        (("--profile", "--use-pytorch-profiler", "--no-output"), "writes into the TensorBoard"),
+        (("--profile", "--no-output"), "--profile writes beside the TensorBoard folder"),
+        (("--use-pytorch-profiler",), "has no effect without --profile"),
+        (("--profile", "--profile-step-start", "3", "--profile-step-end", "3"), "count from 1"),
+        (("--profile", "--profile-ranks", "0", "7"), "--profile-ranks 7: the run has the ranks 0"),
         (("--record-memory-history",), "--record-memory-history needs a GPU"),
     ],
 )

@@ -41,6 +41,7 @@ from megatron.core.models.mimo.model.labels import without
 from megatron.core.models.mimo.model.language_call import LanguageCall, share_of_labels
 from megatron.core.models.mimo.model.level_route import level_route
 from megatron.core.models.mimo.model.overrides import ModelOutput, StockEntryPoints
+from megatron.core.models.mimo.model.ranges import named_range
 from megatron.core.models.mimo.model.recomputation import prepare_recomputation
 from megatron.core.models.mimo.model.refusals import (
     refuse_description,
@@ -250,7 +251,8 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         packed = call.packed_row(inputs, config=self.config, device=device)
         cut = sequence_cut(adapter, packed)
         if plan is not None:
-            merged = self._embed(inputs, rows, plan, cut, packed)
+            with named_range("merge"):
+                merged = self._embed(inputs, rows, plan, cut, packed)
         else:
             merged = self._arrived(inputs, cut)
         labels = share_of_labels(inputs, cut, self.language_model)

@@ -16,6 +16,7 @@ from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.model.checks import ModalityInputs, require_token_id
 from megatron.core.models.mimo.model.encoder_splits import leave_out_unreduced_ranks
 from megatron.core.models.mimo.model.idle import idle_rows
+from megatron.core.models.mimo.model.ranges import named_range
 
 Rows = dict[str, Encoded]
 
@@ -52,7 +53,9 @@ def encode_modalities(
                 rows[name] = idle
             continue
         require_token_id(name, special_token_ids)
-        encoded = submodule(encoder_inputs=inputs if hidden is None else None, hidden_states=hidden)
+        own = inputs if hidden is None else None
+        with named_range(f"encode {name}"):
+            encoded = submodule(encoder_inputs=own, hidden_states=hidden)
         if encoded is not None:
             rows[name] = encoded
     return rows

@@ -26,6 +26,7 @@ from megatron.core.models.mimo.model.colocated import apart, side_by_side
 from megatron.core.models.mimo.model.encode import is_empty
 from megatron.core.models.mimo.model.idle import idle_rows
 from megatron.core.models.mimo.model.media_units import Call, Inputs, Unit, calls_of, units_of
+from megatron.core.models.mimo.model.ranges import named_range
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
@@ -141,7 +142,8 @@ class ModalityPass:
     def _encode(self, number: int) -> torch.Tensor:
         """One call; where there is none, what keeps this rank in step with those that have some."""
         modality = self._modality
-        with _drawing_from(self._seed, number, modality):
+        drawing = _drawing_from(self._seed, number, modality)
+        with named_range(f"encode {modality.name}"), drawing:
             if not self._calls:
                 encoded = idle_rows(modality.submodule, modality.like_H.numel())
             else:
@@ -187,7 +189,8 @@ class ModalityPass:
                 else:
                     wide_NW, self._encoded[number] = self._encoded[number], grad_NW
                 if wide_NW.requires_grad:
-                    torch.autograd.backward(wide_NW, grad_NW)
+                    with named_range("backward"):
+                        torch.autograd.backward(wide_NW, grad_NW)
 
     def _encode_again(self, number: int) -> torch.Tensor:
         tracker = get_cuda_rng_tracker()
