@@ -37,6 +37,17 @@ _COMMON: dict[str, tuple[Any, ...]] = {
     "vocab_size": (401, 433, 499, 503),
     "rms_norm_eps": (1e-6, 1e-5),
 }
+_QWEN3_5: dict[str, tuple[Any, ...]] = {
+    "rms_norm_eps": (1e-3, 1e-4),  # see the tiny configuration
+    "attention_bias": (False, True),
+    "layer_types": (
+        ["linear_attention", "full_attention"] * 2,
+        [*["linear_attention"] * 3, "full_attention"],
+    ),
+    "linear_num_key_heads": (2, 4),
+    "linear_num_value_heads": (4, 8),
+    "linear_conv_kernel_dim": (3, 4),
+}
 _OF_KIND: dict[str, dict[str, tuple[Any, ...]]] = {
     "llama": {
         "rope": tuple(_ROPE),
@@ -61,6 +72,8 @@ _OF_KIND: dict[str, dict[str, tuple[Any, ...]]] = {
     "qwen2_5_vl_text": {"window": (None, 6)},
     "qwen3_vl_text": {"attention_bias": (False, True)},
     "qwen3_vl_moe_text": {"attention_bias": (False, True), "num_experts_per_tok": (2, 3)},
+    "qwen3_5_text": _QWEN3_5,
+    "qwen3_5_moe_text": {**_QWEN3_5, "num_experts_per_tok": (2, 3)},
     "gemma3_text": {
         "head_dim": (16, 24),
         "sliding_window": (5, 9),

@@ -85,6 +85,7 @@ def pretrained_encoder_config(
         "use_te_activation_func": False,
         "qk_layernorm": False,
         "qk_l2_norm": False,
+        "attention_output_gate": False,
         "window_size": None,
         "softmax_type": "vanilla",
         "hidden_dropout": 0.0,

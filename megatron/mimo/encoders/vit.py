@@ -34,10 +34,10 @@ def encoder_config(
     """An encoder's configuration beside a language model's, where both share process groups.
 
     Precision, activation, initialisation, dropout, recomputation and tensor parallelism are the
-    language model's. The encoder has no experts, and runs whole on each tensor-parallel group that
-    has it: no pipeline, no context or sequence parallelism. Its rows are as many as a micro-batch's
-    media give, which neither FP8 and FP4 (tokens by the eight) nor CUDA graphs (fixed shapes) take:
-    it runs in the language model's ``params_dtype``, uncaptured.
+    language model's. The encoder has no experts or linear layers, and runs whole on each
+    tensor-parallel group that has it: no pipeline, no context or sequence parallelism. Its rows are
+    as many as a micro-batch's media give, which neither FP8 and FP4 (tokens by the eight) nor CUDA
+    graphs (fixed shapes) take: it runs in the language model's ``params_dtype``, uncaptured.
 
     Args:
         language: configuration of the language model.
@@ -99,15 +99,15 @@ def encoder_config(
         cuda_graph_modules=[],
         inference_cuda_graph_scope=None,
         recompute_modules=[n for n in language.recompute_modules or () if n in _RECOMPUTED],
-        **_settings_of_experts(language),
+        **_only_in_language(language),
     )
 
 
-def _settings_of_experts(config: TransformerConfig) -> dict[str, Any]:
-    """Defaults of what only mixtures of experts have; Megatron refuses them in a dense model."""
+def _only_in_language(config: TransformerConfig) -> dict[str, Any]:
+    """Defaults of what only experts and linear layers have, of which encoders have none."""
     defaults = {}
     for field in fields(config):
-        if field.name.startswith("moe_"):
+        if field.name.startswith("moe_") or field.name == "linear_attention_freq":
             made = field.default_factory
             defaults[field.name] = field.default if made is MISSING else made()
     return defaults

@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.backend import capabilities
 from megatron.mimo.layers.attention.core_attention import CoreAttention
 from megatron.mimo.layers.attention.self_attention import CachingSelfAttention
+from megatron.mimo.layers.linear_layers import first_layer, with_linear_layers
 from megatron.mimo.layers.norm import Norm
 from megatron.mimo.layers.sandwich import SandwichLayer
 from megatron.mimo.layers.traits import LayerTraits
@@ -61,7 +62,8 @@ def language_layer_spec(
     """Layers with causal attention, and the norm after the last: GPTModel's transformer_layer_spec.
 
     Dense and mixture-of-experts layers, latent attention and norms of queries and keys follow
-    ``config``.
+    ``config``; so do the layers that have a gated delta net in place of attention,
+    ``linear_attention_freq``.
 
     Args:
         config: of the language model.
@@ -95,6 +97,9 @@ def language_layer_spec(
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         _replace(block, {TEDotProductAttention: CoreAttention})
+    if config.linear_attention_freq is not None:
+        first = first_layer(config, vp_stage=vp_stage, pp_rank=pp_rank)
+        block.layer_specs = with_linear_layers(block.layer_specs, config, first, with_te=with_te)
     return _block_spec(block, config, with_te=with_te)
 
 

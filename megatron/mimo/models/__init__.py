@@ -28,12 +28,14 @@ _ARCHITECTURES = {
     "llava_next": ("LlavaNextForConditionalGeneration",),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
     "qwen2_audio": ("Qwen2AudioForConditionalGeneration",),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration",),
+    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration",),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration",),
 }
 
 # Families that stand in another one's folder.
-_MODULES = {"qwen3_vl_moe": "qwen3_vl.moe"}
+_MODULES = {"qwen3_5_moe": "qwen3_5.moe", "qwen3_vl_moe": "qwen3_vl.moe"}
 
 _COUNTS = (
     *("num_attention_heads", "num_heads", "num_key_value_heads", "encoder_attention_heads"),

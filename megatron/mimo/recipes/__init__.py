@@ -70,6 +70,24 @@ _RECIPES = {
         "tiny.twins:qwen2_audio_tiny",
         "Qwen2-Audio of 0.2 million parameters that names tones",
     ),
+    "qwen3_5_27b": (
+        "qwen3_5:qwen3_5_27b",
+        "Qwen3.5 27B, gated delta net, images and video",
+    ),
+    "qwen3_5_35b_a3b": (
+        "qwen3_5_moe:qwen3_5_35b_a3b",
+        "Qwen3.5 35B-A3B, gated delta net, images and video",
+    ),
+    "qwen3_5_4b": ("qwen3_5:qwen3_5_4b", "Qwen3.5 4B, gated delta net, images and video"),
+    "qwen3_5_9b": ("qwen3_5:qwen3_5_9b", "Qwen3.5 9B, gated delta net, images and video"),
+    "qwen3_5_moe_tiny": (
+        "tiny.qwen3_5:qwen3_5_moe_tiny",
+        "Qwen3.5 of 0.4 million parameters, most of them in experts, that reads digits",
+    ),
+    "qwen3_5_tiny": (
+        "tiny.qwen3_5:qwen3_5_tiny",
+        "Qwen3.5 of 0.3 million parameters that reads digits in images and clips",
+    ),
     "qwen3_vl_235b_a22b": (
         "qwen3_vl_moe:qwen3_vl_235b_a22b",
         "Qwen3-VL 235B-A22B, images and video",
@@ -105,6 +123,10 @@ _TWINS = {
     "qwen2_5_vl_3b_tiny": "qwen2_5_vl_tiny",
     "qwen2_5_vl_7b_tiny": "qwen2_5_vl_tiny",
     "qwen2_audio_7b_tiny": "qwen2_audio_tiny",
+    "qwen3_5_27b_tiny": "qwen3_5_tiny",
+    "qwen3_5_35b_a3b_tiny": "qwen3_5_moe_tiny",
+    "qwen3_5_4b_tiny": "qwen3_5_tiny",
+    "qwen3_5_9b_tiny": "qwen3_5_tiny",
     "qwen3_vl_235b_a22b_tiny": "qwen3_vl_moe_tiny",
     "qwen3_vl_2b_tiny": "qwen3_vl_tiny",
     "qwen3_vl_30b_a3b_tiny": "qwen3_vl_moe_tiny",

@@ -135,6 +135,25 @@ TURNS: list[Any] = [
     BASE,  # transformers takes a section of 64 frequencies
     {**LLAMA3, "mrope_section": [4, 4, 4]},
 ]
+QWEN3_5: dict[str, list[Any]] = {
+    "head_dim": [32],
+    "num_hidden_layers": [5],
+    "layer_types": [["full_attention"] * 4, ["chunked_attention"] * 4],
+    "linear_conv_kernel_dim": [2, 5],
+    "linear_key_head_dim": [6],
+    "linear_value_head_dim": [20],
+    "linear_num_key_heads": [2, 3],
+    "linear_num_value_heads": [4],
+    "rope_parameters": [
+        {**BASE, "partial_rotary_factor": 0.25, "mrope_section": [1, 1, 1]},
+        {**BASE, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]},
+        {**BASE, "mrope_section": [6, 3, 3]},
+        {**BASE, "partial_rotary_factor": 0.4, "mrope_section": [2, 1, 1]},
+        {**LLAMA3, "partial_rotary_factor": 0.5, "mrope_section": [2, 2, 2]},
+    ],
+    "shared_expert_intermediate_size": [24],
+    "num_experts": [3],
+}
 FRAMES: dict[str, list[Any]] = {
     "depth": [3],
     "hidden_size": [48],
@@ -165,10 +184,14 @@ OTHERS: dict[str, dict[str, list[Any]]] = {
     },
     "qwen3_vl_text": TEXT | {"rope_parameters": TURNS},
     "qwen3_vl_moe_text": TEXT | EXPERTS | {"rope_parameters": TURNS},
-    **dict.fromkeys(("qwen3_vl_vision", "qwen3_vl_moe_vision"), FRAMES),
+    "qwen3_5_text": TEXT | QWEN3_5,
+    "qwen3_5_moe_text": TEXT | EXPERTS | QWEN3_5,
+    **dict.fromkeys(
+        ("qwen3_vl_vision", "qwen3_vl_moe_vision", "qwen3_5_vision", "qwen3_5_moe_vision"), FRAMES
+    ),
     **dict.fromkeys(("clip_vision_model", "siglip_vision_model"), IMAGES),
     **dict.fromkeys(("whisper", "qwen2_audio_encoder"), AUDIO),
-    **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), VISUALS),
+    **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), VISUALS),
     "gemma3": {
         "image_token_index": [9],
         "boi_token_index": [9],

@@ -41,6 +41,8 @@ def bases() -> list[Any]:
         "qwen2_5_vl",
         "qwen3_vl",
         "qwen3_vl_moe",
+        "qwen3_5",
+        "qwen3_5_moe",
         "internvl",
         "gemma3",
     )

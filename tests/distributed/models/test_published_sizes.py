@@ -28,6 +28,8 @@ RECIPES = (
     "qwen3_vl_8b",
     "qwen3_vl_32b",
     "qwen3_vl_30b_a3b",
+    "qwen3_5_4b",
+    "qwen3_5_35b_a3b",
 )
 
 

@@ -96,10 +96,15 @@ _QWEN_VL = _rules(
     "text_config vision_config image_token_id video_token_id tie_word_embeddings",
     aside="vision_start_token_id vision_end_token_id",
 )
-_FRAMES = _rules(
+_FRAMES = (
     "depth hidden_size hidden_act intermediate_size num_heads in_channels patch_size "
     "spatial_merge_size temporal_patch_size out_hidden_size num_position_embeddings "
-    "deepstack_visual_indexes rope_parameters"
+    "rope_parameters"
+)
+_DEEPSTACK_FRAMES = _rules(_FRAMES + " deepstack_visual_indexes")
+_LINEAR = (
+    "layer_types linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim "
+    "linear_num_key_heads linear_num_value_heads head_dim attention_bias tie_word_embeddings"
 )
 
 FIELDS: dict[str, Mapping[str, Rule]] = {
@@ -115,6 +120,8 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
         only={"vision_feature_select_strategy": ("default",)},
     ),
     "qwen2_5_vl": _QWEN_VL,
+    "qwen3_5": _QWEN_VL,
+    "qwen3_5_moe": _QWEN_VL,
     "qwen3_vl": _QWEN_VL,
     "qwen3_vl_moe": _QWEN_VL,
     "gemma3": _rules(
@@ -152,6 +159,14 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
         ),
         aside=_TOKENS + " sliding_window",  # which it sets to None, whatever is given
     ),
+    "qwen3_5_text": _rules(f"{_TEXT} {_LINEAR}", aside=_TOKENS),
+    "qwen3_5_moe_text": _rules(
+        f"{_TEXT} {_LINEAR} moe_intermediate_size shared_expert_intermediate_size num_experts "
+        "num_experts_per_tok router_aux_loss_coef output_router_logits".replace(
+            " intermediate_size ", " ", 1
+        ),
+        aside=_TOKENS,
+    ),
     # Towers. Nothing is computed from the pooled output of CLIP and SigLIP.
     "clip_vision_model": _rules(_IMAGES, aside="projection_dim initializer_factor"),
     "siglip_vision_model": _rules(_IMAGES, aside="vision_use_head"),
@@ -169,8 +184,10 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
             "use_absolute_position_embeddings": (True,),
         },
     ),
-    "qwen3_vl_vision": _FRAMES,
-    "qwen3_vl_moe_vision": _FRAMES,
+    "qwen3_5_vision": _rules(_FRAMES),
+    "qwen3_5_moe_vision": _rules(_FRAMES),
+    "qwen3_vl_vision": _DEEPSTACK_FRAMES,
+    "qwen3_vl_moe_vision": _DEEPSTACK_FRAMES,
     # Their encoders read scale_embedding and scale nothing; the rest is of Whisper's decoder, its
     # classifier and its augmentation, none of which is there.
     "whisper": _rules(
@@ -217,6 +234,14 @@ _PARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "qwen2_5_vl": {
         "text_config": ("qwen2_5_vl_text",),
         "vision_config": ("qwen2_5_vl_vision",),
+    },
+    "qwen3_5": {
+        "text_config": ("qwen3_5_text",),
+        "vision_config": ("qwen3_5_vision",),
+    },
+    "qwen3_5_moe": {
+        "text_config": ("qwen3_5_moe_text",),
+        "vision_config": ("qwen3_5_moe_vision",),
     },
     "qwen3_vl": {
         "text_config": ("qwen3_vl_text",),

@@ -43,8 +43,10 @@ _VECTORS, _PAIRS, _WITHIN = "language vectors", "language pairs", " within "
 # Arguments that encoders do not see: of any-resolution images, and of media whose rows are cached.
 _NOT_ENCODED = ("row_sources", ROWS, COUNTS, KEYS)
 _CORE = "core_attention"
+# Of a gated delta net, whose rule stands between its linear layers.
+_BEHIND_RULE = "out_proj"
 # Within an attention they are registered before the projections that come first.
-_COME_LAST = (_CORE, "linear_proj")
+_COME_LAST = (_CORE, "linear_proj", _BEHIND_RULE)
 
 
 def attended_pairs(lengths: Sequence[int], window: int | None = None) -> int:
@@ -169,6 +171,10 @@ class _Flow:
         channels = config.num_attention_heads * config.kv_channels
         self._add(amount, 2 * 2 * channels * (3 if self.has_gradient else 1))
 
+    def mix(self, amount: str, operations: float) -> None:
+        """A rule that takes so many operations forward for each token, and twice as many back."""
+        self._add(amount, operations * (3 if self.has_gradient else 1))
+
     def _add(self, amount: str, cost: float) -> None:
         self.costs[amount] = self.costs.get(amount, 0.0) + cost
 
@@ -265,7 +271,10 @@ def _count(
     if path.rsplit(".", 1)[-1] == "experts":
         copies *= config.moe_router_topk / config.num_moe_experts
     children = list(module.named_children())
+    rule = getattr(module, "operations_per_token", 0)
     for name, child in sorted(children, key=lambda pair: pair[0] in _COME_LAST):
+        if name == _BEHIND_RULE and rule:
+            flow.mix(amounts.vectors(path), rule)
         if name != "adapter":
             inner = f"{path}.{name}" if path else name
             _count(child, flow, amounts, path=inner, copies=copies)

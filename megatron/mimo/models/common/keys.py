@@ -105,12 +105,15 @@ class FusedQKV:
         head_size: features of a head.
         missing: those of "q", "k", "v" that Hugging Face's format does not have (Whisper's keys
             have no bias): zero in ours, left out of theirs.
+        gated: the weight of the queries holds gates too, which Hugging Face puts behind each head,
+            Megatron behind the queries of a group.
     """
 
     heads: int
     groups: int
     head_size: int
     missing: tuple[str, ...] = ()
+    gated: bool = False
 
     def to_mimo(self, parts: Sequence[Tensor]) -> Tensor:
         """Weights [O, I] or biases [O] of q, k, v -> [O_q + O_k + O_v, I] or [O_q + O_k + O_v]."""
@@ -120,7 +123,7 @@ class FusedQKV:
         for name, features in zip("qkv", self._features(), strict=True):
             shape = (self.groups, features, *some.shape[1:])
             part = some.new_zeros(shape) if name in self.missing else next(given).reshape(shape)
-            grouped.append(part)
+            grouped.append(self._exchanged(part, name, 2))
         return torch.cat(grouped, dim=1).reshape(-1, *some.shape[1:])
 
     def to_hf(self, tensor: Tensor) -> list[Tensor]:
@@ -128,14 +131,28 @@ class FusedQKV:
         grouped = tensor.reshape(self.groups, sum(self._features()), *tensor.shape[1:])
         split = grouped.split(self._features(), dim=1)
         return [
-            part.reshape(-1, *tensor.shape[1:])
+            self._exchanged(part, name, 1).reshape(-1, *tensor.shape[1:])
             for name, part in zip("qkv", split, strict=True)
             if name not in self.missing
         ]
 
     def _features(self) -> list[int]:
-        """Features of the queries, the key and the value of one group."""
-        return [self.heads // self.groups * self.head_size, self.head_size, self.head_size]
+        """Features of the queries (and gates), the key and the value of one group."""
+        queries = self.heads // self.groups * self.head_size * (2 if self.gated else 1)
+        return [queries, self.head_size, self.head_size]
+
+    def _exchanged(self, grouped: Tensor, name: str, kind: int) -> Tensor:
+        """Queries and gates [groups, features, ...] from one order to the other.
+
+        ``kind`` is the axis that queries and gates are told apart by: 2, head by head, or 1.
+        """
+        if not self.gated or name != "q":
+            return grouped
+        heads = self.heads // self.groups
+        sizes = [heads, heads]
+        sizes[kind - 1] = 2
+        parted = grouped.reshape(self.groups, *sizes, self.head_size, *grouped.shape[2:])
+        return parted.transpose(1, 2).reshape(grouped.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

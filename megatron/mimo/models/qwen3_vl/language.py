@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.layers.deepstack import TakesLevels, deepstack_layers
-from megatron.mimo.layers.multimodal_rope import InterleavedRotaryEmbedding
-from megatron.mimo.models.common.language import language_spec
-from megatron.mimo.models.common.language.gpt import LanguageGPT
+from megatron.mimo.models.common.language.interleaved import InterleavedGPT, interleaved_spec
 from megatron.mimo.models.common.place import Place
 from megatron.mimo.models.common.settings import LanguageSettings
 
 __all__ = ["DeepstackGPT", "deepstack_spec"]
 
 
-class DeepstackGPT(TakesLevels, LanguageGPT):
-    """A GPTModel whose layers add levels of rows, and whose axes of positions take turns.
-
-    Args:
-        section: how many frequencies of a head turn with time, height and width.
-        rotary_percent: GPTModel's.
-        rotary_base: GPTModel's.
-        arguments: LanguageGPT's.
-    """
-
-    def __init__(
-        self,
-        *,
-        section: Sequence[int],
-        rotary_percent: float,
-        rotary_base: float,
-        **arguments: Any,
-    ) -> None:
-        rotary = {"rotary_percent": rotary_percent, "rotary_base": rotary_base}
-        super().__init__(**rotary, **arguments)
-        config: Any = self.config
-        self.rotary_pos_emb = InterleavedRotaryEmbedding(
-            section=section, kv_channels=config.kv_channels, **rotary
-        )
+class DeepstackGPT(TakesLevels, InterleavedGPT):
+    """A GPTModel whose layers add levels of rows, and whose axes of positions take turns."""
 
 
 def deepstack_spec(settings: LanguageSettings, place: Place, text: Any) -> ModuleSpec:
@@ -53,10 +28,6 @@ def deepstack_spec(settings: LanguageSettings, place: Place, text: Any) -> Modul
     Raises:
         ConfigError: see :func:`deepstack_layers`.
     """
-    spec = language_spec(settings, place, text)
-    layers = spec.params["transformer_layer_spec"]
-    changed = {
-        "transformer_layer_spec": deepstack_layers(layers, settings.transformer),
-        "section": settings.transformer.mrope_section,
-    }
-    return ModuleSpec(module=DeepstackGPT, params={**spec.params, **changed})
+    spec = interleaved_spec(settings, place, text)
+    layers = deepstack_layers(spec.params["transformer_layer_spec"], settings.transformer)
+    return ModuleSpec(module=DeepstackGPT, params={**spec.params, "transformer_layer_spec": layers})

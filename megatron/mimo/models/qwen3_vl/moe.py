@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.mimo.models.qwen3_vl.model import TINY_PARTS, TINY_TOKENS, qwen3_vl_family
+from megatron.mimo.models.common.frame_sample import TINY_TOKENS
+from megatron.mimo.models.qwen3_vl.model import TINY_PARTS, qwen3_vl_family
 
 __all__ = ["FAMILY"]
 

@@ -198,8 +198,8 @@ def refused(level_layers: list[int]) -> str:
     from megatron.core.transformer.spec_utils import build_module
     from megatron.mimo.arguments.standalone import model_settings
     from megatron.mimo.models import load_family
+    from megatron.mimo.models.common.frame_tower import vision_specs
     from megatron.mimo.models.common.place import Place
-    from megatron.mimo.models.qwen3_vl.vision import vision_specs
     from tests.rank_pool import model_parallel
 
     model_parallel()

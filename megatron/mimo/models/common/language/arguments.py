@@ -11,7 +11,9 @@ from megatron.mimo.models.common.language.kinds import (
     has_qkv_bias,
     head_size,
     kind_of,
+    linear_layers,
     refuse,
+    rotary_size,
     sums_to_one,
     window_layers,
 )
@@ -25,7 +27,8 @@ def language_arguments(text: Any) -> dict[str, object]:
 
     Args:
         text: its Hugging Face configuration (``LlamaConfig``, ``MistralConfig``, ``Qwen2Config``,
-            ``Qwen2_5_VLTextConfig``, ``Qwen3Config``, ``Qwen3MoeConfig``, ``Gemma3TextConfig``).
+            ``Qwen2_5_VLTextConfig``, ``Qwen3Config``, ``Qwen3MoeConfig``, ``Gemma3TextConfig``,
+            ``Qwen3_5TextConfig``, ``Qwen3_5MoeTextConfig``).
 
     Returns:
         Values by argparse destination. ``seq_length`` and everything about training are left to
@@ -41,7 +44,7 @@ def language_arguments(text: Any) -> dict[str, object]:
     arguments: dict[str, object] = {
         "num_layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
-        "ffn_hidden_size": text.intermediate_size,
+        "ffn_hidden_size": _dense_width(text),
         "num_attention_heads": text.num_attention_heads,
         "group_query_attention": True,
         "num_query_groups": text.num_key_value_heads,
@@ -54,7 +57,7 @@ def language_arguments(text: Any) -> dict[str, object]:
         "qk_layernorm": kind.qk_norms,
         "position_embedding_type": "rope",
         "rotary_base": _number(rope["rope_theta"]),
-        "rotary_percent": 1.0,
+        "rotary_percent": rope.get("partial_rotary_factor", 1.0) if kind.partial_rotary else 1.0,
         "untie_embeddings_and_output_weights": not text.tie_word_embeddings,
         "vocab_size": text.vocab_size,
         "make_vocab_size_divisible_by": 128 if text.vocab_size >= 10_000 else 8,
@@ -67,6 +70,10 @@ def language_arguments(text: Any) -> dict[str, object]:
         arguments |= _of_experts(text)
     if kind.zero_centered:
         arguments["layernorm_zero_centered_gamma"] = True
+    if kind.output_gate:
+        arguments["attention_output_gate"] = True
+    if kind.linear:
+        arguments |= _of_linear_layers(text)
     windows = window_layers(text)
     if any(windows):
         arguments |= {
@@ -80,6 +87,24 @@ def language_arguments(text: Any) -> dict[str, object]:
     if kind.mrope:
         arguments |= {"position_embedding_type": "mrope", "mrope_section": _section(text, kind)}
     return arguments
+
+
+def _dense_width(text: Any) -> int:
+    """Of the feed-forward of dense layers; where there are none the experts' own, never built."""
+    width: int = getattr(text, "intermediate_size", None) or text.moe_intermediate_size
+    return width
+
+
+def _of_linear_layers(text: Any) -> dict[str, object]:
+    linear = linear_layers(text)
+    return {
+        "linear_attention_freq": [int(one in linear) for one in range(text.num_hidden_layers)],
+        "linear_conv_kernel_dim": text.linear_conv_kernel_dim,
+        "linear_key_head_dim": text.linear_key_head_dim,
+        "linear_value_head_dim": text.linear_value_head_dim,
+        "linear_num_key_heads": text.linear_num_key_heads,
+        "linear_num_value_heads": text.linear_num_value_heads,
+    }
 
 
 def _of_experts(text: Any) -> dict[str, object]:
@@ -97,7 +122,12 @@ def _of_experts(text: Any) -> dict[str, object]:
     if not layers:
         return {}
     coefficient = text.router_aux_loss_coef if text.output_router_logits else 0.0
+    shared: dict[str, object] = {}
+    if kind_of(text).shared_expert:
+        shared["moe_shared_expert_intermediate_size"] = text.shared_expert_intermediate_size
+        shared["moe_shared_expert_gate"] = True
     return {
+        **shared,
         "num_experts": text.num_experts,
         "moe_layer_freq": [int(layer in layers) for layer in range(text.num_hidden_layers)],
         "moe_ffn_hidden_size": text.moe_intermediate_size,
@@ -129,11 +159,11 @@ def _refuse_unsupported(text: Any, kind: LanguageKind) -> None:
     for rope in rope_by_layer(text)[0]:
         check_rope(text, rope)
     if kind.mrope:
-        section, half = _section(text, kind), head_size(text) // 2
-        if len(section) != 3 or sum(section) != half:
-            refuse("mrope_section", section, f"three numbers with the sum {half}, half a head")
+        _check_section(text, kind)
     if kind.experts and text.num_experts_per_tok == 1 and sums_to_one(text):
         refuse("norm_topk_prob", True, "False where num_experts_per_tok is 1: it is always one")
+    if kind.linear:
+        _check_linear_layers(text)
     types = set(text.layer_types) if kind.windows == "layer_types" else set()
     if types - {"full_attention", "sliding_attention"}:
         refuse("layer_types", sorted(types), "'full_attention' and 'sliding_attention'")
@@ -147,6 +177,40 @@ def _refuse_unsupported(text: Any, kind: LanguageKind) -> None:
             text.attn_logit_softcapping,
             "None: its model in transformers takes no notice of it",
         )
+
+
+def _check_section(text: Any, kind: LanguageKind) -> None:
+    turning = rotary_size(text)
+    if turning % 2 or not 0 < turning <= head_size(text):
+        factor = text.rope_parameters.get("partial_rotary_factor")
+        refuse(
+            "partial_rotary_factor",
+            factor,
+            f"the share of the {head_size(text)} features of a head that turn, an even number",
+        )
+    section, half = _section(text, kind), turning // 2
+    if len(section) != 3 or sum(section) != half:
+        refuse("mrope_section", section, f"three numbers with the sum {half}, half of what turns")
+
+
+def _check_linear_layers(text: Any) -> None:
+    """Refuse kinds of layers that are none here, and what a class of transformers ignores."""
+    types, layers = text.layer_types, text.num_hidden_layers
+    if len(types) != layers or set(types) - {"full_attention", "linear_attention"}:
+        refuse("layer_types", types, f"{layers} of 'full_attention' and 'linear_attention'")
+    keys, values = text.linear_num_key_heads, text.linear_num_value_heads
+    if keys < 1 or values % keys:
+        refuse("linear_num_value_heads", values, f"a multiple of linear_num_key_heads, {keys}")
+    # Published files say these; another value is another model, which no class of transformers has.
+    known = {
+        "attn_output_gate": (True,),
+        "output_gate_type": ("swish", "silu"),
+        "mamba_ssm_dtype": ("float32",),
+    }
+    for name, allowed in known.items():
+        given = getattr(text, name, allowed[0])
+        if given not in allowed:
+            refuse(name, given, " or ".join(map(repr, allowed)))
 
 
 def _expect(text: Any, name: str, values: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from megatron.mimo.models.common.keys import (
@@ -19,7 +20,9 @@ from megatron.mimo.models.common.language.kinds import (
     has_qkv_bias,
     head_size,
     kind_of,
+    linear_layers,
 )
+from megatron.mimo.models.common.language.linear_entries import linear_entries
 
 __all__ = ["ROTARY_BUFFERS", "language_entries"]
 
@@ -58,6 +61,7 @@ def language_entries(
         KeyEntry(mimo=embedding, hf=(model + "embed_tokens.weight",), transform=vocabulary),
         row("input_layernorm.weight", "input_layernorm.weight"),
         *_attention_entries(text, row),
+        *linear_entries(text, row),
         *_norm_entries(text, row),
         *_feed_forward_entries(text, row, experts),
         KeyEntry(mimo="language_model.decoder.final_layernorm.weight", hf=(model + "norm.weight",)),
@@ -100,10 +104,24 @@ def _feed_forward_entries(text: Any, row: Any, stored: Stored) -> list[KeyEntry]
         hidden, inner = text.hidden_size, text.moe_intermediate_size
         rows += [
             row("mlp.router.weight", "mlp.gate.weight", layers=sparse),
+            *_shared_expert_entries(text, row),
             _expert_entry(text, row, stored, 1, ("gate", "up"), (2 * inner, hidden)),
             _expert_entry(text, row, stored, 2, ("down",), (hidden, inner)),
         ]
     return rows
+
+
+def _shared_expert_entries(text: Any, row: Any) -> list[KeyEntry]:
+    """The expert that sees every token, and its gate."""
+    if not kind_of(text).shared_expert:
+        return []
+    ours, theirs, layers = "mlp.shared_experts.", "mlp.shared_expert", expert_layers(text)
+    gate_up = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
+    return [
+        row(f"{ours}linear_fc1.weight", *gate_up, transform=Concatenated(2), layers=layers),
+        row(f"{ours}linear_fc2.weight", f"{theirs}.down_proj.weight", layers=layers),
+        row(f"{ours}gate_weight", f"{theirs}_gate.weight", layers=layers),
+    ]
 
 
 def _expert_entry(
@@ -130,12 +148,16 @@ def _expert_entry(
 
 def _attention_entries(text: Any, row: Any) -> list[KeyEntry]:
     """Rows of the attention of every layer; ``row(mimo, *hf, transform=)`` makes one."""
-    kind = kind_of(text)
+    kind, linear = kind_of(text), linear_layers(text)
     qkv = FusedQKV(
         heads=text.num_attention_heads,
         groups=text.num_key_value_heads,
         head_size=head_size(text),
+        gated=kind.output_gate,
     )
+    if linear:
+        full = [layer for layer in range(text.num_hidden_layers) if layer not in linear]
+        row = partial(row, layers=full)
 
     def projections(what: str) -> tuple[str, ...]:
         return tuple(f"self_attn.{name}_proj.{what}" for name in "qkv")

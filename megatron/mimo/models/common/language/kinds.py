@@ -15,7 +15,9 @@ __all__ = [
     "has_qkv_bias",
     "head_size",
     "kind_of",
+    "linear_layers",
     "refuse",
+    "rotary_size",
     "sums_to_one",
     "window_layers",
 ]
@@ -43,6 +45,12 @@ class LanguageKind:
         rope_by_layer_type: ``rope_parameters`` has an entry for each type of layers.
         windows: where attention slides: in no layer, in all of them, or in those that
             ``layer_types`` names.
+        linear: the layers that ``layer_types`` calls "linear_attention" have a gated delta net in
+            place of attention.
+        output_gate: what attention gives is multiplied by a sigmoid, for which the projection of
+            queries has a second half.
+        partial_rotary: a share of a head's features turns, ``partial_rotary_factor``.
+        shared_expert: beside the experts that are chosen one sees every token, behind a gate.
     """
 
     qkv_bias: bool = False
@@ -58,9 +66,22 @@ class LanguageKind:
     scales_embedding: bool = False
     rope_by_layer_type: bool = False
     windows: Literal["none", "all", "layer_types"] = "none"
+    linear: bool = False
+    output_gate: bool = False
+    partial_rotary: bool = False
+    shared_expert: bool = False
 
 
 _ATTENTION = ("attention_bias",)
+_QWEN3_5: dict[str, Any] = {
+    "qk_norms": True,
+    "biases": _ATTENTION,
+    "zero_centered": True,
+    "mrope": (11, 11, 10),
+    "linear": True,
+    "output_gate": True,
+    "partial_rotary": True,
+}
 
 KINDS: dict[str, LanguageKind] = {
     "llama": LanguageKind(biases=("attention_bias", "mlp_bias")),
@@ -89,6 +110,10 @@ KINDS: dict[str, LanguageKind] = {
         rope_by_layer_type=True,
         windows="layer_types",
     ),
+    "qwen3_5_text": LanguageKind(**_QWEN3_5),
+    "qwen3_5_moe_text": LanguageKind(
+        experts=True, reads_norm_topk=False, shared_expert=True, **_QWEN3_5
+    ),
 }
 
 
@@ -107,6 +132,13 @@ def head_size(text: Any) -> int:
     """Features of a head."""
     given: int | None = getattr(text, "head_dim", None)
     return given or text.hidden_size // text.num_attention_heads
+
+
+def rotary_size(text: Any) -> int:
+    """Features of a head that turn."""
+    if not kind_of(text).partial_rotary:
+        return head_size(text)
+    return int(head_size(text) * text.rope_parameters.get("partial_rotary_factor", 1.0))
 
 
 def has_bias(text: Any, name: str) -> bool:
@@ -130,11 +162,19 @@ def window_layers(text: Any) -> tuple[bool, ...]:
     return tuple(one == "sliding_attention" for one in text.layer_types)
 
 
+def linear_layers(text: Any) -> tuple[int, ...]:
+    """The layers with a gated delta net in place of attention."""
+    if not kind_of(text).linear:
+        return ()
+    return tuple(i for i, one in enumerate(text.layer_types) if one == "linear_attention")
+
+
 def expert_layers(text: Any) -> tuple[int, ...]:
     """The layers that are mixtures of experts."""
     if not kind_of(text).experts or not text.num_experts:
         return ()
-    step, dense = text.decoder_sparse_step, text.mlp_only_layers
+    step = getattr(text, "decoder_sparse_step", 1)
+    dense = getattr(text, "mlp_only_layers", ())
     layers = range(text.num_hidden_layers)
     return tuple(layer for layer in layers if (layer + 1) % step == 0 and layer not in dense)
 

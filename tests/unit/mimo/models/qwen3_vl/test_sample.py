@@ -122,7 +122,7 @@ def test_the_table_has_the_names_that_transformers_writes(tied: bool, tmp_path: 
     [("hidden_act", "gelu"), ("patch_size", [4, 4]), ("num_position_embeddings", 24)],
 )
 def test_another_vision_encoder_is_refused(name: str, value: Any) -> None:
-    from megatron.mimo.models.qwen3_vl.vision import frame_geometry
+    from megatron.mimo.models.common.frame_tower import frame_geometry
 
     vision = load_family("qwen3_vl").tiny().vision_config
     setattr(vision, name, value)

@@ -1,4 +1,7 @@
-"""The vision encoder of Qwen3-VL, from its Hugging Face configuration."""
+"""The vision encoder of Qwen3-VL and Qwen3.5, from its Hugging Face configuration.
+
+That of Qwen3.5 gives no levels of its rows.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,18 @@ from megatron.mimo.models.common.keys import JoinedQKV, KeyEntry, Reshaped
 from megatron.mimo.models.common.place import Place
 from megatron.mimo.models.common.visuals import check_patches, patch_shape, patch_values
 
-__all__ = ["ENCODER", "frame_geometry", "vision_entries", "vision_specs"]
+__all__ = ["ENCODER", "frame_geometry", "level_layers", "vision_entries", "vision_specs"]
 
 ENCODER = "qwen3_vl"
 """What the encoder is called."""
 
 _ACTIVATION = "gelu_pytorch_tanh"
+_KINDS = (
+    "qwen3_vl_vision",
+    "qwen3_vl_moe_vision",
+    "qwen3_5_vision",
+    "qwen3_5_moe_vision",
+)
 _IMAGES = "modality_submodules.images."
 
 
@@ -29,7 +38,7 @@ def vision_specs(vision: Any, language: TransformerConfig, place: Place) -> dict
     """Encoder, projection and those of the levels, as the ``submodules`` of the modality's spec.
 
     Args:
-        vision: the Hugging Face configuration (``Qwen3VLVisionConfig``).
+        vision: the Hugging Face configuration (``Qwen3VLVisionConfig``, ``Qwen3_5VisionConfig``).
         language: Megatron's configuration of the language model.
         place: of the modality.
 
@@ -37,7 +46,7 @@ def vision_specs(vision: Any, language: TransformerConfig, place: Place) -> dict
         ConfigError: sizes that do not fit each other or the tensor-parallel size.
         UnsupportedError: see :func:`frame_geometry`.
     """
-    geometry, layers = frame_geometry(vision), list(vision.deepstack_visual_indexes)
+    geometry, layers = frame_geometry(vision), level_layers(vision)
     encoder_config = frame_encoder_config(
         language,
         num_layers=vision.depth,
@@ -77,6 +86,11 @@ def vision_specs(vision: Any, language: TransformerConfig, place: Place) -> dict
     }
 
 
+def level_layers(vision: Any) -> list[int]:
+    """The layers that give levels of the rows; Qwen3.5 has none."""
+    return list(getattr(vision, "deepstack_visual_indexes", ()))
+
+
 def frame_geometry(vision: Any) -> FrameGeometry:
     """What patches, squares and positions of a Hugging Face vision configuration are.
 
@@ -84,11 +98,7 @@ def frame_geometry(vision: Any) -> FrameGeometry:
         ConfigError: sizes that cannot be.
         UnsupportedError: a setting that this encoder does not have.
     """
-    theta = check_patches(
-        vision,
-        activation=_ACTIVATION,
-        model_types=("qwen3_vl_vision", "qwen3_vl_moe_vision"),
-    )
+    theta = check_patches(vision, activation=_ACTIVATION, model_types=_KINDS)
     side = math.isqrt(vision.num_position_embeddings)
     if side**2 != vision.num_position_embeddings:
         raise UnsupportedError(
@@ -142,7 +152,7 @@ def vision_entries(vision: Any) -> tuple[KeyEntry, ...]:
         KeyEntry(mimo=encoder + "patch_embedding.bias", hf=(theirs + "patch_embed.proj.bias",)),
         KeyEntry(mimo=encoder + "position_embedding", hf=(theirs + "pos_embed.weight",)),
     ]
-    levels = range(len(vision.deepstack_visual_indexes))
+    levels = range(len(level_layers(vision)))
     for kind in ("weight", "bias"):
         rows += [
             layer(f"input_layernorm.{kind}", f"norm1.{kind}"),
