@@ -9,7 +9,8 @@ Both sides get the same tensors and share one language model. What is timed is t
 backward pass. Times are medians of interleaved repetitions on one thread, in milliseconds.
 
 On a GPU, the default where there is one, the tensors are bf16 and larger, and ``device`` times,
-those of the GPU that does not wait for the host, are told from ``host`` times.
+those of the GPU that does not wait for the host, are told from ``host`` times. ``--row-kernels
+torch`` measures this project's way without Triton.
 """
 
 from __future__ import annotations
@@ -188,9 +189,10 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     ids_on_host_BS = case.input_ids_BS.cpu()
 
     def make_plan() -> Any:
-        return alignment.build_alignment_plan(
+        plan = alignment.build_alignment_plan(
             ids_on_host_BS, case.special_token_ids, vocab_size=args.vocabulary
         )
+        return alignment.with_row_index(plan) if args.row_kernels == "triton" else plan
 
     plan = move(make_plan(), torch.device(args.device))
 
@@ -288,6 +290,7 @@ def measure_on_device(
         "forward_speedup": forward["stock"][0] / forward["ours"][0],
         "forward_backward_speedup": both["stock"][0] / both["ours"][0],
         "forward_over_copy": forward["ours"][0] / forward["copy"][0],
+        "forward_backward_over_copy": both["ours"][0] / forward["copy"][0],
         "copy_device_ms": forward["copy"][0],
         "plan_ms": median_ms({"plan": make_plan}, repeats)["plan"],
         "modality_share": modality_share(case),
@@ -302,6 +305,10 @@ def measure_on_device(
             result[f"{prefix}{passes}_device_ms"] = device_ms
             result[f"{prefix}{passes}_host_ms"] = host_ms
         result[f"{prefix}forward_busy_ms"] = on_device.busy_ms(run)
+        result[f"{prefix}forward_launches"] = on_device.launches(run)
+        result[f"{prefix}forward_backward_launches"] = on_device.launches(
+            partial(run_both, run, leaves, case)
+        )
         result[f"{prefix}host_syncs_forward"] = len(waits)
         result[f"{prefix}host_syncs_backward"] = len(backward)
         result[f"{prefix}peak_extra_bytes_forward"] = on_device.peak_extra_bytes(run)
@@ -350,10 +357,16 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, help="default: 2048, on a GPU 4096")
     parser.add_argument("--hidden", type=int, help="default: 1024, on a GPU 4096")
     parser.add_argument("--vocabulary", type=int, default=32768)
+    parser.add_argument(
+        "--row-kernels",
+        choices=("triton", "torch"),
+        help="what places rows: default: triton on a GPU (on the CPU it is torch in any case)",
+    )
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_cpu = args.device == "cpu"
+    args.row_kernels = args.row_kernels or ("torch" if on_cpu else "triton")
     args.dtype = torch.float32 if on_cpu else torch.bfloat16
     args.sequence = args.sequence or (2048 if on_cpu else 4096)
     args.hidden = args.hidden or (1024 if on_cpu else 4096)

@@ -14,6 +14,7 @@ __all__ = [
     "busy_ms",
     "device_and_host_ms",
     "host_waits",
+    "launches",
     "matmul_tflops",
     "peak_extra_bytes",
 ]
@@ -60,6 +61,21 @@ def device_and_host_ms(
 
 def busy_ms(function: Callable[[], Any]) -> float | None:
     """Milliseconds in which the device works for one call; None where it cannot be profiled."""
+    spans = _device_spans(function)
+    total = until = 0.0
+    for start, end in spans:  # kernels of two streams may overlap
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total / 1e3 if spans else None
+
+
+def launches(function: Callable[[], Any]) -> int | None:
+    """What the device is given to do in one call; None where it cannot be profiled."""
+    return len(_device_spans(function)) or None
+
+
+def _device_spans(function: Callable[[], Any]) -> list[tuple[float, float]]:
+    """Begin and end, in microseconds, of what the device does in one call; [] if unknown."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
@@ -67,19 +83,14 @@ def busy_ms(function: Callable[[], Any]) -> float | None:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             function()
             torch.cuda.synchronize()
-        spans = sorted(
+        return sorted(
             (event.time_range.start, event.time_range.end)
             for event in profiler.events() or ()
             if event.device_type == torch.autograd.DeviceType.CUDA
             and not getattr(event, "is_user_annotation", False)
         )
     except RuntimeError:
-        return None
-    total = until = 0.0
-    for start, end in spans:  # kernels of two streams may overlap
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total / 1e3 if spans else None
+        return []
 
 
 def host_waits(function: Callable[[], Any]) -> list[str]:

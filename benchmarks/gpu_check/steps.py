@@ -38,6 +38,8 @@ _MERGING = (
     *("forward_device_ms", "stock_forward_device_ms", "copy_device_ms", "forward_host_ms"),
     *("forward_backward_device_ms", "stock_forward_backward_device_ms"),
     *("peak_extra_bytes_forward", "stock_peak_extra_bytes_forward"),
+    *("forward_over_copy", "forward_backward_over_copy", "forward_launches"),
+    "forward_backward_launches",
 )
 _STEP = (
     *("step_ms", "speedup", "busy_ms", "memory_gb", "host_waits", "tflops", "of_matmul"),

@@ -27,7 +27,11 @@ from megatron.mimo.arguments.prerequisites import check_prerequisites
 from megatron.mimo.arguments.saving import check_saving
 from megatron.mimo.arguments.stall import STALL_TIMEOUT, seconds
 from megatron.mimo.backend import Capabilities
-from megatron.mimo.backend.defaults import argument_defaults, check_arguments
+from megatron.mimo.backend.defaults import (
+    argument_defaults,
+    check_arguments,
+    own_argument_defaults,
+)
 from megatron.mimo.backend.hooks import ARGUMENTS, PARSER_ERROR
 from megatron.mimo.backend.patching import replace_in, replaced
 from megatron.mimo.recipes import DEFAULT_RECIPE
@@ -105,6 +109,12 @@ def add_mimo_arguments(parser: argparse.ArgumentParser) -> None:
         help="end a rank that has stood still for so long, with its stacks; it is warned of after "
         "20 s (0: never end it)",
     )
+    group.add_argument(
+        "--row-kernels",
+        choices=("triton", "torch"),
+        help="what puts rows of text and media into the sequence, and gathers their gradients "
+        "(default: triton where there is one, on a GPU)",
+    )
     group.add_argument("--fp32", action="store_true", help="train in fp32 where bf16 is usual")
     group.add_argument("--verbose", action="store_true", help="show all that Megatron prints")
 
@@ -135,7 +145,11 @@ def parse_arguments(
         add_mimo_arguments(parser)
         if recipe.add_arguments is not None:
             recipe.add_arguments(parser)
-        weak = {**_PROJECT_DEFAULTS, **argument_defaults(machine)}
+        weak = {
+            **_PROJECT_DEFAULTS,
+            **argument_defaults(machine),
+            **own_argument_defaults(machine),
+        }
         parser.set_defaults(**weak)
         from_file = config_values(parser, config)
         given.update(given_by_user(parser, sys.argv[1:], from_file))

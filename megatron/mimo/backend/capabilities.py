@@ -51,6 +51,7 @@ class Capabilities:
         apex: which of ``APEX_EXTENSIONS`` can be used.
         flash_attn: version of flash-attn, or None.
         flash_linear_attention: version of flash-linear-attention, or None.
+        triton: version of Triton; None on the CPU, and where it is absent or does not load.
         varlen_arguments: names of the arguments of torch's ``varlen_attn``; empty without it.
     """
 
@@ -62,6 +63,7 @@ class Capabilities:
     apex: frozenset[str] = frozenset()
     flash_attn: str | None = None
     flash_linear_attention: str | None = None
+    triton: str | None = None
     varlen_arguments: frozenset[str] = frozenset()
 
     def has_transformer_engine(self, least: str = "0") -> bool:
@@ -120,6 +122,7 @@ def _find(device: str) -> Capabilities:
         apex=frozenset(filter(_is_importable, APEX_EXTENSIONS)),
         flash_attn=_version_of("flash-attn"),
         flash_linear_attention=_version_of("flash-linear-attention"),
+        triton=_triton(),
         varlen_arguments=_varlen_arguments(),
     )
 
@@ -179,6 +182,12 @@ def _version_of(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _triton() -> str | None:
+    if not _is_importable("triton"):  # its distribution has several names
+        return None
+    return str(importlib.import_module("triton").__version__)
 
 
 def _varlen_arguments() -> frozenset[str]:

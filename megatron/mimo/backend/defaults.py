@@ -15,7 +15,7 @@ from typing import Any
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.backend.capabilities import Capabilities
 
-__all__ = ["argument_defaults", "check_arguments"]
+__all__ = ["argument_defaults", "check_arguments", "own_argument_defaults"]
 
 _SOFTMAX = (
     "scaled_masked_softmax_cuda",
@@ -46,6 +46,11 @@ def argument_defaults(machine: Capabilities) -> dict[str, object]:
             "num_workers": 0,  # the ranks have the cores already
         }
     return defaults
+
+
+def own_argument_defaults(machine: Capabilities) -> dict[str, object]:
+    """The same of this project's own arguments."""
+    return {"row_kernels": "torch" if machine.triton is None else "triton"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +150,12 @@ _NEEDS = (
         lambda args: args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te",
     ),
     _engine("--attention-backend flash, fused or unfused", _backend_of_engine),
+    _Need(
+        flag="--row-kernels triton",
+        asked=lambda args: getattr(args, "row_kernels", None) == "triton",
+        met=lambda machine: machine.triton is not None,
+        package="Triton on a GPU (pip install triton)",
+    ),
     _flash("--use-flash-attn", lambda args: args.use_flash_attn),
     _flash("--flash-decode", lambda args: args.flash_decode),
     _generation("--cuda-graph-impl", lambda args: args.cuda_graph_impl != "none", 7),

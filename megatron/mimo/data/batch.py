@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron.core.models.mimo.alignment import with_row_index
 from megatron.core.models.mimo.partition.packing import packed_params
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, sequence_cut
 from megatron.mimo.data.sample import Sample
@@ -38,12 +39,14 @@ def keep_for_stage(
     dtype: torch.dtype,
     adapter: PartitionAdapter | None = None,
     keep_plan: bool = False,
+    index_plan: bool = False,
 ) -> Batch:
     """Leave out what a pipeline stage has no use for, before it is moved anywhere.
 
     Floating-point encoder inputs become ``dtype``, the dtype of the model's parameters. With an
     ``adapter`` the plan is cut for this rank's part of the sequence, while it is on the host. Later
-    stages go without it, unless they are to ``keep_plan``.
+    stages go without it, unless they are to ``keep_plan``. On the first stage ``index_plan`` has it
+    made ready for Triton's kernels.
     """
     drop = {LENGTHS} | (set() if pre_process else {"modality_inputs", "alignment_plan"})
     if keep_plan:
@@ -60,6 +63,8 @@ def keep_for_stage(
             kept["alignment_plan"] = cut.share_of_plan(kept["alignment_plan"])
         if SOURCE_IDS in kept:  # as the model cuts labels and loss masks
             kept[SOURCE_IDS] = cut.context_share(kept[SOURCE_IDS])
+    if index_plan and pre_process and kept.get("alignment_plan") is not None:
+        kept["alignment_plan"] = with_row_index(kept["alignment_plan"])
     if kept.get("modality_inputs"):
         kept["modality_inputs"] = _cast(kept["modality_inputs"], dtype)
     return kept

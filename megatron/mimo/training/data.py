@@ -33,6 +33,7 @@ from megatron.mimo.training.encoder_cache import EncoderCaches
 from megatron.mimo.training.origins import RangeOrigins, SampleFinder
 from megatron.mimo.training.planned_data import planned_batches
 from megatron.mimo.training.plans import DataPosition, host_group
+from megatron.mimo.training.row_kernels import places_by_kernels
 from megatron.mimo.training.throughput import ThroughputMeter
 from megatron.mimo.training.workers import read_batches
 
@@ -261,6 +262,7 @@ def _keeper(
         dtype=args.params_dtype,
         # what all ranks of the first stage place is found from the uncut plan
         adapter=None if encodes else sequence_partition(args),
+        index_plan=places_by_kernels(args, batch_device()),
         keep_plan=getattr(collate, "plan_on_every_stage", False),
     )
 

@@ -3,6 +3,8 @@ ever holds more than its part of the sequence."""
 
 from __future__ import annotations
 
+import importlib.util
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.rank_pool import model_parallel
+from tests.unit.core.mimo.interpreted import interpreted_kernels
 
 SEQUENCE, BATCH, HIDDEN, VOCABULARY = 32, 3, 8, 64
 IMAGE, SOUND = 60, -7
@@ -68,12 +71,14 @@ def reference(
     return merged_SBH.detach(), table_VH.grad, grads, weight_SBH
 
 
-def sharded(tp: int, cp: int, text_only: bool) -> dict[str, Any]:
+def sharded(
+    tp: int, cp: int, text_only: bool, *, sequence_parallel: bool = True, by_kernels: bool = False
+) -> dict[str, Any]:
     """One rank's part: errors against the reference, and the largest tensor it held."""
     from megatron.core.models.common.embeddings.language_model_embedding import (
         LanguageModelEmbedding,
     )
-    from megatron.core.models.mimo.alignment import build_alignment_plan
+    from megatron.core.models.mimo.alignment import build_alignment_plan, with_row_index
     from megatron.core.models.mimo.model.merge import embed_streams
     from megatron.core.models.mimo.partition.utils import (
         PartitionAdapter,
@@ -89,7 +94,7 @@ def sharded(tp: int, cp: int, text_only: bool) -> dict[str, Any]:
         num_attention_heads=4,
         tensor_model_parallel_size=tp,
         context_parallel_size=cp,
-        sequence_parallel=tp > 1,
+        sequence_parallel=sequence_parallel and tp > 1,
         use_cpu_initialization=True,
         hidden_dropout=0.0,
     )
@@ -107,9 +112,12 @@ def sharded(tp: int, cp: int, text_only: bool) -> dict[str, Any]:
     adapter = PartitionAdapter(PartitionConfig.from_mp_config(config, max_seq_len=SEQUENCE))
     special = {"images": IMAGE, "sound": SOUND}
     plan = sequence_cut(adapter, None).share_of_plan(build_alignment_plan(ids_BS, special))
-    with LargestTensor() as largest:
+    if by_kernels:
+        plan = with_row_index(plan)
+    positions_S = torch.arange(SEQUENCE) if plan.positions_S is None else plan.positions_S
+    with LargestTensor() as largest, interpreted_kernels() if by_kernels else nullcontext():
         held_SBH = embed_streams(embedding, plan, rows, None)
-        held_SBH.backward(weight_SBH[plan.positions_S])
+        held_SBH.backward(weight_SBH[positions_S])
     # the shares of context-parallel ranks are summed by the data-parallel reduction
     for tensor in (weight.grad, *(part.grad for part in rows.values())):
         torch.distributed.all_reduce(tensor, group=groups.cp)
@@ -117,8 +125,8 @@ def sharded(tp: int, cp: int, text_only: bool) -> dict[str, Any]:
         (part.grad - grads[name]).abs().max().item() for name, part in rows.items()
     ) if rows else 0.0  # fmt: skip
     return {
-        "positions": plan.positions_S.tolist(),
-        "merged": (held_SBH.detach() - merged_SBH[plan.positions_S]).abs().max().item(),
+        "positions": positions_S.tolist(),
+        "merged": (held_SBH.detach() - merged_SBH[positions_S]).abs().max().item(),
         "rows": worst,
         "table": (weight.grad - grad_VH[part]).abs().max().item(),
         "largest": largest.numel,
@@ -140,6 +148,20 @@ def test_sharded_embedding_equals_a_loop_over_tokens(
         assert result["rows"] < 1e-6
         assert result["table"] < 1e-5
         assert result["largest"] <= max(whole // (tp * cp), table)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(("tp", "cp", "sequence_parallel"), [(2, 2, True), (2, 1, False)])
+def test_the_kernels_place_shares_and_parts_of_a_vocabulary(
+    ranks: Any, tp: int, cp: int, sequence_parallel: bool
+) -> None:
+    results = ranks(tp * cp)(
+        sharded, tp, cp, False, sequence_parallel=sequence_parallel, by_kernels=True
+    )
+    for result in results:
+        assert result["merged"] == 0
+        assert result["rows"] < 1e-6
+        assert result["table"] < 1e-5
 
 
 def gradient_of_frequent_tokens(tp: int, *, sequence_parallel: bool) -> float:

@@ -16,13 +16,13 @@ from tests.rank_pool import RankPool, model_parallel
 from tests.unit.core.mimo.tiny import IDS_BS, TOKENS, VOCABULARY, build, config, inputs
 
 
-def table(vocabulary: int = VOCABULARY) -> Any:
+def table(vocabulary: int = VOCABULARY, hidden: int = 16) -> Any:
     """Megatron's word embedding [V, H], filled with random numbers."""
     from megatron.core.tensor_parallel import VocabParallelEmbedding
 
     groups = model_parallel()
     return VocabParallelEmbedding(
-        vocabulary, 16, init_method=torch.nn.init.normal_, config=config(), tp_group=groups.tp
+        vocabulary, hidden, init_method=torch.nn.init.normal_, config=config(), tp_group=groups.tp
     )
 
 

@@ -18,6 +18,7 @@ from megatron.core.models.mimo.alignment.from_ids import (
     plan_from_indices,
 )
 from megatron.core.models.mimo.alignment.plan import AlignmentPlan, RowOrder, Run, Stream
+from megatron.core.models.mimo.alignment.row_index import with_row_index
 from megatron.core.models.mimo.alignment.rows import place_rows, take_rows
 from megatron.core.models.mimo.alignment.spans import media_span_ids
 
@@ -35,4 +36,5 @@ __all__ = [
     "place_rows",
     "plan_from_indices",
     "take_rows",
+    "with_row_index",
 ]

@@ -169,6 +169,7 @@ def cut_plan(plan: AlignmentPlan, positions_S: torch.Tensor) -> AlignmentPlan:
         text_ids_N=text_ids_N,
         streams=streams,
         positions_S=positions_S if plan.positions_S is None else plan.positions_S[positions_S],
+        index=None,
     )
 
 
@@ -189,6 +190,7 @@ def with_own_rows(plan: AlignmentPlan) -> AlignmentPlan:
         counts=counts,
         encoders={},
         own_rows=True,
+        index=None,
     )
 
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from megatron.core.models.mimo.alignment.row_index import RowIndex
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,6 +83,7 @@ class AlignmentPlan:
             it: where ``row_order`` was given.
         own_rows: the modality rows that are merged by it are those that this rank places alone,
             in the order in which the streams name their places; ``counts`` are theirs.
+        index: the same for kernels, where ``with_row_index`` has made it; a cut drops it.
     """
 
     sequence_length: int
@@ -90,6 +95,7 @@ class AlignmentPlan:
     pieces: tuple[AlignmentPlan, ...] = ()
     encoders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     own_rows: bool = False
+    index: RowIndex | None = None
 
     def row_order(self) -> dict[str, RowOrder]:
         """What ``build_alignment_plan`` was given as ``row_order``; of a plan that is not cut."""
@@ -110,6 +116,7 @@ class AlignmentPlan:
             },
             positions_S=_moved(self.positions_S, device, non_blocking),
             pieces=tuple(piece.to(device, non_blocking=non_blocking) for piece in self.pieces),
+            index=None if self.index is None else self.index.to(device, non_blocking=non_blocking),
         )
 
 

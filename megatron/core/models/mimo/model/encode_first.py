@@ -28,7 +28,11 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.models.mimo.alignment import AlignmentPlan, build_alignment_plan
+from megatron.core.models.mimo.alignment import (
+    AlignmentPlan,
+    build_alignment_plan,
+    with_row_index,
+)
 from megatron.core.models.mimo.alignment.cut import with_own_rows
 from megatron.core.models.mimo.comm.pools import Pool, pools_of
 from megatron.core.models.mimo.comm.row_routes import Placement
@@ -185,7 +189,11 @@ class EncodeFirst:
             if not reads and not model.level_route.arrives:
                 continue
             share = cuts[number].share_of_plan(plans[number])
-            batch["alignment_plan"] = (with_own_rows(share) if reads else share).to(device)
+            if reads:
+                share = with_own_rows(share)
+                if plans[number].index is not None:  # a cut has dropped it
+                    share = with_row_index(share)
+            batch["alignment_plan"] = share.to(device)
             if reads:
                 batch["encoded_rows"] = {
                     modality.name: one.rows[number]

@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.alignment import AlignmentPlan, EncodedRows, Stream
+from megatron.core.models.mimo.alignment.row_index import kernels_for
 from megatron.core.models.mimo.model.checks import check_rows
 from megatron.core.models.mimo.model.merge import exchange_rows, gradients_of_rows
+from megatron.core.models.mimo.model.merge_by_kernels import place_by_kernels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,7 +66,7 @@ def plan_of_own_rows(plan: AlignmentPlan) -> AlignmentPlan:
     streams = {
         name: replace(stream, sources_N=None, runs=None) for name, stream in plan.streams.items()
     }
-    return replace(plan, streams=streams, pieces=())
+    return replace(plan, streams=streams, pieces=(), index=None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -151,6 +153,14 @@ class _AddRows(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.plan, ctx.tp_group, ctx.names = plan, tp_group, names
         ctx.kinds = [(rows_NH.size(0), rows_NH.dtype) for rows_NH in rows]
+        kernels = kernels_for(plan.index, hidden_SBH, *rows)
+        if kernels is not None:
+            base_SBH = hidden_SBH.contiguous()
+            added_SBH = torch.empty_like(base_SBH)
+            place_by_kernels(
+                kernels, plan, added_SBH, dict(zip(names, rows, strict=True)), base_SBH=base_SBH
+            )
+            return added_SBH
         added_SBH = hidden_SBH.clone(memory_format=torch.contiguous_format)
         flat_NH = added_SBH.view(-1, added_SBH.size(-1))
         for name, rows_NH in zip(names, rows, strict=True):

@@ -5,12 +5,14 @@ vocabulary, of which a tensor-parallel rank holds a contiguous part.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron.core.models.mimo.alignment import AlignmentPlan
+from megatron.core.models.mimo.alignment.row_index import kernels_for
 from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.models.mimo.model.host_memory import host_zeros
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
@@ -29,7 +31,7 @@ def look_up_text(word_embeddings: torch.nn.Module, plan: AlignmentPlan) -> torch
     Raises:
         UnsupportedError: sequence parallelism with an embedding that is not Megatron's.
     """
-    is_plain = _is_plain(word_embeddings)
+    is_plain = is_plain_table(word_embeddings)
     if plan.pieces and not is_plain:
         raise UnsupportedError(
             "sequence parallelism needs Megatron's VocabParallelEmbedding for the word "
@@ -42,7 +44,8 @@ def look_up_text(word_embeddings: torch.nn.Module, plan: AlignmentPlan) -> torch
         weight_VH, first = word_embeddings.weight, word_embeddings.vocab_start_index
         group = word_embeddings.tp_group
         if pieces:
-            mine_NH: torch.Tensor = _ShardedLookup.apply(weight_VH, pieces, first, group)
+            kernels = kernels_for(plan.index, weight_VH)
+            mine_NH: torch.Tensor = _ShardedLookup.apply(weight_VH, pieces, first, group, kernels)
             return mine_NH.unsqueeze(0)
         is_cut = get_pg_size(group) > 1
         rows_1NH = look_up_rows(weight_VH, ids_1N, first if is_cut else None)
@@ -87,7 +90,8 @@ def look_up_rows(
     return rows_NH.view(*ids.shape, weight_VH.size(1))
 
 
-def _is_plain(module: torch.nn.Module) -> bool:
+def is_plain_table(module: torch.nn.Module) -> bool:
+    """Whether it is Megatron's own table of words, called as Megatron does."""
     return (
         type(module) is VocabParallelEmbedding
         and getattr(module, "gtp_remat_size", 1) == 1
@@ -123,7 +127,8 @@ def _add_in_order(table_VH: torch.Tensor, ids_N: torch.Tensor, rows_NH: torch.Te
         table_VH.index_put_((ids_N,), rows_NH, accumulate=True)
 
 
-def _zeros(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+def zero_table(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+    """Zeros of a table's shape, with the dtype and device of ``like``."""
     return host_zeros(shape, like.dtype) if like.device.type == "cpu" else like.new_zeros(shape)
 
 
@@ -148,7 +153,7 @@ class _Lookup(torch.autograd.Function):
         grad_NH = grad_outputs[0]
         if ctx.foreign_N1 is not None:
             grad_NH = grad_NH.masked_fill(ctx.foreign_N1, 0)
-        grad_VH = _zeros(ctx.shape, grad_NH)
+        grad_VH = zero_table(ctx.shape, grad_NH)
         add_rows(grad_VH, ctx.ids_N, grad_NH)
         return grad_VH, None, None
 
@@ -169,6 +174,7 @@ class _ShardedLookup(torch.autograd.Function):
         ids: tuple[torch.Tensor, ...],
         vocab_start: int,
         group: dist.ProcessGroup,
+        kernels: ModuleType | None,
     ) -> torch.Tensor:
         ctx.ids, ctx.vocab_start, ctx.group = ids, vocab_start, group
         ctx.shape = weight_VH.shape
@@ -177,8 +183,11 @@ class _ShardedLookup(torch.autograd.Function):
         for owner, ids_N in enumerate(ids):
             if not ids_N.numel():
                 continue
-            local_N, foreign_N1 = _localise(ids_N, vocab_start, weight_VH.size(0))
-            part_NH = weight_VH.index_select(0, local_N).masked_fill_(foreign_N1, 0)
+            if kernels is not None:
+                part_NH = kernels.look_up(weight_VH, ids_N, vocab_start)
+            else:
+                local_N, foreign_N1 = _localise(ids_N, vocab_start, weight_VH.size(0))
+                part_NH = weight_VH.index_select(0, local_N).masked_fill_(foreign_N1, 0)
             dist.reduce(part_NH, group_dst=owner, group=group)
             if owner == rank:
                 mine_NH = part_NH
@@ -187,9 +196,9 @@ class _ShardedLookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None
+            return None, None, None, None, None
         grad_NH = grad_outputs[0].contiguous()
-        grad_VH = _zeros(ctx.shape, grad_NH)
+        grad_VH = zero_table(ctx.shape, grad_NH)
         rank = get_pg_rank(ctx.group)
         for owner, ids_N in enumerate(ctx.ids):
             if not ids_N.numel():
@@ -198,7 +207,7 @@ class _ShardedLookup(torch.autograd.Function):
             dist.broadcast(part_NH, group_src=owner, group=ctx.group)
             local_N, foreign_N1 = _localise(ids_N, ctx.vocab_start, ctx.shape[0])
             add_rows(grad_VH, local_N, part_NH.masked_fill(foreign_N1, 0))
-        return grad_VH, None, None, None
+        return grad_VH, None, None, None, None
 
 
 def _localise(

@@ -20,11 +20,18 @@ from megatron.core.models.mimo.alignment import (
     place_rows,
     take_rows,
 )
+from megatron.core.models.mimo.alignment.row_index import kernels_for
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import InputError
 from megatron.core.models.mimo.model.checks import check_rows
 from megatron.core.models.mimo.model.host_memory import empty_like_rows
 from megatron.core.models.mimo.model.lookup import call_as, look_up_rows, look_up_text
+from megatron.core.models.mimo.model.merge_by_kernels import (
+    merge_with_table,
+    place_by_kernels,
+    reads_table,
+    take_by_kernels,
+)
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import get_pg_rank
@@ -51,14 +58,19 @@ def embed_streams(
     Raises:
         InputError: rows of another width or dtype; no position ids for learned positions.
     """
-    config = embedding.config
-    text_NH = look_up_text(embedding.word_embeddings, plan)
-    for name, rows_NH in rows.items():
-        check_rows(name, rows_NH, text_NH.size(1), text_NH.dtype)
+    config, table = embedding.config, embedding.word_embeddings
     scale = getattr(config, "mup_embedding_mult", 1.0) if getattr(config, "use_mup", 0) else 1.0
-    if scale != 1.0:
-        text_NH = text_NH * scale
-    merged_SBH = merge_streams(plan, {TEXT: text_NH, **rows}, tp_group=embedding.tp_group)
+    if scale == 1.0 and reads_table(table, plan, rows):
+        for name, rows_NH in rows.items():
+            check_rows(name, rows_NH, table.weight.size(1), table.weight.dtype)
+        merged_SBH = merge_with_table(table, plan, rows)
+    else:
+        text_NH = look_up_text(table, plan)
+        for name, rows_NH in rows.items():
+            check_rows(name, rows_NH, text_NH.size(1), text_NH.dtype)
+        if scale != 1.0:
+            text_NH = text_NH * scale
+        merged_SBH = merge_streams(plan, {TEXT: text_NH, **rows}, tp_group=embedding.tp_group)
     if embedding.add_position_embedding:
         merged_SBH = merged_SBH + _position_rows(embedding, plan, position_ids)
     if config.fp32_residual_connection:
@@ -128,6 +140,10 @@ class _MergeStreams(torch.autograd.Function):
         merged_SBH = empty_like_rows(
             (plan.sequence_length, plan.batch_size, rows[0].size(1)), rows[0]
         )
+        kernels = kernels_for(plan.index, *rows)
+        if kernels is not None:
+            place_by_kernels(kernels, plan, merged_SBH, dict(zip(names, rows, strict=True)))
+            return merged_SBH
         for name, rows_NH in zip(names, rows, strict=True):
             place_rows(merged_SBH, plan.streams[name], rows_NH)
         return merged_SBH
@@ -168,14 +184,23 @@ def gradients_of_rows(
         group: the tensor-parallel ranks.
     """
     grads: list[torch.Tensor | None] = []
+    found: dict[str, torch.Tensor] = {}
+    kernels = kernels_for(plan.index, grad_SBH)
+    if kernels is not None:
+        wants = [name for name, wanted in zip(names, needed, strict=True) if wanted]
+        found = take_by_kernels(kernels, plan, grad_SBH, wants)
     for name, count, wanted in zip(names, counts, needed, strict=True):
         if not wanted:
             grads.append(None)
         elif name != TEXT and plan.pieces and not plan.own_rows:
             streams = [piece.streams[name] for piece in plan.pieces]
             assert group is not None, "only a tensor-parallel group has pieces"
-            own_nH = take_rows(grad_SBH, replace(plan.streams[name], sources_N=None), count)
+            own_nH = found.get(name)
+            if own_nH is None:
+                own_nH = take_rows(grad_SBH, replace(plan.streams[name], sources_N=None), count)
             grads.append(exchange_rows(own_nH, streams, count, group))
+        elif name in found:
+            grads.append(found[name])
         else:
             grads.append(take_rows(grad_SBH, plan.streams[name], count))
     return grads
