@@ -7,37 +7,56 @@ corrects what it holds under the token's key, and reads it with the token's quer
     state = state + key (strength * (value - state^T key))^T
     output = state^T query
 
-The corrections of the tokens of a chunk depend on each other by a triangular system; solved at
-once, they leave matrix products, and a loop over chunks in place of one over tokens. The result is
-the recurrence's (Yang et al., "Gated Delta Networks", 2024). Sums are taken in fp32 (fp64 for fp64
+Taken chunk by chunk (Yang et al., "Gated Delta Networks", 2024) these are matrix products, and a
+loop over chunks in place of one over tokens: ``chunks``. Sums are taken in fp32 (fp64 for fp64
 inputs), in a fixed order.
 
-What is kept for the backward pass: the inputs, and the state at every ``STRETCH`` tokens. The
+What is kept for the backward pass: the inputs, and the state before every stretch of tokens. The
 backward pass computes one stretch again at a time, so that its working memory does not grow with
 the length.
 
 Legend: B rows, T tokens, G key heads, R value heads of each key head, K size of a key, V size of a
-value, N chunks of C tokens, X = B * G * R states.
+value; N chunks of C tokens, X = B * G * R states.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from megatron.core.models.mimo.errors import InputError
+from megatron.mimo.layers.gated_delta_net.chunks import (
+    Chunks,
+    Gradients,
+    Remains,
+    backward,
+    forward,
+    prepare,
+)
 
-__all__ = ["CHUNK", "STRETCH", "gated_delta_rule", "unit_length"]
+__all__ = ["CHUNK", "gated_delta_rule", "stretch_of", "unit_length"]
 
 CHUNK = 64
 """Tokens whose corrections are solved for at once."""
-STRETCH = 1024
-"""Tokens between two states that are kept for the backward pass; a multiple of ``CHUNK``."""
 
 _EPSILON = 1e-6
+_LEAST = -100.0
+"""Decays below this are taken as this: nothing in fp32 tells exp(-100) from 0, and all sums of them
+are finite."""
+
+
+def stretch_of(device: torch.device) -> int:
+    """Tokens between two states that are kept, a multiple of ``CHUNK``.
+
+    On the CPU what a stretch computes with should stay in the caches; elsewhere few and large
+    kernels are fast.
+    """
+    return (4 if device.type == "cpu" else 32) * CHUNK
 
 
 def gated_delta_rule(
@@ -73,9 +92,10 @@ def gated_delta_rule(
     """
     _check(q_BTGK, k_BTGK, v_BTGRV, decay_BTGR, strength_BTGR)
     B, T, G, R, V = v_BTGRV.shape
+    wide = torch.promote_types(v_BTGRV.dtype, torch.float32)
     if state_BGRKV is None:
-        wide = torch.promote_types(v_BTGRV.dtype, torch.float32)
         state_BGRKV = v_BTGRV.new_zeros(B, G, R, k_BTGK.size(-1), V, dtype=wide)
+    state_BGRKV = state_BGRKV.to(wide)
     if T == 0:
         return v_BTGRV, state_BGRKV
     out_BTGRV, after_BGRKV = _DeltaRule.apply(
@@ -86,7 +106,11 @@ def gated_delta_rule(
 
 def unit_length(x: Tensor) -> Tensor:
     """Vectors over the last dimension scaled to length 1 (tiny ones to less)."""
-    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + _EPSILON)
+    return x * _inverse_length(x)
+
+
+def _inverse_length(x: Tensor) -> Tensor:
+    return torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + _EPSILON)
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -102,175 +126,155 @@ class _DeltaRule(torch.autograd.Function):
         documents_T: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         tokens = (q_BTGK, k_BTGK, v_BTGRV, decay_BTGR, strength_BTGR)
-        outputs, states = [], [state_BGRKV]
-        for start in range(0, v_BTGRV.size(1), STRETCH):
-            out, state = _stretch(*_part(tokens, start), states[-1], _seams(documents_T, start))
-            outputs.append(out)
-            states.append(state)
-        ctx.save_for_backward(*tokens, documents_T, *states[:-1])
-        return torch.cat(outputs, dim=1), states[-1]
+        out_BTGRV = torch.empty_like(v_BTGRV, memory_format=torch.contiguous_format)
+        states_XKV = [state_BGRKV.flatten(0, 2)]
+        for part in _parts(v_BTGRV):
+            stretch = _Stretch(tokens, documents_T, part, state_BGRKV.dtype)
+            out_NXCV, passed = forward(stretch.chunks, states_XKV[-1])
+            out_BTGRV[:, part] = stretch.by_tokens(out_NXCV).view_as(out_BTGRV[:, part])
+            states_XKV.append(passed.states_MXKV[-1].clone())
+        ctx.save_for_backward(*tokens, documents_T, *states_XKV[:-1])
+        return out_BTGRV, states_XKV[-1].view_as(state_BGRKV)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTGRV: Tensor, grad_BGRKV: Tensor) -> tuple[Tensor | None, ...]:
         *tokens, documents_T = ctx.saved_tensors[:6]
-        states = ctx.saved_tensors[6:]
+        states_XKV = ctx.saved_tensors[6:]
         gradients = [torch.empty_like(one, memory_format=torch.contiguous_format) for one in tokens]
-        for index in reversed(range(len(states))):
-            start = index * STRETCH
-            inputs = [*_part(tokens, start), states[index]]
-            leaves = [one.detach().requires_grad_() for one in inputs]
-            with torch.enable_grad():
-                out, state = _stretch(*leaves, _seams(documents_T, start))
-            *parts, grad_BGRKV = torch.autograd.grad(
-                (out, state), leaves, (grad_BTGRV[:, start : start + STRETCH], grad_BGRKV)
+        grad_XKV = grad_BGRKV.flatten(0, 2)
+        pairs = list(zip(_parts(grad_BTGRV), states_XKV, strict=True))
+        for part, state_XKV in reversed(pairs):
+            stretch = _Stretch(tokens, documents_T, part, state_XKV.dtype)
+            _, passed = forward(stretch.chunks, state_XKV)
+            grad_NXCV = _by_chunks(grad_BTGRV[:, part].flatten(2, 3), state_XKV.dtype)
+            found = backward(stretch.chunks, passed, grad_NXCV, grad_XKV)
+            grad_XKV = found.state_XKV
+            for whole, one in zip(gradients, stretch.gradients(found), strict=True):
+                whole[:, part] = one.view_as(whole[:, part])
+        return *gradients, grad_XKV.view_as(grad_BGRKV), None
+
+
+def _parts(x_BT: Tensor) -> list[slice]:
+    """The stretches of tokens."""
+    step = stretch_of(x_BT.device)
+    return [slice(start, start + step) for start in range(0, x_BT.size(1), step)]
+
+
+class _Stretch:
+    """Some tokens as chunks, and gradients of chunks as those of the tokens.
+
+    Attributes:
+        chunks: the last one filled up with tokens that leave the state alone.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[Tensor],
+        documents_T: Tensor | None,
+        part: slice,
+        dtype: torch.dtype,
+    ) -> None:
+        q_BTGK, k_BTGK, v_BTGRV, decay_BTGR, strength_BTGR = (one[:, part] for one in tokens)
+        self._B, self._T, self._G, R, _ = v_BTGRV.shape
+        self._scale = k_BTGK.size(-1) ** -0.5
+        keys_queries = [_by_chunks(x, dtype) for x in (k_BTGK, q_BTGK)]  # [N, B * G, C, K]
+        self._inverse_lengths = [_inverse_length(x) for x in keys_queries]
+        self._units = [
+            x.mul_(inverse) for x, inverse in zip(keys_queries, self._inverse_lengths, strict=True)
+        ]
+        k, q = self._units
+        kq = torch.cat([k, q * self._scale], dim=2)
+        v = _by_chunks(v_BTGRV.flatten(2, 3), dtype)
+        decay, strength = (
+            _by_chunks(x.flatten(2).unsqueeze(-1), dtype) for x in (decay_BTGR, strength_BTGR)
+        )
+        self._decays = decay.squeeze(-1) >= _LEAST
+        seams = None if documents_T is None else _seams(documents_T, part)
+        remains = remains_of(decay.squeeze(-1).clamp(min=_LEAST), seams)
+        self.chunks: Chunks = prepare(kq.repeat_interleave(R, dim=1), v, strength, remains)
+
+    def by_tokens(self, x_NXCD: Tensor) -> Tensor:
+        """[B, T, heads, D] of chunks."""
+        N, _, C, D = x_NXCD.shape
+        x_NBHCD = x_NXCD.view(N, self._B, -1, C, D)
+        return x_NBHCD.permute(1, 0, 3, 2, 4).reshape(self._B, N * C, -1, D)[:, : self._T]
+
+    def gradients(self, found: Gradients) -> Iterator[Tensor]:
+        """With respect to queries, keys, values, decays and strengths, by tokens."""
+        d_kq = found.kq_NXCK.unflatten(1, (self._B * self._G, -1)).sum(2)
+        d_k, d_q = d_kq.chunk(2, dim=2)
+        d_units = (d_k, d_q * self._scale)
+        d_k, d_q = (
+            inverse * (d_unit - unit * (unit * d_unit).sum(-1, keepdim=True))
+            for unit, inverse, d_unit in zip(
+                self._units, self._inverse_lengths, d_units, strict=True
             )
-            for whole, part in zip(gradients, parts, strict=True):
-                whole[:, start : start + STRETCH] = part
-        return *gradients, grad_BGRKV, None
+        )
+        # A decay counts in the sums of its own token and of those behind it.
+        d_sums = found.decay_NXC.double()
+        d_decay = (
+            d_sums @ torch.ones_like(d_sums[0, :1]).expand(CHUNK, CHUNK).tril()
+        ) * self._decays
+        for one in (d_q, d_k, found.v_NXCV, d_decay.unsqueeze(-1), found.strength_NXC1):
+            yield self.by_tokens(one)
 
 
-class _Seams(NamedTuple):
-    """Where the documents of one stretch meet.
+def remains_of(decay_NXC: Tensor, numbers_NC: Tensor | None) -> Remains:
+    """Which share of the state remains between the places of each chunk.
 
-    Attributes:
-        before: document number of the token before the stretch (of its own first, in the row's).
-        numbers_N: of its tokens, padded to whole chunks by repeating the last.
+    Args:
+        decay_NXC: logarithms, finite.
+        numbers_NC: document numbers of the tokens, behind that of the token before each chunk:
+            [N, 1 + C]; None for one document.
     """
+    C = decay_NXC.size(-1)
+    ones_CC = torch.ones(C, C, dtype=torch.float64, device=decay_NXC.device)
+    # A product in place of cumsum, whose order of sums on a GPU is not fixed. The fp64 sums are two
+    # numbers of the inputs' dtype, so that small decays behind a large one are not lost.
+    exact = decay_NXC.double() @ ones_CC.triu()
+    high = exact.to(decay_NXC.dtype)
+    low = (exact - high).to(decay_NXC.dtype)
+    between = high.unsqueeze(-1) - high.unsqueeze(-2)
+    between += low.unsqueeze(-1) - low.unsqueeze(-2)
+    until = (high[..., -1:] - high) + (low[..., -1:] - low)
+    since, over = high.clone(), high[..., -1:].clone()
+    hidden = ones_CC.triu(1).bool()
+    if numbers_NC is not None:
+        before_N1, numbers_NC = numbers_NC[:, :1], numbers_NC[:, 1:]
+        hidden = hidden | (numbers_NC[:, :, None] != numbers_NC[:, None, :])[:, None]
+        new = (numbers_NC != before_N1)[:, None]
+        since.masked_fill_(new, -torch.inf)
+        over.masked_fill_(new[..., -1:], -torch.inf)
+        until.masked_fill_((numbers_NC != numbers_NC[:, -1:])[:, None], -torch.inf)
+    between.masked_fill_(hidden, -torch.inf)
+    return Remains(
+        between.exp_(),
+        since.exp_().unsqueeze(-1),
+        until.exp_().unsqueeze(-1),
+        over.exp_().unsqueeze(-1),
+    )
 
-    before: Tensor
-    numbers_NC: Tensor
 
-
-def _seams(documents_T: Tensor | None, start: int) -> _Seams | None:
-    if documents_T is None:
-        return None
-    numbers_T = documents_T[start : start + STRETCH]
+def _seams(documents_T: Tensor, part: slice) -> Tensor:
+    """Document numbers of each chunk's tokens, behind that of the token before it: [N, 1 + C]."""
+    numbers_T = documents_T[part]
     missing = -len(numbers_T) % CHUNK
-    numbers_T = torch.cat([numbers_T, numbers_T[-1:].expand(missing)])
-    before = max(start - 1, 0)
-    return _Seams(documents_T[before : before + 1], numbers_T.view(-1, CHUNK))
+    numbers_NC = torch.cat([numbers_T, numbers_T[-1:].expand(missing)]).view(-1, CHUNK)
+    first = documents_T[max(part.start - 1, 0)].view(1)
+    before_N = torch.cat([first, numbers_NC[:-1, -1]])
+    return torch.cat([before_N[:, None], numbers_NC], dim=1)
 
 
-def _part(tokens: Any, start: int) -> list[Tensor]:
-    return [one[:, start : start + STRETCH] for one in tokens]
-
-
-def _stretch(
-    q_BTGK: Tensor,
-    k_BTGK: Tensor,
-    v_BTGRV: Tensor,
-    decay_BTGR: Tensor,
-    strength_BTGR: Tensor,
-    state_BGRKV: Tensor,
-    seams: _Seams | None,
-) -> tuple[Tensor, Tensor]:
-    """Outputs of at most ``STRETCH`` tokens, and the state behind them."""
-    B, T, G, R, V = v_BTGRV.shape
-    K = k_BTGK.size(-1)
-    wide = state_BGRKV.dtype
-    q, k = (unit_length(_chunks(x, wide)) for x in (q_BTGK, k_BTGK))  # [B, G, N, C, K]
-    q = q * K**-0.5
-    v, decay, strength = (
-        _chunks(x.flatten(2, 3), wide).unflatten(1, (G, R))
-        for x in (v_BTGRV, decay_BTGR[..., None], strength_BTGR[..., None])
-    )  # [B, G, R, N, C, V or 1]
-    remains = _Remains.of(decay.squeeze(-1), seams)
-    key_key, query_key = (x @ k.mT for x in (k, q))
-    # What a token's correction takes over from those before it in the chunk.
-    system = key_key.unsqueeze(2) * remains.between * strength
-    k_in = k.unsqueeze(2) * (strength * remains.since_before)
-    solved = torch.linalg.solve_triangular(
-        system, torch.cat([v * strength, k_in], dim=-1), upper=False, unitriangular=True
-    )
-    states, corrections, state = _scan(
-        *solved.flatten(0, 2).split([V, K], dim=-1),
-        (k.unsqueeze(2) * remains.until_end).flatten(0, 2),
-        remains.over_chunk.flatten(0, 2),
-        state_BGRKV.flatten(0, 2),
-    )
-    read = (q.unsqueeze(2) * remains.since_before).flatten(0, 2)
-    scores = (query_key.unsqueeze(2) * remains.between).flatten(0, 2)
-    out = scores @ corrections + read @ states  # [X, N, C, V]
-    out_BGRTV = out.view(B, G, R, -1, V)[:, :, :, :T]
-    return out_BGRTV.permute(0, 3, 1, 2, 4).to(v_BTGRV.dtype), state.view_as(state_BGRKV)
-
-
-def _scan(
-    u_XNCV: Tensor, w_XNCK: Tensor, k_XNCK: Tensor, remains_XN11: Tensor, state_XKV: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The states before each chunk, the corrections of its tokens, and the last state.
-
-    The one loop: two products and a scaling for each chunk, of all heads at once.
-    """
-    states, corrections = [], []
-    parts = zip(*(x.unbind(1) for x in (u_XNCV, w_XNCK, k_XNCK, remains_XN11)), strict=True)
-    for u_XCV, w_XCK, k_XCK, remains_X11 in parts:
-        states.append(state_XKV)
-        correction_XCV = torch.baddbmm(u_XCV, w_XCK, state_XKV, alpha=-1)
-        corrections.append(correction_XCV)
-        state_XKV = torch.baddbmm(state_XKV * remains_X11, k_XCK.mT, correction_XCV)
-    return torch.stack(states, dim=1), torch.stack(corrections, dim=1), state_XKV
-
-
-class _Remains(NamedTuple):
-    """Which share of the state remains from one place of a chunk to another; leading [B, G, R, N].
-
-    Attributes:
-        between: [C, C] from the column's token to the row's: 0 above the diagonal, 1 on it, and 0
-            between documents.
-        since_before: [C, 1] from before the chunk to the row's token; likewise the others.
-        until_end: [C, 1] from the token to the end of the chunk.
-        over_chunk: [1, 1] from before the chunk to its end.
-    """
-
-    between: Tensor
-    since_before: Tensor
-    until_end: Tensor
-    over_chunk: Tensor
-
-    @classmethod
-    def of(cls, decay: Tensor, seams: _Seams | None) -> _Remains:
-        """From logarithms [B, G, R, N, C]."""
-        C = decay.size(-1)
-        # exp(-100) is 0 beside anything that it is added to, and differences stay finite.
-        decay = decay.clamp(min=-100.0)
-        ones_CC = torch.ones(C, C, dtype=torch.float64, device=decay.device)
-        # A product in place of cumsum, whose order of sums on a GPU is not fixed. The fp64 sums are
-        # two numbers of the inputs' dtype, so that small decays behind a large one are not lost.
-        exact = decay.double() @ ones_CC.triu()
-        high = exact.to(decay.dtype)
-        low = (exact.detach() - high.detach().double()).to(decay.dtype)
-        later = ones_CC.triu(1).bool()
-        between = (high[..., :, None] - high[..., None, :]) + (
-            low[..., :, None] - low[..., None, :]
-        )
-        until_end = (high[..., -1:] - high) + (low[..., -1:] - low)
-        since_before, over_chunk = high, high[..., -1:]
-        if seams is not None:
-            numbers = seams.numbers_NC
-            before_N = torch.cat([seams.before, numbers[:-1, -1]])
-            later = later | (numbers[:, :, None] != numbers[:, None, :])
-            new = numbers != before_N[:, None]
-            since_before = since_before.masked_fill(new, -torch.inf)
-            over_chunk = over_chunk.masked_fill(new[:, -1:], -torch.inf)
-            until_end = until_end.masked_fill(numbers != numbers[:, -1:], -torch.inf)
-        return cls(
-            between.masked_fill(later, -torch.inf).exp(),
-            since_before.exp().unsqueeze(-1),
-            until_end.exp().unsqueeze(-1),
-            over_chunk.exp().unsqueeze(-1),
-        )
-
-
-def _chunks(x_BTHD: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, T, H, D] as [B, H, N, C, D]; zeros behind the last token, which leave the state alone."""
+def _by_chunks(x_BTHD: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, B * H, C, D]; zeros behind the last token."""
     B, T, H, D = x_BTHD.shape
-    x_BHTD = x_BTHD.transpose(1, 2).to(dtype)
-    missing = -T % CHUNK
-    if missing:
-        x_BHTD = torch.nn.functional.pad(x_BHTD, (0, 0, 0, missing))
-    return x_BHTD.reshape(B, H, -1, CHUNK, D)
+    N = -(-T // CHUNK)
+    if T % CHUNK:
+        x_BTHD = F.pad(x_BTHD, (0, 0, 0, 0, 0, N * CHUNK - T))
+    chunks = torch.empty(N, B, H, CHUNK, D, dtype=dtype, device=x_BTHD.device)
+    chunks.copy_(x_BTHD.view(B, N, CHUNK, H, D).permute(1, 0, 3, 2, 4))
+    return chunks.view(N, B * H, CHUNK, D)
 
 
 def _check(
