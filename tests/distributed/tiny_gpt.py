@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from typing import Any
 
@@ -13,18 +14,25 @@ HIDDEN, HEADS, VOCABULARY, SEQUENCE = 32, 4, 64, 16
 
 
 def build_gpt(
-    tp: int = 1, *, position_embedding: str = "rope", ddp: Any = None, **settings: Any
+    tp: int = 1,
+    *,
+    position_embedding: str = "rope",
+    ddp: Any = None,
+    linear_layers: tuple[int, ...] = (),
+    **settings: Any,
 ) -> Any:
     """A DDP-wrapped GPT whose full weights depend only on their names; under SP if ``tp`` > 1.
 
     Args:
         ddp: DistributedDataParallelConfig; the default one if None.
+        linear_layers: numbers from 0 of the layers that have a gated delta net.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.mimo.layers import language_layer_spec
+    from megatron.mimo.layers.gated_delta_net import gated_delta_net_spec
 
     config = TransformerConfig(
         num_layers=2,
@@ -41,9 +49,14 @@ def build_gpt(
         transformer_impl="local",
         **settings,
     )
+    spec = language_layer_spec(config)
+    for number in linear_layers:
+        layer = copy.deepcopy(spec.submodules.layer_specs[number])
+        layer.submodules.self_attention = gated_delta_net_spec(with_transformer_engine=False)
+        spec.submodules.layer_specs[number] = layer
     model = GPTModel(
         config,
-        language_layer_spec(config),
+        spec,
         vocab_size=VOCABULARY,
         max_sequence_length=SEQUENCE,
         position_embedding_type=position_embedding,

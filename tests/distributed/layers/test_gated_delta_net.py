@@ -84,7 +84,13 @@ def packed(lengths: Sequence[int]) -> Any:
     from megatron.core.packed_seq_params import PackedSeqParams
 
     sums = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=sums, cu_seqlens_kv=sums)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=sums,
+        cu_seqlens_kv=sums,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
 
 
 def assert_near(got: dict[str, Tensor], expected: dict[str, Tensor], limit: float) -> None:
@@ -307,3 +313,152 @@ def test_ranks_equal_one_process(ranks: RankPool, layout: dict[str, Any]) -> Non
     size = layout.get("tp", 1) * layout.get("cp", 1)
     for got in ranks(size)(step, **layout):
         assert_near(got, expected, limit=1e-5)
+
+
+# In a model
+
+
+def train_gpt(
+    tp: int = 1, cp: int = 1, documents: tuple[int, ...] = (), **settings: Any
+) -> dict[str, Tensor]:
+    """Loss and whole gradients of a GPT with one layer of each kind, by Megatron's own means."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.models.mimo.alignment.cut import SequenceCut
+    from tests.distributed.tiny_gpt import SEQUENCE, VOCABULARY, build_gpt
+
+    groups = model_parallel(tp=tp, cp=cp)
+    model = build_gpt(
+        tp,
+        linear_layers=(0,),
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=8,
+        linear_value_head_dim=4,
+        context_parallel_size=cp,
+        normalization="RMSNorm",
+        layernorm_zero_centered_gamma=True,
+        **settings,
+    )
+    generator = torch.Generator().manual_seed(0)
+    rows = 1 if documents else 2
+    ids_BS, labels_BS = torch.randint(VOCABULARY, (2, rows, SEQUENCE), generator=generator)
+    positions_BS = torch.arange(SEQUENCE).expand(rows, -1)
+    params = packed(documents) if documents else None
+    cut = SequenceCut(
+        cp_rank=groups.cp.rank(), cp_size=cp, places=params.cu_seqlens_q if params else None
+    )
+    ids_BS, positions_BS, labels_BS = (
+        cut.context_share(one) for one in (ids_BS, positions_BS, labels_BS)
+    )
+    named = {"packed_seq_params": params} if params else {}
+    loss = model(ids_BS, positions_BS, None, labels=labels_BS, **named).sum()
+    loss.backward()
+    finalize_model_grads([model])
+    dist.all_reduce(loss, group=groups.cp)
+    found = {"loss": loss.detach().reshape(1)}
+    for name, parameter in model.module.named_parameters():
+        gradient = parameter.main_grad.clone() * cp  # which averages over context parallelism
+        if getattr(parameter, "tensor_model_parallel", False):
+            gradient = torch.cat(gathered(gradient, groups.tp), dim=parameter.partition_dim)
+        found[name] = gradient
+    return found
+
+
+def test_in_a_model_with_recomputation_on_ranks(ranks: RankPool) -> None:
+    whole = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    documents = (8, 4, 4)
+    (expected,) = ranks(1)(train_gpt)
+    assert sum("self_attention.in_proj" in name for name in expected) == 1
+    for got in ranks(2)(train_gpt, 2, **whole):
+        assert_near(got, expected, limit=1e-5)
+    (expected,) = ranks(1)(train_gpt, documents=documents)
+    for got in ranks(2)(train_gpt, cp=2, documents=documents, **whole):
+        assert_near(got, expected, limit=1e-5)
+
+
+def checkpoint_slices(tp: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]]:
+    """Name -> whole shape, where this rank's part begins, and its replica."""
+    sharded = build(tp=tp).sharded_state_dict(prefix="layer.")
+    return {
+        one.key: (tuple(one.global_shape), tuple(one.global_offset), one.replica_id)
+        for one in sharded.values()
+        if hasattr(one, "local_shape")
+    }
+
+
+def test_checkpoints_are_cut_by_heads(ranks: RankPool) -> None:
+    first, second = ranks(2)(checkpoint_slices, 2)
+    weights = whole_weights()
+    assert first.keys() == {f"layer.{name}" for name in weights}
+    for name, whole in weights.items():
+        shape, start, replica = second[f"layer.{name}"]
+        assert shape == tuple(whole.shape)
+        assert first[f"layer.{name}"][1] == (0,) * whole.dim()
+        if name == "norm.weight":
+            assert (start, replica != first[f"layer.{name}"][2]) == ((0,), True)
+        else:
+            cut = 1 if name == "out_proj.weight" else 0
+            expected = [0] * whole.dim()
+            expected[cut] = whole.size(cut) // 2
+            assert start == tuple(expected)
+
+
+def half_precision() -> tuple[float, set[torch.dtype]]:
+    """The relative error of the layer in bf16, and the dtypes of its cache."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    hidden, gradient = hidden_and_gradient(130)
+    layer, outputs = build(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = layer.to(dtype)
+        leaf = hidden.to(dtype).requires_grad_()
+        out, _ = layer(leaf)
+        out.backward(gradient.to(dtype))
+        outputs.append(torch.cat([out.detach(), leaf.grad]).float())
+    context = StaticInferenceContext(1, 140)
+    layer(hidden.bfloat16(), inference_context=context)
+    kept = {one.dtype for one in context.key_value_memory_dict[1]}
+    return ((outputs[1] - outputs[0]).norm() / outputs[0].norm()).item(), kept
+
+
+def test_half_precision(ranks: RankPool) -> None:
+    ((error, kept),) = ranks(1)(half_precision)
+    assert 0 < error < 0.02
+    assert kept == {torch.bfloat16, torch.float32}
+
+
+def refusals() -> list[str]:
+    layer, said = build(), []
+    hidden = torch.zeros(4, 2, HIDDEN)
+    causal = torch.ones(1, 1, 4, 4, dtype=torch.bool).triu(1)
+    for call in (
+        lambda: layer(hidden, causal),
+        lambda: layer(hidden, torch.zeros(2, 4, dtype=torch.int64)),
+        lambda: layer(hidden, attention_bias=torch.zeros(1)),
+        lambda: layer(hidden, packed_seq_params=packed([4])),
+        lambda: layer(hidden[:, :1], packed_seq_params=packed([3, 2])),
+    ):
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            call()
+        said.append(f"{type(caught.value).__name__}: {caught.value}")
+    return said
+
+
+def test_refusals(ranks: RankPool) -> None:
+    (said,) = ranks(1)(refusals)
+    for message, words in zip(
+        said,
+        (
+            "UnsupportedError: attention_mask is torch.bool of shape [1, 1, 4, 4]",
+            "UnsupportedError: attention_mask is torch.int64 of shape [2, 4]",
+            "UnsupportedError: attention_bias",
+            "InputError: a packed micro-batch has 2 rows",
+            "InputError: boundaries of packed documents are [0, 3, 5] for a row of 4",
+        ),
+        strict=True,
+    ):
+        assert message.startswith(words)

@@ -88,7 +88,7 @@ def prepare(kq_NXCK: Tensor, v_NXCV: Tensor, strength_NXC1: Tensor, remains: Rem
     products = kq_NXCK @ kq_NXCK[:, :, :C].mT
     key_key, scores = products[:, :, :C], products[:, :, C:]
     scores.mul_(remains.between_NXCC)
-    key_key.mul_(remains.between_NXCC).mul_(strength_NXC1).tril_(-1)
+    key_key.mul_(remains.between_NXCC).mul_(strength_NXC1).mul_(_below(key_key))
     ones_CC = torch.eye(C, dtype=v_NXCV.dtype, device=v_NXCV.device)
     inverse = torch.linalg.solve_triangular(
         key_key, ones_CC.expand_as(key_key), upper=False, unitriangular=True
@@ -122,9 +122,8 @@ def forward(chunks: Chunks, state_XKV: Tensor) -> tuple[Tensor, Passed]:
     missing, corrections = torch.empty_like(chunks.v_NXCV), torch.empty_like(chunks.v_NXCV)
     for i in range(N):
         torch.bmm(chunks.kq_NXCK[i], states[i], out=reads[i])
-        torch.addcmul(
-            chunks.v_NXCV[i], remains.since_NXC1[i], reads[i, :, :C], value=-1, out=missing[i]
-        )
+        held_XCV = reads[i, :, :C]
+        torch.addcmul(chunks.v_NXCV[i], remains.since_NXC1[i], held_XCV, value=-1, out=missing[i])
         torch.bmm(chunks.inverse_NXCC[i], chunks.strength_NXC1[i] * missing[i], out=corrections[i])
         torch.mul(states[i], remains.over_NX11[i], out=states[i + 1])
         states[i + 1].baddbmm_(k_NXCK[i].mT, remains.until_NXC1[i] * corrections[i])
@@ -176,7 +175,8 @@ def _gradients(
     remains, strength = chunks.remains, chunks.strength_NXC1
     k, q = chunks.kq_NXCK[:, :, :C], chunks.kq_NXCK[:, :, C:]
     corrections = passed.corrections_NXCV
-    d_system = (d_solved @ corrections.mT).neg_().tril_(-1)
+    d_system = d_solved @ corrections.mT
+    d_system.mul_(-_below(d_system))
     d_scores = out_NXCV @ corrections.mT
     # What remains between two tokens is the exponential of a difference of sums of decays.
     flow = d_scores * chunks.scores_NXCC
@@ -204,6 +204,11 @@ def _gradients(
     d_decay = flow.sum(-1, keepdim=True) - flow.sum(-2).unsqueeze(-1) + since - until
     d_decay[:, :, -1:] += over + until.sum(-2, keepdim=True)
     return Gradients(d_kq, d_values, d_strength, d_decay.squeeze(-1), d_states[0])
+
+
+def _below(x_CC: Tensor) -> Tensor:
+    """Ones below the diagonal: a product with them is faster than ``tril``."""
+    return x_CC.new_ones(x_CC.shape[-2:]).tril(-1)
 
 
 def _rows(one: Tensor, other: Tensor) -> Tensor:

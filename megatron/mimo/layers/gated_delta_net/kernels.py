@@ -8,15 +8,16 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.mimo.backend import capabilities
+from megatron.mimo.layers.gated_delta_net.decoding import delta_step
 from megatron.mimo.layers.gated_delta_net.delta_rule import gated_delta_rule
 from megatron.mimo.layers.gated_delta_net.documents import Documents
 from megatron.mimo.layers.gated_delta_net.fla_kernels import FlaKernels, is_usable
 from megatron.mimo.layers.gated_delta_net.token_functions import causal_convolution, gated_norm
 
-__all__ = ["Kernels", "PyTorchKernels", "fast_kernels"]
+__all__ = ["DeltaRule", "Kernels", "PyTorchKernels", "fast_kernels"]
 
 
 class Kernels(Protocol):
@@ -70,7 +71,11 @@ class PyTorchKernels:
         strength_BTGR: Tensor,
         documents: Documents | None,
     ) -> tuple[Tensor, Tensor]:
-        """See ``gated_delta_rule``."""
+        """See ``gated_delta_rule``; one token after others is the recurrence itself."""
+        if self._state_BGRKV is not None and v_BTGRV.size(1) == 1:
+            tokens = (q_BTGK, k_BTGK, v_BTGRV, decay_BTGR, strength_BTGR)
+            out_BGRV, state = delta_step(*(x.squeeze(1) for x in tokens), self._state_BGRKV)
+            return out_BGRV.unsqueeze(1), state
         return gated_delta_rule(
             q_BTGK,
             k_BTGK,
@@ -84,6 +89,24 @@ class PyTorchKernels:
     def norm(self, x_BTGRV: Tensor, gate_BTGRV: Tensor, weight_V: Tensor, epsilon: float) -> Tensor:
         """See ``gated_norm``."""
         return gated_norm(x_BTGRV, gate_BTGRV, weight_V, epsilon)
+
+
+class DeltaRule(nn.Module):
+    """The rule as a module of its own, for what counts operations or times modules.
+
+    Attributes:
+        operations_per_token: FLOPs of the forward pass, on all ranks that share the layer.
+    """
+
+    def __init__(self, operations_per_token: int) -> None:
+        super().__init__()
+        self.operations_per_token = operations_per_token
+
+    def forward(
+        self, kernels: Kernels, *tokens: Tensor, documents: Documents | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``kernels.delta_rule(*tokens, documents)``."""
+        return kernels.delta_rule(*tokens, documents)
 
 
 def fast_kernels(dtype: torch.dtype, *, deterministic: bool) -> Kernels:

@@ -27,7 +27,7 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
-from megatron.mimo.layers.gated_delta_net.decoding import delta_step, last_inputs
+from megatron.mimo.layers.gated_delta_net.decoding import last_inputs
 from megatron.mimo.layers.gated_delta_net.documents import Documents, documents_of
 from megatron.mimo.layers.gated_delta_net.heads_over_ranks import (
     Dealt,
@@ -35,7 +35,12 @@ from megatron.mimo.layers.gated_delta_net.heads_over_ranks import (
     to_heads,
     to_tokens,
 )
-from megatron.mimo.layers.gated_delta_net.kernels import Kernels, PyTorchKernels, fast_kernels
+from megatron.mimo.layers.gated_delta_net.kernels import (
+    DeltaRule,
+    Kernels,
+    PyTorchKernels,
+    fast_kernels,
+)
 from megatron.mimo.layers.gated_delta_net.parameters import (
     ConvolutionWeight,
     HeadNormWeight,
@@ -83,6 +88,7 @@ class GatedDeltaNet(MegatronModule):
         name: of the module; passed on to the linear layers.
 
     Attributes:
+        rule: mixes the tokens; without parameters.
         in_proj, conv1d, norm, out_proj: see ``weight_order`` for the order of their weights.
         A_log, dt_bias: of the decay, one number for each value head.
 
@@ -128,6 +134,7 @@ class GatedDeltaNet(MegatronModule):
         self.conv1d = ConvolutionWeight(config, sizes, groups.tp)
         self.A_log = cut_by_heads(first_A_log(sizes.value_heads), config, groups.tp)
         self.dt_bias = cut_by_heads(torch.ones(sizes.value_heads), config, groups.tp)
+        self.rule = DeltaRule(sizes.operations_per_token)
         self.norm = HeadNormWeight(config, sizes.value)
         self.out_proj = linear(
             submodules.out_proj,
@@ -139,11 +146,6 @@ class GatedDeltaNet(MegatronModule):
             skip_bias_add=True,
             tp_comm_buffer_name=None,
         )
-
-    @property
-    def operations_per_token(self) -> int:
-        """FLOPs of the rule for one token, on all ranks; linear layers and convolution apart."""
-        return self.sizes.operations_per_token
 
     def forward(
         self,
@@ -260,10 +262,10 @@ class GatedDeltaNet(MegatronModule):
         q, k, v = self.sizes.heads(convolved_BTGF)
         decay = decay_of_gate(a, A_log_GR, dt_bias_GR)
         strength = b.to(decay.dtype).sigmoid()
-        if past is not None and x_BTGF.size(1) == 1:
-            out, state = delta_step(*(x.squeeze(1) for x in (q, k, v, decay, strength)), past[1])
-            return out.unsqueeze(1), state
-        return kernels.delta_rule(q, k, v, decay, strength, documents)
+        mixed: tuple[Tensor, Tensor | None] = self.rule(
+            kernels, q, k, v, decay, strength, documents=documents
+        )
+        return mixed
 
     def _continue(self, streams: Streams, padding_SB: Tensor | None, context: Any) -> Tensor:
         """The rule over the next tokens of each sequence: [S, B, G, R, V]; the cache moves on."""

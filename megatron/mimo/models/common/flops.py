@@ -1,9 +1,10 @@
 """Floating-point operations of training, counted from a model as it is built.
 
-What is counted is what the mathematics needs: matrix products and attention, of real tokens and
-real media, the forward pass and those halves of the backward pass that a weight or an input with a
-gradient asks for. Padding, recomputation and what is computed twice on several ranks are not. Norms
-and activations are left out, as everywhere.
+What is counted is what the mathematics needs: matrix products, attention and the recurrence of
+linear attention (three products of each head's state with a vector for each token, however it is
+computed), of real tokens and real media, the forward pass and those halves of the backward pass
+that a weight or an input with a gradient asks for. Padding, recomputation and what is computed
+twice on several ranks are not. Norms and activations are left out, as everywhere.
 
 A model's operations are linear in a few numbers of a batch, its *amounts*: tokens, pairs of a
 query and a key, patches. Their costs are found once (:func:`training_costs`), so that a step is
@@ -24,6 +25,7 @@ from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.utils import unwrap_model
 from megatron.mimo.data.cached_items import COUNTS, KEYS, ROWS
 from megatron.mimo.encoders.work import EncoderWork
+from megatron.mimo.layers.gated_delta_net.kernels import DeltaRule
 from megatron.mimo.models.common.vocabulary import real_tokens
 
 __all__ = [
@@ -43,10 +45,8 @@ _VECTORS, _PAIRS, _WITHIN = "language vectors", "language pairs", " within "
 # Arguments that encoders do not see: of any-resolution images, and of media whose rows are cached.
 _NOT_ENCODED = ("row_sources", ROWS, COUNTS, KEYS)
 _CORE = "core_attention"
-# Of a gated delta net, whose rule stands between its linear layers.
-_BEHIND_RULE = "out_proj"
 # Within an attention they are registered before the projections that come first.
-_COME_LAST = (_CORE, "linear_proj", _BEHIND_RULE)
+_COME_LAST = (_CORE, "linear_proj")
 
 
 def attended_pairs(lengths: Sequence[int], window: int | None = None) -> int:
@@ -171,8 +171,8 @@ class _Flow:
         channels = config.num_attention_heads * config.kv_channels
         self._add(amount, 2 * 2 * channels * (3 if self.has_gradient else 1))
 
-    def mix(self, amount: str, operations: float) -> None:
-        """A rule that takes so many operations forward for each token, and twice as many back."""
+    def mix(self, amount: str, operations: int) -> None:
+        """Each vector of an amount passes a state, of which no weight asks for a gradient."""
         self._add(amount, operations * (3 if self.has_gradient else 1))
 
     def _add(self, amount: str, cost: float) -> None:
@@ -267,14 +267,14 @@ def _count(
     if path.rsplit(".", 1)[-1] == _CORE:
         flow.attend(amounts.pairs(path, module), module.config)
         return
+    if isinstance(module, DeltaRule):
+        flow.mix(amounts.vectors(path), module.operations_per_token)
+        return
     config: Any = getattr(module, "config", None)
     if path.rsplit(".", 1)[-1] == "experts":
         copies *= config.moe_router_topk / config.num_moe_experts
     children = list(module.named_children())
-    rule = getattr(module, "operations_per_token", 0)
     for name, child in sorted(children, key=lambda pair: pair[0] in _COME_LAST):
-        if name == _BEHIND_RULE and rule:
-            flow.mix(amounts.vectors(path), rule)
         if name != "adapter":
             inner = f"{path}.{name}" if path else name
             _count(child, flow, amounts, path=inner, copies=copies)
