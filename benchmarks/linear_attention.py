@@ -17,10 +17,12 @@ Legend: B rows, T tokens, G key heads, R value heads of each, K size of a key, V
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,16 +110,26 @@ def measure(function: Callable[[], Tensor], args: argparse.Namespace) -> dict[st
 
         times = device_and_host_ms({"": function}, rounds=args.repeats, calls=2)[""]
         return {"ms": round(times[0], 3), "mb": round(peak_extra_bytes(function) / 1e6, 1)}
-    from alignment import peak_extra_bytes as peak_on_host
+    spent, extra = zip(*(on_host(function) for _ in range(args.repeats)), strict=True)
+    return {
+        "ms": round(statistics.median(spent) * 1e3, 1),
+        "mb": round(statistics.median(extra) / 1e6, 1),
+    }
 
-    spent = []
-    for _ in range(args.repeats):
-        start = time.process_time()
-        function()
-        spent.append((time.process_time() - start) * 1e3)
-    extra = peak_on_host(function) if args.memory else None
-    report = {"ms": round(statistics.median(spent), 1)}
-    return report if extra is None else {**report, "mb": round(extra / 1e6, 1)}
+
+def on_host(function: Callable[[], Tensor]) -> tuple[float, int]:
+    """Seconds of the process for one call, and the bytes of the kernel's mark beyond its result."""
+    status, marks = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def read(key: str) -> int:
+        line = next(line for line in status.read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) * 1024
+
+    ctypes.CDLL(None).malloc_trim(0)
+    marks.write_text("5")  # resets the mark
+    before, start = read("VmRSS"), time.process_time()
+    result = function()
+    return time.process_time() - start, read("VmHWM") - before - result.nbytes
 
 
 def compare(tokens: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -176,7 +188,6 @@ def main() -> None:
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--recurrence-tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="time alone")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     args = parser.parse_args()
     from megatron.mimo.backend import select_backend

@@ -415,7 +415,7 @@ def half_precision() -> tuple[float, set[torch.dtype]]:
     layer, outputs = build(), []
     for dtype in (torch.float32, torch.bfloat16):
         layer = layer.to(dtype)
-        leaf = hidden.to(dtype).requires_grad_()
+        leaf = hidden.clone().to(dtype).requires_grad_()
         out, _ = layer(leaf)
         out.backward(gradient.to(dtype))
         outputs.append(torch.cat([out.detach(), leaf.grad]).float())

@@ -71,21 +71,20 @@ def recurrence(
     return torch.stack(outputs, dim=1), state
 
 
-def results(rule: Any, case: Case, dtype: torch.dtype) -> list[Tensor]:
+def results(rule: Any, case: Case, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    leaves = [one.to(dtype).requires_grad_() for one in case.inputs()]
+    leaves = [one.to(device, dtype).requires_grad_() for one in case.inputs()]
     *tokens, state = leaves
-    named = {"documents_T": case.documents()}
+    documents = case.documents()
+    named = {"documents_T": None if documents is None else documents.to(device)}
     if rule is recurrence:
         out, last = rule(*tokens, state, **named)
     else:
         out, last = rule(*tokens, state_BGRKV=state, **named)
     weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (out, last)]
-    loss = sum(
-        (x * weight.to(x.dtype)).sum() for x, weight in zip((out, last), weights, strict=True)
-    )
+    loss = sum((x * weight.to(x)).sum() for x, weight in zip((out, last), weights, strict=True))
     gradients = torch.autograd.grad(loss, leaves)
-    return [out.detach(), last.detach(), *gradients]
+    return [one.detach().cpu() for one in (out, last, *gradients)]
 
 
 CASES = {
@@ -102,14 +101,15 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_recurrence(name: str) -> None:
+def test_equals_the_recurrence(name: str, device: str) -> None:
     from megatron.mimo.layers.gated_delta_net import gated_delta_rule
 
     expected = results(recurrence, CASES[name], torch.float64)
     for dtype, limit in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
         for got, want, what in zip(
-            results(gated_delta_rule, CASES[name], dtype), expected, NAMES, strict=True
+            results(gated_delta_rule, CASES[name], dtype, device), expected, NAMES, strict=True
         ):
             assert got.dtype == dtype
             # Of what is forgotten, the gradient is nothing: no error relative to it.

@@ -1,0 +1,102 @@
+"""flash-linear-attention's kernels against PyTorch's, in bf16 on a GPU; and who gets them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+G, R, D, TAPS = 2, 2, 64, 4
+
+
+def documents(lengths: list[int] | None, device: str) -> Any:
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.mimo.layers.gated_delta_net.documents import documents_of
+
+    if lengths is None:
+        return None
+    sums = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=sums, cu_seqlens_kv=sums)
+    return documents_of(packed, tokens=sum(lengths) + 5, device=torch.device(device))
+
+
+def run(kernels: Any, lengths: list[int] | None, device: str) -> dict[str, Tensor]:
+    """The three steps one behind the other, with all gradients."""
+    generator = torch.Generator().manual_seed(2)
+    T = 205 if lengths is None else sum(lengths) + 5
+    width = 2 * D + R * D
+    shapes = {
+        "x": (1, T, G, width),
+        "weight": (G, width, TAPS),
+        "decay": (1, T, G, R),
+        "strength": (1, T, G, R),
+        "gate": (1, T, G, R, D),
+        "norm": (D,),
+    }
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    drawn["decay"], drawn["strength"] = -drawn["decay"].exp(), drawn["strength"].sigmoid()
+    leaves = {
+        name: (one if name in ("decay", "strength") else one.bfloat16()).to(device).requires_grad_()
+        for name, one in drawn.items()
+    }
+    where = documents(lengths, device)
+    convolved = kernels.convolve(leaves["x"], leaves["weight"], where)
+    q, k, v = convolved.split([D, D, R * D], dim=-1)
+    mixed, _ = kernels.delta_rule(
+        q, k, v.unflatten(-1, (R, D)), leaves["decay"], leaves["strength"], where
+    )
+    out = kernels.norm(mixed, leaves["gate"], leaves["norm"], 1e-6)
+    out.backward(torch.randn(out.shape, generator=generator).to(out))
+    return {"output": out.detach(), **{name: one.grad for name, one in leaves.items()}}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [None, [64, 1, 0, 100, 30]], ids=["row", "packed"])
+def test_equals_pytorch(lengths: list[int] | None) -> None:
+    from megatron.mimo.layers.gated_delta_net.fla_kernels import FlaKernels, is_usable
+    from megatron.mimo.layers.gated_delta_net.kernels import PyTorchKernels
+
+    pytest.importorskip("fla", reason="flash-linear-attention is not installed")
+    assert is_usable()
+    expected = run(PyTorchKernels(), lengths, "cuda")
+    for name, got in run(FlaKernels(), lengths, "cuda").items():
+        error = (got.float() - expected[name].float()).norm() / expected[name].float().norm()
+        assert error < 2e-2, f"{name}: relative error {error:.1e}"
+
+
+def test_who_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.mimo.backend import capabilities
+    from megatron.mimo.layers.gated_delta_net import kernels
+
+    monkeypatch.setattr(kernels, "is_usable", lambda: True)
+    here = dataclasses.replace(capabilities(), flash_linear_attention="0.6.0")
+    on_gpu = dataclasses.replace(here, device="another")
+    for found, dtype, deterministic, expected in (
+        (here, torch.bfloat16, False, "PyTorchKernels"),
+        (on_gpu, torch.bfloat16, False, "FlaKernels"),
+        (on_gpu, torch.float32, False, "PyTorchKernels"),
+        (on_gpu, torch.bfloat16, True, "PyTorchKernels"),
+        (
+            dataclasses.replace(on_gpu, flash_linear_attention=None),
+            torch.bfloat16,
+            False,
+            "PyTorchKernels",
+        ),
+    ):
+        monkeypatch.setattr(kernels, "capabilities", lambda found=found: found)
+        chosen = kernels.fast_kernels(dtype, deterministic=deterministic)
+        assert type(chosen).__name__ == expected
+
+
+def test_borders_for_the_package() -> None:
+    where = documents([3, 0, 2, 0], "cpu")
+    device, host = where.filled_sums
+    # Documents that have tokens, and what lies behind the last.
+    assert device.tolist() == host.tolist() == [0, 3, 5, 10]
+    assert host.dtype == torch.int64
+    assert where.number_T.tolist() == [0, 0, 0, 2, 2, 4, 4, 4, 4, 4]
+    assert where.position_T.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 4]
