@@ -147,7 +147,7 @@ class _DeltaRule(torch.autograd.Function):
         for part, state_XKV in reversed(pairs):
             stretch = _Stretch(tokens, documents_T, part, state_XKV.dtype)
             _, passed = forward(stretch.chunks, state_XKV)
-            grad_NXCV = _by_chunks(grad_BTGRV[:, part].flatten(2, 3), state_XKV.dtype)
+            grad_NXCV = _by_chunks(grad_BTGRV[:, part], state_XKV.dtype)
             found = backward(stretch.chunks, passed, grad_NXCV, grad_XKV)
             grad_XKV = found.state_XKV
             for whole, one in zip(gradients, stretch.gradients(found), strict=True):
@@ -183,16 +183,17 @@ class _Stretch:
         self._units = [
             x.mul_(inverse) for x, inverse in zip(keys_queries, self._inverse_lengths, strict=True)
         ]
-        k, q = self._units
-        kq = torch.cat([k, q * self._scale], dim=2)
-        v = _by_chunks(v_BTGRV.flatten(2, 3), dtype)
-        decay, strength = (
-            _by_chunks(x.flatten(2).unsqueeze(-1), dtype) for x in (decay_BTGR, strength_BTGR)
-        )
+        k, q = (unit.unsqueeze(2) for unit in self._units)
+        N, Y, _, C, K = k.shape
+        kq = k.new_empty(N, Y, R, 2 * C, K)  # a copy for each value head
+        kq[:, :, :, :C] = k
+        kq[:, :, :, C:] = q * self._scale
+        v = _by_chunks(v_BTGRV, dtype)
+        decay, strength = (_by_chunks(x.unsqueeze(-1), dtype) for x in (decay_BTGR, strength_BTGR))
         self._decays = decay.squeeze(-1) >= _LEAST
         seams = None if documents_T is None else _seams(documents_T, part)
         remains = remains_of(decay.squeeze(-1).clamp(min=_LEAST), seams)
-        self.chunks: Chunks = prepare(kq.repeat_interleave(R, dim=1), v, strength, remains)
+        self.chunks: Chunks = prepare(kq.flatten(1, 2), v, strength, remains)
 
     def by_tokens(self, x_NXCD: Tensor) -> Tensor:
         """[B, T, heads, D] of chunks."""
@@ -267,14 +268,13 @@ def _seams(documents_T: Tensor, part: slice) -> Tensor:
 
 
 def _by_chunks(x_BTHD: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, B * H, C, D]; zeros behind the last token."""
-    B, T, H, D = x_BTHD.shape
-    N = -(-T // CHUNK)
-    if T % CHUNK:
-        x_BTHD = F.pad(x_BTHD, (0, 0, 0, 0, 0, N * CHUNK - T))
-    chunks = torch.empty(N, B, H, CHUNK, D, dtype=dtype, device=x_BTHD.device)
-    chunks.copy_(x_BTHD.view(B, N, CHUNK, H, D).permute(1, 0, 3, 2, 4))
-    return chunks.view(N, B * H, CHUNK, D)
+    """[N, B * heads, C, D] of [B, T, ..., D]; zeros behind the last token."""
+    missing = -x_BTHD.size(1) % CHUNK
+    if missing:
+        x_BTHD = F.pad(x_BTHD, (0, 0) * (x_BTHD.dim() - 2) + (0, missing))
+    x_NBHCD = x_BTHD.unflatten(1, (-1, CHUNK)).movedim(2, -2).transpose(0, 1)
+    chunks = torch.empty(x_NBHCD.shape, dtype=dtype, device=x_BTHD.device)
+    return chunks.copy_(x_NBHCD).flatten(1, -3)
 
 
 def _check(
