@@ -8,7 +8,7 @@ corrects what it holds under the token's key, and reads it with the token's quer
     output = state^T query
 
 Taken chunk by chunk (Yang et al., "Gated Delta Networks", 2024) these are matrix products, and a
-loop over chunks in place of one over tokens: ``chunks``. Sums are taken in fp32 (fp64 for fp64
+loop over chunks in place of one over tokens: ``chunkwise``. Sums are taken in fp32 (fp64 for fp64
 inputs), in a fixed order.
 
 What is kept for the backward pass: the inputs, and the state before every stretch of tokens. The
@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.layers.gated_delta_net.chunks import (
+from megatron.mimo.layers.gated_delta_net.chunkwise import (
     Chunks,
     Gradients,
     Remains,
