@@ -125,15 +125,19 @@ class _TensorPickler(pickle.Pickler):
     def reducer_override(self, value: object) -> Any:
         if not isinstance(value, torch.storage.TypedStorage):
             return NotImplemented
-        buffer = io.BytesIO()
-        torch.save(value, buffer, _use_new_zipfile_serialization=False)
-        return load_storage, (buffer.getvalue(),)
+        return load_storage, (bytes(_octets(value._untyped_storage.cpu()).numpy()), value.dtype)
 
 
-def load_storage(data: bytes) -> torch.storage.TypedStorage:
-    """The other half of a pickled tensor."""
-    storage: torch.storage.TypedStorage = torch.load(io.BytesIO(data), weights_only=False)
-    return storage
+def load_storage(data: bytes, dtype: torch.dtype) -> torch.storage.TypedStorage:
+    """The other half of a pickled tensor, which is on the CPU."""
+    untyped = torch.UntypedStorage(len(data))
+    if data:
+        _octets(untyped).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+
+
+def _octets(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def dumps(value: object) -> bytes:

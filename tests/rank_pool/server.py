@@ -18,12 +18,16 @@ PRELOAD = (
     "pytest",
     "torch.distributed",
     "torch._dynamo",
+    "torch.nn.attention.varlen",  # a fifth of a second: it registers operators
+    "torch.utils.serialization.config",
     "torch.utils.tensorboard",
     "megatron.core.dist_checkpointing",
     "megatron.core.distributed",
     "megatron.core.models.gpt",
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.models.mimo",
+    "megatron.core.models.mimo.model.encode_first",
+    "megatron.core.models.vision.multimodal_projector",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
     "megatron.training.training",
@@ -34,7 +38,8 @@ PRELOAD = (
         f"transformers.models.{name}.modeling_{name}"
         for name in (
             *("clip", "gemma3", "internvl", "llama", "llava", "llava_next", "mistral", "qwen2"),
-            *("qwen2_5_vl", "qwen2_audio", "siglip", "whisper"),
+            *("qwen2_5_vl", "qwen2_audio", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe"),
+            *("siglip", "whisper"),
         )
     ),
     # Half a second in every rank. llava_avlm is left out: it makes itself known to transformers as
@@ -42,18 +47,16 @@ PRELOAD = (
     *(
         f"megatron.mimo.{name}"
         for name in (
-            *("convert.verify", "inference", "lora", "training.run", "training.forward_step"),
+            *("convert.verify", "inference", "layers.deepstack", "lora", "training.run"),
+            "training.forward_step",
             *(
                 f"models.{name}.model"
                 for name in (
-                    "gemma3",
-                    "internvl",
-                    "llava",
-                    "llava_next",
-                    "qwen2_5_vl",
-                    "qwen2_audio",
+                    *("gemma3", "internvl", "llava", "llava_next", "qwen2_5_vl", "qwen2_audio"),
+                    "qwen3_vl",
                 )
             ),
+            "models.qwen3_vl.moe",
         )
     ),
 )
