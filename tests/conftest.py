@@ -1,4 +1,6 @@
-"""The fixture ``ranks`` (see ``rank_pool``), the markers ``gpu`` and ``te`` (``gpu_session``)."""
+"""The fixture ``ranks`` (see ``rank_pool``), the markers ``gpu`` and ``te`` (``gpu_session``), and
+the tiers of the suite: ``wide`` (see ``tiers``) is left out by default, ``slow`` by make test-fast.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the tests that need a GPU or Transformer Engine, and no others, in this process",
     )
+    parser.addoption(
+        "--wide",
+        action="store_true",
+        help="run the wide tables too, of which each kind of row is run anyway: make test-all",
+    )
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -37,6 +44,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # equality is claimed in fp32, products of TE included
     config.addinivalue_line("markers", "slow: takes many seconds; make test-fast leaves it out")
+    config.addinivalue_line("markers", "wide: runs with --wide, or where it is named by its id")
     config.addinivalue_line("markers", "gpu: needs a usable CUDA device; skipped without one")
     config.addinivalue_line(
         "markers", "te: needs Transformer Engine on such a device; skipped without it"
@@ -48,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _leave_out_wide(config, items)
     special = [item for item in items if gpu_session.needs_gpu(item)]
     if config.option.gpu:
         others = [item for item in items if item not in special]
@@ -58,6 +67,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=gpu_session.needs_gpu)  # a session of their own comes last
     else:
         gpu_session.mark_skips(special, gpu=False)
+
+
+def _leave_out_wide(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The default tier, but where tests are asked for by their ids or by the marker."""
+    if config.option.wide or "wide" in config.option.markexpr:
+        return
+    named = [argument for argument in config.args if "::" in argument]
+    if named:
+        return
+    left_out = [item for item in items if item.get_closest_marker("wide")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("wide")]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -219,6 +219,19 @@ def pair_cells() -> list[Values]:
     return [*_drawn_pairs(), *listed_cells()]
 
 
+def value_cells() -> list[Values]:
+    """Fewer of these, in which every value stands that stands in any, in two cells where it can."""
+    chosen: list[Values] = []
+    for _ in range(2):
+        left = [values for values in pair_cells() if values not in chosen]
+        wanted = {item for values in left for item in values.items()}
+        while wanted:
+            best = max(left, key=lambda values: len(values.items() & wanted))
+            wanted -= best.items()
+            chosen.append(best)
+    return chosen
+
+
 def listed_cells() -> list[Values]:
     """Layers and what they meet, listed and not drawn."""
     first = {axis: values[0] for axis, values in AXES.items()}

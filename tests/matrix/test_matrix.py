@@ -1,4 +1,7 @@
-"""The cells that cover every pair of values equal one process. ``make matrix`` runs many more."""
+"""Cells that cover every value, and with ``--wide`` every pair of values, equal one process.
+
+``make matrix`` runs many more.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,19 @@ from itertools import combinations
 import pytest
 
 from tests.matrix.asked import asked_verdicts
-from tests.matrix.cells import AXES, FULL_SIZE, Values, all_cells, is_valid, name_of, pair_cells
+from tests.matrix.cells import (
+    AXES,
+    FULL_SIZE,
+    Values,
+    all_cells,
+    is_valid,
+    name_of,
+    pair_cells,
+    value_cells,
+)
 from tests.matrix.runner import Verdict
 from tests.rank_pool import RankPool
+from tests.tiers import some
 
 PAIRS = {name_of(values): values for values in pair_cells()}
 
@@ -19,7 +32,7 @@ def verdicts(request: pytest.FixtureRequest, ranks: RankPool) -> dict[str, Verdi
     return asked_verdicts(request, ranks, PAIRS, test_cell)
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", some(PAIRS, *map(name_of, value_cells())))
 def test_cell(verdicts: dict[str, Verdict], name: str) -> None:
     assert not verdicts[name].failure, verdicts[name].failure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib
 import json
@@ -21,6 +22,7 @@ PRELOAD = (
     "torch.nn.attention.varlen",  # a fifth of a second: it registers operators
     "torch.utils.serialization.config",
     "torch.utils.tensorboard",
+    "megatron.core.datasets.utils",
     "megatron.core.dist_checkpointing",
     "megatron.core.distributed",
     "megatron.core.models.gpt",
@@ -30,6 +32,7 @@ PRELOAD = (
     "megatron.core.models.vision.multimodal_projector",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
+    "megatron.core.tokenizers.text.models",
     "megatron.training.training",
     "megatron.training.checkpointing",
     "sklearn.datasets",  # 2 s
@@ -47,8 +50,16 @@ PRELOAD = (
     *(
         f"megatron.mimo.{name}"
         for name in (
-            *("convert.verify", "inference", "layers.deepstack", "lora", "training.run"),
-            "training.forward_step",
+            *("convert.verify", "data.formats", "inference", "layers.deepstack", "lora"),
+            *("models.common.flops", "process.children"),
+            *(
+                f"training.{job}"
+                for job in (
+                    *("curve", "encoder_cache", "forward_step", "generate", "model", "run"),
+                    *("data", "module_grids", "nonfinite", "part_optimizer", "planned_data"),
+                    *("watch", "workers"),
+                )
+            ),
             *(
                 f"models.{name}.model"
                 for name in (
@@ -145,6 +156,7 @@ def _preload(imports: list[str]) -> list[str]:
         importlib.import_module(name)
         for thread in other_threads():
             started_by.setdefault(thread.number, name)
+    _remember_docstrings()
     try:
         left = come_to_rest()
     except BusyThreadsError as error:
@@ -157,6 +169,22 @@ def _preload(imports: list[str]) -> list[str]:
     gc.collect()
     gc.freeze()  # the collector of a rank never touches, and so never copies, these pages
     return [f"{describe(t)}, started by {started_by.get(t.number, '?')}" for t in left]
+
+
+def _remember_docstrings() -> None:
+    """Lets ranks find what Megatron's parser reads from the source of its classes, every time."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.arguments import add_megatron_arguments
+
+    read, known = ArgumentGroupFactory._get_field_docstrings, {}
+
+    def docstrings(self: ArgumentGroupFactory, config: type) -> dict[str, str]:
+        if config not in known:
+            known[config] = read(self, config)
+        return dict(known[config])
+
+    ArgumentGroupFactory._get_field_docstrings = docstrings
+    add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
 def _reap_supervisors() -> None:

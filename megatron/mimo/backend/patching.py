@@ -59,12 +59,13 @@ class Patcher:
                 self._install(patch, self.view)
             elif patch.module not in (VIEW, EVERY) and not _is_patched_module(patch.module):
                 self._install(patch, importlib.import_module(patch.module))
-        for module in list(_loaded_modules()):
-            self.adapt(module)
+        if new:
+            for module in list(_loaded_modules()):
+                self.adapt(module, new)
 
-    def adapt(self, module: ModuleType) -> None:
-        """Applies what concerns ``module``, which has been executed."""
-        for patch in self.patches:
+    def adapt(self, module: ModuleType, patches: Iterable[Patch] | None = None) -> None:
+        """Applies to ``module``, which has been executed, what of ``patches`` (all) concerns it."""
+        for patch in self.patches if patches is None else patches:
             done = patch.target in self.originals or patch.target in self.skipped
             if patch.module == EVERY:
                 _replace_each(patch, module)

@@ -30,6 +30,7 @@ from tests.distributed.core.reference import (
 from tests.distributed.core.whole import Tensors, parts, whole
 from tests.distributed.schedule import loss_of_labels, run_schedule
 from tests.rank_pool import RankPool, model_parallel
+from tests.tiers import some
 from tests.unit.core.mimo.test_stock import library
 
 TOLERANCE = 1e-5
@@ -81,7 +82,10 @@ def run_reference(design: Design, count: int) -> Expected:
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    some(CASES, "4:2", "1:2", "3:1, sounds", "4:1, frozen encoders", "1:4, no media"),
+)
 def test_loss_and_gradients(ranks: RankPool, name: str) -> None:
     (world, encoder_tp, language_tp), design = CASES[name]
     layout = GridLayout(

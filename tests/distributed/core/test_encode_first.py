@@ -10,6 +10,7 @@ from tests.distributed.core.grids import GridLayout, run_gradients, run_training
 from tests.distributed.core.layouts import Deviation, Outcome, run_reference
 from tests.distributed.core.reference import Design
 from tests.rank_pool import RankPool
+from tests.tiers import some
 
 TOLERANCE = 1e-5  # of the norm of each parameter's gradient, and of the loss
 
@@ -53,7 +54,20 @@ def reference(ranks: RankPool) -> Callable[[Design], Outcome]:
     return outcome
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(
+    "name",
+    some(
+        CELLS,
+        "one rank",
+        "pp2-images tp2",
+        "tp2-sp-cp2",
+        "pp2-vpp2-overlap",
+        "sounds tp4 over two replicas",
+        "frozen language",
+        "no media",
+        "packed-cp2",
+    ),
+)
 def test_loss_and_gradients(
     ranks: RankPool, reference: Callable[[Design], Outcome], name: str
 ) -> None:
@@ -94,7 +108,7 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", some(TRAINED, "tp2-sp-distributed-overlap", "pp2-frozen encoders"))
 def test_training(ranks: RankPool, reference: Callable[[Design], Outcome], name: str) -> None:
     layout, design = TRAINED[name]
     expected = reference(design)

@@ -6,7 +6,9 @@ a layout has to equal; the matrix has the experts themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ from tests.distributed.core.reference import (
 from tests.distributed.core.whole import parts, whole
 from tests.distributed.schedule import loss_of_labels, run_schedule
 from tests.rank_pool import RankPool, model_parallel
+from tests.tiers import some
 
 TOLERANCE = 1e-5
 LAYOUTS = {
@@ -91,13 +94,19 @@ def run(
     }
 
 
+@pytest.fixture(scope="module")
+def expected(ranks: RankPool) -> Callable[[bool], Gradients]:
+    return cache(lambda padded: ranks(1)(run, Layout(), padded)[0])
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_auxiliary_losses(ranks: RankPool, name: str, padded: bool) -> None:
-    (expected,) = ranks(1)(run, Layout(), padded)
-    (unpadded,) = ranks(1)(run, Layout(), not padded)
-    router = next(key for key in expected.gradients if "router" in key)
-    assert not torch.allclose(expected.gradients[router], unpadded.gradients[router], rtol=1e-2)
+@pytest.mark.parametrize("name", some(LAYOUTS, "tp2-sp", "tp2-sp-cp2-ep2"))
+def test_auxiliary_losses(
+    ranks: RankPool, expected: Callable[[bool], Gradients], name: str, padded: bool
+) -> None:
+    wanted, other = expected(padded), expected(not padded)
+    router = next(key for key in wanted.gradients if "router" in key)
+    assert not torch.allclose(wanted.gradients[router], other.gradients[router], rtol=1e-2)
     layout = LAYOUTS[name]
-    for errors in ranks(layout.world_size)(run, layout, padded, expected):
+    for errors in ranks(layout.world_size)(run, layout, padded, wanted):
         assert not {name: error for name, error in errors.items() if not error < TOLERANCE}

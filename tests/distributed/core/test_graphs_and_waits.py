@@ -12,6 +12,7 @@ import torch
 from tests.distributed.core.layouts import Layout, build_chunks, model_inputs, wrap_chunks
 from tests.distributed.core.reference import Design, make_batches
 from tests.rank_pool import RankPool, model_parallel
+from tests.tiers import some
 
 # Of one family each; packed sequences are in test_documents_refusals.
 FAMILIES = {
@@ -71,7 +72,10 @@ def waits(layout: Layout, design: Design) -> list[Counter[str]]:
     return counts
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    some(FAMILIES, "tp-sp", "cp-tp-sp-mrope", "spans", "recomputed-layers", "frozen", "bf16"),
+)
 def test_nothing_waits_for_the_device(ranks: RankPool, family: str) -> None:
     layout, design = FAMILIES[family]
     for counts in ranks(layout.world_size)(waits, layout, design):

@@ -23,6 +23,7 @@ from tests.distributed.core.split_model import (
     run,
 )
 from tests.rank_pool import RankPool, model_parallel
+from tests.tiers import some
 
 TOLERANCE = 1e-5  # of the norm of each parameter's gradient, and of the loss
 
@@ -140,7 +141,17 @@ def references(ranks: RankPool) -> dict[bool, Result]:
     }
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(
+    "name",
+    some(
+        CELLS,
+        "tp2",
+        "cp2-frozen-encoder",
+        "tp2-sp-frozen-images",
+        "tp2-sp-dp2-overlap-split",
+        "tp2-sp-cp2-split-packed",
+    ),
+)
 def test_equals_one_process(ranks: RankPool, references: dict[bool, Result], name: str) -> None:
     cell = CELLS[name]
     expected = references[cell.packed]

@@ -20,6 +20,7 @@ from tests.distributed.core.modules import build, build_optimizer, gradients, tr
 from tests.distributed.core.reference import Design, make_batches
 from tests.distributed.core.whole import Part, Tensors
 from tests.rank_pool import RankPool
+from tests.tiers import some
 
 LAYOUTS = {
     "one rank": Layout(),
@@ -47,10 +48,13 @@ def reference(ranks: RankPool) -> Outcome:
     return ranks(1)(run_reference, Design())[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize(
+    "name", some(LAYOUTS, "one rank", "TP2, distributed optimizer", "PP2, distributed optimizer")
+)
 def test_steps_as_one_optimizer_of_the_whole_model(
-    ranks: RankPool, reference: Outcome, layout: Layout
+    ranks: RankPool, reference: Outcome, name: str
 ) -> None:
+    layout = LAYOUTS[name]
     zero_gradients = sum(int((g == 0).sum()) for g in reference.gradients[0].values())
     for norms, zeros, error in ranks(layout.world_size)(run_training, layout, reference):
         assert norms == pytest.approx(reference.norms, rel=1e-5)
@@ -69,10 +73,19 @@ def run_training(layout: Layout, reference: Outcome) -> tuple[list[float], int, 
     return [norm for norm, _ in steps], steps[0][1], max(errors)
 
 
-@pytest.mark.parametrize(("layout", "kind", "steps"), CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
+@pytest.mark.parametrize(
+    "name",
+    some(
+        CHECKPOINTS,
+        "PP2",
+        "DP2, dp_reshardable",
+        "before the first step, distributed optimizer",
+    ),
+)
 def test_continues_bit_for_bit(
-    ranks: RankPool, reference: Outcome, tmp_path: Path, layout: Layout, kind: str, steps: int
+    ranks: RankPool, reference: Outcome, tmp_path: Path, name: str
 ) -> None:
+    layout, kind, steps = CHECKPOINTS[name]
     arguments = layout, reference.weights, str(tmp_path), kind, steps
     through = ranks(layout.world_size)(train_and_save, *arguments)
     for rank, resumed in enumerate(ranks(layout.world_size)(load_and_train, *arguments)):

@@ -30,6 +30,7 @@ from tests.distributed.inference.prompts import (
     make_prompts,
 )
 from tests.rank_pool import RankPool, model_parallel
+from tests.tiers import some
 
 GREEDY = SamplingOptions(max_new_tokens=NEW_TOKENS)
 WARM = replace(GREEDY, temperature=1.3, top_p=0.9, seed=5)
@@ -132,7 +133,17 @@ def generate(
     dist.barrier()
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    some(
+        LAYOUTS,
+        "pp2 interleaved",
+        "cp2 mrope",
+        "dp2",
+        "ep2",
+        "tp2 pp2 sequence parallel",
+    ),
+)
 def test_answers_of_a_layout_are_those_of_one_process(ranks: RankPool, name: str) -> None:
     layout, design = LAYOUTS[name]
     (reference,) = ranks(1)(one_process, design)

@@ -41,7 +41,9 @@ def base(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("layouts", "optimizer"),
     [
         ({"tp2-cp2": 2, "one": 3, "tp2": 4, "pp2": 5}, ()),
-        ({"dp2": 2, "tp2": 4}, ("--use-distributed-optimizer",)),
+        pytest.param(
+            {"dp2": 2, "tp2": 4}, ("--use-distributed-optimizer",), marks=pytest.mark.wide
+        ),
     ],
     ids=["tp-cp-pp", "zero"],
 )
@@ -64,7 +66,11 @@ def test_adapters_move_from_layout_to_layout(
 
 @pytest.mark.parametrize(
     ("flags", "optimizer"),
-    [(RATES, ()), (FREEZE, ()), (FREEZE, ("--use-distributed-optimizer",))],
+    [
+        (RATES, ()),
+        pytest.param(FREEZE, (), marks=pytest.mark.wide),
+        (FREEZE, ("--use-distributed-optimizer",)),
+    ],
     ids=["rates", "freeze", "freeze-zero"],
 )
 def test_rates_and_frozen_parts_in_every_layout(

@@ -16,6 +16,8 @@ from megatron.mimo.models.common.tiny import TINY_TEXT, TINY_VISION
 from tests.distributed.models.field_values import OTHERS
 from tests.distributed.models.text_kinds import KINDS, use_text
 from tests.rank_pool import RankPool
+from tests.tiers import some
+from tests.time_limits import HANG
 
 # Fields of Whisper's other half, which no part of a model reads.
 UNREAD = {
@@ -171,11 +173,14 @@ def compare(config: Any, path: str, name: str, value: Any) -> str | None:
     return None if worst < 1e-4 else f"differs by {worst:.1e}"
 
 
-def check_used(number: int) -> list[str]:
-    """Every fourth field that our model follows."""
+def check_used(classes: str) -> list[str]:
+    """Fields that our model follows: each name in the first class that has it, or in all others."""
     wrong = []
     fields = [one for one in walk() if FIELDS[one[2]][one[3]] is not ASIDE]
-    for config, path, kind, name in fields[number::4]:
+    first = {name: kind for _, _, kind, name in reversed(fields)}
+    for config, path, kind, name in fields:
+        if (first[name] == kind) != (classes == "first"):
+            continue
         for value in OTHERS[kind][name]:
             trouble = compare(config, path, name, value)
             if trouble is not None:
@@ -183,9 +188,9 @@ def check_used(number: int) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("number", range(4))
-def test_used_fields_are_followed_or_refused(ranks: RankPool, number: int) -> None:
-    assert ranks(1)(check_used, number) == [[]]
+@pytest.mark.parametrize("classes", some(["first", "others"], "first"))
+def test_used_fields_are_followed_or_refused(ranks: RankPool, classes: str) -> None:
+    assert ranks(1, timeout=HANG)(check_used, classes) == [[]]
 
 
 def test_fields_that_decide_nothing_decide_nothing() -> None:

@@ -15,6 +15,7 @@ from tests.distributed.models.expected import Expected, compute_expected
 from tests.distributed.models.packed import packed_logits
 from tests.distributed.models.ranks import Layout, compare, train, waits
 from tests.rank_pool import RankPool
+from tests.tiers import crossed, some
 
 LAYOUTS = {"one": Layout(), "tp2": Layout(tp=2), "pp2": Layout(pp=2), "cp2": Layout(cp=2)}
 LOGITS, GRADIENTS, LOSSES = 1e-4, 1e-3, 1e-3
@@ -26,7 +27,7 @@ def expected(ranks: RankPool) -> Callable[[str], Expected]:
 
     def of(name: str) -> Expected:
         if name not in known:
-            (known[name],) = ranks(1)(compute_expected, name, samples=5, text_only=True, train=True)
+            (known[name],) = ranks(1)(compute_expected, name, samples=5, text_only=True)
         return known[name]
 
     return of
@@ -83,12 +84,13 @@ def test_samples_differ_in_all_that_data_do(
         assert len(sizes) > len(kinds)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("name", family_names())
+@pytest.mark.parametrize(
+    ("name", "cut"), crossed(family_names(), ("tp2", "pp2", "cp2"), whole=["llava"], wide=["one"])
+)
 def test_equals_transformers(
-    ranks: RankPool, expected: Callable[[str], Expected], name: str, layout: Layout
+    ranks: RankPool, expected: Callable[[str], Expected], name: str, cut: str
 ) -> None:
-    wanted = expected(name)
+    wanted, layout = expected(name), LAYOUTS[cut]
     if layout.tp > 1 and hasattr(wanted.config.get_text_config(), "num_experts"):
         # Without it Megatron trains no experts under tensor parallelism.
         layout = replace(layout, changes={"sequence_parallel": True})
@@ -102,7 +104,7 @@ def test_equals_transformers_under_sequence_parallelism(
     check(ranks, "llava_next", layout, expected("llava_next"))
 
 
-@pytest.mark.parametrize("cp", [1, 2])
+@pytest.mark.parametrize("cp", [pytest.param(1, marks=pytest.mark.wide), 2])
 @pytest.mark.parametrize("name", family_names())
 def test_a_packed_row_has_the_logits_of_its_samples(
     ranks: RankPool, expected: Callable[[str], Expected], name: str, cp: int
@@ -113,11 +115,10 @@ def test_a_packed_row_has_the_logits_of_its_samples(
         assert max(distances) < LOGITS
 
 
-@pytest.mark.parametrize("name", family_names())
-def test_trains_as_a_plain_loop_does(
-    ranks: RankPool, expected: Callable[[str], Expected], name: str
-) -> None:
-    wanted = expected(name)
+@pytest.mark.parametrize("name", some(family_names(), "llava_avlm", "qwen3_vl_moe"))
+def test_trains_as_a_plain_loop_does(ranks: RankPool, name: str) -> None:
+    """The tiny twins of all families learn, in layouts too: ``recipes/test_tiny_twins``."""
+    (wanted,) = ranks(1)(compute_expected, name, samples=5, text_only=True, train=True)
     assert wanted.trained[-1] < 0.8 * wanted.trained[0]
     for losses in ranks(2)(train, name, Layout(dp=2), wanted):
         assert losses == pytest.approx(wanted.trained, rel=LOSSES)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.distributed.models.ranks import Layout
 from tests.rank_pool import RankPool, model_parallel
+from tests.tiers import crossed
 
 LAYOUTS = {
     "one": Layout(),
@@ -77,11 +78,20 @@ def both(layout: Layout, tied: bool, words: int) -> dict[str, tuple[Tensor, Tens
     return {name: (plain[name], pieces[name]) for name in plain}
 
 
-@pytest.mark.parametrize("words", [64, 77], ids=["whole", "padded"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_equals_the_plain_loss(ranks: RankPool, layout: str, tied: bool, words: int) -> None:
+WEIGHTS = {  # whether they are tied, and the size of the vocabulary
+    "untied-padded": (False, 77),
+    "tied-whole": (True, 64),
+    "untied-whole": (False, 64),
+    "tied-padded": (True, 77),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "weights"),
+    crossed(LAYOUTS, ("untied-padded", "tied-whole"), wide=("untied-whole", "tied-padded")),
+)
+def test_equals_the_plain_loss(ranks: RankPool, layout: str, weights: str) -> None:
     wanted = LAYOUTS[layout]
-    for values in ranks(wanted.world_size)(both, wanted, tied, words):
+    for values in ranks(wanted.world_size)(both, wanted, *WEIGHTS[weights]):
         for name, (plain, pieces) in values.items():
             torch.testing.assert_close(pieces, plain, rtol=1e-5, atol=1e-6, msg=name)

@@ -12,6 +12,7 @@ from tests.distributed.models.ranks import Layout
 from tests.distributed.models.test_families import check
 from tests.distributed.models.text_kinds import KINDS, has_experts, with_text
 from tests.rank_pool import RankPool
+from tests.tiers import crossed
 
 SP = {"sequence_parallel": True}
 LAYOUTS = {
@@ -26,10 +27,10 @@ OF_EXPERTS = {
     "ep2-cp2-alltoall": Layout(cp=2, ep=2, changes={"moe_token_dispatcher_type": "alltoall"}),
     "ep2-etp2": Layout(tp=2, dp=2, ep=2, etp=2, changes=SP),
 }
+EXPERTS = [name for name in KINDS if has_experts(name)]
 CASES = [
-    (name, layout)
-    for name in KINDS
-    for layout in (*LAYOUTS, *(OF_EXPERTS if has_experts(name) else ()))
+    *crossed(KINDS, ("tp2", "pp2", "cp2"), wide=["one"]),
+    *crossed(EXPERTS, ("ep2-tp2", "ep2-cp2-alltoall", "ep2-etp2"), wide=["ep2"]),
 ]
 
 
@@ -54,7 +55,7 @@ def test_equals_transformers(
     check(ranks, "llava", (LAYOUTS | OF_EXPERTS)[layout], expected(name))
 
 
-@pytest.mark.parametrize("cp", [1, 2])
+@pytest.mark.parametrize("cp", [pytest.param(1, marks=pytest.mark.wide), 2])
 @pytest.mark.parametrize("name", ["mistral, windows", "qwen2, windows", "gemma3", "qwen3_moe"])
 def test_a_packed_row_has_the_logits_of_its_samples(
     ranks: RankPool, expected: Callable[[str], Expected], name: str, cp: int

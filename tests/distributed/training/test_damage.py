@@ -12,6 +12,7 @@ import pytest
 from tests.chaos.damage import become_folder, become_pipe, flip
 from tests.distributed.training.launch import RECIPE, losses, succeed, train
 from tests.rank_pool import RankPool
+from tests.tiers import some
 from tests.time_limits import HANG
 
 OTHER_LAUNCHER = Path(__file__).with_name("other_launcher.py")
@@ -32,7 +33,7 @@ def copy(run: Path, to: Path) -> Path:
     return to / "checkpoints"
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", some(RUNS, *list(RUNS)[1:]))
 def test_a_flipped_bit_costs_one_checkpoint(ranks: RankPool, tmp_path: Path, name: str) -> None:
     layout, flags = RUNS[name]
     succeed(ranks, tmp_path / "run", layout, *flags)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.distributed.training.launch import losses, start, succeed, train, wait_for
 from tests.rank_pool import RankExit, RankPool
+from tests.tiers import some
 from tests.time_limits import SOON
 
 LONG = ("--train-iters", "100000", "--save-interval", "100000")
@@ -20,7 +21,7 @@ def printed(exits: list[RankExit]) -> str:
     return "".join(exit_.stdout + exit_.stderr for exit_ in exits)
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", some(["one", "tp2", "pp2", "dp2"], "pp2", "dp2"))
 def test_a_sample_that_cannot_be_read_ends_every_rank(
     ranks: RankPool, tmp_path: Path, layout: str
 ) -> None:
@@ -33,7 +34,7 @@ def test_a_sample_that_cannot_be_read_ends_every_rank(
     assert "Traceback" not in printed(exits)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", some(["tp2", "pp2", "dp2"], "tp2", "pp2"))
 def test_a_rank_that_dies_takes_the_others_with_it(
     ranks: RankPool, tmp_path: Path, layout: str
 ) -> None:
@@ -51,8 +52,8 @@ def test_a_rank_that_dies_takes_the_others_with_it(
 @pytest.mark.parametrize(
     ("layout", "number"),
     [
-        ("one", signal.SIGTERM),
-        ("tp2", signal.SIGTERM),
+        pytest.param("one", signal.SIGTERM, marks=pytest.mark.wide),
+        pytest.param("tp2", signal.SIGTERM, marks=pytest.mark.wide),
         ("pp2", signal.SIGTERM),
         ("dp2", signal.SIGINT),  # the same path
     ],
@@ -76,7 +77,7 @@ def test_a_signal_saves_and_leaves(
     )
 
 
-@pytest.mark.parametrize("layout", ["one", "dp2", "pp2"])
+@pytest.mark.parametrize("layout", some(["one", "dp2", "pp2"], "pp2"))
 def test_a_full_disk_keeps_the_earlier_checkpoint(
     ranks: RankPool, tmp_path: Path, layout: str
 ) -> None:

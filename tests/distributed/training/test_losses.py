@@ -9,6 +9,7 @@ import pytest
 
 from tests.distributed.training.launch import COMPARABLE, SCRIPT, losses
 from tests.rank_pool import RankPool
+from tests.tiers import some
 from tests.time_limits import HANG
 
 SEQUENCE_PARALLEL = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
@@ -60,7 +61,7 @@ def one_process(ranks: RankPool, begun: Path, tmp_path_factory: pytest.TempPathF
     return go_on(ranks, begun, tmp_path_factory.mktemp("one") / "run", 1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", some(LAYOUTS, "tp2-sp", "pp2", "cp2"))
 def test_trains_as_one_process(
     ranks: RankPool, begun: Path, tmp_path: Path, one_process: Series, layout: str
 ) -> None:

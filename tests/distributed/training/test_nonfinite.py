@@ -9,6 +9,7 @@ import pytest
 
 from tests.distributed.training.launch import losses, succeed, train
 from tests.rank_pool import RankPool
+from tests.tiers import some
 
 VERDICT = 17  # exit code
 # sample 21 is the 6th of iteration 3; a micro-batch has two of them
@@ -20,7 +21,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("layout", PLACES)
+@pytest.mark.parametrize("layout", some(PLACES, "tp2", "dp2"))
 def test_a_broken_sample_is_named_and_its_repair_goes_on(
     ranks: RankPool, tmp_path: Path, layout: str
 ) -> None:

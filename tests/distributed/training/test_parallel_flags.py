@@ -10,6 +10,7 @@ import pytest
 
 from tests.distributed.training.launch import COMPARABLE, RECIPE, SCRIPT, losses, succeed
 from tests.rank_pool import RankPool
+from tests.tiers import some
 
 FOUR_LAYERS = ("--num-layers", "4", "--micro-batch-size", "1")
 # model -> flags of a layout of two processes
@@ -47,7 +48,7 @@ RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", some(RUNS, "interleaved, packed", "uneven stages", "recomputed"))
 def test_trains_as_one_process(ranks: RankPool, tmp_path: Path, name: str) -> None:
     """Both go on from one checkpoint, so that their weights are the same."""
     model, layout = RUNS[name]
