@@ -8,14 +8,15 @@ export OMP_NUM_THREADS
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast matrix cards chaos check lock versions
+.PHONY: help setup train test test-all test-fast matrix cards chaos check lock versions
 
 help:
 	@echo 'make setup   prepare .venv (PYTHON=/path/to/python3.12 to choose the interpreter; LATEST=1 for the'
 	@echo '             newest versions allowed, LATEST=0 for the tested ones of requirements.lock again)'
 	@echo 'make train   train the default recipe: all GPUs, or two processes on CPU (NPROC=n, ARGS="...")'
-	@echo 'make test    run the test suite (ARGS="...")'
-	@echo 'make test-fast  its quick part on up to four cores, for the loop of a developer'
+	@echo 'make test    run the test suite on up to four cores (ARGS="...")'
+	@echo 'make test-all   with the wide tables, of which make test runs each kind of row'
+	@echo 'make test-fast  its quick part, for the loop of a developer'
 	@echo 'make matrix  hold 300 parallel layouts against one process (ARGS="tp2 cp2", "--list", "--help")'
 	@echo 'make cards   prove model families and write docs/models (ARGS="llava", ARGS="llava --number 2", "--help")'
 	@echo 'make chaos   try to break the promises of docs/reliability.md for ten minutes (ARGS="--minutes 60 --seed 1")'
@@ -29,12 +30,19 @@ setup:
 train: setup
 	@scripts/train $(ARGS)
 
-test: setup
-	.venv/bin/python -m pytest $(ARGS)
+# A file's tests share what they prepare, so a file is one process's. Files with ranks come first, and the
+# short ones last, so that the processes end together. One that is lost (killed, or 600 s in one test) is not
+# replaced: pytest-xdist would wait for it for ever; the run ends, and names the test.
+PROCESSES = -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-# Not for the whole suite: where one of several processes is lost, pytest-xdist waits for it for ever.
+test: setup
+	.venv/bin/python -m pytest $(PROCESSES) $(ARGS)
+
+test-all: setup
+	.venv/bin/python -m pytest $(PROCESSES) --wide $(ARGS)
+
 test-fast: setup
-	.venv/bin/python -m pytest -n auto --dist worksteal -m "not slow" tests/structure tests/unit $(ARGS)
+	.venv/bin/python -m pytest -n auto --dist worksteal --max-worker-restart 0 -m "not slow" tests/structure tests/unit $(ARGS)
 
 matrix: setup
 	.venv/bin/python -m tests.matrix $(ARGS)

@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from tests import gpu_session
+from tests import gpu_session, tiers
 from tests.gpu_session import GpuSession
 from tests.rank_pool import RankPool, RanksFailedError
 
@@ -56,7 +56,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    _leave_out_wide(config, items)
+    if not config.option.wide:
+        left_out = tiers.left_out(items, config.args, config.option.markexpr)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     special = [item for item in items if gpu_session.needs_gpu(item)]
     if config.option.gpu:
         others = [item for item in items if item not in special]
@@ -67,18 +70,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=gpu_session.needs_gpu)  # a session of their own comes last
     else:
         gpu_session.mark_skips(special, gpu=False)
-
-
-def _leave_out_wide(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The default tier, but where tests are asked for by their ids or by the marker."""
-    if config.option.wide or "wide" in config.option.markexpr:
-        return
-    named = [argument for argument in config.args if "::" in argument]
-    if named:
-        return
-    left_out = [item for item in items if item.get_closest_marker("wide")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker("wide")]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -1,4 +1,4 @@
-"""Which rows of a table the suite runs by default; ``pytest --wide`` runs all (``make test-all``).
+"""Which rows of a table the suite runs by default; ``--wide`` (make test-all) runs all.
 
 A test, or a row, that repeats what another shows of other sizes is marked ``wide``. A table keeps
 each kind of row: by name (``some``), or, of two things that are crossed, each of the first with
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["crossed", "some"]
+__all__ = ["crossed", "left_out", "some"]
 
 
 def some(rows: Iterable[str], *kept: str) -> list[Any]:
@@ -49,3 +49,18 @@ def crossed(
         for turn in (second[number % len(second)],)
         for other in (*wide, *second)
     ]
+
+
+def left_out(
+    items: Sequence[pytest.Item], arguments: Sequence[str], markers: str
+) -> list[pytest.Item]:
+    """What a run without ``--wide`` leaves out; nothing where it is told which tests to run.
+
+    Args:
+        items: collected.
+        arguments: files, folders or tests, as given to pytest.
+        markers: given by ``-m``.
+    """
+    if "wide" in markers or any("::" in argument for argument in arguments):
+        return []
+    return [item for item in items if item.get_closest_marker("wide")]
