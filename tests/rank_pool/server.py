@@ -156,7 +156,8 @@ def _preload(imports: list[str]) -> list[str]:
         importlib.import_module(name)
         for thread in other_threads():
             started_by.setdefault(thread.number, name)
-    _remember_docstrings()
+    if "megatron.training.arguments" in sys.modules:
+        _remember_docstrings()
     try:
         left = come_to_rest()
     except BusyThreadsError as error:

@@ -311,6 +311,7 @@ def verify_on_three() -> str:
     return "not refused"
 
 
+@pytest.mark.wide  # it starts three interpreters
 def test_a_layout_that_does_not_fit_is_one_sentence(ranks: RankPool) -> None:
     (words,) = ranks(1, timeout=HANG)(verify_on_three)
     assert "Traceback" not in words

@@ -58,6 +58,7 @@ def lines_of(text: str) -> Sequence[str]:
     return text.rstrip("\n").splitlines()
 
 
+@pytest.mark.wide  # three interpreters; the test below has other ends, without torchrun's report
 def test_the_cause_stands_behind_torchruns_own_report(tmp_path: Path) -> None:
     # sample 18 is read by rank 1
     job = launch(TORCHRUN, tmp_path, "--train-iters", "50", "--tiny-end", "segv:18")

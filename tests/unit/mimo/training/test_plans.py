@@ -130,7 +130,7 @@ def test_random_stops_and_layouts_give_the_same_batches(pack: bool, tmp_path: Pa
     whole, _ = run(tmp_path, 0, STEPS, None, pack=pack, dp=1, micro=1, workers=0)
     assert len({name for step in whole for item in step for name in item}) > 100
     generator = random.Random(16)
-    for number in range(25):
+    for number in range(10):
         seen: Batches = []
         state, at = None, 0
         while at < STEPS:
