@@ -12,14 +12,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.models.mimo.partition.packing import PackedRow
 
-__all__ = ["Grid", "SquareGeometry", "TurnedSequence", "borders", "check_items", "moved", "rotated"]
+__all__ = [
+    "Grid",
+    "SquareGeometry",
+    "TurnedSequence",
+    "borders",
+    "borders_on_host",
+    "check_items",
+    "moved",
+]
 
 Grid = tuple[int, int, int]
 """Frames, lines and columns of an item, in patches."""
@@ -67,31 +76,31 @@ class SquareGeometry:
             )
         return grid[0] * grid[1] * grid[2] // self.merge**2
 
-    def angles(self, line_T: Tensor, column_T: Tensor) -> Tensor:
-        """Rotation of patches by their line and column: [T, D / 2] fp32."""
+    def turns(self, line_T: Tensor, column_T: Tensor) -> Tensor:
+        """Cosines, then sines of patches by their line and column: [T, D] fp32."""
         half = self.head_size // 2
         frequencies = 1 / self.theta ** (torch.arange(0, half, 2).float() / half)
         axes = [axis_T[:, None].float() * frequencies for axis_T in (line_T, column_T)]
-        return torch.cat(axes, dim=1)
+        angles_TD = torch.cat(axes, dim=1)
+        return torch.cat([angles_TD.cos(), angles_TD.sin()], dim=1)
 
 
 @dataclass(kw_only=True)
-class TurnedSequence(PackedSeqParams):
+class TurnedSequence(PackedRow):
     """All patches of a call as one packed sequence: what every layer needs to know of it.
 
-    As ``PackedSeqParams`` it says where frames begin and end.
+    As ``PackedRow`` it says where frames begin and end.
 
     Attributes:
-        cos_TD: [T, D / 2] fp32, to rotate queries and keys by their line and column.
-        sin_TD: likewise.
+        turns_TD: [T, D] fp32: cosines, then sines of how far the two halves of a head of queries
+            and keys turn, by line and column.
     """
 
-    cos_TD: Tensor
-    sin_TD: Tensor
+    turns_TD: Tensor
 
 
-def borders(lengths: Sequence[int], device: torch.device | None) -> dict[str, Tensor | int]:
-    """Where pieces of a sequence begin and end, as arguments of ``PackedSeqParams``.
+def borders(lengths: Sequence[int], device: torch.device | None) -> dict[str, Any]:
+    """Where pieces of a sequence begin and end, as arguments of ``PackedRow``.
 
     Args:
         lengths: of the pieces, at least one.
@@ -106,7 +115,19 @@ def borders(lengths: Sequence[int], device: torch.device | None) -> dict[str, Te
         "cu_seqlens_kv": sums,
         "max_seqlen_q": longest,
         "max_seqlen_kv": longest,
+        "bounds_q": sums,
+        "bounds_kv": sums,
+        "pad_between_seqs": False,
     }
+
+
+def borders_on_host(like: Tensor) -> bool:
+    """Whether attention plans its tiles on the host; a fused kernel reads borders on the device.
+
+    Args:
+        like: of the device and dtype of activations.
+    """
+    return not (like.is_cuda and like.dtype in (torch.float16, torch.bfloat16))
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -114,20 +135,6 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def rotated(heads_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Turn feature i and feature i + D / 2 of each head by an angle, in fp32.
-
-    Args:
-        heads_THD: queries or keys.
-        cos_TD: [T, D / 2] fp32.
-        sin_TD: likewise.
-    """
-    first, second = heads_THD.float().chunk(2, dim=-1)
-    cos, sin = cos_TD[:, None], sin_TD[:, None]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(heads_THD.dtype)
 
 
 def check_items(

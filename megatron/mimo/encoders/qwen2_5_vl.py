@@ -24,7 +24,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.encoders.patch_encoder import PatchEncoder
-from megatron.mimo.encoders.patch_grids import Grid, check_items
+from megatron.mimo.encoders.patch_grids import Grid, borders_on_host, check_items
 from megatron.mimo.encoders.plain import pretrained_encoder_config
 from megatron.mimo.encoders.projectors import Projector
 from megatron.mimo.encoders.qwen2_5_vl_geometry import (
@@ -34,10 +34,9 @@ from megatron.mimo.encoders.qwen2_5_vl_geometry import (
 )
 from megatron.mimo.encoders.vit import check_runs_whole
 from megatron.mimo.encoders.work import EncoderWork
-from megatron.mimo.layers import uses_transformer_engine
 from megatron.mimo.layers.norm import Norm
 
-__all__ = ["PatchMerger", "WindowTransformer", "borders_on_host", "window_encoder_config"]
+__all__ = ["PatchMerger", "WindowTransformer", "window_encoder_config"]
 
 _EPSILON = 1e-6  # Qwen2.5-VL has no setting for it
 
@@ -171,19 +170,8 @@ class WindowTransformer(PatchEncoder):
 
     def _sequence(self, grid: Sequence[Grid], like: Tensor) -> PatchSequence:
         grids = tuple((frames, lines, columns) for frames, lines, columns in grid)
-        on_host = borders_on_host(self.config, like)
+        on_host = borders_on_host(like)
         return patch_sequence(grids, self.geometry, like.device, borders_on_host=on_host)
-
-
-def borders_on_host(config: TransformerConfig, like: Tensor) -> bool:
-    """Whether attention plans its tiles on the host; a fused kernel reads borders on the device.
-
-    Args:
-        config: of the encoder.
-        like: of the device and dtype of its activations.
-    """
-    fused = like.is_cuda and like.dtype in (torch.float16, torch.bfloat16)
-    return not fused and not uses_transformer_engine(config)
 
 
 class PatchMerger(MegatronModule):

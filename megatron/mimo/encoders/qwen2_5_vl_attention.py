@@ -17,9 +17,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.mimo.encoders.patch_grids import TurnedSequence, rotated
+from megatron.mimo.encoders.patch_grids import TurnedSequence
 from megatron.mimo.encoders.qwen2_5_vl_geometry import PatchSequence
 from megatron.mimo.layers import encoder_layer_spec
+from megatron.mimo.layers.fused import rotate
 
 __all__ = ["TurningAttention", "WindowAttention", "frame_layer_spec", "window_layer_spec"]
 
@@ -107,10 +108,10 @@ class TurningAttention(MegatronModule):
                 f"packed_seq_params are {type(packed_seq_params).__name__}; expected a "
                 f"{self.sequence.__name__}: this attention is a vision encoder's alone"
             )
-        turns = (packed_seq_params.cos_TD, packed_seq_params.sin_TD)
+        query, key = rotate(query, key, packed_seq_params.turns_TD)
         out: Tensor = self.inner(
-            rotated(query, *turns),
-            rotated(key, *turns),
+            query,
+            key,
             value,
             attention_mask,
             packed_seq_params=self.borders(packed_seq_params),

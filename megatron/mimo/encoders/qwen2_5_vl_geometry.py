@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.models.mimo.partition.packing import PackedRow
 from megatron.mimo.encoders.patch_grids import Grid, SquareGeometry, TurnedSequence, borders, moved
 
 __all__ = ["PatchGeometry", "PatchSequence", "patch_sequence"]
@@ -62,7 +62,7 @@ class PatchSequence(TurnedSequence):
         places_R: int64; row r of the items is made of square ``places_R[r]`` of the sequence.
     """
 
-    windows: PackedSeqParams
+    windows: PackedRow
     order_T: Tensor
     places_R: Tensor
 
@@ -73,12 +73,12 @@ class _Item:
 
     Attributes:
         squares_R: its squares, in the order of the sequence.
-        angles_TD: [T, D / 2] rotation of each patch, in the order of the sequence.
+        turns_TD: [T, D] rotation of each patch, in the order of the sequence.
         windows: patches of each window.
     """
 
     squares_R: Tensor
-    angles_TD: Tensor
+    turns_TD: Tensor
     windows: tuple[int, ...]
 
 
@@ -111,7 +111,7 @@ def patch_sequence(
         squares_R = torch.cat(parts)
         patches = geometry.merge**2
         order_T = (squares_R[:, None] * patches + torch.arange(patches)).flatten()
-        angles_TD = torch.cat([item.angles_TD for item in items])
+        turns_TD = torch.cat([item.turns_TD for item in items])
         frames = [lines * columns for count, lines, columns in grids for _ in range(count)]
         windows = [length for item in items for length in item.windows]
 
@@ -119,9 +119,8 @@ def patch_sequence(
         return PatchSequence(
             qkv_format="thd",
             **borders(frames, where),
-            windows=PackedSeqParams(qkv_format="thd", **borders(windows, where)),
-            cos_TD=moved(angles_TD.cos(), device),
-            sin_TD=moved(angles_TD.sin(), device),
+            windows=PackedRow(qkv_format="thd", **borders(windows, where)),
+            turns_TD=moved(turns_TD, device),
             order_T=moved(order_T, device),
             places_R=moved(squares_R.argsort(), device),
         )
@@ -150,7 +149,7 @@ def _item(grid: Grid, geometry: PatchGeometry) -> _Item:
         places.append((first_R[:, None, None] + offsets).expand(shape).flatten())
     return _Item(
         squares_R=squares_R,
-        angles_TD=geometry.angles(*places),
+        turns_TD=geometry.turns(*places),
         windows=tuple(windows * frames),
     )
 

@@ -56,7 +56,7 @@ class FrameSequence(TurnedSequence):
 class _Item:
     """One item's part of a sequence; as the fields of the sequence."""
 
-    angles_TD: Tensor
+    turns_TD: Tensor
     taps_T4: Tensor
     weights_T4: Tensor
 
@@ -87,13 +87,12 @@ def frame_sequence(
         for grid in grids:
             geometry.rows(grid)
         items = [_item(grid, geometry) for grid in grids]
-        angles_TD = torch.cat([item.angles_TD for item in items])
+        turns_TD = torch.cat([item.turns_TD for item in items])
         frames = [lines * columns for count, lines, columns in grids for _ in range(count)]
         return FrameSequence(
             qkv_format="thd",
             **borders(frames, None if borders_on_host else device),
-            cos_TD=moved(angles_TD.cos(), device),
-            sin_TD=moved(angles_TD.sin(), device),
+            turns_TD=moved(turns_TD, device),
             taps_T4=moved(torch.cat([item.taps_T4 for item in items]), device),
             weights_T4=moved(torch.cat([item.weights_T4 for item in items]), device),
         )
@@ -109,9 +108,9 @@ def _item(grid: Grid, geometry: FrameGeometry) -> _Item:
     )
     taps_T4 = (above_T2[:, :, None] * geometry.side + left_T2[:, None, :]).flatten(1)
     weights_T4 = (vertical_T2[:, :, None] * horizontal_T2[:, None, :]).flatten(1)
-    angles_TD = geometry.angles(line_T, column_T)
+    turns_TD = geometry.turns(line_T, column_T)
     return _Item(
-        angles_TD=angles_TD.repeat(count, 1),
+        turns_TD=turns_TD.repeat(count, 1),
         taps_T4=taps_T4.repeat(count, 1),
         weights_T4=weights_T4.repeat(count, 1),
     )

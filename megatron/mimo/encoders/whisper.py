@@ -26,9 +26,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.mimo.encoders.patch_grids import borders_on_host
 from megatron.mimo.encoders.vit import check_runs_whole
 from megatron.mimo.encoders.work import EncoderWork
-from megatron.mimo.layers import Norm, uses_transformer_engine
+from megatron.mimo.layers import Norm
 
 __all__ = ["WhisperEncoder", "frames_needed", "sinusoids", "stem_length"]
 
@@ -125,7 +126,6 @@ class WhisperEncoder(MegatronModule):
         self.final_layernorm = Norm(config, hidden)
         for layer in self.transformer.layers:
             _hold_key_bias(layer.self_attention.linear_qkv.bias, config.kv_channels)
-        self._packed_on_host = not uses_transformer_engine(config)
 
     def blank_inputs(self) -> dict[str, Any]:
         """Arguments of ``forward`` for the shortest clip that gives a row.
@@ -228,7 +228,7 @@ class WhisperEncoder(MegatronModule):
         hidden_T1H = torch.cat(clips)[:, None]
         packed = packed_params(
             {"cu_seqlens_q": [0, *accumulate(lengths)]},
-            device=None if self._packed_on_host else hidden_T1H.device,
+            device=None if borders_on_host(hidden_T1H) else hidden_T1H.device,
         )
         hidden_T1H = self.transformer(hidden_T1H, attention_mask=None, packed_seq_params=packed)
         return hidden_T1H[:, 0].split(lengths)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron.core.models.mimo.errors import InputError
+from megatron.core.models.mimo.partition.packing import PackedRow
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.mimo.backend import capabilities
 from megatron.mimo.layers.attention.context_parallel import Tiling, attend_tiles
@@ -157,23 +158,42 @@ def _packed_fused(
         gqa = {"enable_gqa": True}
     elif shared > 1:  # before torch 2.12
         k_TGD, v_TGD = (t.repeat_interleave(shared, dim=1) for t in (k_TGD, v_TGD))
-    q_bounds, k_bounds = boundaries_with_padding(
-        packed, query_tokens=q_THD.size(0), key_tokens=k_TGD.size(0)
-    )
     out = varlen_attn(
         q_THD,
         k_TGD,
         v_TGD,
-        q_bounds.to(q_THD.device, non_blocking=True),
-        k_bounds.to(q_THD.device, non_blocking=True),
-        q_THD.size(0),
-        k_TGD.size(0),
+        *_bounds_and_longest(packed, q_THD, k_TGD),
         scale=rule.scale,
         window_size=(-1 if behind is None else behind, -1 if ahead is None else ahead),
         **gqa,
     )
     assert isinstance(out, Tensor)  # a pair only where the log-sum-exp is asked for
     return out
+
+
+def _bounds_and_longest(
+    packed: PackedSeqParams, q_THD: Tensor, k_TGD: Tensor
+) -> tuple[Tensor, Tensor, int, int]:
+    """Boundaries with padding on the device, and lengths that no document exceeds.
+
+    They come ready in a ``PackedRow`` that was made for the device.
+    """
+    if (
+        isinstance(packed, PackedRow)
+        and packed.bounds_q is not None
+        and packed.bounds_kv is not None
+        and packed.bounds_q.device == q_THD.device
+    ):
+        assert packed.max_seqlen_q is not None
+        assert packed.max_seqlen_kv is not None
+        return packed.bounds_q, packed.bounds_kv, packed.max_seqlen_q, packed.max_seqlen_kv
+    q_bounds, k_bounds = (
+        bounds.to(q_THD.device, non_blocking=True)
+        for bounds in boundaries_with_padding(
+            packed, query_tokens=q_THD.size(0), key_tokens=k_TGD.size(0)
+        )
+    )
+    return q_bounds, k_bounds, q_THD.size(0), k_TGD.size(0)
 
 
 def _in_tiles(

@@ -16,20 +16,20 @@ from typing import Any
 from torch import Tensor, finfo, nn
 from torch.distributed import ProcessGroup
 
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from megatron.core.utils import get_pg_rank, get_pg_size
+from megatron.mimo.layers.turns import TurningGPT
 from megatron.mimo.layers.vocabulary_loss import chunked_cross_entropy
 from megatron.mimo.models.common.settings import WHOLE_LOGITS
 
 __all__ = ["UnpaddedGPT", "leave_out_padding", "real_tokens"]
 
 
-class UnpaddedGPT(GPTModel):
+class UnpaddedGPT(TurningGPT):
     """A GPTModel that gives padding of its vocabulary no probability.
 
     Where the logits of a micro-batch would be large, its loss is computed piece by piece

@@ -35,12 +35,28 @@ def test_borders_of_integers_become_host_tensors_and_keys_follow_queries() -> No
     assert packed_params(None) is None
 
 
+def test_padding_is_told_and_stands_in_boundaries_of_its_own() -> None:
+    packed = packed_params(
+        {"cu_seqlens_q": (0, 3, 8, 8), "cu_seqlens_q_padded": (0, 4, 12, 16)}, tokens=16
+    )
+    assert packed.pad_between_seqs is True
+    assert packed.bounds_q.tolist() == [0, 3, 4, 9, 12, 12, 16]
+    assert packed.bounds_kv is packed.bounds_q
+    assert max(packed.bounds_q.diff().tolist()) <= packed.max_seqlen_q
+    tight = packed_params({"cu_seqlens_q": (0, 3, 8), "cu_seqlens_q_padded": (0, 3, 8)}, tokens=8)
+    assert tight.pad_between_seqs is False
+    assert tight.cu_seqlens_q_padded is tight.cu_seqlens_q
+    assert tight.bounds_q.tolist() == [0, 3, 8]
+
+
 def test_borders_on_a_device_are_not_read() -> None:
     on_device = torch.zeros(3, dtype=torch.int64, device="meta")
     packed = packed_params({"cu_seqlens_q": on_device, "max_seqlen_q": 5}, tokens=8, cp_size=2)
     assert packed.cu_seqlens_q.device.type == "meta"
     assert packed.cu_seqlens_q.dtype == torch.int32
     assert packed.max_seqlen_kv == 5
+    assert packed.pad_between_seqs is None
+    assert packed.bounds_q is None
     with pytest.raises(InputError, match="lack max_seqlen_q, and the boundaries are on a device"):
         packed_params({"cu_seqlens_q": on_device})
 

@@ -54,7 +54,7 @@ def test_order_windows_and_rotation_are_those_of_transformers() -> None:
     assert found.max_seqlen_q == 64
     order_T = (order_R[:, None] * 4 + torch.arange(4)).flatten()
     assert found.order_T.tolist() == order_T.tolist()
-    torch.testing.assert_close(found.cos_TD, cos_TD[order_T], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.turns_TD.chunk(2, 1)[0], cos_TD[order_T], rtol=0, atol=1e-6)
     again = patch_sequence(tuple(GRIDS), geometry, torch.device("cpu"), borders_on_host=True)
     assert again is found
 
@@ -65,7 +65,7 @@ def test_a_sequence_made_for_inference_serves_training() -> None:
     geometry = PatchGeometry(merge=2, window=3, head_size=4)
     with torch.inference_mode():
         found = patch_sequence(((1, 2, 4),), geometry, torch.device("cpu"), borders_on_host=True)
-    assert not found.cos_TD.is_inference()
+    assert not found.turns_TD.is_inference()
     assert not found.order_T.is_inference()
 
 

@@ -41,8 +41,8 @@ def test_positions_and_rotation_are_those_of_transformers(side: int) -> None:
     assert found.max_seqlen_q == 64
     rotary = Qwen3VLVisionRotaryEmbedding(tiny().vision_config)
     cos_TD, sin_TD = rotary(torch.zeros(()), get_vision_position_ids(grid_thw, 2))
-    torch.testing.assert_close(found.cos_TD, cos_TD[:, :4], rtol=0, atol=1e-6)
-    torch.testing.assert_close(found.sin_TD, sin_TD[:, :4], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.turns_TD[:, :4], cos_TD[:, :4], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.turns_TD[:, 4:], sin_TD[:, :4], rtol=0, atol=1e-6)
 
 
 def random_pixels(grids: list[tuple[int, int, int]]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,6 +23,21 @@ _BOUNDARIES = (
     "cu_seqlens_kv_padded",
 )
 _GROUPS = ("cp_group", "local_cp_size")
+_ALIGNED = 4  # int32 numbers: boundaries share a tensor, and each begins at 16 bytes
+
+
+@dataclass(kw_only=True)
+class PackedRow(PackedSeqParams):
+    """A packed sequence with what fused attention wants besides, made once for all layers.
+
+    Attributes:
+        bounds_q: int32, boundaries of queries in which padding makes documents of its own, none of
+            them longer than ``max_seqlen_q``; None where they are not known on the host.
+        bounds_kv: of keys.
+    """
+
+    bounds_q: torch.Tensor | None = None
+    bounds_kv: torch.Tensor | None = None
 
 
 def packed_params(
@@ -31,8 +46,11 @@ def packed_params(
     tokens: int | None = None,
     cp_size: int = 1,
     device: torch.device | None = None,
-) -> PackedSeqParams | None:
+) -> PackedRow | None:
     """THD parameters of one packed sequence; None for None.
+
+    Whether padding is between documents is said where lengths are known, so that no attention asks
+    the device for it.
 
     Args:
         packing_kwargs: arguments of ``PackedSeqParams``. Boundaries are cumulative lengths from 0
@@ -67,6 +85,8 @@ def packed_params(
     longest = _check(boundaries, tokens, cp_size)
     arguments = {name: value for name, value in packing_kwargs.items() if value is not None}
     arguments |= _as_tensors(boundaries, packing_kwargs, device)
+    if arguments.get("pad_between_seqs") is None:
+        arguments["pad_between_seqs"] = _has_padding(boundaries)
     for name in ("max_seqlen_q", "max_seqlen_kv"):
         given = arguments.get("max_seqlen_q", longest)
         if arguments.setdefault(name, given) is None:
@@ -74,7 +94,7 @@ def packed_params(
                 f"packing_kwargs lack {name}, and the boundaries are on a device, where reading "
                 "them would wait for it; give the longest document's length, or host boundaries"
             )
-    return PackedSeqParams(**{**arguments, "qkv_format": "thd"})
+    return PackedRow(**{**arguments, "qkv_format": "thd"})
 
 
 def check_one_row(**tensors: torch.Tensor | None) -> int | None:
@@ -161,28 +181,65 @@ def _check_places(name: str, places: list[int], tokens: int | None, cp_size: int
             )
 
 
+def _has_padding(boundaries: Mapping[str, list[int] | None]) -> bool | None:
+    """Whether a document is shorter than its place; None where that is not known on the host."""
+    if None in boundaries.values():
+        return None
+    return any(
+        boundaries.get(f"cu_seqlens_{kind}_padded", boundaries.get(f"cu_seqlens_{kind}"))
+        != boundaries.get(f"cu_seqlens_{kind}")
+        for kind in ("q", "kv")
+    )
+
+
 def _as_tensors(
     boundaries: Mapping[str, list[int] | None],
     packing_kwargs: Mapping[str, Any],
     device: torch.device | None,
 ) -> dict[str, torch.Tensor]:
-    """int32 boundaries. Keys' are the very tensors of queries where they are equal."""
-    tensors: dict[str, torch.Tensor] = {}
+    """int32 boundaries. Those with equal numbers are one tensor."""
+    known = {name: values for name, values in boundaries.items() if values is not None}
+    for kind in ("q", "kv"):
+        sums = known.get(f"cu_seqlens_{kind}")
+        places = boundaries.get(f"cu_seqlens_{kind}_padded", sums)
+        if sums is not None and places is not None:
+            known[f"bounds_{kind}"] = _bounds(sums, places)
+    tensors = _placed(known, device)
+    for name, values in boundaries.items():
+        if values is None:
+            tensors[name] = packing_kwargs[name].to(torch.int32)
+    given = {name for name in _BOUNDARIES if packing_kwargs.get(name) is not None}
     for suffix in ("", "_padded"):
         q_name, kv_name = f"cu_seqlens_q{suffix}", f"cu_seqlens_kv{suffix}"
-        for name in (q_name, kv_name):
-            given = packing_kwargs.get(name)
-            if given is None:
-                continue
-            on_device = torch.is_tensor(given) and given.device.type != "cpu"
-            tensor = torch.as_tensor(given, dtype=torch.int32)
-            tensors[name] = (
-                tensor if on_device or device is None else tensor.to(device, non_blocking=True)
-            )
-        same = kv_name not in tensors or (
-            boundaries.get(kv_name) is not None
-            and boundaries.get(kv_name) == boundaries.get(q_name)
-        )
-        if q_name in tensors and (same or packing_kwargs.get(kv_name) is packing_kwargs[q_name]):
+        same = kv_name not in given or packing_kwargs[kv_name] is packing_kwargs.get(q_name)
+        if q_name in tensors and same:
             tensors[kv_name] = tensors[q_name]
+    if "bounds_q" in tensors and not given & {"cu_seqlens_kv", "cu_seqlens_kv_padded"}:
+        tensors["bounds_kv"] = tensors["bounds_q"]
     return tensors
+
+
+def _bounds(sums: list[int], places: list[int]) -> list[int]:
+    """Boundaries in which what a document leaves of its place is a document of its own."""
+    if sums == places:
+        return sums
+    lengths = [stop - start for start, stop in itertools.pairwise(sums)]
+    ends = [start + length for start, length in zip(places, lengths, strict=False)]
+    inner = [bound for pair in zip(places, ends, strict=False) for bound in pair]
+    return [*inner, places[-1]]
+
+
+def _placed(
+    values: Mapping[str, list[int]], device: torch.device | None
+) -> dict[str, torch.Tensor]:
+    """A tensor of each list, all of them in one copy to the device; equal lists share one."""
+    starts: dict[tuple[int, ...], int] = {}
+    flat: list[int] = []
+    for numbers in values.values():
+        if starts.setdefault(tuple(numbers), len(flat)) == len(flat):
+            flat += [*numbers, *[0] * (-len(numbers) % _ALIGNED)]
+    whole = torch.tensor(flat, dtype=torch.int32)
+    if device is not None and device.type != "cpu":
+        whole = whole.pin_memory().to(device, non_blocking=True)
+    pieces = {key: whole[start : start + len(key)] for key, start in starts.items()}
+    return {name: pieces[tuple(numbers)] for name, numbers in values.items()}

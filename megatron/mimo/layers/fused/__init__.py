@@ -1,0 +1,6 @@
+"""What stands between a layer's products of matrices, each in one launch of a kernel."""
+
+from megatron.mimo.layers.fused.activation import KINDS, activate
+from megatron.mimo.layers.fused.rotation import rotate
+
+__all__ = ["KINDS", "activate", "rotate"]

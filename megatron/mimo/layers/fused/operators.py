@@ -1,0 +1,49 @@
+"""Operators of this project as torch knows them: what they take, and who computes them where.
+
+On a GPU each is one launch of a Triton kernel (:mod:`~megatron.mimo.layers.fused.kernels`), on the
+CPU, and where Triton is not installed, plain torch, which says what the kernel has to compute. To
+torch each is one operation, so that dispatch modes count what a GPU is asked for, on any machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+__all__ = ["define", "has_triton"]
+
+_LIBRARY = torch.library.Library("megatron_mimo", "DEF")
+
+
+@cache
+def has_triton() -> bool:
+    """Whether kernels can be compiled for a GPU."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def define(
+    schema: str,
+    *,
+    plain: Callable[..., Any],
+    kernel: Callable[..., Any],
+    empty: Callable[..., Any],
+) -> Callable[..., Any]:
+    """An operator, without a gradient of its own.
+
+    Args:
+        schema: its name, arguments and results, as ``torch.library`` writes them.
+        plain: computes it in plain torch, on any device.
+        kernel: computes it on a GPU that Triton knows.
+        empty: makes its results without computing them, for tensors that have no values.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, plain, "CPU")
+    _LIBRARY.impl(name, kernel if has_triton() else plain, "CUDA")
+    _LIBRARY.impl(name, empty, "Meta")
+    operator: Callable[..., Any] = getattr(torch.ops.megatron_mimo, name).default
+    return operator

@@ -1,0 +1,103 @@
+"""Rotation of queries and keys by their positions: one launch for both, forward and backward.
+
+Legend: T tokens, H query heads, G key heads, D head size, R half of what turns of a head, N rows of
+turns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.mimo.layers.fused.operators import define
+
+__all__ = ["rotate"]
+
+
+def rotate(
+    q_THD: Tensor, k_TGD: Tensor, turns_NR: Tensor, *, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Turn feature i and feature i + R of each head by an angle, in fp32 at least.
+
+    Args:
+        q_THD: queries, [T, H, D] or [S, B, H, D], where T = S * B counts samples fastest.
+        k_TGD: keys, likewise.
+        turns_NR: fp32 [N, 2 R]: cosines, then sines; contiguous but for the rows' stride. T is a
+            multiple of N: a row is of T / N tokens that follow each other. Features from 2 R on
+            stay as they are.
+        scale: of cosines and sines.
+
+    Returns:
+        Queries and keys, contiguous, in their shapes and dtypes.
+    """
+    return _Rotate.apply(q_THD, k_TGD, turns_NR, scale)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_THD: Tensor, k_TGD: Tensor, turns_NR: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(turns_NR)
+        ctx.scale = scale
+        q, k = _rotate(_rows(q_THD), _rows(k_TGD), turns_NR, scale, False)
+        return q.view(q_THD.shape), k.view(k_TGD.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (turns_NR,) = ctx.saved_tensors
+        dq, dk = _rotate(_rows(grads[0]), _rows(grads[1]), turns_NR, ctx.scale, True)
+        return dq.view(grads[0].shape), dk.view(grads[1].shape), None, None
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """[T, heads, D] whose last two axes are contiguous up to the stride of heads."""
+    if heads.dim() == 4:
+        heads = heads.flatten(0, 1)
+    return heads if heads.stride(-1) == 1 else heads.contiguous()
+
+
+def _plain(
+    q_THD: Tensor, k_TGD: Tensor, turns_NR: Tensor, scale: float, back: bool
+) -> tuple[Tensor, Tensor]:
+    half = turns_NR.size(1) // 2
+    share = len(q_THD) // len(turns_NR)
+    turns_TR = turns_NR.repeat_interleave(share, 0) if share > 1 else turns_NR
+    wide = torch.promote_types(q_THD.dtype, turns_NR.dtype)
+    cos_T1R, sin_T1R = (
+        one[:, None].to(wide) * scale if scale != 1 else one[:, None].to(wide)
+        for one in (turns_TR[:, :half], turns_TR[:, half:])
+    )
+    sin_T1R = -sin_T1R if back else sin_T1R
+
+    def turned(heads: Tensor) -> Tensor:
+        first, second = heads[..., :half].to(wide), heads[..., half : 2 * half].to(wide)
+        parts = [first * cos_T1R - second * sin_T1R, second * cos_T1R + first * sin_T1R]
+        if heads.size(-1) > 2 * half:
+            parts.append(heads[..., 2 * half :].to(wide))
+        return torch.cat(parts, dim=-1).to(heads.dtype)
+
+    return turned(q_THD), turned(k_TGD)
+
+
+def _kernel(
+    q_THD: Tensor, k_TGD: Tensor, turns_NR: Tensor, scale: float, back: bool
+) -> tuple[Tensor, Tensor]:
+    # Triton is needed on a GPU alone.
+    from megatron.mimo.layers.fused.kernels import launch_rotation
+
+    return launch_rotation(q_THD, k_TGD, turns_NR, scale, back)
+
+
+def _empty(q_THD: Tensor, k_TGD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q_THD.new_empty(q_THD.shape), k_TGD.new_empty(k_TGD.shape)
+
+
+_rotate = define(
+    "rotate(Tensor q, Tensor k, Tensor turns, float scale, bool back) -> (Tensor, Tensor)",
+    plain=_plain,
+    kernel=_kernel,
+    empty=_empty,
+)

@@ -1,0 +1,151 @@
+"""Fused operators: their values, their gradients, and the kernels that compute them on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+KERNELS = "megatron/mimo/layers/fused/kernels.py"
+
+# Runs the kernels in Triton's interpreter, which has to be chosen before Triton is imported.
+INTERPRETED = """
+import importlib.util, sys, torch
+spec = importlib.util.spec_from_file_location("kernels", sys.argv[1])
+kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernels)
+given = torch.load(sys.argv[2])
+found = [
+    *kernels.launch_rotation(*given["rotation"], 1.5, False),
+    *kernels.launch_rotation(*given["rotation"], 1.5, True),
+]
+for kind in range(4):
+    for gated in (False, True):
+        grad, inner = given["activation"][gated]
+        found.append(kernels.launch_activation(inner, kind, gated))
+        found.append(kernels.launch_activation_backward(grad, inner, kind, gated))
+torch.save(found, sys.argv[3])
+"""
+
+
+def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The first 2 R of 10 features by their definition; cosines and sines [T, R]."""
+    first, second, rest = heads.split((cos.size(-1), cos.size(-1), 10 - 2 * cos.size(-1)), dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
+
+
+def activated(inner: Tensor, kind: str, gated: bool) -> Tensor:
+    first, gate = inner.chunk(2, dim=-1) if gated else (inner, None)
+    functions = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    }
+    value: Tensor = functions[kind](first)
+    return value if gate is None else value * gate
+
+
+def rotation_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Slices of one product [6, 11 heads + 2, 10], and a turn for every two tokens."""
+    mixed = torch.randn(6, 13, 10)
+    angles = torch.randn(3, 4)
+    return mixed[:, :9], mixed[:, 9:11], torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def check_rotation(device: str, tolerance: float, dtype: torch.dtype = torch.float32) -> None:
+    from megatron.mimo.layers.fused import rotate
+
+    q, k, turns = (one.to(device) for one in rotation_inputs())
+    q, k = (one.to(dtype).requires_grad_() for one in (q, k))
+    cos, sin = (one.repeat_interleave(2, dim=0) * 1.5 for one in turns.chunk(2, dim=1))
+    found = rotate(q, k, turns, scale=1.5)
+    expected = [rotated(one.float(), cos, sin) for one in (q, k)]
+    weights = [torch.randn_like(one) for one in expected]
+    for results in (found, expected):
+        sums = [(one * weight).sum() for one, weight in zip(results, weights, strict=True)]
+        torch.stack(sums).sum().backward()
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.float(), other, rtol=tolerance, atol=tolerance)
+    again = [one.detach().float().requires_grad_() for one in (q, k)]
+    for one, weight in zip(again, weights, strict=True):
+        (rotated(one, cos, sin) * weight).sum().backward()
+    for one, other in zip((q, k), again, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        # Both passes of above have left a gradient each.
+        torch.testing.assert_close(one.grad.float() / 2, other.grad, rtol=tolerance, atol=tolerance)
+
+
+def check_activation(device: str, tolerance: float, dtype: torch.dtype = torch.float32) -> None:
+    from megatron.mimo.layers.fused import KINDS, activate
+
+    for kind in KINDS:
+        for gated in (False, True):
+            inner = torch.randn(5, 3, 24, device=device, dtype=dtype, requires_grad=True)
+            found = activate(inner, kind, gated=gated)
+            wide = inner.detach().double().requires_grad_()
+            expected = activated(wide, kind, gated)
+            torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+            weight = torch.randn_like(found)
+            (gradient,) = torch.autograd.grad(found, inner, weight)
+            (wanted,) = torch.autograd.grad(expected, wide, weight.double())
+            torch.testing.assert_close(gradient.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_values_and_gradients() -> None:
+    check_rotation("cpu", 1e-6)
+    check_activation("cpu", 2e-6)
+
+
+def test_in_bfloat16_only_the_result_is_rounded() -> None:
+    check_rotation("cpu", 2**-7, torch.bfloat16)
+    check_activation("cpu", 2**-7, torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    check_rotation("cuda", 1e-6)
+    check_activation("cuda", 5e-6)
+    check_rotation("cuda", 2**-7, torch.bfloat16)
+    check_activation("cuda", 2**-7, torch.bfloat16)
+
+
+def test_kernels_compute_what_plain_torch_does(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from megatron.mimo.layers.fused import activation, rotation
+
+    given: dict[str, Any] = {
+        "rotation": rotation_inputs(),
+        "activation": [(torch.randn(3, 1030), torch.randn(3, 1030 * width)) for width in (1, 2)],
+    }
+    source, target = tmp_path / "given.pt", tmp_path / "found.pt"
+    torch.save(given, source)
+    subprocess.run(
+        [sys.executable, "-c", INTERPRETED, KERNELS, str(source), str(target)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[4],
+        check=True,
+    )
+    found = torch.load(target)
+    expected = [
+        *rotation._plain(*given["rotation"], 1.5, False),
+        *rotation._plain(*given["rotation"], 1.5, True),
+    ]
+    for kind in range(4):
+        for gated in (False, True):
+            grad, inner = given["activation"][gated]
+            expected.append(activation._plain_forward(inner, kind, gated))
+            expected.append(activation._plain_backward(grad, inner, kind, gated))
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
