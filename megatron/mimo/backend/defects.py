@@ -11,6 +11,14 @@ __all__ = ["DEFECTS"]
 
 DEFECTS: tuple[Patch, ...] = (
     Patch(
+        name="jit warm-up",
+        target="megatron.training.initialize:_warmup_jit_function",
+        reason="compiles what lean layers do not call, before every run; draws from the generator "
+        "of the initial weights, how much depends on batch and TP",
+        replacement=stock.left_out,
+        scope=Scope.PROCESS,
+    ),
+    Patch(
         name="state of layers for FP8",
         target="megatron.training.checkpointing:_build_sharded_state_dict_metadata",
         reason="a checkpoint says nothing where it need not: Transformer Engine's layers look for "

@@ -232,12 +232,6 @@ PATCHES: tuple[Patch, ...] = (
         reason="torch.compile: minutes of C++ compilation for functions of a few operations",
         replacement=_always(stock.undecorated),
     ),
-    Patch(
-        name="jit warm-up",
-        target="megatron.training.initialize:_warmup_jit_function",
-        reason="draws from the generator of the initial weights, how much depends on batch and TP",
-        replacement=_answer(None),
-    ),
     *_MODULES,
     *_DEVICES,
     *_FACTORIES,

@@ -167,3 +167,26 @@ def test_sizes_fit_tensor_and_pipeline_parallelism(tp: int) -> None:
     assert int(str(ARGUMENTS["num_attention_heads"])) % tp == 0
     assert int(str(ARGUMENTS["num_layers"])) % tp == 0
     assert int(str(ARGUMENTS["seq_length"])) % (2 * tp) == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "given", "expected"),
+    [
+        ("cpu", 2, {}, 16),
+        ("cuda", 1, {}, 128),
+        ("cuda", 8, {}, 16),
+        ("cuda", 8, {"tensor_model_parallel_size": 2, "global_batch_size": 64}, 16),
+        ("cuda", 3, {}, 16),  # 128 is not dealt out to three ranks: refused as with any other size
+    ],
+)
+def test_a_micro_batch_on_a_gpu_is_what_a_rank_has(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    ranks: int,
+    given: dict[str, int],
+    expected: int,
+) -> None:
+    from megatron.mimo.recipes.digits import micro_batch_size
+
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    assert micro_batch_size(Namespace(**given), device) == expected
