@@ -18,6 +18,8 @@ FAMILIES = (
     "qwen2_5_vl",
     "qwen3_vl",
     "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
     "qwen2_audio",
     "llava_avlm",
 )

@@ -20,6 +20,7 @@ from benchmarks.gpu_check.processes import run_limited
 from benchmarks.gpu_check.record import Record
 from benchmarks.gpu_check.restart import restart
 from benchmarks.gpu_check.running import Runner
+from megatron.mimo.models import family_names
 
 pytestmark = pytest.mark.slow  # processes and installations
 
@@ -31,6 +32,10 @@ MACHINE: dict[str, Any] = {
 }
 # A shell that leaves a child behind and says its number.
 CHILD = "sleep 600 & echo child $!; {}"
+
+
+def test_every_family_is_verified() -> None:
+    assert sorted(steps.FAMILIES) == sorted(family_names())
 
 
 def shell(line: str, folder: Path, limit: float = 60.0) -> Any:

@@ -8,7 +8,9 @@ model takes into a ``Sample``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +28,41 @@ if TYPE_CHECKING:
     from megatron.mimo.models.common.place import Places
     from megatron.mimo.models.common.settings import LanguageSettings
 
-__all__ = ["Family", "sample_collator", "transformers_model"]
+__all__ = ["Family", "sample_collator", "transformers_model", "without_kernels"]
+
+# What transformers calls in place of functions of its own, of the gated delta net and others.
+_KERNELS = ("fla", "causal_conv1d")
 
 
 def transformers_model(config: PreTrainedConfig) -> nn.Module:
-    """The class of transformers that ``config.architectures`` names, with random weights."""
+    """The class of transformers that ``config.architectures`` names, with random weights.
+
+    It computes in plain torch, on any device, also where kernels for a GPU are installed.
+    """
     import transformers
 
     architecture = (config.architectures or [""])[0]
-    model: nn.Module = getattr(transformers, architecture)(config)
+    with without_kernels():
+        kind = getattr(transformers, architecture)
+    model: nn.Module = kind(config)
     return model
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Let what is imported in the block find no package of kernels.
+
+    transformers decides at the import of a model, and then calls a package's kernels on a CPU too.
+    """
+    found = {name: sys.modules[name] for name in _KERNELS if name in sys.modules}
+    hidden: dict[str, Any] = dict.fromkeys(_KERNELS)
+    sys.modules.update(hidden)
+    try:
+        yield
+    finally:
+        for name in _KERNELS:
+            del sys.modules[name]
+        sys.modules.update(found)
 
 
 @dataclass(frozen=True, kw_only=True)
