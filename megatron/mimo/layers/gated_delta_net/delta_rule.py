@@ -79,8 +79,8 @@ def gated_delta_rule(
         v_BTGRV: values.
         decay_BTGR: logarithm of what remains of the state, at most 0; -inf forgets all.
         strength_BTGR: of the correction, from 0 (none) to 1.
-        documents_T: integers that differ between neighbouring documents of packed rows: the state
-            does not pass from one to the next. None: rows are one document.
+        documents_T: the number of each token's document, in packed rows: the state does not pass
+            from one to the next. None: rows are one document.
         state_BGRKV: before the first token (of the first document); zeros by default.
 
     Returns:
@@ -190,7 +190,7 @@ class _Stretch:
         kq[:, :, :, C:] = q * self._scale
         v = _by_chunks(v_BTGRV, dtype)
         decay, strength = (_by_chunks(x.unsqueeze(-1), dtype) for x in (decay_BTGR, strength_BTGR))
-        self._decays = decay.squeeze(-1) >= _LEAST
+        self._counts = decay.squeeze(-1) >= _LEAST
         seams = None if documents_T is None else _seams(documents_T, part)
         remains = remains_of(decay.squeeze(-1).clamp(min=_LEAST), seams)
         self.chunks: Chunks = prepare(kq.flatten(1, 2), v, strength, remains)
@@ -216,7 +216,7 @@ class _Stretch:
         d_sums = found.decay_NXC.double()
         d_decay = (
             d_sums @ torch.ones_like(d_sums[0, :1]).expand(CHUNK, CHUNK).tril()
-        ) * self._decays
+        ) * self._counts
         for one in (d_q, d_k, found.v_NXCV, d_decay.unsqueeze(-1), found.strength_NXC1):
             yield self.by_tokens(one)
 
