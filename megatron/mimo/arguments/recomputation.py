@@ -88,8 +88,9 @@ def _lacking(name: str, args: Namespace) -> str:
             "without multi-latent attention (--multi-latent-attention)",
         ),
         "gdn_norm_out": (
-            args.experimental_attention_variant != "gated_delta_net",
-            "without gated delta net layers (--experimental-attention-variant gated_delta_net)",
+            True,
+            "is for megatron-core's own gated delta net; of this project's, whose norm keeps its "
+            "inputs alone, whole layers are recomputed (--recompute-granularity full)",
         ),
     }
     applies, reason = reasons.get(name, (False, ""))

@@ -18,10 +18,7 @@ from torch import Tensor
 from megatron.core.models.mimo.errors import InputError, UnsupportedError
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    CheckpointWithoutOutput,
-    copy_to_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -82,7 +79,7 @@ class GatedDeltaNet(MegatronModule):
     Args:
         config: with ``linear_num_key_heads``, ``linear_num_value_heads``, ``linear_key_head_dim``,
             ``linear_value_head_dim`` and ``linear_conv_kernel_dim``. ``deterministic_mode`` keeps
-            to PyTorch's kernels; "gdn_norm_out" in ``recompute_modules`` computes the norm again.
+            to PyTorch's kernels.
         submodules: the linear layers.
         layer_number: from 1, over the whole model.
         pg_collection: with ``tp``, and ``cp`` where it is in use; ``parallel_state``'s by default.
@@ -139,9 +136,6 @@ class GatedDeltaNet(MegatronModule):
         self.dt_bias = cut_by_heads(torch.ones(sizes.value_heads), config, groups.tp)
         self.rule = DeltaRule(sizes.operations_per_token)
         self.norm = HeadNormWeight(config, sizes.value)
-        self._recomputes_norm = config.recompute_granularity == "selective" and (
-            "gdn_norm_out" in (config.recompute_modules or ())
-        )
         self.out_proj = linear(
             submodules.out_proj,
             "out_proj",
@@ -203,13 +197,10 @@ class GatedDeltaNet(MegatronModule):
             mixed_SBGRV = self._continue(streams, padding_SB, inference_context)
         else:
             raise UnsupportedError("packed rows with a cache; generate from rows of prompts")
-        if not (self._recomputes_norm and self.training):
-            out_SBH, _ = self.out_proj(self._normed(mixed_SBGRV, streams.gate))
-            return out_SBH, None
-        again = CheckpointWithoutOutput()
-        normed_SBD = again.checkpoint(self._normed, mixed_SBGRV, streams.gate)
-        out_SBH, _ = self.out_proj(normed_SBD)
-        again.discard_output_and_register_recompute(out_SBH)
+        normed_SBGRV = self._fast_kernels(projected_SBD).norm(
+            mixed_SBGRV, streams.gate, self._norm_weight(), self.config.layernorm_epsilon
+        )
+        out_SBH, _ = self.out_proj(normed_SBGRV.flatten(2))
         return out_SBH, None
 
     def _mix(
@@ -295,12 +286,6 @@ class GatedDeltaNet(MegatronModule):
 
     def _fast_kernels(self, projected: Tensor) -> Kernels:
         return fast_kernels(projected.dtype, deterministic=self.config.deterministic_mode)
-
-    def _normed(self, mixed_SBGRV: Tensor, gate_SBGRV: Tensor) -> Tensor:
-        """What is projected back: [S, B, G * R * V]."""
-        kernels = self._fast_kernels(mixed_SBGRV)
-        epsilon = self.config.layernorm_epsilon
-        return kernels.norm(mixed_SBGRV, gate_SBGRV, self._norm_weight(), epsilon).flatten(2)
 
     def _norm_weight(self) -> Tensor:
         """The norm's weight, whose gradient is summed over the heads of all tensor-parallel ranks.

@@ -19,13 +19,11 @@ DENSE: dict[str, Any] = {
     "moe_shared_expert_intermediate_size": None,
     "moe_shared_expert_overlap": False,
     "multi_latent_attention": False,
-    "experimental_attention_variant": None,
 }
 EXPERTS = {"num_experts": 4}
 SHARED = {**EXPERTS, "moe_shared_expert_intermediate_size": 16}
 GROUPED = {**EXPERTS, "moe_grouped_gemm": True}
 LATENT = {"multi_latent_attention": True}
-DELTA = {"experimental_attention_variant": "gated_delta_net"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +64,6 @@ def test_all_of_megatrons_modules_are_known() -> None:
         ("layernorm mla_up_proj", True, LATENT),
         ("moe shared_experts", False, SHARED),
         ("moe_act", True, GROUPED),
-        ("gdn_norm_out", False, DELTA),
         ("mlp", False, {"recompute_granularity": None, "recompute_activations": True}),
         ("", False, {"recompute_granularity": None}),
     ],
