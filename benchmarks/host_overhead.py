@@ -223,27 +223,33 @@ class Stack:
         self.given = {name: _cut(value, len(whole), tokens) for name, value in given.items()}
         self.given |= {"context": None, "context_mask": None}  # levels have places in whole rows
 
-    def run(self) -> None:
-        """Forward and backward."""
-        for layer in self.layers:
-            layer.zero_grad(set_to_none=True)
+    def run(self) -> float:
+        """Forward and backward; the time of the processor between them."""
         out = self.given["hidden_states"].detach().requires_grad_()
         for layer in self.layers:
             out, _ = layer(**self.given | {"hidden_states": out})
+        middle = time.process_time()
         out.backward(out.detach())
+        return middle
 
-    def seconds(self, repeats: int) -> float:
-        """Of a processor for one layer."""
+    def seconds(self) -> tuple[float, float]:
+        """Of a processor for one layer, forward and backward."""
+        self._forget_gradients()
         start = time.process_time()
-        for _ in range(repeats):
-            self.run()
-        return (time.process_time() - start) / repeats / len(self.layers)
+        middle = self.run()
+        end = time.process_time()
+        return (middle - start) / len(self.layers), (end - middle) / len(self.layers)
 
     def calls(self) -> float:
         """Of functions for one layer."""
+        self._forget_gradients()
         with cProfile.Profile() as profile:
             self.run()
         return sum(entry.callcount for entry in profile.getstats()) / len(self.layers)
+
+    def _forget_gradients(self) -> None:
+        for layer in self.layers:
+            layer.zero_grad(set_to_none=True)
 
 
 def _cut(value: Any, whole: int, tokens: int) -> Any:
@@ -330,8 +336,13 @@ def _on_the_host(stack: Stack, rounds: int) -> dict[str, float]:
     try:
         with operators_of_a_gpu():
             stack.run()
-            least = min(stack.seconds(3) for _ in range(rounds))
-            return {"host_us": round(1e6 * least, 1), "calls": stack.calls()}
+            ways = zip(*(stack.seconds() for _ in range(rounds)), strict=True)
+            forward, backward = (1e6 * min(way) for way in ways)
+            return {
+                "host_us": round(forward + backward, 1),
+                "forward_us": round(forward, 1),
+                "calls": stack.calls(),
+            }
     finally:
         gc.enable()
 
@@ -346,7 +357,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=300)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     report = measure(tuple(arguments.families), arguments.rounds)
@@ -357,7 +368,7 @@ def main() -> None:
         for part, row in report[name].items():
             print(
                 f"{name:<14}{part:<16}{row['launches']:>8.1f} launches{row['host_us']:>10.1f} us"
-                f"{row['calls']:>9.0f} calls"
+                f" ({row['forward_us']:.1f} forward){row['calls']:>9.0f} calls"
             )
 
 

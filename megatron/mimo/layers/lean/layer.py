@@ -29,6 +29,7 @@ _TAKEN = frozenset(
     {"hidden_states", "attention_mask", "rotary_pos_emb", "packed_seq_params", "padding_mask"}
 )
 _UNREAD = object()
+_ENGINE = "TEDotProductAttention"
 
 
 class LeanLayer(TransformerLayer):
@@ -97,6 +98,8 @@ class LeanLayer(TransformerLayer):
             query, key = rotate(query, key, turns, scale=scale)
         if packed is not None and packed.qkv_format == "thd":
             query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if rotary is not None and type(attention.core_attention).__name__ == _ENGINE:
+            value = value.contiguous()  # else it looks twice at strides, and copies all three
         out = attention.core_attention(
             query,
             key,
