@@ -22,6 +22,7 @@ _AROUND_LAYERS = frozenset(
         *("vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings"),
         *("position_embedding_type", "rotary_base", "rotary_percent"),
         *("use_rope_scaling", "rope_scaling_factor", "untie_embeddings_and_output_weights"),
+        "router_aux_loss_coef",
     }
 )
 # What TransformerConfig has under other names.
@@ -63,6 +64,7 @@ def settings_of(values: Mapping[str, Any], *, dtype: torch.dtype) -> LanguageSet
             values.get("rope_scaling_factor", 8.0) if values.get("use_rope_scaling") else None
         ),
         ties_output=not values["untie_embeddings_and_output_weights"],
+        expert_balance=values.get("router_aux_loss_coef", 0.0),
     )
 
 

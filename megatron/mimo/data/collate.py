@@ -49,6 +49,7 @@ class SampleCollator:
         mrope: position ids are [3, B, S], for multimodal RoPE.
         plan_on_every_stage: later pipeline stages read the plan too, for levels of rows that their
             layers add.
+        marks_padding: the batch says where its padding is, which experts' losses do not count.
 
     Raises:
         ConfigError: at construction, when the attributes do not fit each other.
@@ -62,6 +63,7 @@ class SampleCollator:
     span_modalities: Sequence[str] = ()
     mrope: bool = False
     plan_on_every_stage: bool = False
+    marks_padding: bool = False
 
     def __post_init__(self) -> None:
         if self.seq_length < 1:
@@ -92,7 +94,8 @@ class SampleCollator:
             ``loss_mask`` float32 [B, S]; ``modality_inputs`` {modality: {encoder: {argument:
             [items, ...]}}} (tensors, or lists as ``MediaFormat`` says), items of the whole
             micro-batch in batch-major order, without the modalities that have none;
-            ``alignment_plan``; ``span_ids`` int32 [B, S] where there are span modalities. All on
+            ``alignment_plan``; ``padding_mask`` bool [B, S] where the collator ``marks_padding``;
+            ``span_ids`` int32 [B, S] where there are span modalities. All on
             the host.
 
         Raises:
@@ -112,6 +115,7 @@ class SampleCollator:
         input_ids_BS = torch.full(shape_BS, self.pad_id, dtype=torch.int64)
         labels_BS = torch.full(shape_BS, self.pad_id, dtype=torch.int64)
         loss_mask_BS = torch.zeros(shape_BS, dtype=torch.float32)
+        padding_mask_BS = torch.ones(shape_BS, dtype=torch.bool)
         position_ids_ABS = torch.zeros((3 if self.mrope else 1, *shape_BS), dtype=torch.int64)
         for row, places in enumerate(rows):
             for place in places:
@@ -119,6 +123,7 @@ class SampleCollator:
                 self._check_tokens(sample)
                 self._check_media(sample)
                 input_ids_BS[row, start : start + length] = sample.token_ids
+                padding_mask_BS[row, start : start + length] = False
                 # The last token of a sample has no label: what follows it is another's.
                 is_label_L = sample.is_label[1:]
                 labels_L = sample.token_ids[1:].where(is_label_L, self.pad_id)
@@ -138,6 +143,8 @@ class SampleCollator:
             "modality_inputs": self._stack_media(samples),
             "alignment_plan": plan,
         }
+        if self.marks_padding:
+            batch["padding_mask"] = padding_mask_BS
         if self.span_modalities:
             item_rows = {
                 modality: [item.rows for one in samples for _, item in items_of(one, modality)]

@@ -27,4 +27,5 @@ def language_settings(args: Namespace) -> LanguageSettings:
         rope_scaling_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
         ties_output=not args.untie_embeddings_and_output_weights,
         whole_logits=args.whole_logits * 2**20,
+        expert_balance=args.router_aux_loss_coef or 0.0,
     )

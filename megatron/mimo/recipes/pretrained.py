@@ -149,6 +149,13 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="above so many megabytes of fp32 logits of a micro-batch, on a rank, the loss is "
         "computed piece by piece, without ever holding all of them (0: always)",
     )
+    group.add_argument(
+        "--router-aux-loss-coef",
+        type=float,
+        metavar="WEIGHT",
+        help="weight of the loss that balances experts over all layers, as transformers computes "
+        "it (default: that of config.json where output_router_logits is true, else 0)",
+    )
     add_policy_arguments(parser)
     add_media_arguments(parser, video_fps=VIDEO_FPS)
     add_data_arguments(parser)

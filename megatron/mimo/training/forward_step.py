@@ -159,11 +159,11 @@ def _reader() -> Callable[..., tuple[Batch, Mapping[str, Tensor]]]:
     ) -> tuple[Batch, Mapping[str, Tensor]]:
         if data_iterator is None:
             return {}, {}
-        heads = unwrap_model(model).heads
-        if not len(heads) or not torch.is_grad_enabled():
+        bare = unwrap_model(model)
+        if not bare.has_further_losses or not torch.is_grad_enabled():
             return dict(next(data_iterator)), {}
         if id(model) not in counted:
-            counted[id(model)] = CountedBatches(heads)
+            counted[id(model)] = CountedBatches(bare.heads, balanced=bare.balances_experts)
         batch, counts = counted[id(model)].next(data_iterator)
         return dict(batch), counts
 
@@ -182,13 +182,14 @@ def model_inputs(batch: Batch, labels: Tensor | None) -> dict[str, Any]:
         "alignment_plan": batch.get("alignment_plan"),
         "packing_kwargs": batch.get("packing_kwargs"),
         "span_ids": batch.get("span_ids"),
+        "padding_mask": batch.get("padding_mask"),
         HEAD_TARGETS: batch.get(HEAD_TARGETS),
         "encoded_rows": batch.get("encoded_rows"),
     }
 
 
 def sum_losses(losses: Losses, counts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, LossReport]:
-    """As ``sum_loss``, of a model with further heads: the weighted sum of all its losses.
+    """As ``sum_loss``, of a model with further losses: the weighted sum of all.
 
     Args:
         losses: of a micro-batch.
@@ -215,11 +216,13 @@ def _checked_loss(
 
     if isinstance(output, Losses):
         total, count, report = sum_losses(output, counts)
+        losses_BS = output.text_BS
     else:
         total, count, report = sum_loss(loss_mask_BS, output)
-        names, ids_BS = sources
-        if ids_BS is not None:
-            report |= losses_by_source(names, ids_BS, loss_mask_BS, output.detach())
+        losses_BS = output
+    names, ids_BS = sources
+    if ids_BS is not None:
+        report |= losses_by_source(names, ids_BS, loss_mask_BS, losses_BS.detach())
     if torch.is_grad_enabled():
         machine = get_rerun_state_machine()
         if args.check_for_nan_in_loss_and_grad:

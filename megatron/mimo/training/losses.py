@@ -28,10 +28,11 @@ class CountedBatches:
 
     Args:
         heads: of the model.
+        balanced: its experts are balanced by a loss.
     """
 
-    def __init__(self, heads: Mapping[str, HeadSpec]) -> None:
-        self._heads = heads
+    def __init__(self, heads: Mapping[str, HeadSpec], *, balanced: bool = False) -> None:
+        self._heads, self._balanced = heads, balanced
         self._ahead: deque[Batch] = deque()
         self._counts: dict[str, Tensor] = {}
 
@@ -50,6 +51,7 @@ class CountedBatches:
 
     def _count(self) -> dict[str, Tensor]:
         from megatron.core import mpu
+        from megatron.core.models.mimo.model.expert_balance import EXPERT_BALANCE, count_tokens
         from megatron.core.models.mimo.model.heads import count_positions
 
         counts: dict[str, Any] = {}
@@ -57,6 +59,8 @@ class CountedBatches:
             found = count_positions(
                 batch["labels"], batch.get("loss_mask"), batch.get(HEAD_TARGETS), self._heads
             )
+            if self._balanced:
+                found[EXPERT_BALANCE] = count_tokens(batch.get("padding_mask"), batch["labels"])
             counts = {name: count + counts.get(name, 0) for name, count in found.items()}
         numbers_K = torch.stack(list(counts.values()))
         dist.all_reduce(numbers_K, group=mpu.get_data_parallel_group())

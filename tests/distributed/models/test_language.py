@@ -217,53 +217,6 @@ def test_language_model_equals_that_of_transformers(ranks: RankPool, name: str) 
     ranks(1)(compare, VARIANTS[name])
 
 
-def compare_balance(changes: dict[str, Any]) -> dict[str, float]:
-    """Relative errors of the routers' gradients by the loss that balances experts, alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
-
-    from megatron.mimo.arguments.standalone import build_model, model_settings, process_groups
-    from megatron.mimo.checkpoints.weights import load_hugging_face
-
-    given = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
-    config: Any = AutoConfig.for_model(**SMALL | EXPERTS | given | changes)
-    torch.manual_seed(1)
-    reference: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    for parameter in reference.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    family, ids_BS = text_family(), torch.randint(1, config.vocab_size, (2, 40))
-    experts, best = config.num_experts, config.num_experts_per_tok
-    with process_groups() as device:
-        model = build_model(family, config, model_settings(family, config), device=device)
-        load_hugging_face(model, reference.state_dict(), family.keys(config))
-        model.train()
-        logits, _ = model(input_ids=ids_BS, position_ids=torch.arange(40).expand(2, -1))
-        (0 * logits.sum()).backward()
-        scores = reference(ids_BS).router_logits
-        losses = [load_balancing_loss_func((one,), experts, best) for one in scores]
-        # Megatron divides by the number of labels, here one for each token
-        (config.router_aux_loss_coef * torch.stack(losses).mean() * ids_BS.numel()).backward()
-        theirs = dict(reference.named_parameters())
-        ours = dict(model.named_parameters())
-        errors = {}
-        for row in family.keys(config).each():
-            if "router" in row.mimo:
-                wanted, got = theirs[row.hf[0]].grad, ours[row.mimo].grad
-                assert wanted is not None
-                assert got is not None
-                errors[row.mimo] = ((got - wanted).norm() / wanted.norm()).item()
-        return errors
-
-
-@pytest.mark.parametrize("changes", [{}, {"norm_topk_prob": True}], ids=str)
-def test_balance_loss_equals_that_of_transformers_layer_by_layer(
-    ranks: RankPool, changes: dict[str, Any]
-) -> None:
-    (errors,) = ranks(1)(compare_balance, {"model_type": "qwen3_moe", **changes})
-    assert len(errors) == 2
-    assert max(errors.values()) < 1e-3
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

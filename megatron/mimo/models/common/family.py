@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 from megatron.mimo.data.collate import SampleCollator
 from megatron.mimo.data.model_inputs import Media, ToSample
 from megatron.mimo.models.common.assembly import Assembly
+from megatron.mimo.models.common.language.kinds import expert_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -129,4 +130,5 @@ def sample_collator(
         span_modalities=media.spans,
         mrope=media.mrope,
         plan_on_every_stage=media.plan_on_every_stage,
+        marks_padding=bool(expert_layers(config.get_text_config())),
     )

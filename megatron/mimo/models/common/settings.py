@@ -30,6 +30,7 @@ class LanguageSettings:
         ties_output: the output layer is the embedding.
         whole_logits: bytes of fp32 logits of a micro-batch, on this rank, above which the loss is
             computed piece by piece.
+        expert_balance: weight of the loss that balances experts over all layers; 0 for none.
     """
 
     transformer: TransformerConfig
@@ -42,3 +43,4 @@ class LanguageSettings:
     rope_scaling_factor: float | None
     ties_output: bool
     whole_logits: int = WHOLE_LOGITS
+    expert_balance: float = 0.0

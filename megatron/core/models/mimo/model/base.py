@@ -34,6 +34,7 @@ from megatron.core.models.mimo.model.colocated import (
 )
 from megatron.core.models.mimo.model.encode import Rows
 from megatron.core.models.mimo.model.encoder_splits import split_encoders
+from megatron.core.models.mimo.model.expert_balance import EXPERT_BALANCE, balance_of
 from megatron.core.models.mimo.model.forward_inputs import ForwardInputs, plan_of
 from megatron.core.models.mimo.model.freezing import freeze_parts
 from megatron.core.models.mimo.model.heads import Heads
@@ -112,6 +113,7 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
             split_encoders(self.modality_submodules, mimo_config, cp_group, tp_group)
         self.language_model = build_module(mimo_config.language_model_spec)
         self.level_route = level_route(mimo_config.modality_submodules_spec, self.language_model)
+        self._balance = balance_of(self.language_model)
         self._language_call = LanguageCall.of(self.language_model)
         refuse_scattering_embedding(self.language_model, self.partition_adapter)
         heads = mimo_config.heads if self.role.is_last_stage(MIMO_LANGUAGE_MODULE_KEY) else {}
@@ -120,6 +122,16 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         self.register_load_state_dict_pre_hook(name_wrapped_modules)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(forgive_extra_state)  # type: ignore[no-untyped-call]
         prepare_recomputation(self)
+
+    @property
+    def balances_experts(self) -> bool:
+        """This is the last stage of a model whose experts are balanced by a loss."""
+        return self._balance is not None and self._balance.part.is_last
+
+    @property
+    def has_further_losses(self) -> bool:
+        """With labels, ``forward`` gives ``Losses`` on this stage."""
+        return len(self.heads) > 0 or self.balances_experts
 
     def freeze(self, *names: str, frozen: bool = True) -> None:
         """Exclude parts of the model from training; call it before the optimizer is built.
@@ -185,8 +197,9 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         Returns:
             ``(output, loss_mask)``. On the last stage output is the loss per token [B, S], or
             logits [B, S, V] without labels; on others the hidden states [S_local, B, H], with
-            levels of rows for later stages [M, 1, H] (``model/level_route.py``). A model with heads
-            gives ``Losses`` in place of the loss per token.
+            levels of rows and sums of experts for later stages [M, 1, H] (``model/level_route.py``,
+            ``model/expert_balance.py``). A model with heads, or whose experts are balanced by a
+            loss, gives ``Losses`` in place of the loss per token.
             ``loss_mask`` is this context-parallel rank's part.
 
         Raises:
@@ -250,11 +263,12 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         device = next(self.parameters()).device
         packed = call.packed_row(inputs, config=self.config, device=device)
         cut = sequence_cut(adapter, packed)
+        tally = None if self._balance is None else self._balance.begin(inputs, cut)
         if plan is not None:
             with named_range("merge"):
                 merged = self._embed(inputs, rows, plan, cut, packed)
         else:
-            merged = self._arrived(inputs, cut)
+            merged = self._arrived(inputs, cut, tally)
         labels = share_of_labels(inputs, cut, self.language_model)
         arguments = call.arguments(
             self.language_model,
@@ -264,18 +278,31 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
             level_rows=self.level_route.added(merged.levels),
             cut=cut,
             packed=packed,
+            padding_BS=None if tally is None else tally.padding_BS,
         )
         with self.heads.reading(self.language_model) as hidden:
             output = self.language_model(**arguments)
         self._forget_input_tensor()
+        counted = None
+        if tally is not None:
+            output, counted = tally.joined(output)
         if self.level_route.leaves:
             output = self.level_route.message(output, merged.levels)
+        if counted is not None and counted.leaves:
+            output = counted.message(output)
+            counted = None
         output = without(output, labels.without_label_BS)
-        if hidden and labels.labels_BS is not None:
-            group = None if adapter is None else adapter.cfg.tp_group
+        if (hidden or counted is not None) and labels.labels_BS is not None:
             output = self.heads.losses(
-                hidden[0], output, labels, inputs.head_targets, cut=cut, tp_group=group
+                hidden[0] if hidden else None,
+                output,
+                labels,
+                inputs.head_targets,
+                cut=cut,
+                tp_group=None if adapter is None else adapter.cfg.tp_group,
             )
+            if counted is not None:
+                output[EXPERT_BALANCE] = counted.loss(adapter)
         return output, labels.loss_mask_BS
 
     def sharded_state_dict(

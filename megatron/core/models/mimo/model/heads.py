@@ -66,7 +66,16 @@ class Loss:
 
 
 class Losses(dict[str, Loss]):
-    """The losses of a micro-batch by name: "text", and each head's."""
+    """The losses of a micro-batch by name: "text", each head's, and that of experts' balance.
+
+    Args:
+        losses: by name.
+        text_BS: losses of the text's tokens, [B, S / cp].
+    """
+
+    def __init__(self, losses: Mapping[str, Loss], *, text_BS: torch.Tensor) -> None:
+        super().__init__(losses)
+        self.text_BS = text_BS
 
     def total(
         self, counts: Mapping[str, float | torch.Tensor], *, unit: str = TEXT
@@ -144,7 +153,7 @@ class Heads(nn.ModuleDict):
 
     def losses(
         self,
-        hidden_SBH: torch.Tensor,
+        hidden_SBH: torch.Tensor | None,
         text_BS: torch.Tensor,
         labels: LabelShare,
         targets: HeadTargets | None,
@@ -158,7 +167,7 @@ class Heads(nn.ModuleDict):
         number for each head, forward only.
 
         Args:
-            hidden_SBH: the decoder's output, [S_local, B, H].
+            hidden_SBH: the decoder's output, [S_local, B, H]; None where there are no heads.
             text_BS: losses of the text's tokens, [B, S / cp].
             labels: of this context-parallel rank.
             targets: of each head, uncut: [B, S, ...].
@@ -171,11 +180,13 @@ class Heads(nn.ModuleDict):
         assert labels.labels_BS is not None, "heads run where there are labels"
         mask_BS = _text_mask(labels.labels_BS, labels.loss_mask_BS, labels.without_label_BS)
         text_sum = (text_BS.float() * mask_BS).sum()
-        found = Losses({TEXT: Loss(sum=text_sum, count=mask_BS.sum(), weight=1.0)})
+        text = Loss(sum=text_sum, count=mask_BS.sum(), weight=1.0)
+        found = Losses({TEXT: text}, text_BS=text_BS)
         own_labels_BS = cut.sequence_share(labels.labels_BS, dim=1)
         own_mask_BS = cut.sequence_share(mask_BS, dim=1)
         is_cut = cut.tp_size > 1
         for name, head in self.items():
+            assert hidden_SBH is not None, "heads have seen the decoder's output"
             held = {
                 key: cut.rank_share(whole, dim=1)
                 for key, whole in ((targets or {}).get(name) or {}).items()

@@ -111,6 +111,7 @@ class LanguageCall:
         level_rows: tuple[LevelRows, ...],
         cut: SequenceCut,
         packed: PackedSeqParams | None,
+        padding_BS: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """Keyword arguments of the language model's ``forward``.
 
@@ -122,6 +123,7 @@ class LanguageCall:
             level_rows: what its layers on this stage add.
             cut: how its sequences are cut.
             packed: the documents of a packed sequence.
+            padding_BS: this rank's padding, [B, S_local], where it was cut already.
 
         Raises:
             UnsupportedError: levels of rows, and a language model that takes none.
@@ -155,6 +157,8 @@ class LanguageCall:
         if inputs.padding_mask_BS is not None:
             check_padding_mask(language_model, inputs.padding_mask_BS)
             arguments["padding_mask"] = cut.rank_share(inputs.padding_mask_BS)
+        if padding_BS is not None:
+            arguments["padding_mask"] = padding_BS
         return arguments
 
 

@@ -28,6 +28,7 @@ from megatron.core.models.mimo.model.checks import (
     require_token_id,
 )
 from megatron.core.models.mimo.model.encode import Rows, encode_modalities
+from megatron.core.models.mimo.model.expert_balance import Tally
 from megatron.core.models.mimo.model.forward_inputs import ForwardInputs, plan_of
 from megatron.core.models.mimo.model.idle import take_part
 from megatron.core.models.mimo.model.level_route import LevelRoute
@@ -236,8 +237,10 @@ class StockEntryPoints(nn.Module):
             merged_SBH.requires_grad_(trains)
         return MergedSequence(hidden_SBH=merged_SBH, levels=levels)
 
-    def _arrived(self, inputs: ForwardInputs, cut: SequenceCut) -> MergedSequence:
-        """Hidden states of the stage before, and levels of rows where they travel with them."""
+    def _arrived(
+        self, inputs: ForwardInputs, cut: SequenceCut, tally: Tally | None
+    ) -> MergedSequence:
+        """Hidden states of the stage before; levels of rows and experts' sums with them."""
         if self.input_tensors is None:
             raise InputError(
                 "no hidden states have arrived from the previous pipeline stage; call "
@@ -246,6 +249,12 @@ class StockEntryPoints(nn.Module):
         message = self.input_tensors
         if isinstance(message, dict):
             message = message[MIMO_LANGUAGE_MODULE_KEY]
+        if tally is not None:
+            message = tally.received(message)
+            if not self.level_route.arrives:
+                batch, length = tally.padding_BS.shape
+                message = message.view(length, batch, -1)
+                unwrap_model(self.language_model).set_input_tensor(message)
         if not self.level_route.arrives:
             return MergedSequence(hidden_SBH=message)
         plan = inputs.plan

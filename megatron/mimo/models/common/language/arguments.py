@@ -114,9 +114,7 @@ def _of_experts(text: Any) -> dict[str, object]:
     computes without ``moe_router_pre_softmax``.
 
     The loss that balances experts is there where transformers adds it, with
-    ``output_router_logits``: of every layer what ``load_balancing_loss_func`` says of that layer
-    alone, and the mean of all layers. (Given several layers that function multiplies the means of
-    all of them, which no pipeline stage has.) Megatron's counts each choice of a token as 1 / k.
+    ``output_router_logits``; Megatron's own is not.
     """
     layers = expert_layers(text)
     if not layers:
@@ -133,8 +131,8 @@ def _of_experts(text: Any) -> dict[str, object]:
         "moe_ffn_hidden_size": text.moe_intermediate_size,
         "moe_router_topk": text.num_experts_per_tok,
         "moe_router_pre_softmax": not sums_to_one(text),
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": coefficient * text.num_experts_per_tok / len(layers),
+        "moe_aux_loss_coeff": 0.0,
+        "router_aux_loss_coef": coefficient,
     }
 
 

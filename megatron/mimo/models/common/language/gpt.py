@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.core.models.mimo.model.expert_balance import BalancedPart, ExpertBalance
+from megatron.mimo.layers.balanced_router import give_balance
 from megatron.mimo.layers.rotary import Frequencies, RotaryAngles
 from megatron.mimo.models.common.vocabulary import UnpaddedGPT
 
@@ -22,6 +24,7 @@ class LanguageGPT(UnpaddedGPT):
     Args:
         rotary: kinds of frequencies; none for megatron-core's own.
         embedding_scale: what rows of the embedding are multiplied by.
+        balance: of its experts, by a loss over all layers; None for no such loss.
         logit_cap: logits are bent to stay below it, ``cap * tanh(logits / cap)``; None for no cap.
         arguments: UnpaddedGPT's.
 
@@ -35,10 +38,14 @@ class LanguageGPT(UnpaddedGPT):
         rotary: Sequence[Frequencies] = (),
         embedding_scale: float = 1.0,
         logit_cap: float | None = None,
+        balance: BalancedPart | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         config = self.config
+        self.expert_balance = None if balance is None else ExpertBalance(balance)
+        if self.expert_balance is not None:
+            give_balance(self, self.expert_balance)
         if rotary:
             self.rotary_pos_emb = RotaryAngles(
                 rotary,

@@ -9,12 +9,14 @@ from typing import Any
 from torch.nn import functional as F
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.core.models.mimo.model.expert_balance import BalancedPart
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.layers import LayerTraits, language_layer_spec
+from megatron.mimo.layers.balanced_router import balanced_layers
 from megatron.mimo.layers.rotary import Frequencies
 from megatron.mimo.models.common.language.gpt import LanguageGPT
-from megatron.mimo.models.common.language.kinds import has_bias, kind_of
+from megatron.mimo.models.common.language.kinds import expert_layers, has_bias, kind_of
 from megatron.mimo.models.common.language.rope import frequencies, rope_by_layer
 from megatron.mimo.models.common.place import Place
 from megatron.mimo.models.common.settings import LanguageSettings
@@ -44,15 +46,25 @@ def language_spec(
         rotary_kind=kind_of_layer,
         rotary_factors=tuple(one.factor for one in rotary),
     )
+    layers = language_layer_spec(config, vp_stage=place.chunk, traits=traits)
+    balance = None
+    if settings.expert_balance:
+        layers = balanced_layers(layers, config)
+        balance = BalancedPart(
+            weight=settings.expert_balance,
+            layers=len(expert_layers(text)) if kind.experts else 0,
+            experts=config.num_moe_experts or 0,
+            best=config.moe_router_topk,
+            is_first=place.is_first_stage,
+            is_last=place.is_last_stage,
+        )
     return ModuleSpec(
         module=LanguageGPT,
         params={
             "tokens": settings.tokens,
             "whole_logits": settings.whole_logits,
             "config": config,
-            "transformer_layer_spec": language_layer_spec(
-                config, vp_stage=place.chunk, traits=traits
-            ),
+            "transformer_layer_spec": layers,
             "vocab_size": settings.padded_tokens,
             "max_sequence_length": settings.max_positions,
             "pre_process": place.is_first_stage,
@@ -69,6 +81,7 @@ def language_spec(
             "rotary": rotary,
             "embedding_scale": text.hidden_size**0.5 if kind.scales_embedding else 1.0,
             "logit_cap": getattr(text, "final_logit_softcapping", None),
+            "balance": balance,
         },
     )
 
