@@ -147,11 +147,6 @@ def _check_batch(args: Namespace) -> None:
             f"a learning-rate warm-up of {args.lr_warmup_iters} iterations does not fit into "
             f"{decay}; use --lr-warmup-iters {decay // 10}"
         )
-    if args.pack and args.micro_batch_size != 1:
-        raise ConfigError(
-            f"--pack with --micro-batch-size {args.micro_batch_size}: a packed micro-batch is one "
-            "sequence; use --micro-batch-size 1 and a longer --seq-length"
-        )
     if args.train_iters is None and args.train_samples is None:
         raise ConfigError("how long to train is not set; give --train-iters or --train-samples")
     dp = args.world_size // (

@@ -109,9 +109,11 @@ class SampleCollator:
         ]
         return self._fill(rows)
 
-    def _fill(self, rows: Sequence[Sequence[PlacedSample]]) -> dict[str, Any]:
-        """The micro-batch of sequences that hold samples side by side."""
-        shape_BS = (len(rows), self.seq_length)
+    def _fill(
+        self, rows: Sequence[Sequence[PlacedSample]], *, length: int | None = None
+    ) -> dict[str, Any]:
+        """The micro-batch of rows that hold samples side by side, of ``seq_length`` or another."""
+        shape_BS = (len(rows), length or self.seq_length)
         input_ids_BS = torch.full(shape_BS, self.pad_id, dtype=torch.int64)
         labels_BS = torch.full(shape_BS, self.pad_id, dtype=torch.int64)
         loss_mask_BS = torch.zeros(shape_BS, dtype=torch.float32)
@@ -119,16 +121,17 @@ class SampleCollator:
         position_ids_ABS = torch.zeros((3 if self.mrope else 1, *shape_BS), dtype=torch.int64)
         for row, places in enumerate(rows):
             for place in places:
-                sample, start, length = place.sample, place.start, len(place.sample.token_ids)
+                sample, start = place.sample, place.start
+                behind = start + len(sample.token_ids)
                 self._check_tokens(sample)
                 self._check_media(sample)
-                input_ids_BS[row, start : start + length] = sample.token_ids
-                padding_mask_BS[row, start : start + length] = False
+                input_ids_BS[row, start:behind] = sample.token_ids
+                padding_mask_BS[row, start:behind] = False
                 # The last token of a sample has no label: what follows it is another's.
                 is_label_L = sample.is_label[1:]
                 labels_L = sample.token_ids[1:].where(is_label_L, self.pad_id)
-                labels_BS[row, start : start + length - 1] = labels_L
-                loss_mask_BS[row, start : start + length - 1] = is_label_L
+                labels_BS[row, start : behind - 1] = labels_L
+                loss_mask_BS[row, start : behind - 1] = is_label_L
                 taken = slice(start, start + place.length)
                 position_ids_ABS[:, row, taken] = self._positions_of(sample, place.length)
         samples = [place.sample for places in rows for place in places]

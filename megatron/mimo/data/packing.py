@@ -33,10 +33,10 @@ PackedSequence = tuple[Sample, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class PackingCollator(SampleCollator):
-    """Turns the samples of one packed sequence into what ``MimoModel.forward`` takes.
+    """Turns the samples of packed sequences into what ``MimoModel.forward`` takes: one row.
 
     Attributes:
-        seq_length: T.
+        seq_length: T of one packed sequence; a micro-batch of n is one row of n * T tokens.
         cp_size: context-parallel size: each document is padded to a multiple of 2 * cp_size,
             because it is dealt out in as many chunks.
         tp_size: tensor-parallel size under sequence parallelism, else 1.
@@ -60,51 +60,66 @@ class PackingCollator(SampleCollator):
         return 2 * self.cp_size if self.cp_size > 1 else 1
 
     def __call__(self, samples: Sequence[Sample | PackedSequence]) -> dict[str, Any]:
-        """Collate one packed sequence.
+        """Collate packed sequences, one behind the other.
 
         Args:
-            samples: one item of a ``PackedDataset``, or the samples of one sequence.
+            samples: items of a ``PackedDataset``, or the samples of one sequence.
 
         Returns:
-            What ``SampleCollator`` gives, with B = 1, and ``packing_kwargs``: the documents'
-            borders as Python integers, which stay on the host wherever the tensors go. Position
-            ids start anew in each document, the last token of a document has no label.
+            What ``SampleCollator`` gives, with B = 1 and S = n * T, and ``packing_kwargs``: the
+            documents' borders as Python integers, which stay on the host wherever the tensors go.
+            Position ids start anew in each document, the last token of a document has no label.
 
         Raises:
-            InputError: several sequences, samples that do not fit into one; as ``SampleCollator``.
+            InputError: samples beside sequences, a sequence without samples or of more than fit
+                into it; as ``SampleCollator``.
         """
-        documents = self._documents(samples)
-        places, start = [], 0
+        places: list[PlacedSample] = []
+        lengths: list[int] = []
+        rooms: list[int] = []
+        sequences = _sequences(samples)
+        for number, documents in enumerate(sequences):
+            begin = number * self.seq_length
+            own = self._placed(documents, begin)
+            end = own[-1].start + own[-1].length
+            rest = [begin + self.seq_length - end] if end < begin + self.seq_length else []
+            places += own
+            lengths += [*(len(sample.token_ids) for sample in documents), *(0 for _ in rest)]
+            rooms += [*(place.length for place in own), *rest]
+        batch = self._fill([places], length=len(sequences) * self.seq_length)
+        batch["packing_kwargs"] = _borders(lengths, rooms)
+        return batch
+
+    def _placed(self, documents: PackedSequence, begin: int) -> list[PlacedSample]:
+        """The documents of one sequence, from a position on."""
+        places, start = [], begin
         for sample in documents:
             self._check_tokens(sample)
             length = -(-len(sample.token_ids) // self.multiple) * self.multiple
             places.append(PlacedSample(sample=sample, start=start, length=length))
             start += length
-        if start > self.seq_length:
+        if start - begin > self.seq_length:
             raise InputError(
                 f"{len(documents)} samples ({documents[0].name} to {documents[-1].name}) take "
-                f"{start} tokens in one sequence of seq_length {self.seq_length}; pack fewer"
+                f"{start - begin} tokens in one sequence of seq_length {self.seq_length}; pack "
+                "fewer"
             )
-        batch = self._fill([places])
-        rest = [self.seq_length - start] if start < self.seq_length else []
-        lengths = [*(len(sample.token_ids) for sample in documents), *(0 for _ in rest)]
-        rooms = [*(place.length for place in places), *rest]
-        batch["packing_kwargs"] = _borders(lengths, rooms)
-        return batch
+        return places
 
-    def _documents(self, samples: Sequence[Sample | PackedSequence]) -> list[Sample]:
-        packed = [item for item in samples if not isinstance(item, Sample)]
-        if packed and len(samples) > 1:
-            raise InputError(
-                f"a micro-batch of {len(samples)} packed sequences; a packed micro-batch is one "
-                "sequence: set --micro-batch-size 1 and make the sequences longer"
-            )
-        documents = (
-            [*packed[0]] if packed else [item for item in samples if isinstance(item, Sample)]
+
+def _sequences(items: Sequence[Sample | PackedSequence]) -> list[PackedSequence]:
+    """What a micro-batch consists of: its items, or one sequence of them."""
+    packed = [item for item in items if not isinstance(item, Sample)]
+    samples = tuple(item for item in items if isinstance(item, Sample))
+    if packed and samples:
+        raise InputError(
+            f"a micro-batch of {len(packed)} packed sequences and {len(samples)} samples; expected "
+            "one or the other"
         )
-        if not documents:
-            raise InputError("a packed sequence of 0 samples; expected at least one")
-        return documents
+    sequences = packed or [samples]
+    if not all(sequences):
+        raise InputError("a packed sequence of 0 samples; expected at least one")
+    return sequences
 
 
 def _borders(lengths: Sequence[int], rooms: Sequence[int]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class PlannedBatches(Dataset[Batch]):
 
     Args:
         sources: read the samples.
-        collate: a ``PackingCollator`` packs; then a micro-batch is one item.
+        collate: a ``PackingCollator`` packs; then the items of a micro-batch are one row.
     """
 
     def __init__(self, sources: SampleSources, collate: SampleCollator) -> None:
@@ -162,15 +162,19 @@ class PlannedBatches(Dataset[Batch]):
     def _source_ids(
         self, items: Sequence[Item], read: Sequence[Sequence[Any]], shape: Sequence[int]
     ) -> Tensor:
-        """int64 [B, S]; the number behind the last source's where there is none."""
+        """int64 [B, S]; the number behind the last source's where there is none.
+
+        Packed sequences are one row.
+        """
         none = len(self._sources.mixture.names)
         ids_BS = torch.full(tuple(shape), none, dtype=torch.int64)
         multiple = getattr(self._collate, "multiple", 1)
+        sources_NS = ids_BS.view(len(items), -1)
         for row, (item, samples) in enumerate(zip(items, read, strict=True)):
             start = 0
             for planned, sample in zip(item, samples, strict=True):
                 if isinstance(sample, Sample):
                     length = len(sample.token_ids)
-                    ids_BS[row, start : start + length] = planned.draw.source
+                    sources_NS[row, start : start + length] = planned.draw.source
                     start += -(-length // multiple) * multiple
         return ids_BS

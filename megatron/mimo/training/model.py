@@ -91,6 +91,9 @@ class ModelBuilder:
                 "take it from the arguments (core_transformer_config_from_args does)"
             )
         model.pg_collection = pg_collection
+        if self._args.pack and self._args.micro_batch_size > 1:
+            # One row of several sequences: stages exchange other shapes than Megatron expects.
+            model.config.variable_seq_lengths = True
         if self.grids:
             self.grids.agree(model)
         leave_out_padding(

@@ -84,7 +84,6 @@ def test_a_backend_default_gives_way_to_a_recipe() -> None:
         (("--seq-length", "64"), "sequence length 64 is larger than --max-position-embeddings 32"),
         (("--micro-batch-size", "3", "--global-batch-size", "4"), "is not divisible by micro"),
         (("--micro-batch-size", "0"), "--micro-batch-size 0: must be at least 1"),
-        (("--pack", "--micro-batch-size", "2"), "a packed micro-batch is one sequence"),
         (("--dataloader-type", "cyclic"), "recipes bring their own data"),
         (("--fp32", "--bf16"), "--fp32 excludes"),
         (("--lr-warmup-iters", "10"), "warm-up of 10 iterations does not fit into 10"),

@@ -162,6 +162,24 @@ def test_a_packed_dataset_is_a_function_of_the_lengths() -> None:
         PackedDataset(dataset, seq_length=16, lengths=[1])
 
 
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_several_sequences_are_one_row_of_their_documents(cp_size: int) -> None:
+    collate = PackingCollator(**SETTINGS, seq_length=16, cp_size=cp_size, marks_padding=True)
+    first, second = tuple(DOCUMENTS[:2]), tuple(DOCUMENTS[2:])
+    both, alone = collate([first, second]), [collate([first]), collate([second])]
+    for name in ("input_ids", "labels", "loss_mask", "position_ids", "padding_mask"):
+        assert torch.equal(both[name], torch.cat([one[name] for one in alone], dim=1)), name
+    borders = both["packing_kwargs"]
+    for name in [name for name in borders if name.startswith("cu_seqlens")]:
+        one, other = (one["packing_kwargs"].get(name) for one in alone)
+        one = one or alone[0]["packing_kwargs"][name.removesuffix("_padded")]
+        other = other or alone[1]["packing_kwargs"][name.removesuffix("_padded")]
+        assert borders[name] == (*one, *(one[-1] + end for end in other[1:])), name
+    rows = [one["alignment_plan"].streams["images"].rows_N for one in alone]
+    merged = both["alignment_plan"].streams["images"].rows_N
+    assert merged.tolist() == [*rows[0].tolist(), *(16 + row for row in rows[1].tolist())]
+
+
 def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"seq_length 30 is not divisible by 2\*cp\*tp = 8; use 32"
@@ -170,8 +188,10 @@ def test_what_cannot_be_packed_is_refused() -> None:
     collate = PackingCollator(**SETTINGS, seq_length=16)
     with pytest.raises(InputError, match=r"4 samples \(s/1 to s/4\) take 20 tokens in one seq"):
         collate(DOCUMENTS)
-    with pytest.raises(InputError, match="a packed micro-batch is one sequence"):
-        collate([(DOCUMENTS[0],), (DOCUMENTS[1],)])
+    with pytest.raises(InputError, match="1 packed sequences and 1 samples"):
+        collate([(DOCUMENTS[0],), DOCUMENTS[1]])
+    with pytest.raises(InputError, match="a packed sequence of 0 samples"):
+        collate([(DOCUMENTS[0],), ()])
     with pytest.raises(InputError, match="0 samples"):
         collate([])
     with pytest.raises(InputError, match="sample 1 takes 50 tokens, more than a sequence of 40"):
