@@ -27,8 +27,8 @@ class ChatDataset(Dataset[Sample]):
         seq_length: tokens that a sample may have.
         count: samples; more than conversations are read over and over. None for one pass.
         seed: of a new order in each pass; None for the order of the files.
-        skip_too_long: a conversation that is longer gives its place to the next one in order that
-            fits, with a warning; otherwise it is an error.
+        on_too_long: with "skip" a conversation that is longer gives its place to the next one in
+            order that fits, with a warning; with "stop" it is an error.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class ChatDataset(Dataset[Sample]):
         seq_length: int,
         count: int | None = None,
         seed: int | None = None,
-        skip_too_long: bool = False,
+        on_too_long: str = "stop",
     ) -> None:
         self._conversations = conversations
         self._chat = chat
         self._seq_length = seq_length
         self._count = len(conversations) if count is None else count
         self._seed = seed
-        self._skips = skip_too_long
+        self._skips = on_too_long == "skip"
         self._skipped: set[int] = set()
         self._order: tuple[int, np.ndarray] | None = None
 
@@ -57,7 +57,7 @@ class ChatDataset(Dataset[Sample]):
         """Read sample ``index``.
 
         Raises:
-            InputError: as ``Chat.sample``; it is too long, or with ``skip_too_long`` all are.
+            InputError: as ``Chat.sample``; it is too long, or where these are left out, all are.
         """
         total = len(self._conversations)
         # The rest of this pass and the whole next one, in which each conversation stands once.
@@ -73,7 +73,7 @@ class ChatDataset(Dataset[Sample]):
                 raise InputError(
                     f"{sample.name}: {length} tokens, {length - self._seq_length} more than "
                     f"--seq-length {self._seq_length}; raise it, shorten the conversation, or "
-                    "leave such ones out with --skip-too-long (media are never cut)"
+                    "leave such ones out with --on-too-long skip (media are never cut)"
                 )
             self._skip(number, sample.name, length)
         raise InputError(

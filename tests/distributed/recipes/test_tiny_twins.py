@@ -191,7 +191,7 @@ def test_the_recipe_of_7b_trains_a_checkpoint_of_its_family_on_files(
         *("--train-iters", "12", "--seq-length", "96", "--global-batch-size", "8", "--lr", "1e-2"),
         *("--lr-decay-style", "constant", "--lr-warmup-fraction", "0"),
         *("--eval-iters", "1", "--eval-interval", "6", "--num-workers", "1", "--video-fps", "8"),
-        "--skip-too-long",
+        *("--on-too-long", "skip"),
     )
     printed = finished(run)
     assert "stage projector" in printed

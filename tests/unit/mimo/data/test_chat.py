@@ -207,16 +207,18 @@ def test_each_pass_has_an_order_of_its_own() -> None:
 def test_too_long_is_an_error_or_left_out(caplog: pytest.LogCaptureFixture) -> None:
     conversations, chat = lengthy(6), chat_of("llava")
     strict = ChatDataset(conversations, chat=chat, seq_length=64)
-    with pytest.raises(InputError, match=r"2: \d+ tokens, \d+ more than --seq-length 64; .*--skip"):
+    with pytest.raises(
+        InputError, match=r"2: \d+ tokens, \d+ more than --seq-length 64; .*-long skip"
+    ):
         strict[2]
     with caplog.at_level(logging.WARNING):
-        skipping = ChatDataset(conversations, chat=chat, seq_length=64, skip_too_long=True)
+        skipping = ChatDataset(conversations, chat=chat, seq_length=64, on_too_long="skip")
         assert numbers(skipping) == ["0", "1", "3", "3", "4", "0"]
     assert len(caplog.records) == 1
     assert "1 of 6 conversations so far" in caplog.text
-    fresh = ChatDataset(conversations, chat=chat, seq_length=64, skip_too_long=True)
+    fresh = ChatDataset(conversations, chat=chat, seq_length=64, on_too_long="skip")
     assert fresh[5].name == "0"  # whatever was read before
-    tight = ChatDataset(conversations, chat=chat, seq_length=4, skip_too_long=True)
+    tight = ChatDataset(conversations, chat=chat, seq_length=4, on_too_long="skip")
     with pytest.raises(InputError, match="all 6 conversations are longer than --seq-length 4"):
         tight[0]
 
@@ -228,7 +230,7 @@ def test_one_that_fits_is_found_wherever_it_stands(seed: int) -> None:
         for index in range(5)
     ]
     settings: dict[str, Any] = {"chat": chat_of("llava"), "seq_length": 64, "count": 15}
-    dataset = ChatDataset(conversations, seed=seed, skip_too_long=True, **settings)
+    dataset = ChatDataset(conversations, seed=seed, on_too_long="skip", **settings)
     assert set(numbers(dataset)) == {"3"}
 
 
