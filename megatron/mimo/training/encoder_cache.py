@@ -14,6 +14,7 @@ import queue
 import threading
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 
 from megatron.core.models.mimo import MimoModel
 from megatron.core.models.mimo.alignment import Encoded, EncodedRows
+from megatron.core.models.mimo.comm.encoder_split import EncoderSplit
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.core.models.mimo.submodules.base import EncoderCall
 from megatron.mimo.data.cached_items import COUNTS, KEYS, ROWS
 from megatron.mimo.data.row_cache import RowCache
 
@@ -66,7 +69,8 @@ class EncoderCaches:
                 named = weights_name(encoder, mpu.get_tensor_model_parallel_group())
                 folder = Path(self._args.cache_encoder) / f"{modality}.{name}.{named}"
                 cache = RowCache(folder)
-                call = CachedEncoder(cache, writes=writes)
+                divided = _among_tensor_parallel(submodule.encoder_calls.get(name))
+                call = CachedEncoder(cache, writes=writes, divided=divided)
                 submodule.encoder_calls[name] = call
                 self._caches[modality, name] = cache
                 self._calls.append(call)
@@ -96,20 +100,26 @@ class CachedEncoder:
     """Runs an encoder on the media that the cache has not, and takes the others' rows from it.
 
     An ``EncoderCall`` of ``ModalitySubmodules``. Which media are there was looked up where the
-    batch was read, so that ranks that share a batch agree. Each encodes all that is missing.
+    batch was read, so that the tensor-parallel ranks, who get one batch, agree, and divide what is
+    missing. Context-parallel ranks read for themselves, at other times.
 
     Args:
         cache: where rows are written to.
         writes: write them.
+        divided: runs the encoder on a part of its items on each of these ranks and gives the rows
+            of all; None where each encodes all that is missing.
 
     Attributes:
         found, computed, written: media.
     """
 
-    def __init__(self, cache: RowCache, *, writes: bool) -> None:
+    def __init__(
+        self, cache: RowCache, *, writes: bool, divided: EncoderCall | None = None
+    ) -> None:
         self.found = self.computed = self.written = 0
         self._cache = cache
         self.writes = writes
+        self._divided = divided
         self._waiting: queue.Queue[tuple[list[bytes], Tensor, list[int]] | None] = queue.Queue(
             _WAITING
         )
@@ -127,23 +137,31 @@ class CachedEncoder:
             inputs: keyword arguments of its call, with what ``look_up`` has put beside them;
                 without that, nothing is looked up.
         """
-        del name
         if COUNTS not in inputs:
-            return encode(inputs)
+            return self._run(name, encoder, encode, inputs)
         counts, there = list(inputs[COUNTS]), inputs.get(ROWS)
         self.found += sum(count >= 0 for count in counts)
         known = [] if there is None else list(there.split([n for n in counts if n >= 0], dim=1))
-        fresh = self._computed(encoder, encode, inputs) if inputs[KEYS] else []
+        fresh = self._computed(name, encoder, encode, inputs) if inputs[KEYS] else []
         dtype = (fresh or known)[0].dtype
         parts = iter(known), iter(fresh)
         rows = torch.cat([next(parts[count < 0]).to(dtype) for count in counts], dim=1)
         return EncodedRows(rows_NH=rows[0], levels=tuple(rows[1:])).simplest()
 
-    def _computed(self, encoder: Any, encode: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+    def _run(
+        self, name: str, encoder: nn.Module, encode: Any, inputs: Mapping[str, Any]
+    ) -> Encoded:
+        if self._divided is None:
+            return encode(inputs)
+        return self._divided(name, encoder, encode, inputs)
+
+    def _computed(
+        self, name: str, encoder: Any, encode: Any, inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
         """Rows [tensors, n, H] of each medium that is missing, rounded as the cache keeps them."""
         missing = {key: value for key, value in inputs.items() if key not in (COUNTS, KEYS, ROWS)}
         with torch.no_grad():
-            encoded = EncodedRows.of(encode(missing))
+            encoded = EncodedRows.of(self._run(name, encoder, encode, missing))
         counts = list(encoder.rows_per_item(**missing))
         rows = torch.stack(encoded.tensors)
         rounded = rows.bfloat16()
@@ -177,6 +195,14 @@ class CachedEncoder:
             keys, rows, counts = waiting
             parts = rows.cpu().split(counts, dim=1)
             self.written += self._cache.put(dict(zip(keys, parts, strict=True)))
+
+
+def _among_tensor_parallel(call: EncoderCall | None) -> EncoderSplit | None:
+    """The part of a split among ranks that find the same media in a cache; None for none."""
+    if not isinstance(call, EncoderSplit):
+        return None
+    sharers = tuple(one for one in call.sharers if one.gradients == "copies")
+    return replace(call, sharers=sharers) if sharers else None
 
 
 def refuse_trained(model: MimoModel) -> None:
