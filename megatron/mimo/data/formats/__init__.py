@@ -13,15 +13,18 @@ is consumed like any other: positions count records, so that what was left out c
 """
 
 from megatron.mimo.data.formats.detection import FORMATS, detect, read_record
+from megatron.mimo.data.formats.field_map import FieldMap, field_map
 from megatron.mimo.data.formats.record import Format, RawRecord, ReadingOptions
 from megatron.mimo.data.formats.tar_members import tar_record
 
 __all__ = [
     "FORMATS",
+    "FieldMap",
     "Format",
     "RawRecord",
     "ReadingOptions",
     "detect",
+    "field_map",
     "read_record",
     "tar_record",
 ]

@@ -10,9 +10,9 @@ from typing import Any
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.formats.record import RawRecord
 
-__all__ = ["tar_record"]
+__all__ = ["TEXTS", "tar_record"]
 
-_TEXTS = ("txt", "text", "caption", "cap")
+TEXTS = ("txt", "text", "caption", "cap")
 
 
 def tar_record(key: str, members: Mapping[str, bytes], file: Path) -> RawRecord:
@@ -39,7 +39,7 @@ def tar_record(key: str, members: Mapping[str, bytes], file: Path) -> RawRecord:
         if not isinstance(decoded, dict):
             decoded = {"messages": decoded}
         value.update(decoded)
-    for name in _TEXTS:
+    for name in TEXTS:
         text = media.pop(name, None)
         if text is not None:
             try:

@@ -1,8 +1,8 @@
 """Prepared Energon datasets, read through the package ``megatron-energon``.
 
-A record is a sample's members, as an Energon dataset of crude samples gives them; which shards
-belong to the split, and which samples are left out, is Energon's to say. A map of fields in
-``dataset.yaml`` is not applied: the members are told apart by ``data/formats``.
+A record is a sample's members, as an Energon dataset of crude samples gives them, or the fields
+that ``field_map`` in ``dataset.yaml`` makes of them; which shards belong to the split, and which
+samples are left out, is Energon's to say. What a record means is told by ``data/formats``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.formats import RawRecord, tar_record
+from megatron.mimo.data.formats import FieldMap, RawRecord, field_map, tar_record
 
 __all__ = ["ENERGON_FOLDER", "EnergonRecords"]
 
@@ -30,6 +30,7 @@ class EnergonRecords:
         self.path = path
         self._reader: Any = None
         self._process = 0
+        self._fields = _fields_of(path / ENERGON_FOLDER / "dataset.yaml")
         meta = self._meta()
         self.shard_sizes: Sequence[int] = [shard.count for shard in meta.shards]
         self._kept: list[int] | None = None
@@ -51,6 +52,8 @@ class EnergonRecords:
             ) from error
         key = str(found["__key__"])
         members = {name: one for name, one in found.items() if not name.startswith("__")}
+        if self._fields is not None:
+            return self._fields.record(key, members, self.path)
         return tar_record(key, members, self.path)
 
     def _leave_out(self) -> None:
@@ -95,3 +98,28 @@ class EnergonRecords:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_reader": None, "_process": 0}
+
+
+def _fields_of(path: Path) -> FieldMap | None:
+    """The map of fields of a dataset; None where members are read as they are.
+
+    Raises:
+        InputError: it has a loader of its own, or no map of fields that can be read.
+    """
+    import yaml
+
+    try:
+        described = yaml.safe_load(path.read_text()) if path.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read: {error}; run energon prepare") from error
+    if not isinstance(described, dict):
+        return None
+    for key in ("sample_loader", "part_filter"):
+        if described.get(key) is not None:
+            raise InputError(
+                f"{path}: {key} is {str(described[key])[:100]!r}, code that is not run here; "
+                "describe the samples by field_map, or leave both out to have their members told "
+                "apart"
+            )
+    given = described.get("field_map")
+    return None if given is None else field_map(given, str(path))

@@ -221,6 +221,16 @@ def test_a_prepared_energon_dataset_is_read_through_its_package(tmp_path: Path) 
     split = folder / ".nv-meta" / "split.yaml"
     split.write_text(split.read_text().replace("exclude: []", "exclude: [0.tar/s0/00003]"))
     assert len(open_file(path, tmp_path / "index")) == 19
+    described = folder / ".nv-meta" / "dataset.yaml"
+    described.write_text("field_map:\n  image: jpg\n  caption: json[name]\n")
+    file = open_file(path, tmp_path / "index")
+    mapped = [file[number].value for number in range(len(file))]
+    kept = [one["name"] for one in RECORDS[:20] if one != RECORDS[3]]
+    assert sorted(one["caption"] for one in mapped) == sorted(kept)
+    assert all(one.keys() == {"image", "caption"} and one["image"] == b"jay" for one in mapped)
+    described.write_text("sample_loader: loader.py:load\n")
+    with pytest.raises(InputError, match=r"sample_loader is 'loader.py:load', code that is not"):
+        open_file(path, tmp_path / "index")
 
 
 def test_energon_without_its_package_is_refused_by_name(
