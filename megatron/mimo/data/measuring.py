@@ -10,24 +10,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.bad_samples import BadSample
 from megatron.mimo.data.balance import Measure
 from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
 from megatron.mimo.data.formats import RawRecord, read_record
-from megatron.mimo.data.media_source import EncodedMedium, MediaLimits, openable, require_file
+from megatron.mimo.data.image_sizes import Size, image_size
 from megatron.mimo.data.sample import Sample
 from megatron.mimo.data.sample_reader import SampleReader
 
 __all__ = ["SampleMeasurer", "check_measure", "measure_of"]
 
-_ORIENTATION, _TURNED = 274, (5, 6, 7, 8)  # of EXIF: values that exchange width and height
 _SIZES = 4096  # whose replacements are remembered
-
-_Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class SampleMeasurer:
 
     reader: SampleReader
     by_reading: bool = False
-    _known: dict[_Size, _Replacement] = field(default_factory=dict)
+    _known: dict[Size, _Replacement] = field(default_factory=dict)
 
     def __call__(self, record: RawRecord) -> Measure | BadSample:
         """The measure of a record's sample; a ``BadSample`` where there is none.
@@ -75,7 +70,7 @@ class SampleMeasurer:
             item, chat = read_record(record, self.reader.options), self.reader.chat
             if any(part.kind != "image" for part in item.media):
                 return None
-            sizes = [_image_size(part.value, chat.limits) for part in item.media]
+            sizes = [image_size(part.value, chat.limits) for part in item.media]
             images = [self._replacement(size) for size in sizes if size is not None]
             if len(images) < len(item.media):
                 return None
@@ -85,14 +80,14 @@ class SampleMeasurer:
             return None
         return Measure(length, tuple((one.modality, one.rows) for one in images))
 
-    def _replacement(self, size: _Size) -> _Replacement:
+    def _replacement(self, size: Size) -> _Replacement:
         if size not in self._known:
             if len(self._known) >= _SIZES:
                 self._known.pop(next(iter(self._known)))
             self._known[size] = self._probe(size)
         return self._known[size]
 
-    def _probe(self, size: _Size) -> _Replacement:
+    def _probe(self, size: Size) -> _Replacement:
         from PIL import Image
 
         image = ContentPart(kind="image", value=Image.new("RGB", size))
@@ -167,24 +162,3 @@ def check_measure(sample: Sample, expected: Measure) -> None:
             "have changed, or the processor looks at more than an image's size: give "
             "--measure-by-reading"
         )
-
-
-def _image_size(value: Any, limits: MediaLimits) -> _Size | None:
-    """Width and height as the image is shown; None for what is no image file."""
-    from PIL import Image
-
-    if isinstance(value, Image.Image):
-        return value.size
-    if not isinstance(value, Path | EncodedMedium):
-        return None
-    require_file(value, "image", limits)
-    source = openable(value)
-    with Image.open(source) as image:
-        width, height = image.size
-        if width * height > limits.image_pixels or getattr(image, "n_frames", 1) > 1:
-            return None
-        # Pillow decodes a PNG to look for what stands behind its pixels, which is rare
-        has_exif = image.format != "PNG" or {"exif", "Raw profile type exif"} & set(image.info)
-        if has_exif and image.getexif().get(_ORIENTATION) in _TURNED:
-            return height, width
-        return width, height

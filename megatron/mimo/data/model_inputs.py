@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from megatron.mimo.data.image_sizes import Size
 from megatron.mimo.data.media import MediaFormat
 from megatron.mimo.data.sample import Sample
 
@@ -72,6 +73,10 @@ class ConversationModel(Protocol):
     @property
     def name(self) -> str:
         """What errors call it."""
+
+    @property
+    def box_units(self) -> Callable[[Any, Size], Size] | None:
+        """From its processor and an image's size; None where boxes have no units of the model's."""
 
     @property
     def media(self) -> Callable[[Any], Media]:

@@ -126,7 +126,7 @@ def _reader(given: argparse.Namespace) -> SampleReader:
     return SampleReader(
         chat=chat,
         seq_length=given.seq_length or _ANY_LENGTH,
-        options=reading_options(given),
+        options=reading_options(given, chat),
         policy=replace(policy, on_bad_sample="skip", on_too_long=too_long),
     )
 

@@ -327,16 +327,22 @@ class _Run:
         return None if self.task is None else _of_task(args, self._chat(args), self.task.valid())
 
     def _reader(self, args: Namespace) -> SampleReader:
+        chat = self._chat(args)
         return SampleReader(
-            chat=self._chat(args),
+            chat=chat,
             seq_length=args.seq_length,
-            options=reading_options(args),
+            options=reading_options(args, chat),
             policy=bad_sample_policy(args),
         )
 
 
 def _of_task(args: Namespace, chat: Chat, conversations: Any, **order: Any) -> ChatDataset:
-    skips = bad_sample_policy(args).on_too_long == "skip"
+    on_too_long = bad_sample_policy(args).on_too_long
+    if on_too_long not in ("stop", "skip"):
+        raise ConfigError(
+            f"--on-too-long {on_too_long} with the recipe's own samples, which are not cut; give "
+            "stop or skip, or data of yours (--data-path, --valid-data-path)"
+        )
     return ChatDataset(
-        conversations, chat=chat, seq_length=args.seq_length, skip_too_long=skips, **order
+        conversations, chat=chat, seq_length=args.seq_length, on_too_long=on_too_long, **order
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from functools import partial
 
-from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.data.bad_samples import BadSamplePolicy
+from megatron.mimo.data.boxes import BoxWriter
+from megatron.mimo.data.chat import Chat
 from megatron.mimo.data.formats import FORMATS, ReadingOptions
 
 __all__ = ["add_policy_arguments", "add_reading_arguments", "bad_sample_policy", "reading_options"]
@@ -33,6 +35,13 @@ def add_reading_arguments(parser: ArgumentParser) -> None:
         default="all",
         help="turns of the assistant's that are learned (default: all, where no turn says "
         "otherwise)",
+    )
+    group.add_argument(
+        "--boxes",
+        choices=["model", "as-is"],
+        default="model",
+        help="boxes of objects are written in the units that the model has learned, or as they "
+        "stand (default: %(default)s)",
     )
     group.add_argument(
         "--thinking",
@@ -74,13 +83,10 @@ def add_policy_arguments(parser: ArgumentParser) -> None:
         help="what is longer than --seq-length ends the run, is left out, or loses whole turns "
         "from its front or its end; media are never cut (default: %(default)s)",
     )
-    group.add_argument(
-        "--skip-too-long", action="store_true", help="the same as --on-too-long skip"
-    )
 
 
-def reading_options(args: Namespace) -> ReadingOptions:
-    """What the flags say.
+def reading_options(args: Namespace, chat: Chat) -> ReadingOptions:
+    """What the flags say, for the model of a chat.
 
     Raises:
         ConfigError: values that do not fit.
@@ -90,6 +96,17 @@ def reading_options(args: Namespace) -> ReadingOptions:
         ignored=frozenset(args.ignore_keys),
         learn=args.learn,
         thinking=args.thinking,
+        boxes=None if args.boxes == "as-is" else box_writer(chat),
+    )
+
+
+def box_writer(chat: Chat) -> BoxWriter:
+    """Writes boxes as the chat's model reads them."""
+    units = chat.family.box_units
+    return BoxWriter(
+        units=None if units is None else partial(units, chat.processor),
+        family=chat.family.name,
+        limits=chat.limits,
     )
 
 
@@ -99,13 +116,9 @@ def bad_sample_policy(args: Namespace) -> BadSamplePolicy:
     Raises:
         ConfigError: values that do not fit.
     """
-    if args.skip_too_long and args.on_too_long not in ("stop", "skip"):
-        raise ConfigError(
-            f"--skip-too-long with --on-too-long {args.on_too_long}; give one of them"
-        )
     return BadSamplePolicy(
         on_bad_sample=args.on_bad_sample,
         max_bad_samples=args.max_bad_samples,
         sample_timeout=args.sample_timeout or None,
-        on_too_long="skip" if args.skip_too_long else args.on_too_long,
+        on_too_long=args.on_too_long,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.data.boxes import BoxWriter
 from megatron.mimo.data.conversation import Conversation, Document
 
 __all__ = ["Format", "RawRecord", "ReadingOptions"]
@@ -54,6 +55,7 @@ class ReadingOptions:
         learn: "all" turns of the assistant's, or the "last" one alone.
         thinking: what stands in ``<think>`` is learned ("keep"), stands in the text and is not
             learned ("context"), or is left out of it ("drop").
+        boxes: writes boxes of objects in the model's units; None writes them as they stand.
 
     Raises:
         ConfigError: other words.
@@ -63,6 +65,7 @@ class ReadingOptions:
     ignored: frozenset[str] = frozenset()
     learn: str = "all"
     thinking: str = "keep"
+    boxes: BoxWriter | None = None
 
     def __post_init__(self) -> None:
         for name, expected in (

@@ -102,6 +102,10 @@ class RecordMedia:
         """How many of this kind are left."""
         return len(self._waiting[kind])
 
+    def images(self) -> list[Any]:
+        """The images that no part or mark has taken, as the record names them."""
+        return [part.value for part in self._waiting["image"]]
+
     def take(self, kind: str, name: str) -> ContentPart:
         """The next medium of this kind.
 

@@ -5,8 +5,11 @@
  "images": ["a.png"], "objects": {"ref": ["the cat"], "bbox": [[10, 20, 110, 220]]}}
 {"query": "<image>What is this?", "response": "A cat.", "images": ["a.png"]}
 
-``<ref-object>`` and ``<bbox>`` stand for the objects in order. Boxes are written as their numbers
-stand: ``[x1, y1, x2, y2]``, so that they have to be in the units that the model is to learn.
+``<ref-object>`` and ``<bbox>`` stand for the objects in order. Boxes are written ``[x1, y1, x2,
+y2]``: in the model's units where the options have a writer of boxes, else as their numbers stand.
+``bbox_type`` says what they are given in: pixels of the image ("real", the default), shares of its
+sides ("norm1") or thousandths ("norm1000"); ``image_id`` says of each box which image it is in, the
+first by default.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.core.models.mimo.errors import InputError
+from megatron.mimo.data.boxes import BOX_TYPES
 from megatron.mimo.data.conversation import Conversation
 from megatron.mimo.data.formats.conversing import conversation, object_of, turn_list
 from megatron.mimo.data.formats.keys import known_keys, read_list, short
@@ -47,13 +51,14 @@ def _read(record: RawRecord, options: ReadingOptions) -> Conversation:
             *history_of(given, name),
             (text_of(given, "query", name), text_of(given, "response", name)),
         ]
-        objects = _Objects(given.get("objects"), name)
+        media = RecordMedia(record, COLUMNS)
+        objects = _Objects(given.get("objects"), name, media, options)
         pairs = [(objects.written(ask), objects.written(answer)) for ask, answer in pairs]
         objects.refuse_left()
-        media = RecordMedia(record, COLUMNS)
         return conversation(record, given, question_turns(pairs, media, name), media, options)
     given = known_keys(value, {"messages", *media_keys}, name, options.ignored)
-    objects = _Objects(given.get("objects"), name)
+    media = RecordMedia(record, COLUMNS)
+    objects = _Objects(given.get("objects"), name, media, options)
     messages = [
         {**turn, "content": objects.written(turn["content"])}
         if isinstance(turn, Mapping) and isinstance(turn.get("content"), str)
@@ -61,7 +66,6 @@ def _read(record: RawRecord, options: ReadingOptions) -> Conversation:
         for turn in turn_list(given.get("messages"), "messages", name)
     ]
     objects.refuse_left()
-    media = RecordMedia(record, COLUMNS)
     turns = marked_turns(messages, record, media, options)
     return conversation(record, given, turns, media, options)
 
@@ -69,20 +73,30 @@ def _read(record: RawRecord, options: ReadingOptions) -> Conversation:
 class _Objects:
     """Writes objects into text, in the order of their marks."""
 
-    def __init__(self, objects: Any, name: str) -> None:
+    def __init__(
+        self, objects: Any, name: str, media: RecordMedia, options: ReadingOptions
+    ) -> None:
         objects = {} if objects is None else objects
         if not isinstance(objects, Mapping):
             raise InputError(f"{name}: 'objects' is {short(objects)}; expected ref and bbox")
-        given = known_keys(objects, {"ref", "bbox", "bbox_type"}, f"{name}, objects", ())
-        if given.get("bbox_type") not in (None, "real"):
+        read = {"ref", "bbox", "bbox_type", "image_id"}
+        given = known_keys(objects, read, f"{name}, objects", ())
+        kind = given.get("bbox_type") or "real"
+        if kind not in BOX_TYPES:
             raise InputError(
-                f"{name}: 'bbox_type' is {short(given['bbox_type'])}, and boxes are written as "
-                "they stand; give them in the units that the model is to learn, without bbox_type"
+                f"{name}: 'bbox_type' is {short(kind)}; expected one of {', '.join(BOX_TYPES)}"
             )
+        boxes = [_numbers(box, name) for box in read_list(given, "bbox", name)]
+        if options.boxes is not None:
+            images = _images(read_list(given, "image_id", name), media.images(), len(boxes), name)
+            boxes = [
+                options.boxes(box, kind, image, name)
+                for box, image in zip(boxes, images, strict=True)
+            ]
         self._name = name
         self._left: dict[str, Iterator[str]] = {
             "ref-object": iter([_text(ref, name) for ref in read_list(given, "ref", name)]),
-            "bbox": iter([_box(box, name) for box in read_list(given, "bbox", name)]),
+            "bbox": iter([f"[{', '.join(map(str, box))}]" for box in boxes]),
         }
 
     def written(self, text: str) -> str:
@@ -109,13 +123,25 @@ def _text(ref: Any, name: str) -> str:
     return ref
 
 
-def _box(box: Any, name: str) -> str:
+def _numbers(box: Any, name: str) -> list[float]:
     good = isinstance(box, list | tuple) and len(box) in (2, 4) and all(map(_is_number, box))
     if not good:
         raise InputError(
             f"{name}: a bbox is {short(box)}; expected [x1, y1, x2, y2], or [x, y] of a point"
         )
-    return f"[{', '.join(str(number) for number in box)}]"
+    return list(box)
+
+
+def _images(numbers: list[Any], images: list[Any], boxes: int, name: str) -> list[Any]:
+    """The image of each box."""
+    numbers = [*numbers, *(0 for _ in range(boxes - len(numbers)))]
+    good = [one for one in numbers if type(one) is int and 0 <= one < len(images)]
+    if len(good) != boxes or len(numbers) != boxes:
+        raise InputError(
+            f"{name}: 'image_id' gives {boxes} boxes the images {short(numbers)}, and there are "
+            f"{len(images)}; expected a number from 0 on for each box"
+        )
+    return [images[one] for one in numbers]
 
 
 def _is_number(value: Any) -> bool:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Generator, Tensor, nn
 
 from megatron.mimo.data.collate import SampleCollator
+from megatron.mimo.data.image_sizes import Size
 from megatron.mimo.data.model_inputs import Media, ToSample
 from megatron.mimo.models.common.assembly import Assembly
 from megatron.mimo.models.common.language.kinds import expert_layers
@@ -85,6 +86,8 @@ class Family:
             and sizes of media at each call.
         reference: Hugging Face's model of a configuration, with random weights.
         assembly: how a model is put together from separate ones; None where it cannot be.
+        box_units: width and height of an image of that size (width, height) in the units in which
+            the model reads boxes; given its processor. None where there is no such convention.
         placeholders: kind of medium -> its placeholder token in Hugging Face's conversations; None
             where they are the modalities.
     """
@@ -100,6 +103,7 @@ class Family:
     reference: Callable[[Any], nn.Module] = transformers_model
     assembly: Assembly | None = None
     placeholders: Callable[[Any], Mapping[str, int]] | None = None
+    box_units: Callable[[Any, Size], Size] | None = None
 
 
 def sample_collator(

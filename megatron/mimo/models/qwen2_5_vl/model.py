@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.mimo.data.image_sizes import Size
 from megatron.mimo.data.model_inputs import Media
 from megatron.mimo.models.common.config_fields import check_fields
 from megatron.mimo.models.common.family import Family
@@ -140,6 +141,22 @@ def example(config: Any, generator: Generator) -> dict[str, Tensor]:
     return features
 
 
+def resized(processor: Any, size: Size) -> Size:
+    """Width and height as the processor resizes an image of this size: pixels count in boxes."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    images, (width, height) = processor.image_processor, size
+    edges = images.size
+    height, width = smart_resize(
+        height,
+        width,
+        factor=images.patch_size * images.merge_size,
+        min_pixels=edges["shortest_edge"],
+        max_pixels=edges["longest_edge"],
+    )
+    return width, height
+
+
 FAMILY = Family(
     name="qwen2_5_vl",
     arguments=arguments,
@@ -153,4 +170,5 @@ FAMILY = Family(
         "images": config.image_token_id,
         "videos": config.video_token_id,
     },
+    box_units=resized,
 )

@@ -126,6 +126,7 @@ def qwen3_vl_family(name: str, tiny: Any) -> Family:
             "images": config.image_token_id,
             "videos": config.video_token_id,
         },
+        box_units=lambda *_: (1000, 1000),
     )
 
 

@@ -136,8 +136,8 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     ),
     "boxes": ({"messages": CHAT, "objects": {"bbox": 1.5}}, r"'bbox' is 1.5; expected a list"),
     "box type": (
-        {"messages": CHAT, "objects": {"bbox": [], "bbox_type": "norm1"}},
-        r"'bbox_type' is \"norm1\", and boxes are written as they stand",
+        {"messages": CHAT, "objects": {"bbox": [], "bbox_type": "norm2"}},
+        r"'bbox_type' is \"norm2\"; expected one of real, norm1, norm1000",
     ),
     # prompt-completion
     "halves": ({"prompt": "a", "completion": CHAT}, r"'prompt' is str and 'completion' list"),
