@@ -9,9 +9,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.matrix.cells import Values, all_cells, name_of, pair_cells
+from tests.matrix.cells import Values, all_cells, deepstack_cells, name_of, pair_cells
 from tests.matrix.grid_cells import grid_cells
-from tests.matrix.page import page
+from tests.matrix.page import page, with_deepstack
 from tests.matrix.refusals import messages_of_flags, messages_of_library
 from tests.matrix.runner import Verdict, run
 from tests.rank_pool import RankPool
@@ -27,18 +27,23 @@ def main() -> int:
     parser.add_argument(
         "--grids", action="store_true", help="the set whose modules have grids of their own"
     )
+    parser.add_argument(
+        "--deepstack", action="store_true", help="the set with levels of rows (deepstack)"
+    )
     parser.add_argument("--list", action="store_true", help="name the cells and run none")
     parser.add_argument("--max-ranks", type=int, default=8, help="leave out larger cells")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all verdicts")
     parser.add_argument("--verdicts", type=Path, metavar="FILE", help="read them, and run none")
     parser.add_argument(
-        "--write-docs", type=Path, metavar="FILE", help="write the page, if all cells passed"
+        "--write-docs",
+        type=Path,
+        metavar="FILE",
+        help="write the page, if all cells passed; with --deepstack, its table of these alone",
     )
     asked = parser.parse_args()
-    chosen = pair_cells if asked.pairs else grid_cells if asked.grids else all_cells
     cells = [
         values
-        for values in chosen()
+        for values in _chosen(asked)
         if all(part in name_of(values) for part in asked.filter)
         and values["tp"] * values["cp"] * values["pp"] * values["dp"] <= asked.max_ranks
     ]
@@ -57,9 +62,26 @@ def main() -> int:
         text = json.dumps([asdict(verdict) for verdict in verdicts], indent=1)
         asked.json.write_text(text + "\n")
     if asked.write_docs and not failed:
-        asked.write_docs.write_text(page(verdicts, all_refusals()))
+        _write(asked.write_docs, verdicts, deepstack_alone=asked.deepstack)
     print(f"{len(verdicts) - len(failed)} passed, {len(failed)} failed")
     return 1 if failed else 0
+
+
+def _chosen(asked: argparse.Namespace) -> list[Values]:
+    if asked.pairs:
+        return pair_cells()
+    if asked.grids:
+        return grid_cells()
+    return [*([] if asked.deepstack else all_cells()), *deepstack_cells()]
+
+
+def _write(path: Path, verdicts: list[Verdict], *, deepstack_alone: bool) -> None:
+    if deepstack_alone:
+        path.write_text(with_deepstack(path.read_text(), verdicts))
+        return
+    levels = [one for one in verdicts if one.values["layers"] == "deepstack"]
+    drawn = [one for one in verdicts if one.values["layers"] != "deepstack"]
+    path.write_text(page(drawn, levels, all_refusals()))
 
 
 def all_refusals() -> dict[str, str]:

@@ -81,7 +81,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "frozen": tuple(FROZEN),
     "media": ("some", "none"),
     "micro_batch": (2, 1),
-    "layers": tuple(name for name in LAYERS if name != "deepstack"),  # test_deepstack's cells
+    "layers": tuple(name for name in LAYERS if name != "deepstack"),  # of deepstack_cells alone
 }
 _SHARED: Values = {"experts": "allgather", "layers": "shared-experts"}
 # Not drawn: modules recomputed one by one need layers that have them.
@@ -106,6 +106,30 @@ _MODULES: tuple[Values, ...] = (
     {"recompute": "mla-modules", "layers": "latent", "pp": 2, "embeddings": "tied"},
 )
 FULL_SIZE = _DRAWN + len(_MODULES)
+# Levels of image rows, whose layers are on any pipeline stage; each on top of the first values.
+_LEVELS: tuple[Values, ...] = (
+    {},
+    {"tp": 2, "sp": True},
+    {"cp": 2, "packing": "packed"},
+    {"tp": 2, "sp": True, "cp": 2, "positions": "mrope", "packing": "packed"},
+    {"pp": 2},
+    {"pp": 2, "media": "none"},
+    {"pp": 4, "recompute": "uniform", "positions": "mrope"},
+    {"pp": 4, "stages": "embedding-alone", "embeddings": "tied"},
+    {"pp": 2, "vpp": 2, "stages": "uneven", "recompute": "block"},
+    {"pp": 2, "vpp": 2, "tp": 2, "sp": True, "packing": "packed", "micro_batch": 1},
+    {"pp": 2, "vpp": 2, "dp": 2, "reduction": "distributed-overlap"},
+    {"pp": 2, "cp": 2, "dp": 2, "reduction": "overlap", "attention": "spans"},
+    {"pp": 4, "tp": 2, "sp": True, "recompute": "projections", "stages": "uneven"},
+    {"pp": 2, "frozen": "encoders"},
+    {"pp": 2, "frozen": "language", "recompute": "uniform"},
+    {"pp": 2, "frozen": "first-half", "vpp": 2},
+    {"pp": 2, "frozen": "all-but-projection", "dp": 2, "reduction": "overlap"},
+    {"pp": 2, "precision": "bf16", "vpp": 2},
+    {"experts": "alltoall", "ep": 2, "dp": 2, "recompute": "uniform"},
+    {"experts": "allgather", "ep": 2, "pp": 2, "vpp": 2, "dp": 2, "recompute": "moe"},
+    {"experts": "alltoall", "ep": 2, "cp": 2, "pp": 2, "vpp": 2, "packing": "packed"},
+)
 
 
 def is_valid(v: Values) -> bool:
@@ -236,6 +260,12 @@ def listed_cells() -> list[Values]:
     """Layers and what they meet, listed and not drawn."""
     first = {axis: values[0] for axis, values in AXES.items()}
     return [first | values for values in _MODULES]
+
+
+def deepstack_cells() -> list[Values]:
+    """Cells with levels of image rows, listed and not drawn."""
+    first = {axis: values[0] for axis, values in AXES.items()} | {"layers": "deepstack"}
+    return [first | values for values in _LEVELS]
 
 
 def _drawn_pairs() -> list[Values]:

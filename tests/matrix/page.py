@@ -13,6 +13,7 @@ from tests.matrix.cells import LISTED, Values
 from tests.matrix.refusals import FLAGS
 from tests.matrix.runner import BF16, FP32, Verdict
 
+DEEPSTACK = "## Levels of rows (deepstack)"
 # Column of the table -> axis, and the values of it that count.
 FEATURES: dict[str, tuple[str, tuple[object, ...]]] = {
     "TP": ("tp", (2, 4)),
@@ -68,14 +69,23 @@ MEANING = {
 }
 
 
-def page(verdicts: Sequence[Verdict], refused: Mapping[str, str]) -> str:
-    """The page: verdicts are those of a full run, all of which passed."""
+def page(
+    verdicts: Sequence[Verdict], deepstack: Sequence[Verdict], refused: Mapping[str, str]
+) -> str:
+    """The page: verdicts are those of a full run, all of which passed.
+
+    Args:
+        verdicts: of ``all_cells``.
+        deepstack: of ``deepstack_cells``.
+        refused: what is refused, and in which words.
+    """
     return "\n".join(
         (
             *_opening(verdicts),
             *_feature_table(verdicts),
             *_pair_table(verdicts),
             *_recomputation(verdicts),
+            *_deepstack(deepstack),
             *_refusals(refused),
             *_running(),
             "",
@@ -83,16 +93,18 @@ def page(verdicts: Sequence[Verdict], refused: Mapping[str, str]) -> str:
     )
 
 
+def with_deepstack(page: str, deepstack: Sequence[Verdict]) -> str:
+    """The page with its section of levels written anew."""
+    before, _, rest = page.partition(f"{DEEPSTACK}\n")
+    _, _, behind = rest.partition("\n## ")
+    return "\n".join([before.rstrip("\n"), "", *_deepstack(deepstack), f"## {behind}"])
+
+
 def _opening(verdicts: Sequence[Verdict]) -> list[str]:
     def worst(precision: str) -> str:
         errors = [one.error for one in verdicts if one.values["precision"] == precision]
         return f"{max(errors, default=0.0):.1e} in {len(errors)} cells"
 
-    mean = sum(one.seconds for one in verdicts) / len(verdicts)
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core")
-    )
-    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     return [
         "# Parallelism: what is supported, and how that is known",
         "",
@@ -104,9 +116,7 @@ def _opening(verdicts: Sequence[Verdict]) -> list[str]:
         "loss of each step, **every parameter's gradient** of the first step and all weights after",
         "the third with a run on one process: loops over tokens, one sample at a time, AdamW.",
         "",
-        f"**{len(verdicts)} cells passed, 0 failed** on {today}: {versions}, Python "
-        f"{platform.python_version()}, CPU and gloo, {os.cpu_count()} cores, 1 to 8 ranks, "
-        f"{mean:.1f} s per cell on average.",
+        _passed(verdicts),
         "",
         "| precision | gradients, relative | weights | loss, norm | largest deviation seen |",
         "|---|---|---|---|---|",
@@ -120,6 +130,37 @@ def _opening(verdicts: Sequence[Verdict]) -> list[str]:
         "Deviations are norms of differences over the norm of the whole parameter's tensor.",
         "",
     ]
+
+
+def _passed(verdicts: Sequence[Verdict]) -> str:
+    mean = sum(one.seconds for one in verdicts) / len(verdicts)
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core")
+    )
+    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    return (
+        f"**{len(verdicts)} cells passed, 0 failed** on {today}: {versions}, Python "
+        f"{platform.python_version()}, CPU and gloo, {os.cpu_count()} cores, 1 to 8 ranks, "
+        f"{mean:.1f} s per cell on average."
+    )
+
+
+def _deepstack(verdicts: Sequence[Verdict]) -> list[str]:
+    lines = [
+        DEEPSTACK,
+        "",
+        "Three levels of image rows are added behind the first three decoder layers, on whatever",
+        "stages these are. Listed and not drawn; none of them is counted above.",
+        "",
+        _passed(verdicts),
+        "",
+        "| cell | ranks | seconds | gradients, relative |",
+        "|---|---|---|---|",
+    ]
+    for one in verdicts:
+        name = one.name.replace("layers:deepstack", "").strip("-") or "one rank"
+        lines.append(f"| {name} | {one.ranks} | {one.seconds:.1f} | {one.error:.1e} |")
+    return [*lines, ""]
 
 
 def _feature_table(verdicts: Sequence[Verdict]) -> list[str]:
@@ -203,6 +244,7 @@ def _running() -> list[str]:
         'make matrix ARGS="tp2 cp2 packed" # cells that have all of these in their names',
         'make matrix ARGS="--list"         # the names',
         'make matrix ARGS="--max-ranks 2"  # small ones only',
+        'make matrix ARGS="--deepstack"    # those with levels of rows; --write-docs: their table',
         "make test                         # with a subset in which every pair of values meets",
         "```",
         "",

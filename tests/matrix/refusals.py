@@ -63,7 +63,6 @@ FLAGS: dict[str, tuple[str, ...]] = {
     ),
     "recomputing mla_up_proj": (*SELECTIVE, "mla_up_proj"),
     "recomputing gdn_norm_out": (*SELECTIVE, "gdn_norm_out"),
-    "packing and micro-batch size": ("--pack", "--micro-batch-size", "2"),
 }
 
 
