@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.cards.configurations import DRAWN
-from tests.cards.page import page
+from tests.cards.page import page, verdicts_of
 from tests.cards.proofs import PROOFS, Verdict, prove
 from tests.cards.sizes import full_sizes
 from tests.rank_pool import RankPool
@@ -29,6 +29,9 @@ def main() -> int:
     parser.add_argument(
         "--verdicts", type=Path, metavar="FILE", help="keep them there, and prove only the rest"
     )
+    parser.add_argument(
+        "--add", action="store_true", help="prove only what a page of today does not have yet"
+    )
     asked = parser.parse_args()
     unknown = set(asked.family) - set(family_names())
     if unknown:
@@ -46,6 +49,8 @@ def run(name: str, asked: argparse.Namespace) -> int:
     numbers = range(DRAWN + 1) if asked.number is None else [asked.number]
     titles = asked.proof or list(PROOFS)
     kept = _Kept(asked.verdicts, name)
+    if asked.add:
+        kept.verdicts += verdicts_of((asked.folder / f"{name}.md").read_text())
     pool = RankPool()
     try:
         pool.start()

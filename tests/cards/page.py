@@ -6,13 +6,14 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.cards.configurations import DRAWN, described, draw
 from tests.cards.proofs import LOGITS, PROOFS, RELATIVE, Verdict
 
-__all__ = ["FullSize", "configuration_rows", "page", "proof_titles"]
+__all__ = ["FullSize", "configuration_rows", "page", "proof_titles", "verdicts_of"]
 
 _PACKAGES = ("torch", "transformers", "megatron-core", "peft")
 # Where transformers itself is not what a configuration says, with the evidence.
@@ -66,9 +67,40 @@ def proof_titles() -> list[str]:
     return [f"| {title} | {what} |" for title, (what, _) in PROOFS.items()]
 
 
-def _opening(name: str, verdicts: Sequence[Verdict]) -> list[str]:
+def verdicts_of(text: str) -> list[Verdict]:
+    """The verdicts of a page that this generator has written today, with these versions.
+
+    Raises:
+        ValueError: a page of another day or of other versions; prove all of it anew.
+    """
+    told = re.search(r"passed, 0 failed\*\* on (.+), CPU and gloo, .* (\d+) s\.", text)
+    if told is None or told[1] != _circumstances():
+        raise ValueError(f"the page was not proved on {_circumstances()}: leave --add out")
+    refused = dict(re.findall(r"^- ([\w ,]+): (.+)$", text, re.MULTILINE))
+    verdicts = []
+    for title, beginning in zip(PROOFS, proof_titles(), strict=True):
+        for line in text.splitlines():
+            if line.startswith(beginning):
+                cells = line.removeprefix(beginning).strip(" |").split(" | ")
+                verdicts += [
+                    Verdict(
+                        number=number,
+                        proof=title,
+                        deviation=None if cell in "-=" else float(cell),
+                        refused=refused.get(title, "") if cell == "-" else "",
+                    )
+                    for number, cell in enumerate(cells)
+                ]
+    return [replace(verdicts[0], seconds=float(told[2])), *verdicts[1:]]
+
+
+def _circumstances() -> str:
     versions = ", ".join(f"{one} {importlib.metadata.version(one)}" for one in _PACKAGES)
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    return f"{today}: {versions}, Python {platform.python_version()}"
+
+
+def _opening(name: str, verdicts: Sequence[Verdict]) -> list[str]:
     passed = [one for one in verdicts if not one.refused]
     return [
         f"# `{name}`: what is proved of it",
@@ -82,9 +114,8 @@ def _opening(name: str, verdicts: Sequence[Verdict]) -> list[str]:
         f"{RELATIVE:.0e} of each parameter's norm, losses of ten steps by less than "
         f"{RELATIVE:.0e} of them.",
         "",
-        f"**{len(passed)} proofs passed, 0 failed** on {today}: {versions}, Python "
-        f"{platform.python_version()}, CPU and gloo, {os.cpu_count()} cores, "
-        f"{sum(one.seconds for one in verdicts):.0f} s.",
+        f"**{len(passed)} proofs passed, 0 failed** on {_circumstances()}, "
+        f"CPU and gloo, {os.cpu_count()} cores, {sum(one.seconds for one in verdicts):.0f} s.",
         "",
     ]
 

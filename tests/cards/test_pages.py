@@ -9,7 +9,7 @@ import pytest
 
 from megatron.mimo.models import family_names
 from tests.cards.configurations import DRAWN, described, draw
-from tests.cards.page import configuration_rows, page, proof_titles
+from tests.cards.page import configuration_rows, page, proof_titles, verdicts_of
 from tests.cards.proofs import PROOFS, Verdict, prove
 from tests.rank_pool import RankPool
 
@@ -58,6 +58,24 @@ def test_some_proofs_of_a_drawn_configuration(ranks: RankPool) -> None:
     verdicts = list(prove(ranks, "llava", 2, ["one process", "packed", "resume"]))
     assert [one.failure for one in verdicts] == [""] * 3
     assert all(one.deviation is not None for one in verdicts)
+
+
+def test_a_page_of_today_is_read_back() -> None:
+    verdicts = [
+        Verdict(
+            number=number,
+            proof=title,
+            deviation=None if title == "export" else 1e-6 * (number + 1),
+            refused="no experts" if title == "EP 2" else "",
+            seconds=1.0,
+        )
+        for title in PROOFS
+        for number in range(DRAWN + 1)
+    ]
+    text = page("llava", verdicts, [])
+    assert page("llava", verdicts_of(text), []) == text
+    with pytest.raises(ValueError, match="leave --add out"):
+        verdicts_of(re.sub(r"on 20\d\d-", "on 1999-", text))
 
 
 def test_a_proof_can_fail(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,5 +226,6 @@ def _step(name: str, layout: Layout, model: Any, expected: Expected) -> tuple[fl
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     wrapped.train()
     wrapped.zero_grad_buffer()
-    loss, differences = run_step(layout, expected, wrapped, make_batches(name, layout, expected))
+    batches = make_batches(name, layout, expected)
+    loss, differences = run_step(layout, expected, [wrapped], batches)
     return loss, max(differences, default=0.0)

@@ -32,10 +32,14 @@ MICRO_BATCH = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Layout(Sizes):
-    """Sizes of the parallelism, of experts too; ``changes`` are further arguments of the model."""
+    """Sizes of the parallelism, of experts too; ``changes`` are further arguments of the model.
+
+    With ``vpp`` each pipeline stage has as many chunks, which run interleaved.
+    """
 
     ep: int = 1
     etp: int | None = None
+    vpp: int | None = None
     changes: Mapping[str, object] = field(default_factory=dict, hash=False)
 
 
@@ -58,14 +62,16 @@ def compare(name: str, layout: Layout, expected: Expected) -> Deviation:
     """Logits and gradients of one global batch; runs on every rank."""
     from megatron.mimo.models import load_family
 
-    model, wrapped = _build(name, layout, expected)
+    models, wrapped = _build(name, layout, expected)
     batches = make_batches(name, layout, expected)
     loss, differences = run_step(layout, expected, wrapped, batches)
     table = load_family(name).keys(expected.config)
+    gradients = {}
+    for number, model in enumerate(models):
+        errors = gradient_errors(model, table, expected.gradients)
+        gradients |= {f"{key} of chunk {number}" if number else key: errors[key] for key in errors}
     return Deviation(
-        logits=max(differences) if differences else None,
-        gradients=gradient_errors(model, table, expected.gradients),
-        loss=loss,
+        logits=max(differences) if differences else None, gradients=gradients, loss=loss
     )
 
 
@@ -86,7 +92,7 @@ class Trainer:
     def __init__(self, name: str, layout: Layout, expected: Expected) -> None:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-        self.model, self._wrapped = _build(name, layout, expected)
+        (self.model,), (self._wrapped,) = _build(name, layout, expected)
         self.optimizer: Any = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -109,7 +115,7 @@ class Trainer:
         self._wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         batches = make_batches(*self._batch)
-        loss, _ = run_step(layout, expected, self._wrapped, batches, own_loss=True)
+        loss, _ = run_step(layout, expected, [self._wrapped], batches, own_loss=True)
         self.optimizer.step()
         return loss
 
@@ -122,7 +128,7 @@ def waits(name: str, layout: Layout) -> dict[str, int]:
 
     family = load_family(name)
     config = family.tiny()
-    model = _model(family, config, layout)
+    (model,) = build_chunks(family, config, layout)
     generator = torch.Generator().manual_seed(3)
     samples = [family.sample(config, family.example(config, generator)) for _ in range(2)]
     batch = _collator(family, config, samples)(samples)
@@ -136,29 +142,55 @@ def waits(name: str, layout: Layout) -> dict[str, int]:
     return dict(counter.counts)
 
 
-def _build(name: str, layout: Layout, expected: Expected) -> tuple[Any, Any]:
-    """The rank's part of the model with transformers' weights, bare and ready for training."""
+def _build(name: str, layout: Layout, expected: Expected) -> tuple[list[Any], list[Any]]:
+    """The rank's chunks of the model with transformers' weights, bare and ready for training."""
     from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.models import load_family
 
     family = load_family(name)
-    model = _model(family, expected.config, layout)
-    load_hugging_face(model, expected.weights, family.keys(expected.config))
-    return model, wrap_plainly(model)
+    models = build_chunks(family, expected.config, layout)
+    for model in models:
+        load_hugging_face(model, expected.weights, family.keys(expected.config))
+    return models, [wrap_plainly(model) for model in models]
 
 
-def _model(family: Any, config: Any, layout: Layout) -> Any:
+def build_chunks(family: Any, config: Any, layout: Layout) -> list[Any]:
+    """This rank's chunks of the model, in evaluation mode; one without ``vpp``."""
+    from megatron.core import parallel_state
+    from megatron.core.models.mimo import MimoModel
     from megatron.mimo.arguments.standalone import build_model, model_settings
+    from megatron.mimo.models.common.place import Place, Places
 
-    model_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, ep=layout.ep, etp=layout.etp)
+    groups = model_parallel(
+        tp=layout.tp, pp=layout.pp, cp=layout.cp, ep=layout.ep, etp=layout.etp, vpp=layout.vpp
+    )
     changes = {
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "overlap_p2p_comm": layout.vpp is not None,  # as a run has both
+        "batch_p2p_comm": layout.vpp is None,
         **layout.changes,
     }
     settings = model_settings(family, config, tp_size=layout.tp, pp_size=layout.pp, changes=changes)
-    return build_model(family, config, settings, device=torch.device("cpu"))
+    if layout.vpp is None:
+        return [build_model(family, config, settings, device=torch.device("cpu"))]
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    chunks = []
+    for number in range(layout.vpp):
+        place = Place(
+            groups=groups,
+            is_first_stage=first and number == 0,
+            is_last_stage=last and number == layout.vpp - 1,
+            chunk=number,
+        )
+        built = family.build(config, settings, Places(language=place))
+        model = MimoModel(built, cp_group=groups.cp, tp_group=groups.tp).eval()
+        model.pg_collection, model.vp_stage = groups, number  # as pretrain does
+        chunks.append(model)
+    return chunks
 
 
 def _collator(family: Any, config: Any, samples: Sequence[Any]) -> Any:
@@ -205,7 +237,7 @@ def make_batches(name: str, layout: Layout, expected: Expected) -> list[dict[str
 def run_step(
     layout: Layout,
     expected: Expected,
-    wrapped: Any,
+    wrapped: Sequence[Any],
     batches: Sequence[dict[str, Any]],
     *,
     own_loss: bool = False,
@@ -218,7 +250,7 @@ def run_step(
     differences: list[float] = []
     vocab_size = expected.config.get_text_config().vocab_size
     loss = run_schedule(
-        [wrapped],
+        wrapped,
         batches,
         _forward_with_labels
         if own_loss

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.models.ranks import Layout, gradient_errors
+from tests.distributed.models.ranks import Layout, build_chunks, gradient_errors
 from tests.distributed.models.test_language import EXPERTS, SMALL, text_family
 from tests.distributed.schedule import SUM_AND_COUNT, run_schedule, wrap_plainly
-from tests.rank_pool import RankPool, model_parallel
+from tests.rank_pool import RankPool
 
 WEIGHT = 0.3
 LENGTHS = (16, 5, 9, 12, 3, 16, 8, 11)  # two make a micro-batch
@@ -30,12 +30,12 @@ FULL = {
 }
 MOE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 ALLTOALL = {"moe_token_dispatcher_type": "alltoall"}
-CASES: dict[str, tuple[Layout, int | None]] = {
-    "one": (Layout(changes=MOE), None),
-    "dp2-ep2-cp2": (Layout(dp=2, cp=2, ep=2, changes=ALLTOALL), None),
-    "tp2-pp2": (Layout(tp=2, pp=2, etp=1, changes=SP | FULL), None),
-    "pp2-vpp2": (Layout(pp=2, changes=FULL), 2),
-    "pp4": (Layout(pp=4), None),
+CASES = {
+    "one": Layout(changes=MOE),
+    "dp2-ep2-cp2": Layout(dp=2, cp=2, ep=2, changes=ALLTOALL),
+    "tp2-pp2": Layout(tp=2, pp=2, etp=1, changes=SP | FULL),
+    "pp2-vpp2": Layout(pp=2, vpp=2, changes=FULL),
+    "pp4": Layout(pp=4),
 }
 
 
@@ -102,29 +102,15 @@ def by_transformers() -> Reference:
 
 
 def compare(
-    layout: Layout, vpp: int | None, expected: Reference
+    layout: Layout, expected: Reference
 ) -> tuple[dict[str, float], float, dict[str, list[float]]]:
     """Relative errors of gradients, the loss, and sums and counts by name; runs on every rank."""
     from megatron.core import num_microbatches_calculator, parallel_state
-    from megatron.mimo.arguments.standalone import model_settings
     from megatron.mimo.checkpoints.weights import load_hugging_face
     from megatron.mimo.training.losses import CountedBatches
 
-    groups = model_parallel(
-        tp=layout.tp, pp=layout.pp, cp=layout.cp, ep=layout.ep, etp=layout.etp, vpp=vpp
-    )
     family, config = text_family(), expected.config
-    changes = {
-        "context_parallel_size": layout.cp,
-        "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": layout.etp,
-        "virtual_pipeline_model_parallel_size": vpp,
-        "overlap_p2p_comm": vpp is not None,  # as a run has both
-        "batch_p2p_comm": vpp is None,
-        **layout.changes,
-    }
-    settings = model_settings(family, config, tp_size=layout.tp, pp_size=layout.pp, changes=changes)
-    chunks = [_chunk(family, config, settings, groups, one) for one in range(vpp or 1)]
+    chunks = build_chunks(family, config, layout)
     for chunk in chunks:
         load_hugging_face(chunk, expected.weights, family.keys(config))
     wrapped = [wrap_plainly(chunk) for chunk in chunks]
@@ -145,29 +131,6 @@ def compare(
     for chunk in chunks:
         errors |= gradient_errors(chunk, table, expected.gradients)
     return errors, loss, sums
-
-
-def _chunk(family: Any, config: Any, settings: Any, groups: Any, number: int) -> Any:
-    from megatron.core import parallel_state
-    from megatron.core.models.mimo import MimoModel
-    from megatron.mimo.models.common.place import Place, Places
-
-    vpp = settings.transformer.virtual_pipeline_model_parallel_size
-    first = parallel_state.is_pipeline_first_stage(ignore_virtual=True) and number == 0
-    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True) and number == (vpp or 1) - 1
-    place = Place(
-        groups=groups,
-        is_first_stage=first,
-        is_last_stage=last,
-        chunk=None if vpp is None else number,
-    )
-    model = MimoModel(
-        family.build(config, settings, Places(language=place)),
-        cp_group=groups.cp,
-        tp_group=groups.tp,
-    )
-    model.pg_collection, model.vp_stage = groups, place.chunk  # as pretrain does
-    return model
 
 
 def _batch(ids_BS: Tensor, padding_BS: Tensor) -> dict[str, Any]:
@@ -213,9 +176,9 @@ def expected(ranks: RankPool) -> Reference:
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_transformers(ranks: RankPool, expected: Reference, name: str) -> None:
-    layout, vpp = CASES[name]
+    layout = CASES[name]
     balance = torch.zeros(2)
-    for errors, loss, sums in ranks(layout.world_size)(compare, layout, vpp, expected):
+    for errors, loss, sums in ranks(layout.world_size)(compare, layout, expected):
         assert errors
         assert not {key: error for key, error in errors.items() if not error < 1e-5}
         assert loss == pytest.approx(expected.loss, rel=1e-6)
