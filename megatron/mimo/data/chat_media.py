@@ -22,9 +22,10 @@ from megatron.mimo.data.media_files import (
     load_image,
     load_video,
     require_finite,
+    video_shape,
 )
 
-__all__ = ["read_medium"]
+__all__ = ["read_medium", "shape_of_video"]
 
 
 def read_medium(part: ContentPart, processor: Any, *, video_fps: float, limits: MediaLimits) -> Any:
@@ -82,12 +83,8 @@ def _recording(value: Any, extractor: Any, limits: MediaLimits) -> np.ndarray:
 def _video(part: ContentPart, video_fps: float, limits: MediaLimits) -> Video:
     value, settings = part.value, dict[str, Any](part.settings)
     is_list = isinstance(value, list | tuple) and bool(value)
-    if isinstance(value, Path | EncodedMedium) or (
-        is_list and all(isinstance(one, Path | EncodedMedium) for one in value)
-    ):
-        if "nframes" not in settings:
-            settings.setdefault("fps", video_fps)
-        return load_video(value, folder_fps=video_fps, limits=limits, **settings)
+    if _is_undecoded(value):
+        return load_video(value, **_reading(part, video_fps, limits))
     if settings:
         raise InputError(
             f"a video that is decoded has {sorted(settings)}, which choose frames of a file; give "
@@ -106,6 +103,33 @@ def _video(part: ContentPart, video_fps: float, limits: MediaLimits) -> Video:
     if value.ndim != 4 or value.shape[3] != 3 or not len(value):
         raise InputError(f"a video has shape {list(value.shape)}; expected {expected}")
     return Video(frames_THWC=value, fps=video_fps)
+
+
+def shape_of_video(
+    part: ContentPart, *, video_fps: float, limits: MediaLimits
+) -> tuple[int, int, int, float] | None:
+    """T, H, W and frames per second of a video, without decoding it; None where it is decoded.
+
+    Raises:
+        InputError: as ``read_medium``, as far as that is seen.
+    """
+    if not _is_undecoded(part.value):
+        return None
+    return video_shape(part.value, **_reading(part, video_fps, limits))
+
+
+def _is_undecoded(value: Any) -> bool:
+    """A video file, a folder of frames, or files of frames."""
+    several = value if isinstance(value, list | tuple) else [value]
+    return bool(several) and all(isinstance(one, Path | EncodedMedium) for one in several)
+
+
+def _reading(part: ContentPart, video_fps: float, limits: MediaLimits) -> dict[str, Any]:
+    """How ``load_video`` reads a part."""
+    settings = dict[str, Any](part.settings)
+    if "nframes" not in settings:
+        settings.setdefault("fps", video_fps)
+    return {**settings, "folder_fps": video_fps, "limits": limits}
 
 
 def _is_picture(value: Any) -> bool:

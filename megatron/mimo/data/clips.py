@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from megatron.mimo.data.media_source import (
     undecodable,
 )
 
-__all__ = ["FOLDER_FPS", "Video", "choose", "load_video"]
+__all__ = ["FOLDER_FPS", "Video", "choose", "load_video", "video_shape"]
 
 FOLDER_FPS = 24.0
 _BLUR = 1e-6  # of times, which are sums of fractions
@@ -72,28 +73,10 @@ def load_video(
         InputError: there is nothing at ``path``, it does not decode, has too many pixels, or no
             such frames.
     """
-    limits = limits or MediaLimits()
-    rate = folder_fps or fps or FOLDER_FPS
-    named = path if isinstance(path, MediaSource) else _of_frames(path[0])
-    try:
-        frames = _open(path, rate, limits)
-        picked, kept_fps = choose(
-            frames.times,
-            frames.end,
-            fps=fps,
-            nframes=nframes,
-            start=video_start,
-            stop=video_end,
+    with _named(path) as name:
+        frames, picked, kept_fps = _kept(
+            path, name, fps, nframes, (video_start, video_end), folder_fps, limits or MediaLimits()
         )
-        require_seconds(named, "video", frames.end, limits)
-        if len(picked) > limits.video_frames:
-            raise InputError(
-                f"{len(picked)} frames would be kept, more than --max-video-frames "
-                f"{limits.video_frames}; keep fewer with --video-fps, or raise the limit"
-            )
-        width, height = frames.size
-        require_pixels(named, width, height, limits.image_pixels)
-        require_pixels(named, width, height, limits.video_pixels, frames=len(picked))
         frames_THWC = np.empty((0, 0, 0, 3), dtype=np.uint8)
         for number, frame_HWC in enumerate(frames.read(picked)):
             if not number:
@@ -105,6 +88,64 @@ def load_video(
                     "size"
                 )
             frames_THWC[number] = frame_HWC
+    return Video(frames_THWC=frames_THWC, fps=kept_fps)
+
+
+def video_shape(
+    path: MediaSource | Sequence[MediaSource],
+    *,
+    fps: float | None = None,
+    nframes: int | None = None,
+    video_start: float = 0.0,
+    video_end: float = math.inf,
+    folder_fps: float | None = None,
+    limits: MediaLimits | None = None,
+) -> tuple[int, int, int, float]:
+    """T, H, W and frames per second of what ``load_video`` reads; one frame is decoded.
+
+    Raises:
+        InputError: as ``load_video``, as far as that is seen.
+    """
+    with _named(path) as name:
+        frames, picked, kept_fps = _kept(
+            path, name, fps, nframes, (video_start, video_end), folder_fps, limits or MediaLimits()
+        )
+        first_HWC = next(iter(frames.read(picked[:1])))
+        return len(picked), first_HWC.shape[0], first_HWC.shape[1], kept_fps
+
+
+def _kept(
+    path: MediaSource | Sequence[MediaSource],
+    name: MediaSource,
+    fps: float | None,
+    nframes: int | None,
+    span: tuple[float, float],
+    folder_fps: float | None,
+    limits: MediaLimits,
+) -> tuple[Frames, list[int], float]:
+    """A video's frames, the numbers of those that are kept, and these per second."""
+    frames = _open(path, folder_fps or fps or FOLDER_FPS, limits)
+    picked, kept_fps = choose(
+        frames.times, frames.end, fps=fps, nframes=nframes, start=span[0], stop=span[1]
+    )
+    require_seconds(name, "video", frames.end, limits)
+    if len(picked) > limits.video_frames:
+        raise InputError(
+            f"{len(picked)} frames would be kept, more than --max-video-frames "
+            f"{limits.video_frames}; keep fewer with --video-fps, or raise the limit"
+        )
+    width, height = frames.size
+    require_pixels(name, width, height, limits.image_pixels)
+    require_pixels(name, width, height, limits.video_pixels, frames=len(picked))
+    return frames, picked, kept_fps
+
+
+@contextmanager
+def _named(path: MediaSource | Sequence[MediaSource]) -> Iterator[MediaSource]:
+    """What errors call a video; whatever is raised in the block names it."""
+    named = path if isinstance(path, MediaSource) else _of_frames(path[0])
+    try:
+        yield named
     except InputError as error:
         raise InputError(
             str(error) if shown(named) in str(error) else f"video {shown(named)}: {error}"
@@ -116,7 +157,6 @@ def load_video(
         ) from error
     except Exception as error:  # codecs raise nearly every kind
         raise undecodable(named, "a video", error) from error
-    return Video(frames_THWC=frames_THWC, fps=kept_fps)
 
 
 def choose(

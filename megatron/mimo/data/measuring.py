@@ -1,33 +1,43 @@
 """How long a record's sample will be, found out without decoding its media.
 
 An image's header says its size, and its size says what the processor puts in its place: a blank
-image of that size shows it, once for each size. The text that results is tokenized, as the
-processor does. What this cannot tell (videos, recordings, records that are bad or too long) is
-read as training reads it.
+image of that size shows it, once for each size. A video's container says which frames are kept, and
+a blank video of as many frames shows the rest. The text that results is tokenized, as the processor
+does. What this cannot tell (recordings, records that are bad or too long) is read as training
+reads it.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.bad_samples import BadSample
 from megatron.mimo.data.balance import Measure
+from megatron.mimo.data.chat_media import shape_of_video
 from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
 from megatron.mimo.data.formats import RawRecord, read_record
-from megatron.mimo.data.image_sizes import Size, image_size
+from megatron.mimo.data.image_sizes import image_size
+from megatron.mimo.data.media_files import Video
 from megatron.mimo.data.sample import Sample
 from megatron.mimo.data.sample_reader import SampleReader
+from megatron.mimo.data.timed import Timed
 
 __all__ = ["SampleMeasurer", "check_measure", "measure_of"]
 
-_SIZES = 4096  # whose replacements are remembered
+_SHAPES = 4096  # whose replacements are remembered
+
+_Shape = tuple[Any, ...]  # kind of medium, and numbers
 
 
 @dataclass(frozen=True)
 class _Replacement:
-    """What an image of one size becomes: a text, of whose runs of one placeholder one is left.
+    """What a medium of one shape becomes: a text, of whose runs of one placeholder one is left.
 
     Placeholders are tokens of their own: that there is one is all that the text around it knows.
     """
@@ -50,7 +60,8 @@ class SampleMeasurer:
 
     reader: SampleReader
     by_reading: bool = False
-    _known: dict[Size, _Replacement] = field(default_factory=dict)
+    _known: dict[_Shape, _Replacement | None] = field(default_factory=dict)
+    _timed: list[Timed] = field(default_factory=list, init=False, repr=False)
 
     def __call__(self, record: RawRecord) -> Measure | BadSample:
         """The measure of a record's sample; a ``BadSample`` where there is none.
@@ -68,37 +79,52 @@ class SampleMeasurer:
         """None where they do not tell; why is for the reader to say."""
         try:
             item, chat = read_record(record, self.reader.options), self.reader.chat
-            if any(part.kind != "image" for part in item.media):
+            shapes = [self._shape(part, item.name) for part in item.media]
+            media = [self._replacement(shape) for shape in shapes if shape is not None]
+            known = [one for one in media if one is not None]
+            if len(known) < len(item.media):
                 return None
-            sizes = [image_size(part.value, chat.limits) for part in item.media]
-            images = [self._replacement(size) for size in sizes if size is not None]
-            if len(images) < len(item.media):
-                return None
-            length = chat.text_length(item, lambda text: _with_images(text, images))
-            length += sum(one.left_out for one in images)
+            length = chat.text_length(item, lambda text: _with_media(text, known))
+            length += sum(one.left_out for one in known)
         except Exception:  # noqa: BLE001 - whatever it is, reading meets it and reports it
             return None
-        return Measure(length, tuple((one.modality, one.rows) for one in images))
+        return Measure(length, tuple((one.modality, one.rows) for one in known))
 
-    def _replacement(self, size: Size) -> _Replacement:
-        if size not in self._known:
-            if len(self._known) >= _SIZES:
+    def _shape(self, part: ContentPart, name: str) -> _Shape | None:
+        """What decides how long a medium's text is; None where only reading tells."""
+        chat, seconds = self.reader.chat, self.reader.policy.sample_timeout
+        if part.kind == "image":
+            size = image_size(part.value, chat.limits)
+            return None if size is None else ("image", *size)
+        if part.kind != "video":
+            return None
+        read = partial(shape_of_video, video_fps=chat.video_fps, limits=chat.limits)
+        if seconds is None:
+            shape = read(part)
+        else:  # the first frame is decoded
+            if not self._timed:
+                self._timed.append(Timed(read, seconds))
+            shape = self._timed[0](part, name)
+        return None if shape is None else ("video", *shape)
+
+    def _replacement(self, shape: _Shape) -> _Replacement | None:
+        """None where a medium of this shape is not replaced as one."""
+        if shape not in self._known:
+            if len(self._known) >= _SHAPES:
                 self._known.pop(next(iter(self._known)))
-            self._known[size] = self._probe(size)
-        return self._known[size]
+            self._known[shape] = self._probe(shape)
+        return self._known[shape]
 
-    def _probe(self, size: Size) -> _Replacement:
-        from PIL import Image
-
-        image = ContentPart(kind="image", value=Image.new("RGB", size))
-        question = (image, ContentPart(kind="text", value="What is this?"))
-        answer = (ContentPart(kind="text", value="An image."),)
+    def _probe(self, shape: _Shape) -> _Replacement | None:
+        medium = ContentPart(kind=shape[0], value=_blank(shape))
+        question = (medium, ContentPart(kind="text", value="What is this?"))
+        answer = (ContentPart(kind="text", value="An answer."),)
         turns = (Turn(role="user", content=question), Turn(role="assistant", content=answer))
-        probe = Conversation(name=f"an image of {size}", turns=turns)
+        probe = Conversation(name=f"a blank {shape}", turns=turns)
         replaced = self.reader.chat.replacements(probe)
         sample = self.reader.chat.sample(probe)
         if len(replaced) != 1:
-            raise InputError(f"an image of {size} is replaced {len(replaced)} times; expected once")
+            return None
         by, left_out = replaced[0].by, 0
         for placeholder in self._placeholders():
             run = re.compile(f"(?:{re.escape(placeholder)}){{2,}}")
@@ -125,20 +151,32 @@ class SampleMeasurer:
         return [str(text) for text in tokenizer.convert_ids_to_tokens(plain)]
 
 
-def _with_images(text: str, images: list[_Replacement]) -> str:
-    """The text in which each mark of an image is replaced.
+def _blank(shape: _Shape) -> Any:
+    """A medium of this shape."""
+    from PIL import Image
+
+    if shape[0] == "image":
+        _, width, height = shape
+        return Image.new("RGB", (int(width), int(height)))
+    _, frames, height, width, fps = shape
+    frames_THWC = np.zeros((int(frames), int(height), int(width), 3), dtype=np.uint8)
+    return Video(frames_THWC=frames_THWC, fps=fps)
+
+
+def _with_media(text: str, media: list[_Replacement]) -> str:
+    """The text in which each mark of a medium is replaced.
 
     Raises:
         InputError: it has more or fewer marks.
     """
     whole = ""
-    for one in images:
+    for one in media:
         before, mark, text = text.partition(one.mark)
         if not mark:
-            raise InputError(f"the text has fewer than {len(images)} marks of images")
+            raise InputError(f"the text has fewer than {len(media)} marks of media")
         whole += before + one.by
-    if images and images[0].mark in text:
-        raise InputError(f"the text has more than {len(images)} marks of images")
+    if any(one.mark in text for one in media):
+        raise InputError(f"the text has more than {len(media)} marks of media")
     return whole + text
 
 

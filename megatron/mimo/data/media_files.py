@@ -1,6 +1,6 @@
 """Image, audio and video files, as the processors of Hugging Face models take them."""
 
-from megatron.mimo.data.clips import Video, load_video
+from megatron.mimo.data.clips import Video, load_video, video_shape
 from megatron.mimo.data.media_source import EncodedMedium, MediaLimits
 from megatron.mimo.data.pictures import as_rgb, load_image
 from megatron.mimo.data.recordings import load_audio, require_finite
@@ -14,4 +14,5 @@ __all__ = [
     "load_image",
     "load_video",
     "require_finite",
+    "video_shape",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import wavfile
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.bad_samples import BadSample, BadSamplePolicy
@@ -65,6 +66,34 @@ def test_headers_tell_what_reading_would(family: str, folder: Path) -> None:
         assert {name for name, _ in found.media} == {name for name, _ in expected.media}
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize("limit", [None, 60.0])
+def test_videos_are_measured_by_their_first_frame(
+    family: str, limit: float | None, folder: Path
+) -> None:
+    policy = BadSamplePolicy(sample_timeout=limit)
+    by_headers = SampleMeasurer(reader=Unread(chat=chat_of(family), seq_length=4096, policy=policy))
+    read = SampleReader(chat=chat_of(family), seq_length=4096)
+    for name, size, count in (("a", (40, 24), 5), ("b", (24, 24), 2)):
+        frames = [Image.fromarray(np.full((*size, 3), n, np.uint8)) for n in range(count)]
+        target = folder / f"{name}.gif"
+        frames[0].save(target, save_all=True, append_images=frames[1:], duration=500)
+    several = ("1.png", "a.gif", "a.gif" if family == "internvl" else "b.gif")
+    for names in (("a.gif",), ("b.gif", "0.png"), several):
+        record = conversation(folder, *names)
+        for part in record.value["messages"][0]["content"]:
+            if part.get("path", "").endswith(".gif"):
+                part["type"] = "video"
+        sample = read(record)
+        assert isinstance(sample, Sample)
+        found = by_headers(record)
+        assert isinstance(found, Measure)
+        assert found.length == measure_of(sample).length
+        assert sum(rows for _, rows in found.media) == sum(
+            rows for _, rows in measure_of(sample).media
+        )
+
+
 def test_images_in_memory_are_measured_alike(folder: Path) -> None:
     data = (folder / "1.png").read_bytes()
     record = conversation(folder, "1.png")
@@ -76,11 +105,11 @@ def test_images_in_memory_are_measured_alike(folder: Path) -> None:
 
 
 def test_what_headers_cannot_tell_is_read(folder: Path) -> None:
-    frames = [Image.fromarray(np.full((24, 24, 3), n, np.uint8)) for n in range(4)]
-    frames[0].save(folder / "clip.gif", save_all=True, append_images=frames[1:])
+    samples = np.zeros(4000, dtype=np.int16)
+    wavfile.write(folder / "tone.wav", 16000, samples)
     record = conversation(folder)
-    record.value["messages"][0]["content"].insert(0, {"type": "video", "path": "clip.gif"})
-    measure = measurer("qwen2_5_vl")
+    record.value["messages"][0]["content"].insert(0, {"type": "audio", "path": "tone.wav"})
+    measure = measurer("qwen2_audio")
     sample = measure.reader(record)
     assert isinstance(sample, Sample)
     assert measure(record) == measure_of(sample)
