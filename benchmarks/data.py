@@ -256,10 +256,17 @@ def measure_packing(distribution: Distribution, args: Namespace) -> dict[str, An
     return {
         "longest": distribution.longest,
         "efficiency": round(packing_efficiency(lengths, capacity), 4),
+        "efficiency_at_most": at_most(lengths, capacity),
         "busiest_over_mean": busiest(items, capacity, args, packed=True),
         "busiest_over_mean_unpacked": busiest(single, distribution.longest, args, packed=False),
         "in_order": busiest(single, distribution.longest, args, packed=False, balanced=False),
     }
+
+
+def at_most(sequences: list[list[int]], capacity: int) -> float:
+    """What no packing of such samples exceeds: as many of the mean length as fit of the shortest."""
+    lengths = [*chain(*sequences)]
+    return round(min(1.0, capacity // min(lengths) * statistics.mean(lengths) / capacity), 4)
 
 
 def busiest(

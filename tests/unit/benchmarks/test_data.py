@@ -16,8 +16,9 @@ SIZES = {"look_ahead": 256, "global_batch": 128, "batches": 2, "ranks": 8}
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_sequences_are_full_and_ranks_are_equal(name: str) -> None:
     report = data.measure_packing(DISTRIBUTIONS[name], Namespace(**SIZES))
-    # of captions every sample is about a fifth of a sequence and a bit: no packing fills it further
-    assert report["efficiency"] > (0.93 if name == "captions" else 0.95)
+    # of captions five fit, whatever packs them, and five of the mean length leave 6 %
+    assert report["efficiency"] > min(0.95, 0.99 * report["efficiency_at_most"])
+    assert (report["efficiency_at_most"] < 0.95) == (name == "captions")
     assert report["busiest_over_mean"] < 1.05
     assert report["busiest_over_mean_unpacked"] < 1.05
 
