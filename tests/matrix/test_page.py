@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.matrix.cells import AXES, FULL_SIZE, all_cells
-from tests.matrix.page import FEATURES, MEANING
+from tests.matrix.cells import AXES, FULL_SIZE, all_cells, deepstack_cells, name_of
+from tests.matrix.page import DEEPSTACK, FEATURES, MEANING
 from tests.matrix.refusals import messages_of_flags, messages_of_library
 from tests.rank_pool import RankPool
 
@@ -27,6 +27,17 @@ def test_page_is_of_the_full_set() -> None:
         name: sum(values[axis] in kinds for values in cells)
         for name, (axis, kinds) in FEATURES.items()
     }
+
+
+def test_every_level_is_told() -> None:
+    _, _, section = PAGE.partition(f"{DEEPSTACK}\n")
+    section, _, _ = section.partition("\n## ")
+    cells = deepstack_cells()
+    assert f"**{len(cells)} cells passed, 0 failed**" in section
+    told = re.findall(r"^\| ([\w:-]+(?: rank)?) \| \d+ \|", section, re.MULTILINE)
+    names = {f"{one}-layers:deepstack".removeprefix("one rank-") for one in told}
+    assert len(told) == len(cells)
+    assert names == {name_of(values) for values in cells}
 
 
 def test_every_value_is_told() -> None:
