@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,8 @@ class ExpandedText:
         """
         whole = self._whole(text)
         moved = [(self._moved(first), self._moved(end)) for first, end in spans]
-        starts_L, stops_L = np.array(self.offsets, dtype=np.int64).reshape(-1, 2).T
+        flat = np.fromiter(chain.from_iterable(self.offsets), np.int64, 2 * len(self.offsets))
+        starts_L, stops_L = flat.reshape(-1, 2).T
         said_L = np.zeros(len(starts_L), dtype=bool)
         for first, end in moved:
             within_L = (first < stops_L) & (stops_L <= end)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from megatron.mimo.data.spans import Span, without_thinking
 __all__ = ["PROBE", "ChatText", "refuse_marks"]
 
 PROBE = "Probe7Answer"  # an answer that templates leave as it is
+_TAILS = 1024  # that are remembered, by the roles of the turns
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +33,7 @@ class ChatText:
     processor: Any
     end_tokens: Sequence[int]
     marks: Iterable[str]
+    _tails: dict[tuple[Any, ...], str] = field(default_factory=dict, init=False, repr=False)
 
     def asked(self, conversation: Conversation) -> str:
         """A conversation up to where the assistant begins to speak.
@@ -77,7 +79,7 @@ class ChatText:
             text += following
             start = len(text)
             body = answered[len(asked) :]
-            tail = self._tail(conversation, messages[:number])
+            tail = self._tail_of(conversation, messages[: number + 1], body)
             length = self._end_in(tail)
             if length is None:
                 added, text = self.own_end, (text + body).rstrip()
@@ -114,6 +116,31 @@ class ChatText:
         ends = [end for end in self._ends if tail[:length].endswith(end)]
         token: int = self.processor.tokenizer.convert_tokens_to_ids(max(ends, key=len))
         return token
+
+    def _tail_of(
+        self, conversation: Conversation, messages: Sequence[Mapping[str, Any]], body: str
+    ) -> str:
+        """What the template writes behind the last of these messages, an answer.
+
+        What it has written behind an answer to the same roles counts where the answer's own text
+        stands just before it, which needs no probe.
+
+        Args:
+            conversation: that they are of.
+            messages: up to the answer.
+            body: the answer as the template writes it.
+        """
+        key = (bool(conversation.tools), *(message["role"] for message in messages))
+        known, parts = self._tails.get(key), messages[-1]["content"]
+        said = parts[-1].get("text", "").rstrip() if parts else ""
+        if known is not None and said and body.endswith(known):
+            before = body.removesuffix(known).rstrip()
+            if before.endswith(said):
+                return known
+        tail = self._tail(conversation, messages[:-1])
+        if len(self._tails) < _TAILS:
+            self._tails[key] = tail
+        return tail
 
     def _tail(self, conversation: Conversation, before: Sequence[Mapping[str, Any]]) -> str:
         """What the template writes behind an answer to these messages."""

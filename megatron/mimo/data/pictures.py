@@ -82,6 +82,8 @@ def as_rgb(image: Image) -> Image:
         image = _eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         return _seen(image)
+    if image.mode == "RGB" and not getattr(image, "is_animated", False):
+        return image  # its pixels are there, whatever becomes of the file
     return image.convert("RGB")
 
 
