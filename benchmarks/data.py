@@ -264,7 +264,7 @@ def measure_packing(distribution: Distribution, args: Namespace) -> dict[str, An
 
 
 def at_most(sequences: list[list[int]], capacity: int) -> float:
-    """What no packing of such samples exceeds: as many of the mean length as fit of the shortest."""
+    """What no packing exceeds: as many samples of the mean length as fit of the shortest."""
     lengths = [*chain(*sequences)]
     return round(min(1.0, capacity // min(lengths) * statistics.mean(lengths) / capacity), 4)
 

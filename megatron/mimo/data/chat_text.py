@@ -156,7 +156,7 @@ class ChatText:
 
     def _end_in(self, tail: str) -> int | None:
         """Characters of ``tail`` up to and with the token that ends the answer; None without."""
-        model_ends = self._texts(self._model_end_ids)
+        model_ends = _texts(self.processor.tokenizer, self._model_end_ids)
         for ends in (model_ends, self._ends):  # the model's own count first
             found = [(tail.find(end), -len(end)) for end in ends if end in tail]
             if found:
@@ -174,13 +174,9 @@ class ChatText:
     def _ends(self) -> tuple[str, ...]:
         """Texts of all tokens that may end an answer: added ones that stand for no medium."""
         added = [str(token) for token in self.processor.tokenizer.added_tokens_decoder.values()]
-        known = dict.fromkeys([*self._texts(self._model_end_ids), *added])
+        known = dict.fromkeys([*_texts(self.processor.tokenizer, self._model_end_ids), *added])
         marks = set(self.marks)
         return tuple(text for text in known if text and text.strip() and text not in marks)
-
-    def _texts(self, tokens: Sequence[int]) -> list[str]:
-        texts = self.processor.tokenizer.convert_ids_to_tokens([*tokens])
-        return [str(text) for text in texts if text]
 
     @cached_property
     def own_end(self) -> str:
@@ -191,7 +187,7 @@ class ChatText:
         """
         own = self.processor.tokenizer.eos_token_id
         ends = self.end_tokens or ([] if own is None else [own])
-        texts = self._texts([own] if own in ends else ends)
+        texts = _texts(self.processor.tokenizer, [own] if own in ends else ends)
         if not texts:
             raise ConfigError(
                 "neither the chat template nor the tokenizer nor generation_config.json has a "
@@ -273,6 +269,10 @@ class ChatText:
                 f"{type(error).__name__}: {error}"
             ) from error
         return text
+
+
+def _texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    return [str(text) for text in tokenizer.convert_ids_to_tokens([*tokens]) if text]
 
 
 def _described(part: ContentPart) -> dict[str, str]:
