@@ -36,7 +36,7 @@ class BoxWriter:
     family: str
     limits: MediaLimits = field(default_factory=MediaLimits)
 
-    def __call__(self, numbers: Sequence[float], kind: str, image: Any, name: str) -> list[int]:
+    def __call__(self, numbers: Sequence[float], kind: str, image: Any, name: str) -> list[float]:
         """A box, or a point, in the model's units.
 
         Args:

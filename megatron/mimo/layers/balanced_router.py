@@ -55,13 +55,18 @@ def balanced_layers(block: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
             f"--moe-router-score-function {config.moe_router_score_function} with transformers' "
             "loss that balances experts, which is one of softmax; give --router-aux-loss-coef 0"
         )
+    if "quantile_balancing" in config.moe_router_load_balancing_type:
+        raise ConfigError(
+            "--moe-router-load-balancing-type quantile_balancing beside transformers' loss that "
+            "balances experts; give --router-aux-loss-coef 0 for it alone"
+        )
     if config.cuda_graph_impl != "none":
         raise ConfigError(
             f"--cuda-graph-impl {config.cuda_graph_impl} with transformers' loss that balances "
             "experts: a captured layer does not know its micro-batch; give --cuda-graph-impl none"
         )
     for layer in block.submodules.layer_specs:
-        experts = getattr(layer.submodules.mlp, "keywords", {}).get("submodules")
+        experts: Any = getattr(layer.submodules.mlp, "keywords", {}).get("submodules")
         if hasattr(experts, "router"):
             experts.router = BalancedRouter
     return block

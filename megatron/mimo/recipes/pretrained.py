@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,7 +223,12 @@ class _Run:
         """Pads to ``--seq-length``."""
         config, family = self._config(args), load_family(self.family)
         vocab_size = int(str(family.arguments(config)["vocab_size"]))
-        return sample_collator(family, config, seq_length=args.seq_length, vocab_size=vocab_size)
+        collator = sample_collator(
+            family, config, seq_length=args.seq_length, vocab_size=vocab_size
+        )
+        if "quantile_balancing" in args.moe_router_load_balancing_type:
+            return replace(collator, marks_padding=False)  # Megatron's takes no padding
+        return collator
 
     def finish(self, run: FinishedRun) -> dict[str, Any]:
         """Answer the task's held-out questions by generation."""

@@ -106,7 +106,7 @@ class Tally:
                 f"hidden states with sums of experts have arrived as {list(message_M1H.shape)}; "
                 f"expected at least {places + rows} rows: give every stage the same micro-batch"
             )
-        rest_M1H, sums_K1H = message_M1H.split([message_M1H.size(0) - rows, rows])
+        rest_M1H, sums_K1H = torch.split(message_M1H, [message_M1H.size(0) - rows, rows])
         self.arrived_2E = _FromRows.apply(sums_K1H, experts)
         return rest_M1H
 
