@@ -25,7 +25,6 @@ __all__ = [
     "SquareGeometry",
     "TurnedSequence",
     "borders",
-    "borders_on_host",
     "check_items",
     "moved",
 ]
@@ -119,15 +118,6 @@ def borders(lengths: Sequence[int], device: torch.device | None) -> dict[str, An
         "bounds_kv": sums,
         "pad_between_seqs": False,
     }
-
-
-def borders_on_host(like: Tensor) -> bool:
-    """Whether attention plans its tiles on the host; a fused kernel reads borders on the device.
-
-    Args:
-        like: of the device and dtype of activations.
-    """
-    return not (like.is_cuda and like.dtype in (torch.float16, torch.bfloat16))
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -24,7 +24,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.encoders.patch_encoder import PatchEncoder
-from megatron.mimo.encoders.patch_grids import Grid, borders_on_host, check_items
+from megatron.mimo.encoders.patch_grids import Grid, check_items
 from megatron.mimo.encoders.plain import pretrained_encoder_config
 from megatron.mimo.encoders.projectors import Projector
 from megatron.mimo.encoders.qwen2_5_vl_geometry import (
@@ -34,6 +34,7 @@ from megatron.mimo.encoders.qwen2_5_vl_geometry import (
 )
 from megatron.mimo.encoders.vit import check_runs_whole
 from megatron.mimo.encoders.work import EncoderWork
+from megatron.mimo.layers import borders_on_host
 from megatron.mimo.layers.norm import Norm
 
 __all__ = ["PatchMerger", "WindowTransformer", "window_encoder_config"]
@@ -170,7 +171,7 @@ class WindowTransformer(PatchEncoder):
 
     def _sequence(self, grid: Sequence[Grid], like: Tensor) -> PatchSequence:
         grids = tuple((frames, lines, columns) for frames, lines, columns in grid)
-        on_host = borders_on_host(like)
+        on_host = borders_on_host(self.config, like)
         return patch_sequence(grids, self.geometry, like.device, borders_on_host=on_host)
 
 

@@ -27,11 +27,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.encoders.patch_encoder import PatchEncoder
-from megatron.mimo.encoders.patch_grids import Grid, borders_on_host, check_items
+from megatron.mimo.encoders.patch_grids import Grid, check_items
 from megatron.mimo.encoders.plain import plain_encoder_config
 from megatron.mimo.encoders.qwen3_vl_geometry import FrameGeometry, frame_sequence
 from megatron.mimo.encoders.vit import check_runs_whole
 from megatron.mimo.encoders.work import EncoderWork
+from megatron.mimo.layers import borders_on_host
 
 __all__ = ["FrameTransformer", "frame_encoder_config"]
 
@@ -162,7 +163,7 @@ class FrameTransformer(PatchEncoder):
             tuple((frames, lines, columns) for frames, lines, columns in grid),
             self.geometry,
             weight.device,
-            borders_on_host=borders_on_host(weight),
+            borders_on_host=borders_on_host(self.config, weight),
         )
         pixels_TE = torch.cat([one_TE.to(weight.dtype) for one_TE in pixel_values])
         hidden_TH = self.patch_embedding(pixels_TE)

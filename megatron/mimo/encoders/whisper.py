@@ -26,10 +26,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.mimo.encoders.patch_grids import borders_on_host
 from megatron.mimo.encoders.vit import check_runs_whole
 from megatron.mimo.encoders.work import EncoderWork
-from megatron.mimo.layers import Norm
+from megatron.mimo.layers import Norm, borders_on_host
 
 __all__ = ["WhisperEncoder", "frames_needed", "sinusoids", "stem_length"]
 
@@ -228,7 +227,7 @@ class WhisperEncoder(MegatronModule):
         hidden_T1H = torch.cat(clips)[:, None]
         packed = packed_params(
             {"cu_seqlens_q": [0, *accumulate(lengths)]},
-            device=None if borders_on_host(hidden_T1H) else hidden_T1H.device,
+            device=None if borders_on_host(self.config, hidden_T1H) else hidden_T1H.device,
         )
         hidden_T1H = self.transformer(hidden_T1H, attention_mask=None, packed_seq_params=packed)
         return hidden_T1H[:, 0].split(lengths)

@@ -11,6 +11,9 @@ import dataclasses
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.mimo.errors import ConfigError
@@ -28,7 +31,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.mimo.backend import capabilities
-from megatron.mimo.layers.attention.core_attention import CoreAttention
+from megatron.mimo.layers.attention.core_attention import CoreAttention, serves
 from megatron.mimo.layers.attention.self_attention import CachingSelfAttention
 from megatron.mimo.layers.lean import LeanLayer
 from megatron.mimo.layers.linear_layers import first_layer, with_linear_layers
@@ -36,7 +39,12 @@ from megatron.mimo.layers.norm import Norm
 from megatron.mimo.layers.sandwich import SandwichLayer
 from megatron.mimo.layers.traits import LayerTraits
 
-__all__ = ["encoder_layer_spec", "language_layer_spec", "uses_transformer_engine"]
+__all__ = [
+    "borders_on_host",
+    "encoder_layer_spec",
+    "language_layer_spec",
+    "uses_transformer_engine",
+]
 
 
 def uses_transformer_engine(config: TransformerConfig) -> bool:
@@ -131,7 +139,8 @@ def encoder_layer_spec(config: TransformerConfig) -> ModuleSpec:
         layer, final_norm = get_vit_layer_with_transformer_engine_spec(), TENorm
         # Dense and ragged attention without a mask takes PyTorch's fused kernels: Transformer
         # Engine's asks some 0.8 ms of Python for what a layer of an encoder computes in 0.1.
-        layer.submodules.self_attention.submodules.core_attention = CoreAttention
+        if serves(config):
+            layer.submodules.self_attention.submodules.core_attention = CoreAttention
     else:
         layer, final_norm = get_vit_layer_with_local_spec(), WrappedTorchNorm
         _name_norms_as_fused(layer)
@@ -160,6 +169,20 @@ def _name_norms_as_fused(layer: ModuleSpec) -> None:
 def _made(part: Any) -> Any:
     """The class of what a spec builds; megatron-core has two ways of saying it."""
     return part.func if isinstance(part, partial) else getattr(part, "module", part)
+
+
+def borders_on_host(config: TransformerConfig, like: Tensor) -> bool:
+    """Whether an encoder's attention plans its tiles on the host, from borders that lie there.
+
+    A fused kernel, and Transformer Engine's attention, read borders on the device.
+
+    Args:
+        config: of the encoder.
+        like: of the device and dtype of its activations.
+    """
+    if uses_transformer_engine(config) and not serves(config):
+        return False
+    return not (like.is_cuda and like.dtype in (torch.float16, torch.bfloat16))
 
 
 def _block_spec(

@@ -29,7 +29,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from megatron.mimo.layers.attention.paths import Rule, dense_attention, packed_attention
 from megatron.mimo.layers.attention.visibility import Visibility
 
-__all__ = ["CoreAttention"]
+__all__ = ["CoreAttention", "serves"]
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 _SUPPORTED_MASKS = (*_CAUSAL, AttnMaskType.no_mask, AttnMaskType.padding, AttnMaskType.arbitrary)
@@ -194,6 +194,15 @@ class CoreAttention(MegatronModule):
                 )
             group = None
         return group if group is not None and group.size() > 1 else None
+
+
+def serves(config: TransformerConfig) -> bool:
+    """Whether a ``CoreAttention`` honours the settings of a layer without context parallelism."""
+    try:
+        _check_settings(config, None)
+    except ConfigError:
+        return False
+    return True
 
 
 def _check_settings(config: TransformerConfig, cp_comm_type: str | None) -> None:

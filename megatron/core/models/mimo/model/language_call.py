@@ -84,6 +84,7 @@ class LanguageCall:
             ),
             cp_size=config.context_parallel_size,
             device=None if on_host else device,
+            bounds_device=device,
         )
 
     def check_masks(self, inputs: ForwardInputs, *, context_parallel: bool) -> None:

@@ -46,6 +46,7 @@ def packed_params(
     tokens: int | None = None,
     cp_size: int = 1,
     device: torch.device | None = None,
+    bounds_device: torch.device | None = None,
 ) -> PackedRow | None:
     """THD parameters of one packed sequence; None for None.
 
@@ -59,6 +60,7 @@ def packed_params(
         tokens: T; with padded boundaries, documents' places have to fill it.
         cp_size: context-parallel size; each document's place is a multiple of 2 * cp_size.
         device: where boundaries given as integers go; None leaves them on the host.
+        bounds_device: where ``bounds_q`` and ``bounds_kv`` go, with the others by default.
 
     Raises:
         InputError: unknown arguments, or boundaries that do not fit each other, T or cp_size.
@@ -84,7 +86,7 @@ def packed_params(
     boundaries = _boundaries(packing_kwargs)
     longest = _check(boundaries, tokens, cp_size)
     arguments = {name: value for name, value in packing_kwargs.items() if value is not None}
-    arguments |= _as_tensors(boundaries, packing_kwargs, device)
+    arguments |= _as_tensors(boundaries, packing_kwargs, device, bounds_device or device)
     if arguments.get("pad_between_seqs") is None:
         arguments["pad_between_seqs"] = _has_padding(boundaries)
     for name in ("max_seqlen_q", "max_seqlen_kv"):
@@ -196,15 +198,20 @@ def _as_tensors(
     boundaries: Mapping[str, list[int] | None],
     packing_kwargs: Mapping[str, Any],
     device: torch.device | None,
+    bounds_device: torch.device | None,
 ) -> dict[str, torch.Tensor]:
     """int32 boundaries. Those with equal numbers are one tensor."""
     known = {name: values for name, values in boundaries.items() if values is not None}
+    bounds: dict[str, list[int]] = {}
     for kind in ("q", "kv"):
         sums = known.get(f"cu_seqlens_{kind}")
         places = boundaries.get(f"cu_seqlens_{kind}_padded", sums)
         if sums is not None and places is not None:
-            known[f"bounds_{kind}"] = _bounds(sums, places)
-    tensors = _placed(known, device)
+            bounds[f"bounds_{kind}"] = _bounds(sums, places)
+    if bounds_device == device:
+        tensors = _placed(known | bounds, device)
+    else:
+        tensors = _placed(known, device) | _placed(bounds, bounds_device)
     for name, values in boundaries.items():
         if values is None:
             tensors[name] = packing_kwargs[name].to(torch.int32)
