@@ -23,6 +23,7 @@ def test_sequences_are_full_and_ranks_are_equal(name: str) -> None:
     assert report["busiest_over_mean_unpacked"] < 1.05
 
 
+@pytest.mark.slow
 def test_both_loops_read_the_same_images(tmp_path: Path) -> None:
     args = Namespace(side=28, images=4, samples=8, repeats=1, lines=50)
     reading = data.measure_reading(tmp_path, args)

@@ -117,6 +117,7 @@ def compare(
     return distance, errors, len(encoder.transformer.layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize(
     ("kind", "feature_layer", "strategy", "layers"),

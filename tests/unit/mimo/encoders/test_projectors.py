@@ -163,6 +163,7 @@ def run(kind: str, settings: dict[str, Any], tp: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_plain_pytorch(ranks: RankPool, case: str, tp: int) -> None:

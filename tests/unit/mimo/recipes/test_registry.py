@@ -13,6 +13,7 @@ import pytest
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.recipes import load_recipe, locate_recipe, recipe_names, recipe_summaries
+from tests.tiers import crossed
 
 RECIPES = Path(__file__).parents[4] / "megatron/mimo/recipes"
 TINY = [name for name in recipe_names() if name.endswith("_tiny")]
@@ -191,8 +192,10 @@ def test_what_a_checkpoint_keeps_reads_back(name: str, tmp_path: Path) -> None:
     assert (other / "hf/mark").exists()
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "llava_avlm"])
-@pytest.mark.parametrize("stage", ["projector", "full", "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "stage"), crossed([*PUBLISHED, "llava_avlm"], ["projector", "full", "lora"])
+)
 def test_megatron_takes_the_settings_of_every_stage(name: str, stage: str, tmp_path: Path) -> None:
     (tmp_path / "processor_config.json").touch()
     args = parsed(

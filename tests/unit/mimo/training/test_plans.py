@@ -125,6 +125,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans.dist, "get_rank", lambda: 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [True, False], ids=["packed", "one by one"])
 def test_random_stops_and_layouts_give_the_same_batches(pack: bool, tmp_path: Path) -> None:
     whole, _ = run(tmp_path, 0, STEPS, None, pack=pack, dp=1, micro=1, workers=0)

@@ -83,6 +83,7 @@ def gather(logits_BSV: torch.Tensor, group: Any) -> torch.Tensor:
 FUSED = "--cross-entropy-loss-fusion"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "tp", "multiple", "flags"),
     [
