@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,26 +13,18 @@ from random import Random
 import pytest
 
 from megatron.core.models.mimo.errors import InputError
-from tests.chaos import fuzz
+from tests.chaos import __main__, fuzz
 from tests.chaos.__main__ import INPUTS
 from tests.chaos.fuzz import Case, run_cases
+from tests.rank_pool import RankPool
 from tests.time_limits import HANG
 
-ROOT = Path(__file__).parents[2]
 
-
-def test_malformed_inputs_are_taken_or_refused_by_name() -> None:
+def test_malformed_inputs_are_taken_or_refused_by_name(ranks: RankPool) -> None:
     """In a process of its own: cases are forked, which this one, having threads, had better not."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.chaos", "--seed", "10", "--cases", "12"]
-    done = subprocess.run(
-        [*command, "--minutes", "4", "--only", *INPUTS],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=2 * HANG + 240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [Path(__main__.__file__), "--seed", "10", "--cases", "12", "--minutes", "4"]
+    (done,) = ranks.script(1, [*command, "--only", *INPUTS], timeout=2 * HANG + 240)
+    assert done.exit_code == 0, done.stdout + done.stderr
     for kind in INPUTS:
         assert re.search(rf"^{kind}: 12 cases in .* [1-9]\d* refused by name", done.stdout, re.M)
 

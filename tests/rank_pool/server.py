@@ -42,7 +42,7 @@ PRELOAD = (
         for name in (
             *("clip", "gemma3", "internvl", "llama", "llava", "llava_next", "mistral", "qwen2"),
             *("qwen2_5_vl", "qwen2_audio", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe"),
-            *("siglip", "whisper"),
+            *("qwen3_5", "qwen3_5_moe", "siglip", "whisper"),
         )
     ),
     # Half a second in every rank. llava_avlm is left out: it makes itself known to transformers as
@@ -64,10 +64,10 @@ PRELOAD = (
                 f"models.{name}.model"
                 for name in (
                     *("gemma3", "internvl", "llava", "llava_next", "qwen2_5_vl", "qwen2_audio"),
-                    "qwen3_vl",
+                    *("qwen3_5", "qwen3_vl"),
                 )
             ),
-            "models.qwen3_vl.moe",
+            *("models.qwen3_5.moe", "models.qwen3_vl.moe"),
         )
     ),
 )
