@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.mimo.backend import Capabilities
 from megatron.mimo.data import Sample, decode_image
 
 
@@ -190,3 +191,13 @@ def test_a_micro_batch_on_a_gpu_is_what_a_rank_has(
 
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     assert micro_batch_size(Namespace(**given), device) == expected
+
+
+@pytest.mark.parametrize(("device", "workers"), [("cpu", 0), ("cuda", 4)])
+def test_a_gpu_does_not_wait_for_digits(
+    monkeypatch: pytest.MonkeyPatch, device: str, workers: int
+) -> None:
+    from megatron.mimo.recipes import digits as recipe
+
+    monkeypatch.setattr(recipe, "capabilities", lambda: Capabilities(device=device))
+    assert recipe.describe(Namespace())["num_workers"] == workers
