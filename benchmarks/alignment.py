@@ -151,7 +151,7 @@ def median_ms(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak_extra_bytes(function: Callable[[], torch.Tensor]) -> int | None:
+def peak_extra_bytes(function: Callable[[], torch.Tensor], rounds: int = 3) -> int | None:
     """Bytes in use at the peak of ``function`` beyond its result; None off Linux.
 
     Read from the kernel's high-water mark of resident memory, so that every allocator counts.
@@ -165,7 +165,7 @@ def peak_extra_bytes(function: Callable[[], torch.Tensor]) -> int | None:
         return int(line.split()[1]) * 1024
 
     extra = []
-    for _ in range(3):
+    for _ in range(rounds):
         ctypes.CDLL(None).malloc_trim(0)
         marks.write_text("5")  # resets the mark
         before = read("VmRSS")

@@ -1,10 +1,11 @@
 """Cross-entropy over a vocabulary, piece by piece: the logits are never there all at once.
 
 A sequence of 8,192 tokens over 150,000 words has logits of 4.9 GB in fp32, and the plain loss holds
-several tensors of this size. Here rows are taken a few hundred at a time. What is kept for the
-backward pass is one number per row; there the logits are computed a second time.
+several tensors of this size. Here tokens are taken a few hundred at a time. What is kept for the
+backward pass is one number per token; there the logits are computed a second time, a few thousand
+words at a time.
 
-Legend: T tokens, H hidden, V this rank's part of the vocabulary, C tokens of a piece.
+Legend: T tokens, H hidden, V this rank's part of the vocabulary, C tokens or words of a piece.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ def chunked_cross_entropy(
     return losses_T
 
 
-def _pieces(tokens: int, words: int, piece: int) -> Iterator[slice]:
-    rows = max(piece // (4 * max(words, 1)), 1)
-    return (slice(start, start + rows) for start in range(0, tokens, rows))
+def _pieces(rows: int, width: int, piece: int) -> Iterator[slice]:
+    """Rows of fp32 numbers [rows, width], so many at a time that they take ``piece`` bytes."""
+    step = max(piece // (4 * max(width, 1)), 1)
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -91,21 +93,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_T: Tensor) -> tuple[Any, ...]:
         hidden_TH, weight_VH, own_T, is_own_T, scale_T = ctx.saved_tensors
+        tokens, words = len(hidden_TH), len(weight_VH)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        of_hidden_TH = torch.zeros_like(hidden_TH) if wants_hidden else None
-        # Summed over many pieces: in bf16 the sum would lose what a piece adds.
-        of_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
-        words = len(weight_VH)
-        for at in _pieces(len(hidden_TH), words, ctx.piece) if words else ():
-            logits_CV = (hidden_TH[at] @ weight_VH.t()).float()
-            chances_CV = logits_CV.sub_(scale_T[at, None]).exp_()
-            is_label_C1 = is_own_T[at, None].to(chances_CV.dtype)
-            chances_CV.scatter_add_(1, own_T[at, None], -is_label_C1)
-            of_logits_CV = chances_CV.mul_(gradient_T[at, None]).to(weight_VH.dtype)
+        # Pieces are of the vocabulary: of a weight, the largest there is, each row is summed in one
+        # product, and what is summed over pieces, in fp32, is of the size of the hidden states.
+        of_hidden_TH = of_weight_VH = None
+        if wants_hidden:
+            of_hidden_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
+        if wants_weight:
+            of_weight_VH = torch.empty_like(weight_VH) if tokens else torch.zeros_like(weight_VH)
+        for at in _pieces(words, tokens, ctx.piece) if tokens else ():
+            weight_CH = weight_VH[at]
+            logits_TC = (hidden_TH @ weight_CH.t()).float()
+            chances_TC = logits_TC.sub_(scale_T[:, None]).exp_()
+            label_T = own_T - at.start
+            is_label_T = is_own_T & (label_T >= 0) & (label_T < len(weight_CH))
+            label_T = label_T.where(is_label_T, 0)
+            chances_TC.scatter_add_(1, label_T[:, None], -is_label_T[:, None].float())
+            of_logits_TC = chances_TC.mul_(gradient_T[:, None]).to(weight_VH.dtype)
             if of_hidden_TH is not None:
-                of_hidden_TH[at] = of_logits_CV @ weight_VH
+                of_hidden_TH += of_logits_TC @ weight_CH
             if of_weight_VH is not None:
-                of_weight_VH += of_logits_CV.t() @ hidden_TH[at]
-        if of_weight_VH is not None:
-            of_weight_VH = of_weight_VH.to(weight_VH.dtype)
+                torch.mm(of_logits_TC.t(), hidden_TH, out=of_weight_VH[at])
+        if of_hidden_TH is not None:
+            of_hidden_TH = of_hidden_TH.to(hidden_TH.dtype)
         return of_hidden_TH, of_weight_VH, None, None, None, None

@@ -260,8 +260,9 @@ def _keeper(
         pre_process=first or encodes,
         post_process=last,
         dtype=args.params_dtype,
+        adapter=sequence_partition(args),
         # what all ranks of the first stage place is found from the uncut plan
-        adapter=None if encodes else sequence_partition(args),
+        cut_plan=not encodes,
         index_plan=places_by_kernels(args, batch_device()),
         keep_plan=getattr(collate, "plan_on_every_stage", False),
     )

@@ -23,7 +23,7 @@ from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.model.heads import Losses
 from megatron.core.models.mimo.model.ranges import named_range
 from megatron.core.utils import unwrap_model
-from megatron.mimo.data.batch import HEAD_TARGETS, SOURCE_IDS, SOURCE_NAMES, Batch
+from megatron.mimo.data.batch import HEAD_TARGETS, LABEL_ROWS, SOURCE_IDS, SOURCE_NAMES, Batch
 from megatron.mimo.process import presence
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.training.losses import CountedBatches
@@ -141,7 +141,10 @@ def build_forward_step(recipe: Recipe, args: Namespace) -> Callable[..., tuple[T
             return logits_BSV, partial(
                 _evaluation_report, recipe, args, batch, labels_BS, loss_mask_BS, tp_group
             )
-        output, loss_mask_BS = model(**model_inputs(batch, labels=labels_BS))
+        inputs = model_inputs(batch, labels=labels_BS)
+        if unwrap_model(model).takes_label_rows:
+            inputs[LABEL_ROWS] = batch.get(LABEL_ROWS)
+        output, loss_mask_BS = model(**inputs)
         if torch.is_grad_enabled():
             slot.enter("backward")
         sources = batch.get(SOURCE_NAMES, ()), batch.get(SOURCE_IDS)

@@ -106,7 +106,7 @@ class ThroughputMeter:
         self._chunks = chunks
         self._amounts: Counter[str] = Counter()
         self._documents: Counter[int] = Counter()  # by length
-        self._positions = self._iterations = 0
+        self._positions = self._iterations = self._labels = 0
         self._waited = 0.0
         self._since = time.monotonic()
         self._costs: Mapping[str, float] | None = None
@@ -144,7 +144,7 @@ class ThroughputMeter:
         counts = ranks == (0, 0) and mpu.is_pipeline_first_stage(ignore_virtual=True)
         own = [0.0, 0.0, 0.0]
         if counts:
-            language = language_amounts(costs, self._documents)
+            language = language_amounts(costs, self._documents, self._labels)
             flops = operations(costs, self._amounts) + operations(costs, language)
             tokens = sum(length * number for length, number in self._documents.items())
             own = [tokens, self._positions, flops]
@@ -173,6 +173,11 @@ class ThroughputMeter:
             lengths = [ids_BS.size(1)] * ids_BS.size(0)
         self._documents.update(lengths)
         self._positions += ids_BS.numel()
+        mask_BS = batch.get("loss_mask")
+        if mask_BS is not None and self._chunks[0].takes_label_rows:
+            self._labels += int(mask_BS.count_nonzero())
+        else:
+            self._labels += sum(lengths)
         if self._uncounted or not self._chunks[0].role.is_first_stage("language"):
             return
         try:
@@ -184,7 +189,7 @@ class ThroughputMeter:
     def _forget(self) -> None:
         self._amounts.clear()
         self._documents.clear()
-        self._positions = self._iterations = 0
+        self._positions = self._iterations = self._labels = 0
         self._waited, self._since = 0.0, time.monotonic()
 
     def _all_costs(self) -> Mapping[str, float]:

@@ -42,6 +42,7 @@ Costs = dict[str, float]
 """Amount -> operations for one of it."""
 
 _VECTORS, _PAIRS, _WITHIN = "language vectors", "language pairs", " within "
+_LABELS = "language labels"  # positions whose logits are computed
 # Arguments that encoders do not see: of any-resolution images, and of media whose rows are cached.
 _NOT_ENCODED = ("row_sources", ROWS, COUNTS, KEYS)
 _CORE = "core_attention"
@@ -68,14 +69,18 @@ def operations(costs: Mapping[str, float], amounts: Amounts) -> float:
     return sum(cost * amounts.get(amount, 0) for amount, cost in costs.items())
 
 
-def language_amounts(costs: Mapping[str, float], documents: Mapping[int, int]) -> dict[str, int]:
+def language_amounts(
+    costs: Mapping[str, float], documents: Mapping[int, int], labels: int | None = None
+) -> dict[str, int]:
     """Those amounts of a batch that the language model goes by.
 
     Args:
         costs: of the whole model, whose attentions may have windows.
         documents: length without padding -> how many documents of the batch have it.
+        labels: positions that have one, where the loss is computed of these alone.
     """
-    amounts = {_VECTORS: sum(length * count for length, count in documents.items())}
+    vectors = sum(length * count for length, count in documents.items())
+    amounts = {_VECTORS: vectors, _LABELS: vectors if labels is None else labels}
     for amount in costs:
         if amount.startswith(_PAIRS):
             window = amount.removeprefix(_PAIRS).removeprefix(_WITHIN)
@@ -257,7 +262,7 @@ def _count_language(language: Any, flow: _Flow) -> None:
     if weight is None:
         weight = language.shared_embedding_or_output_weight()
     rows = weight.size(0) * _shards(weight, output)
-    flow.multiply(amounts.vectors(""), weight, real_tokens(output, rows) / weight.size(0))
+    flow.multiply(_LABELS, weight, real_tokens(output, rows) / weight.size(0))
 
 
 def _count(

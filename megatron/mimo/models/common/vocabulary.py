@@ -17,6 +17,7 @@ from torch import Tensor, finfo, nn
 from torch.distributed import ProcessGroup
 
 from megatron.core.models.mimo.errors import ConfigError
+from megatron.core.models.mimo.model.label_rows import LabelRows
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -32,7 +33,8 @@ __all__ = ["UnpaddedGPT", "leave_out_padding", "real_tokens"]
 class UnpaddedGPT(TurningGPT):
     """A GPTModel that gives padding of its vocabulary no probability.
 
-    Where the logits of a micro-batch would be large, its loss is computed piece by piece
+    Where a ``LabelRows`` comes as ``output_processor_context`` the loss is of these rows. Where the
+    logits of a micro-batch would be large, its loss is computed piece by piece
     (:mod:`megatron.mimo.layers.vocabulary_loss`).
 
     Args:
@@ -59,8 +61,10 @@ class UnpaddedGPT(TurningGPT):
         **named: Any,
     ) -> Tensor:
         """As GPTModel's: logits, or with labels the losses [B, S]."""
-        if labels is not None and self.post_process and self._cuts_loss(labels.numel()):
-            return self._losses_in_pieces(hidden_states, labels)
+        if labels is not None and self.post_process:
+            rows: LabelRows | None = named.get("output_processor_context")
+            if self._cuts_loss(labels.numel() if rows is None else len(rows.rows_K)):
+                return self._losses_in_pieces(hidden_states, labels, rows)
         output: Tensor = super()._postprocess(
             hidden_states, input_ids, position_ids, labels, *given, **named
         )
@@ -79,7 +83,9 @@ class UnpaddedGPT(TurningGPT):
         special = config.mtp_num_layers or config.use_mup or config.defer_embedding_wgrad_compute
         return plain and not special
 
-    def _losses_in_pieces(self, hidden_SBH: Tensor, labels_BS: Tensor) -> Tensor:
+    def _losses_in_pieces(
+        self, hidden_SBH: Tensor, labels_BS: Tensor, rows: LabelRows | None
+    ) -> Tensor:
         group = self.pg_collection.tp
         weight_VH = self.output_layer.weight
         if self.share_embeddings_and_output_weights:
@@ -90,12 +96,14 @@ class UnpaddedGPT(TurningGPT):
             hidden_SBH = copy_to_tensor_model_parallel_region(hidden_SBH, group=group)
         first = get_pg_rank(group) * len(weight_VH)
         losses_T = chunked_cross_entropy(
-            hidden_SBH.flatten(0, 1),
+            hidden_SBH.flatten(0, 1) if rows is None else rows.hidden(hidden_SBH),
             weight_VH[: max(self._tokens - first, 0)],
-            labels_BS.t().flatten(),
+            labels_BS.t().flatten() if rows is None else rows.labels(labels_BS),
             first=first,
             group=group,
         )
+        if rows is not None:
+            return rows.losses(losses_T, labels_BS)
         return losses_T.view(hidden_SBH.shape[:2]).t().contiguous()
 
 

@@ -125,15 +125,17 @@ def counted(kernels: Any) -> list[str]:
     return calls
 
 
-KINDS = ("samples", "packed", "text", "media")
-PLANS = ("whole", "ordered", "cut", "own")
+CASES = [
+    *(("samples", "ordered"), ("samples", "cut"), ("packed", "whole"), ("text", "cut")),
+    *(("media", "whole"), ("media", "own")),
+]
 
 
 @needs_triton
 @pytest.mark.parametrize(
     ("dtype", "hidden", "cases"),
     [
-        (torch.float32, 20, [(kind, name) for kind in KINDS for name in PLANS]),
+        (torch.float32, 20, CASES),
         (torch.bfloat16, 1100, [("packed", "cut")]),  # more than one block of columns
         (torch.float16, 1, [("samples", "ordered"), ("samples", "own")]),
     ],
@@ -262,7 +264,6 @@ def test_the_kernels_compile_for_a_gpu() -> None:
 def test_merging_on_a_gpu(dtype: torch.dtype) -> None:
     """Equal to torch's on the CPU, without a wait, in one launch and in three."""
     pytest.importorskip("triton")
-    from benchmarks.device import launches
     from megatron.core.models.mimo.alignment import with_row_index
     from megatron.core.models.mimo.alignment.kernel_trial import why_no_kernels
     from megatron.core.models.mimo.model.merge_by_kernels import merge_from_table
@@ -295,10 +296,22 @@ def test_merging_on_a_gpu(dtype: torch.dtype) -> None:
             host_rows = {key: one.detach().cpu() for key, one in given.items()}
             check_on_host(plan, host_rows, kept[0], grad_SBH, given)
             if name == "whole":
-                run = lambda: merge_from_table(given["text"], there, media)  # noqa: E731, B023
-                assert launches(run) == 1
-                result_SBH = run()
-                assert launches(lambda: result_SBH.backward(grad_SBH)) <= 2 * len(given) + 3  # noqa: B023
+                count_launches(given, there, grad_SBH)
+
+
+def count_launches(given: dict[str, Tensor], plan: Any, grad_SBH: Tensor) -> None:
+    """One forward; backward one for zeros, two for sums, and those that add up gradients."""
+    from benchmarks.device import launches
+    from megatron.core.models.mimo.model.merge_by_kernels import merge_from_table
+
+    media = {key: one for key, one in given.items() if key != "text"}
+    merged: list[Tensor] = []
+    forward = launches(lambda: merged.append(merge_from_table(given["text"], plan, media)))
+    backward = launches(lambda: merged[0].backward(grad_SBH))
+    if forward is None or backward is None:
+        pytest.skip("the profiler sees no kernels here")
+    assert forward == 1
+    assert backward <= 3 + len(given)
 
 
 def check_on_host(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.core.models.mimo.alignment import build_alignment_plan
+from megatron.core.models.mimo.alignment import build_alignment_plan, with_row_index
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.data.batch import keep_for_stage
 from megatron.mimo.data.broadcast import pack, unpack
@@ -74,7 +74,8 @@ def test_an_empty_dataset_is_refused() -> None:
 
 def test_a_batch_survives_the_journey() -> None:
     ids = torch.tensor([[1, 9, 9, 2], [3, 4, 5, 9]])
-    plan = build_alignment_plan(ids, {"images": 9})
+    plan = with_row_index(build_alignment_plan(ids, {"images": 9}))
+    assert plan.index is not None
     batch = {
         "input_ids": ids,
         "loss_mask": torch.rand(2, 4),
@@ -94,6 +95,9 @@ def test_a_batch_survives_the_journey() -> None:
     assert torch.equal(images, batch["modality_inputs"]["images"]["vit"]["pixel_values"])
     assert found["alignment_plan"].counts == plan.counts
     assert torch.equal(found["alignment_plan"].text_ids_N, plan.text_ids_N)
+    for name, value in vars(plan.index).items():
+        there = getattr(found["alignment_plan"].index, name)
+        assert torch.equal(there, value) if torch.is_tensor(value) else there == value
     assert found["name"] == "text"
 
 
@@ -110,8 +114,19 @@ def test_stages_get_what_they_need() -> None:
     arguments = first["modality_inputs"]["images"]["vit"]
     assert arguments["pixels"].dtype == torch.bfloat16
     assert arguments["n"].dtype == torch.int64
+    plan = build_alignment_plan(torch.tensor([[1, 9]]), {"images": 9})
+    for index_plan in (False, True):
+        kept = keep_for_stage(
+            batch | {"alignment_plan": plan},
+            pre_process=True,
+            post_process=False,
+            dtype=torch.float32,
+            index_plan=index_plan,
+        )
+        assert (kept["alignment_plan"].index is not None) == index_plan
     last = keep_for_stage(batch, pre_process=False, post_process=True, dtype=torch.float32)
-    assert last.keys() == {"input_ids", "labels", "loss_mask"}
+    assert last.keys() == {"input_ids", "labels", "loss_mask", "label_rows"}
+    assert last["label_rows"].tolist() == [0, 1]
     kept = keep_for_stage(
         batch, pre_process=False, post_process=False, dtype=torch.float32, keep_plan=True
     )

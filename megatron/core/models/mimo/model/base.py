@@ -164,6 +164,7 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         inference_context: Any = None,
         head_targets: HeadTargets | None = None,
         encoded_rows: Mapping[str, Encoded] | None = None,
+        label_rows: torch.Tensor | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Run this rank's part of the model.
 
@@ -193,6 +194,9 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
                 is where the text's does if it is left out.
             encoded_rows: modality -> rows that were encoded already, in place of
                 ``modality_inputs``; as the plan orders them.
+            label_rows: long [K], from ``find_label_rows``: the loss is computed at these positions
+                of this context-parallel rank alone, and is zero at others. Only where
+                ``takes_label_rows``.
 
         Returns:
             ``(output, loss_mask)``. On the last stage output is the loss per token [B, S], or
@@ -220,6 +224,7 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
             padding_mask_BS=padding_mask,
             inference_context=inference_context,
             head_targets=head_targets,
+            label_rows_K=label_rows,
         )
         inputs.check(self.mimo_config.modality_submodules_spec, self.mimo_config.heads)
         if not self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
@@ -238,6 +243,11 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         if alignment_plan is not None and input_ids is not None:
             refuse_other_ids(alignment_plan, input_ids, self.special_token_ids)
         return self._language_output(inputs, rows, plan)
+
+    @property
+    def takes_label_rows(self) -> bool:
+        """Whether the language model can compute the loss of some positions alone."""
+        return self._language_call.takes_label_rows
 
     def _bridged(self, rows: Rows, plan: AlignmentPlan) -> Rows:
         """Rows in the language model's layout; collective where there are bridges."""

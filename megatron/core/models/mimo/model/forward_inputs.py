@@ -56,6 +56,7 @@ class ForwardInputs:
     padding_mask_BS: torch.Tensor | None = None
     inference_context: Any = None
     head_targets: HeadTargets | None = None
+    label_rows_K: torch.Tensor | None = None
 
     def check(self, modalities: Iterable[str], heads: Iterable[str]) -> None:
         """Raise ``InputError`` unless types, shapes and names fit each other and the model.
@@ -72,6 +73,7 @@ class ForwardInputs:
             span_ids=self.span_ids_BS,
             padding_mask=self.padding_mask_BS,
             attention_mask=self.attention_mask,
+            label_rows=self.label_rows_K,
         )
         check_mappings(self.modality_inputs, self.packing_kwargs, self.token_indices)
         check_modality_names(self.modality_inputs, modalities)
@@ -86,6 +88,7 @@ class ForwardInputs:
             "padding_mask": self.padding_mask_BS,
             "inference_context": self.inference_context,
             "head_targets": self.head_targets,
+            "label_rows": self.label_rows_K,
         }
         return {name: value for name, value in ours.items() if value is not None}
 

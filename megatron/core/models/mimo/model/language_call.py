@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo.alignment.cut import SequenceCut
 from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.models.mimo.model.attention_support import AttentionSupport
 from megatron.core.models.mimo.model.checks import check_padding_mask
 from megatron.core.models.mimo.model.forward_inputs import ForwardInputs
+from megatron.core.models.mimo.model.label_rows import LabelRows, loss_of_label_rows
 from megatron.core.models.mimo.model.labels import LabelShare, labels_in_vocabulary
 from megatron.core.models.mimo.model.levels import LevelRows
 from megatron.core.models.mimo.model.rotary import (
@@ -39,12 +41,14 @@ class LanguageCall:
         takes_level_rows: its ``forward`` has ``level_rows``, a tuple of ``LevelRows``. It calls
             ``level_rows[l].add_to(hidden)`` on the output of the layer l of this pipeline stage;
             it is called without the argument where a micro-batch has no levels for it.
+        takes_label_rows: it is a GPTModel, whose ``output_processor`` can compute the loss.
     """
 
     attention: AttentionSupport
     rotates_by_axes: bool
     takes_loss_mask: bool
     takes_level_rows: bool
+    takes_label_rows: bool
 
     @classmethod
     def of(cls, language_model: torch.nn.Module) -> LanguageCall:
@@ -54,6 +58,8 @@ class LanguageCall:
             rotates_by_axes=leave_cutting_to_the_model(language_model),
             takes_loss_mask=accepts(language_model.forward, "loss_mask"),
             takes_level_rows=names_argument(language_model.forward, "level_rows"),
+            takes_label_rows=isinstance(language_model, GPTModel)
+            and accepts(language_model.forward, "output_processor"),
         )
 
     def packed_row(
@@ -127,7 +133,7 @@ class LanguageCall:
             padding_BS: this rank's padding, [B, S_local], where it was cut already.
 
         Raises:
-            UnsupportedError: levels of rows, and a language model that takes none.
+            UnsupportedError: levels or label rows for a language model that takes none.
         """
         position_ids, mask = inputs.position_ids, inputs.attention_mask
         if self.rotates_by_axes:
@@ -150,6 +156,10 @@ class LanguageCall:
                     "language model whose forward has level_rows, or encoders without levels"
                 )
             arguments["level_rows"] = level_rows
+        if inputs.label_rows_K is not None and label_share.labels_BS is not None:
+            self._check_label_rows(language_model)
+            arguments["output_processor"] = loss_of_label_rows
+            arguments["output_processor_context"] = LabelRows(rows_K=inputs.label_rows_K)
         if self.takes_loss_mask:
             arguments["loss_mask"] = label_share.loss_mask_BS
         if inputs.inference_context is not None:
@@ -161,6 +171,14 @@ class LanguageCall:
         if padding_BS is not None:
             arguments["padding_mask"] = padding_BS
         return arguments
+
+    def _check_label_rows(self, language_model: torch.nn.Module) -> None:
+        if not self.takes_label_rows:
+            name = type(unwrap_model(language_model)).__name__
+            raise UnsupportedError(
+                f"label_rows with a {name}, which computes the loss of all positions; leave them "
+                "out, or use a GPTModel whose forward takes an output_processor"
+            )
 
 
 def share_of_labels(

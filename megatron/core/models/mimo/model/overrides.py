@@ -157,6 +157,7 @@ class StockEntryPoints(nn.Module):
         padding_mask: torch.Tensor | None = None,
         inference_context: Any = None,
         head_targets: HeadTargets | None = None,
+        label_rows: torch.Tensor | None = None,
     ) -> ModelOutput:
         """Merge the rows in ``input_tensors`` with text and run the language model.
 
@@ -175,6 +176,7 @@ class StockEntryPoints(nn.Module):
             padding_mask_BS=padding_mask,
             inference_context=inference_context,
             head_targets=head_targets,
+            label_rows_K=label_rows,
         )
         plan = None
         if self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
