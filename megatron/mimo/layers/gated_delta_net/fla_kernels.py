@@ -46,13 +46,14 @@ class FlaKernels:
 
     def convolve(self, x_BTGF: Tensor, weight_GFJ: Tensor, documents: Documents | None) -> Tensor:
         """See ``causal_convolution``."""
+        out_BTD: Tensor
         out_BTD, _ = _function("fla.modules.causal_conv1d")(
             x_BTGF.flatten(2),
             weight_GFJ.flatten(0, 1),
             activation="silu",
             **_borders(documents),
         )
-        return out_BTD.unflatten(2, x_BTGF.shape[2:])  # type: ignore[no-any-return]
+        return out_BTD.unflatten(2, x_BTGF.shape[2:])
 
     def delta_rule(
         self,

@@ -74,7 +74,8 @@ class PyTorchKernels:
         """See ``gated_delta_rule``; one token after others is the recurrence itself."""
         if self._state_BGRKV is not None and v_BTGRV.size(1) == 1:
             tokens = (q_BTGK, k_BTGK, v_BTGRV, decay_BTGR, strength_BTGR)
-            out_BGRV, state = delta_step(*(x.squeeze(1) for x in tokens), self._state_BGRKV)
+            q, k, v, decay, strength = (x.squeeze(1) for x in tokens)
+            out_BGRV, state = delta_step(q, k, v, decay, strength, self._state_BGRKV)
             return out_BGRV.unsqueeze(1), state
         return gated_delta_rule(
             q_BTGK,
@@ -103,10 +104,17 @@ class DeltaRule(nn.Module):
         self.operations_per_token = operations_per_token
 
     def forward(
-        self, kernels: Kernels, *tokens: Tensor, documents: Documents | None
+        self,
+        kernels: Kernels,
+        q_BTGK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGRV: Tensor,
+        decay_BTGR: Tensor,
+        strength_BTGR: Tensor,
+        documents: Documents | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """``kernels.delta_rule(*tokens, documents)``."""
-        return kernels.delta_rule(*tokens, documents)
+        """As ``delta_rule`` of the kernels."""
+        return kernels.delta_rule(q_BTGK, k_BTGK, v_BTGRV, decay_BTGR, strength_BTGR, documents)
 
 
 def fast_kernels(dtype: torch.dtype, *, deterministic: bool) -> Kernels:

@@ -262,7 +262,7 @@ class GatedDeltaNet(MegatronModule):
         decay = decay_of_gate(a, A_log_GR, dt_bias_GR)
         strength = b.to(decay.dtype).sigmoid()
         mixed: tuple[Tensor, Tensor | None] = self.rule(
-            kernels, q, k, v, decay, strength, documents=documents
+            kernels, q, k, v, decay, strength, documents
         )
         return mixed
 
