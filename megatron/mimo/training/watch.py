@@ -8,6 +8,7 @@ is left as it is.
 from __future__ import annotations
 
 import math
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,7 @@ from megatron.mimo.training.forward_step import LOSS, OF_SOURCE
 from megatron.mimo.training.mismatch import explain
 from megatron.mimo.training.plans import DataPosition
 from megatron.mimo.training.saving import atomic_tracker, clear_place, save_error
+from megatron.mimo.training.start_clock import StartClock
 from megatron.mimo.training.throughput import Throughput, ThroughputMeter, write_scalars
 
 __all__ = ["LoopWatch"]
@@ -48,6 +50,7 @@ class LoopWatch:
         curve: LossCurve,
         meter: ThroughputMeter,
         position: DataPosition,
+        clock: StartClock | None = None,
     ) -> None:
         self.iteration = 0
         self.saved: int | None = None
@@ -58,6 +61,7 @@ class LoopWatch:
         self._console = console
         self._curve = curve
         self._position = position
+        self._clock = clock or StartClock(time.time())
         self._consumed = 0
         self._evaluated: tuple[int, str] = (-1, "")
         self._slot = presence.here().slot
@@ -79,6 +83,7 @@ class LoopWatch:
 
     def _around_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
+            self._clock.reach("optimizer, checkpoint and data")
             self.pace.start()
             self._slot.begin(self.iteration + 1)
             self._consumed = self._trained()
@@ -111,6 +116,9 @@ class LoopWatch:
             self._consumed = self._trained()
             self._curve.append(iteration, math.nan if loss is None else loss)
             self._slot.begin(iteration + 1)
+            started = self._clock.first_iteration()
+            if started is not None and self._args.verbose:
+                self._console.say(started)
             self._show(loss, learning_rate)
             _show_sources(self._args, iteration, of_sources, self._console)
             return result
