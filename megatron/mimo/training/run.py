@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from megatron.core.models.mimo.errors import MimoError
 from megatron.mimo.arguments.command_line import parse_arguments
 from megatron.mimo.arguments.component_flags import layout_text
@@ -29,6 +27,7 @@ from megatron.mimo.process.quiet import quiet_imports, stdout, warnings_shown
 from megatron.mimo.process.signals import leave_on_signal, save_on_signal
 from megatron.mimo.recipes import load_recipe, locate_recipe
 from megatron.mimo.recipes.recipe import FinishedRun, Recipe
+from megatron.mimo.training.start_clock import StartClock
 from megatron.mimo.training.starting_point import choose_start
 
 __all__ = ["main"]
@@ -147,20 +146,17 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     from megatron.mimo.training.part_optimizer import part_optimizer
     from megatron.mimo.training.plans import DataPosition
     from megatron.mimo.training.profiling import Profiling
-    from megatron.mimo.training.start_clock import StartClock
     from megatron.mimo.training.throughput import ThroughputMeter
     from megatron.mimo.training.watch import LoopWatch
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables
     from megatron.training.training import pretrain
 
-    clock = StartClock(psutil.Process().create_time())
-    clock.reach("imports and arguments")
     output = None if args.output is None else Path(args.output)
     curve = LossCurve(output / "loss.csv" if output else None, writes=args.rank == 0)
     builder = ModelBuilder(recipe, args, console.say)
     meter, position = ThroughputMeter(builder.chunks), DataPosition(args)
-    watch = LoopWatch(args, console, curve, meter, position, clock)
+    watch = LoopWatch(args, console, curve, meter, position, StartClock.of_process())
     profiling = Profiling(args, builder.chunks, console)
     caches, samples = EncoderCaches(args, builder.chunks), SampleFinder()
     results = ResultWatch(args, builder.chunks, samples)
@@ -181,7 +177,7 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
                     dataset_provider(recipe, args, samples, position, caches, meter),
                     ModelType.encoder_or_decoder,
                     build_forward_step(recipe, args),
-                    model_provider=clock.around(builder),
+                    model_provider=watch.clock.around(builder),
                 )
         except SystemExit as leaving:  # how pretrain ends early
             if results.verdict is not None:

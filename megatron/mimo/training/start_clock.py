@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
+
 __all__ = ["StartClock"]
 
 
@@ -21,6 +23,13 @@ class StartClock:
         self._begin = self._last = begin
         self._phases: dict[str, float] = {}
         self._is_over = False
+
+    @classmethod
+    def of_process(cls) -> StartClock:
+        """The clock of this process, which has imported what it needs and read its arguments."""
+        clock = cls(psutil.Process().create_time())
+        clock.reach("imports and arguments")
+        return clock
 
     def reach(self, phase: str) -> None:
         """What ended just now; nothing counts after the first iteration."""

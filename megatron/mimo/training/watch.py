@@ -61,7 +61,7 @@ class LoopWatch:
         self._console = console
         self._curve = curve
         self._position = position
-        self._clock = clock or StartClock(time.time())
+        self.clock = clock or StartClock(time.time())
         self._consumed = 0
         self._evaluated: tuple[int, str] = (-1, "")
         self._slot = presence.here().slot
@@ -83,7 +83,7 @@ class LoopWatch:
 
     def _around_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self._clock.reach("optimizer, checkpoint and data")
+            self.clock.reach("optimizer, checkpoint and data")
             self.pace.start()
             self._slot.begin(self.iteration + 1)
             self._consumed = self._trained()
@@ -116,7 +116,7 @@ class LoopWatch:
             self._consumed = self._trained()
             self._curve.append(iteration, math.nan if loss is None else loss)
             self._slot.begin(iteration + 1)
-            started = self._clock.first_iteration()
+            started = self.clock.first_iteration()
             if started is not None and self._args.verbose:
                 self._console.say(started)
             self._show(loss, learning_rate)
