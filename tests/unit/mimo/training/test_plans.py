@@ -251,9 +251,10 @@ def test_a_sequence_of_which_nothing_is_left_has_no_labels(tmp_path: Path) -> No
         assert batch["source_ids"].unique().tolist() == [2]
 
 
-def test_sources_of_positions_are_those_of_their_samples(tmp_path: Path) -> None:
+@pytest.mark.parametrize("micro", [1, 2])
+def test_sources_of_positions_are_those_of_their_samples(tmp_path: Path, micro: int) -> None:
     sources = number_sources(tmp_path)
-    args = Namespace(consumed_train_samples=0, micro_batch_size=1)
+    args = Namespace(consumed_train_samples=0, micro_batch_size=micro)
     plan, _ = rank(sources, args, pack=True, dp=(0, 1), state=None)
     batches = PlannedBatches(sources, collator(pack=True))
     for item in islice(iter(plan), 5):
@@ -261,10 +262,13 @@ def test_sources_of_positions_are_those_of_their_samples(tmp_path: Path) -> None
         assert batch["source_names"] == ["lines", "tars"]
         borders = batch["packing_kwargs"].get("cu_seqlens_q_padded")
         borders = borders or batch["packing_kwargs"]["cu_seqlens_q"]
-        for start, planned in zip(borders, item[0], strict=False):
-            length = planned.measure.length
-            ids = batch["source_ids"][0, start : start + length]
-            assert ids.tolist() == [planned.draw.source] * length
+        assert batch["source_ids"].shape == (1, micro * SEQUENCE)
+        for number, sequence in enumerate(item):
+            starts = [one for one in borders if one // SEQUENCE == number]
+            for start, planned in zip(starts, sequence, strict=False):
+                length = planned.measure.length
+                ids = batch["source_ids"][0, start : start + length]
+                assert ids.tolist() == [planned.draw.source] * length
 
 
 def test_a_length_that_is_not_the_measured_one_is_an_error(tmp_path: Path) -> None:
