@@ -19,7 +19,8 @@ from tests.rank_pool import RankPool, model_parallel
 
 
 def watch_of(folder: Path, **settings: Any) -> LoopWatch:
-    args = Namespace(load=str(folder), save=str(folder), checkpoint=None, **settings)
+    paths = {"load": str(folder), "save": str(folder)}
+    args = Namespace(**paths, checkpoint=None, verbose=False, **settings)
     curve = LossCurve(folder / "loss.csv", writes=True)
     curve.begin(0)
     meter, position = ThroughputMeter([]), DataPosition(args)
