@@ -16,7 +16,6 @@ KEPT = (  # of one kind each
     "pp2-no-media-layers:deepstack",
     "pp4-stages:embedding-alone-tied-layers:deepstack",
     "pp2-vpp2-dp2-distributed-overlap-layers:deepstack",
-    "tp2-sp-pp4-stages:uneven-recompute:projections-layers:deepstack",
     "pp2-vpp2-frozen:first-half-layers:deepstack",
     "cp2-pp2-vpp2-alltoall-ep2-packed-layers:deepstack",
 )

@@ -60,7 +60,6 @@ def reference(ranks: RankPool) -> Callable[[Design], Outcome]:
         CELLS,
         "one rank",
         "pp2-images tp2",
-        "tp2-sp-cp2",
         "pp2-vpp2-overlap",
         "sounds tp4 over two replicas",
         "frozen language",

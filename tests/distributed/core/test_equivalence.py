@@ -115,7 +115,6 @@ def check(
     some(
         GRADIENTS,
         "tp2-pp2-untied",
-        "tp2-sp-tied",
         "tp2-sp-pp2-learned-positions",
         "tp2-sp-dp2-overlap-frozen-encoders",
         "pp2-dp2-overlap-frozen-language",
@@ -135,7 +134,6 @@ def test_gradients(ranks: RankPool, reference: Callable[[Design], Outcome], name
     "name",
     some(
         TRAINED,
-        "dp2",
         "tp2-pp2-tied",
         "tp2-dp2-distributed-overlap",
         "pp2-dp2-distributed-frozen-first-stage",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from megatron.mimo.models import family_names
 from tests.distributed.models.text_kinds import with_text
 from tests.rank_pool import RankPool, model_parallel
-from tests.tiers import some
+from tests.tiers import crossed, some
 
 NEW_TOKENS = 32
 LAYOUTS = {"dp2": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
@@ -52,7 +53,7 @@ def answer_by_transformers(name: str, change: Change | None = None) -> Reference
     return config, weights, examples, answers
 
 
-def generate(name: str, reference: Reference) -> None:
+def generate(name: str, reference: Reference, layouts: Sequence[str] = tuple(LAYOUTS)) -> None:
     """All prompts together, under one layout after the other."""
     from megatron.core import parallel_state
     from megatron.mimo.arguments.standalone import build_model, model_settings
@@ -66,7 +67,8 @@ def generate(name: str, reference: Reference) -> None:
     prompts = [family.sample(config, example) for example in examples]
     assert len({len(prompt.token_ids) for prompt in prompts}) > 1
     media = family.media(config)
-    for layout, (tp, pp) in LAYOUTS.items():
+    for layout in layouts:
+        tp, pp = LAYOUTS[layout]
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         model_parallel(tp=tp, pp=pp)
@@ -97,8 +99,15 @@ def test_kinds_of_language_models_say_it_too(ranks: RankPool, name: str) -> None
     ranks(2)(generate, "llava", reference)
 
 
-@pytest.mark.parametrize("name", family_names())
-def test_says_what_transformers_says(ranks: RankPool, name: str) -> None:
-    (reference,) = ranks(1)(answer_by_transformers, name)
-    assert len({token for answer in reference[3] for token in answer}) > 8
-    ranks(2)(generate, name, reference)
+@pytest.fixture(scope="module")
+def reference(ranks: RankPool) -> Callable[[str], Reference]:
+    return cache(lambda name: ranks(1)(answer_by_transformers, name)[0])
+
+
+@pytest.mark.parametrize(("name", "layout"), crossed(family_names(), ("tp2", "pp2", "dp2")))
+def test_says_what_transformers_says(
+    ranks: RankPool, reference: Callable[[str], Reference], name: str, layout: str
+) -> None:
+    wanted = reference(name)
+    assert len({token for answer in wanted[3] for token in answer}) > 8
+    ranks(2)(generate, name, wanted, [layout])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from itertools import batched
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,29 +38,36 @@ def finished(run: ScriptRun) -> str:
     return exits[0].stdout + exits[0].stderr
 
 
+def only(iterations: int) -> tuple[str, ...]:
+    """Flags of a run that is left after so many, and so evaluates nothing."""
+    return "--train-iters", str(iterations + 1), "--exit-interval", str(iterations)
+
+
+Twins = Callable[[str], Path]
+
+
 @pytest.fixture(scope="module")
-def twins(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every twin, trained in one process, two of them at the same time."""
+def twins(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Twins:
+    """The output of a twin, trained in one process when it is first asked for."""
     folder = tmp_path_factory.mktemp("twins")
-    for pair in batched(TINY, 2):
-        flags = ("--train-iters", str(ITERATIONS))
-        for run in [start(ranks, name, folder / name, "one", *flags) for name in pair]:
-            finished(run)
-    return {name: folder / name for name in TINY}
+
+    def trained(name: str) -> Path:
+        finished(start(ranks, name, folder / name, "one", "--train-iters", str(ITERATIONS)))
+        return folder / name
+
+    return cache(trained)
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_loss_falls_and_the_run_leaves_all_that_export_needs(
-    twins: dict[str, Path], name: str
-) -> None:
-    found = [float(loss) for loss in losses(twins[name]).values()]
+def test_the_loss_falls_and_the_run_leaves_all_that_export_needs(twins: Twins, name: str) -> None:
+    found = [float(loss) for loss in losses(twins(name)).values()]
     assert len(found) == ITERATIONS
     assert found[0] > 4.5  # log(500) = 6.2: nothing is known
     assert sum(found[-3:]) / 3 < 0.6 * found[0]
-    metrics = json.loads((twins[name] / "metrics.json").read_text())
+    metrics = json.loads((twins(name) / "metrics.json").read_text())
     assert 0 <= metrics["answers_right"] <= 1
     assert metrics["test_samples"] == 32
-    kept = {path.name for path in (twins[name] / "checkpoints/hf").iterdir()}
+    kept = {path.name for path in (twins(name) / "checkpoints/hf").iterdir()}
     assert {"config.json", "generation_config.json", "processor_config.json"} <= kept
     assert {"tokenizer.json", "chat_template.jinja"} <= kept
 
@@ -81,9 +89,9 @@ def export_and_verify(checkpoint: Path, target: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", TINY)
 def test_what_was_trained_says_the_same_in_transformers(
-    ranks: RankPool, twins: dict[str, Path], tmp_path: Path, name: str
+    ranks: RankPool, twins: Twins, tmp_path: Path, name: str
 ) -> None:
-    assert ranks(1)(export_and_verify, twins[name] / "checkpoints", tmp_path / "hf") == [[]]
+    assert ranks(1)(export_and_verify, twins(name) / "checkpoints", tmp_path / "hf") == [[]]
 
 
 @pytest.mark.parametrize(
@@ -95,13 +103,13 @@ def test_what_was_trained_says_the_same_in_transformers(
     ],
 )
 def test_layouts_give_the_same_losses(
-    ranks: RankPool, twins: dict[str, Path], tmp_path: Path, name: str, layout: str
+    ranks: RankPool, twins: Twins, tmp_path: Path, name: str, layout: str
 ) -> None:
     """From a checkpoint of one process; there the weights are the same.
 
     A vocabulary of 500 is padded to 504 rows, and under TP2 to 512.
     """
-    common = ("--load", str(twins[name] / "checkpoints"), "--finetune", "--train-iters", "4")
+    common = ("--load", str(twins(name) / "checkpoints"), "--finetune", *only(4))
     # Megatron trains experts under tensor parallelism with sequence parallelism only.
     cut = ("--sequence-parallel",) if (layout, "moe" in name) == ("tp2", True) else ()
     for run in [
@@ -121,10 +129,10 @@ MODALITIES = {"qwen2_audio_tiny": ["audio"], "llava_avlm_tiny": ["images", "audi
 
 @pytest.mark.parametrize("name", some(TINY, *TINY[1::3]))
 def test_encoders_on_every_rank_give_the_same_losses(
-    ranks: RankPool, twins: dict[str, Path], tmp_path: Path, name: str
+    ranks: RankPool, twins: Twins, tmp_path: Path, name: str
 ) -> None:
     """Each module on a grid of its own, the language model in two stages; from a checkpoint."""
-    common = ("--load", str(twins[name] / "checkpoints"), "--finetune", "--train-iters", "3")
+    common = ("--load", str(twins(name) / "checkpoints"), "--finetune", *only(3))
     modules = [f"{one}=dp=2" for one in MODALITIES.get(name, ["images"])]
     grids = ("--component", *modules, "language=pp=2")
     runs = {"one": (1, common), "grids": (2, (*common, *grids))}
@@ -172,14 +180,14 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_recipe_of_7b_trains_a_checkpoint_of_its_family_on_files(
-    ranks: RankPool, twins: dict[str, Path], tmp_path: Path
+    ranks: RankPool, twins: Twins, tmp_path: Path
 ) -> None:
     """Sizes and processor are the checkpoint's; only the projector of stage projector changes."""
     file = write_conversations(tmp_path, 8)
     long = {"from": "human", "value": "long " * 90}, {"from": "gpt", "value": "Yes."}
     with file.open("a") as lines:
         lines.write("\n" + json.dumps({"conversations": long}))
-    loaded = twins["llava_tiny"] / "checkpoints"
+    loaded = twins("llava_tiny") / "checkpoints"
     output = tmp_path / "out"
     run = start(
         ranks,
@@ -219,10 +227,8 @@ def test_a_broken_file_ends_the_run_by_its_name(ranks: RankPool, tmp_path: Path)
     assert f"{file}, line 3: {tmp_path}/2.png does not decode as an image" in said
 
 
-def test_stage_lora_trains_adapters_alone(
-    ranks: RankPool, twins: dict[str, Path], tmp_path: Path
-) -> None:
-    loaded = twins["llava_tiny"] / "checkpoints"
+def test_stage_lora_trains_adapters_alone(ranks: RankPool, twins: Twins, tmp_path: Path) -> None:
+    loaded = twins("llava_tiny") / "checkpoints"
     flags = ("--load", str(loaded), "--finetune", "--stage", "lora", "--train-iters", "8")
     finished(start(ranks, "llava_tiny", tmp_path, "one", *flags))
     found = [float(loss) for loss in losses(tmp_path).values()]

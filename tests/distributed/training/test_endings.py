@@ -77,6 +77,7 @@ def test_a_signal_to_our_launcher_saves_and_ends_well(tmp_path: Path) -> None:
     job.send_signal(signal.SIGTERM)
     text, _ = job.communicate(timeout=HANG)
     assert job.returncode == 0, text
+    assert text.startswith("recipe tiny: 2 processes (CPU, gloo), tp 1 pp 1 dp 2"), text
     last = max(losses(tmp_path))
     assert lines_of(text)[-1].startswith(f"stopped at iteration {last} by SIGTERM: checkpoint of ")
     assert "Traceback" not in text

@@ -21,7 +21,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("layout", some(PLACES, "tp2", "dp2"))
+@pytest.mark.parametrize("layout", some(PLACES, "dp2"))
 def test_a_broken_sample_is_named_and_its_repair_goes_on(
     ranks: RankPool, tmp_path: Path, layout: str
 ) -> None:
