@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.matrix.cells import Values, all_cells, deepstack_cells, name_of, pair_cells
 from tests.matrix.grid_cells import grid_cells
+from tests.matrix.linear_cells import linear_cells
 from tests.matrix.page import page, with_deepstack
 from tests.matrix.refusals import messages_of_flags, messages_of_library
 from tests.matrix.runner import Verdict, run
@@ -29,6 +30,9 @@ def main() -> int:
     )
     parser.add_argument(
         "--deepstack", action="store_true", help="the set with levels of rows (deepstack)"
+    )
+    parser.add_argument(
+        "--linear", action="store_true", help="the set whose models have linear layers"
     )
     parser.add_argument("--list", action="store_true", help="name the cells and run none")
     parser.add_argument("--max-ranks", type=int, default=8, help="leave out larger cells")
@@ -72,6 +76,8 @@ def _chosen(asked: argparse.Namespace) -> list[Values]:
         return pair_cells()
     if asked.grids:
         return grid_cells()
+    if asked.linear:
+        return linear_cells()
     return [*([] if asked.deepstack else all_cells()), *deepstack_cells()]
 
 

@@ -57,7 +57,9 @@ LAYERS: dict[str, Values] = {
     "shared-experts": {"shared_experts": True},
     "latent": {"latent": True},
     "deepstack": {"levels": 3},
+    "linear": {"linear": True},
 }
+_IN_OTHER_LISTS = ("deepstack", "linear")  # of deepstack_cells and linear_cells alone
 # Of ``RECOMPUTED``, what is listed and not drawn.
 LISTED = tuple(name for name in RECOMPUTED if name != "selective")
 AXES: dict[str, tuple[Any, ...]] = {
@@ -81,7 +83,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "frozen": tuple(FROZEN),
     "media": ("some", "none"),
     "micro_batch": (2, 1),
-    "layers": tuple(name for name in LAYERS if name != "deepstack"),  # of deepstack_cells alone
+    "layers": tuple(name for name in LAYERS if name not in _IN_OTHER_LISTS),
 }
 _SHARED: Values = {"experts": "allgather", "layers": "shared-experts"}
 # Not drawn: modules recomputed one by one need layers that have them.

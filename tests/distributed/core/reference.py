@@ -68,6 +68,8 @@ class Design:
         spans: an image's tokens see each other in both directions.
         heads: two further heads, of ``tests/distributed/core/heads.py``.
         levels: of image rows that the first decoder layers add (deepstack).
+        linear: every other layer, the first among them, has a gated delta net in place of
+            attention; the others' attention has an output gate.
     """
 
     layers: int = 2
@@ -85,6 +87,7 @@ class Design:
     spans: bool = False
     heads: bool = False
     levels: int = 0
+    linear: bool = False
 
 
 def make_batches(*, media: bool = True) -> list[list[Sample]]:
@@ -115,6 +118,19 @@ def _make_sample(images: int, sounds: int, generator: torch.Generator) -> Sample
         images=torch.randn(images, *PIXELS, generator=generator),
         sounds=torch.randn(sounds, SOUND_WIDTH, generator=generator),
     )
+
+
+_OF_LINEAR_LAYERS: dict[str, Any] = {
+    "linear_attention_freq": 2,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 3,
+    "attention_output_gate": True,
+    "normalization": "RMSNorm",
+    "layernorm_epsilon": 1e-2,  # outputs of a delta net are small here
+}
 
 
 def transformer_config(design: Design | None = None, **changes: Any) -> Any:
@@ -157,6 +173,8 @@ def transformer_config(design: Design | None = None, **changes: Any) -> Any:
         }
     if design.shared_experts:
         settings |= {"moe_shared_expert_intermediate_size": 16}
+    if design.linear:
+        settings |= _OF_LINEAR_LAYERS
     if design.latent:
         sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_head_dim": 4, "v_head_dim": 4}
         settings |= {"multi_latent_attention": True, "qk_pos_emb_head_dim": 4, **sizes}
