@@ -109,11 +109,16 @@ def _run_reference(design: Design, groups: Any) -> Expected:
 
 
 def _move_biases(model: Any) -> None:
-    """Away from 0: a bias would hold nothing but what Adam has divided, a few digits of fp32."""
+    """Away from 0: a bias would hold nothing but what Adam has divided, a few digits of fp32.
+
+    And the decay of linear layers slower: of a fast one the gradient is a rest of large numbers.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=BIAS)
+            elif name.endswith("A_log"):
+                parameter.sub_(2.0)
 
 
 def _sum_gradients(

@@ -9,7 +9,7 @@ from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
 from megatron.core.models.mimo.model.freezing import paths_of, selects
 from megatron.mimo.lora.adapter import adapt, adapted, is_adaptable, merge
-from megatron.mimo.lora.settings import LoraSettings
+from megatron.mimo.lora.settings import OF_DELTA_NETS, LoraSettings
 
 __all__ = ["add_adapters", "merge_adapters", "require_adapters"]
 
@@ -44,6 +44,10 @@ def add_adapters(model: Any, settings: LoraSettings, *, seed: int = 1) -> list[s
             continue
         if not any(selects(name, path) for name in settings.modules):
             continue
+        if path.endswith(OF_DELTA_NETS) and not (
+            settings.are_targets_chosen or is_adaptable(module)
+        ):
+            continue  # of a wrapped encoder, which has layers by these names too
         _refuse_others(model, path, module)
         adapt(module, settings, path=path, seed=seed)
         found.append(path)
@@ -58,7 +62,7 @@ def require_adapters(settings: LoraSettings, found: list[str]) -> None:
         found: paths of layers with an adapter, of all ranks.
 
     Raises:
-        ConfigError: naming the part, or the target.
+        ConfigError: naming the part, or the target that was asked for.
     """
     for name in settings.modules:
         if not any(selects(name, path) for path in found):
@@ -66,7 +70,7 @@ def require_adapters(settings: LoraSettings, found: list[str]) -> None:
                 f"--lora {name}: it has no layer called {', '.join(settings.targets)}; name a part "
                 "that has, or other --lora-targets"
             )
-    for target in settings.targets:
+    for target in settings.targets if settings.are_targets_chosen else ():
         if not any(path.endswith(f".{target}") for path in found):
             raise ConfigError(
                 f"--lora-targets {target}: {', '.join(settings.modules)} has no such layer"

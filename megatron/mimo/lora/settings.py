@@ -11,8 +11,9 @@ from megatron.mimo.checkpoints.folders import saved_arguments
 
 __all__ = ["TARGETS", "LoraSettings", "frozen_parts", "saved_settings", "settings_from"]
 
-# Every linear layer of a Megatron transformer layer.
-TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+OF_DELTA_NETS = ("in_proj", "out_proj")
+# Every linear layer of a Megatron transformer layer, with attention or a gated delta net.
+TARGETS = ("linear_qkv", "linear_proj", *OF_DELTA_NETS, "linear_fc1", "linear_fc2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,8 @@ class LoraSettings:
         rank: inner width of an adapter.
         alpha: scale of an adapter's output, times ``rank``.
         dropout: of an adapter's input, in training.
-        targets: names of the linear layers, as attributes of their parent.
+        targets: names of the linear layers, as attributes of their parent. By default all; then
+            a model need not have each of them.
 
     Raises:
         ConfigError: nothing to adapt, or a number out of range.
@@ -49,6 +51,11 @@ class LoraSettings:
             raise ConfigError(f"--lora-alpha {self.alpha}: must be larger than 0")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"--lora-dropout {self.dropout}: must be at least 0 and below 1")
+
+    @property
+    def are_targets_chosen(self) -> bool:
+        """Somebody has asked for these layers by name."""
+        return self.targets != TARGETS
 
     @property
     def scale(self) -> float:

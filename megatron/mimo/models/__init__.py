@@ -37,6 +37,14 @@ _ARCHITECTURES = {
 # Families that stand in another one's folder.
 _MODULES = {"qwen3_5_moe": "qwen3_5.moe", "qwen3_vl_moe": "qwen3_vl.moe"}
 
+# Relatives of these families with layers that none of them has.
+_NOT_HERE = {
+    "MiniCPMV4_6ForConditionalGeneration": "its vision encoder merges windows of patches between "
+    "its layers, and slices images (its language model is that of qwen3_5)",
+    "Qwen4ExpForConditionalGeneration": "its language model has sparse attention, embeddings of "
+    "n-grams and several residual streams",
+}
+
 _COUNTS = (
     *("num_attention_heads", "num_heads", "num_key_value_heads", "encoder_attention_heads"),
     *("patch_size", "temporal_patch_size", "spatial_merge_size", "num_channels", "in_channels"),
@@ -80,6 +88,12 @@ def family_of(config: Any) -> Family:
     for name, architectures in _ARCHITECTURES.items():
         if set(wanted) & set(architectures):
             return load_family(name)
+    for name in wanted:
+        if name in _NOT_HERE:
+            raise UnsupportedError(
+                f"the model's architecture is {name}, which is not supported: {_NOT_HERE[name]}. "
+                "docs/adding_a_model.md says how to add one"
+            )
     supported = sorted(one for several in _ARCHITECTURES.values() for one in several)
     near = difflib.get_close_matches(wanted[0], supported, n=1) if wanted else []
     hint = f" (the nearest is {near[0]})" if near else ""

@@ -44,6 +44,8 @@ def settings(modules: tuple[str, ...], weights: Tensors) -> Any:
     given: dict[str, Any] = {"modules": modules, "rank": RANK, "alpha": ALPHA}
     if any(".experts." in name for name in weights):
         given["targets"] = ("linear_qkv", "linear_proj")
+        if any(".linear_attn." in name for name in weights):
+            given["targets"] += ("in_proj", "out_proj")
     return LoraSettings(**given)
 
 

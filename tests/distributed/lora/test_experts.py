@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,10 +42,17 @@ def test_experts_take_no_adapters(ranks: RankPool) -> None:
     assert "--lora-targets" in words
 
 
-def test_attention_beside_experts_equals_peft(ranks: RankPool, tmp_path: Path) -> None:
-    (wanted,) = ranks(1)(compute_adapted, "llava", MODULES, tmp_path, with_text("qwen3_moe"))
-    for loss, difference in ranks(2)(compare, "llava", LAYOUT, MODULES, wanted, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "change"), [("llava", with_text("qwen3_moe")), ("qwen3_5_moe", None)]
+)
+def test_attention_beside_experts_equals_peft(
+    ranks: RankPool, tmp_path: Path, name: str, change: Any
+) -> None:
+    """And the projections of linear layers."""
+    (wanted,) = ranks(1)(compute_adapted, name, MODULES, tmp_path, change)
+    assert name == "llava" or any(".in_proj." in one for one in wanted.gradients)
+    for loss, difference in ranks(2)(compare, name, LAYOUT, MODULES, wanted, tmp_path):
         assert loss == pytest.approx(wanted.base.loss, rel=1e-4)
         assert difference < 1e-4
-    merged = ranks(2)(merged_logits, "llava", MODULES, wanted, tmp_path, LAYOUT)
+    merged = ranks(2)(merged_logits, name, MODULES, wanted, tmp_path, LAYOUT)
     assert max(merged) < 1e-4

@@ -204,6 +204,9 @@ def _check_linear_layers(text: Any) -> None:
         "attn_output_gate": (True,),
         "output_gate_type": ("swish", "silu"),
         "mamba_ssm_dtype": ("float32",),
+        "mlp_only_layers": ([],),
+        "decoder_sparse_step": (1,),
+        "norm_topk_prob": (True,),
     }
     for name, allowed in known.items():
         given = getattr(text, name, allowed[0])

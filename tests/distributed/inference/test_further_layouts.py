@@ -1,4 +1,4 @@
-"""Qwen3-VL's answers under layouts beyond those of every family: cut sequences, experts."""
+"""Answers of Qwen3-VL and Qwen3.5 under further layouts: cut sequences, experts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def answer(name: str, reference: Reference) -> dict[str, list[list[int]]]:
     return answers
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe", "qwen3_5_moe"])
 def test_says_what_transformers_says(ranks: RankPool, name: str) -> None:
     (reference,) = ranks(1)(answer_by_transformers, name)
     assert any("pixel_values_videos" in example for example in reference[2])
