@@ -20,6 +20,8 @@ _SAID = (
     *("rotary_base", "rotary_percent", "mrope_section", "normalization", "layernorm_epsilon"),
     *("swiglu", "add_bias_linear", "add_qkv_bias", "untie_embeddings_and_output_weights"),
     *("moe_ffn_hidden_size", "moe_layer_freq", "moe_router_topk", "moe_router_pre_softmax"),
+    *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
+    *("linear_num_key_heads", "linear_num_value_heads"),
 )
 # What no family has unless it says so, and the values with which it is not there.
 _ABSENT: Mapping[str, object] = {
@@ -45,6 +47,8 @@ _ABSENT: Mapping[str, object] = {
     "activation_func_clamp_value": None,
     "glu_linear_offset": 0.0,
     "num_experts": None,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False,
     "mtp_num_layers": None,
     "use_mup": False,
     "heterogeneous_layers_config_path": None,

@@ -14,9 +14,22 @@ from tests.distributed.models.expected import Expected, compute_expected
 from tests.distributed.models.ranks import Layout, train
 from tests.distributed.models.test_families import LOSSES, check
 from tests.rank_pool import RankPool
+from tests.tiers import some
 
 SP = {"sequence_parallel": True}
 ALLTOALL = {"moe_token_dispatcher_type": "alltoall"}
+EQUAL = {
+    "tp2-sp-pp2": ("qwen3_5", Layout(tp=2, pp=2, changes=SP)),
+    "tp2-sp-cp2": ("qwen3_5", Layout(tp=2, cp=2, changes=SP)),
+    "ep2": ("qwen3_5_moe", Layout(dp=2, ep=2)),
+    "ep2-tp2-sp": ("qwen3_5_moe", Layout(tp=2, ep=2, etp=1, changes=SP | ALLTOALL)),
+}
+TRAINED = {
+    "tp2": ("qwen3_5", Layout(tp=2)),
+    "pp2": ("qwen3_5", Layout(pp=2)),
+    "cp2": ("qwen3_5", Layout(cp=2)),
+    "ep2": ("qwen3_5_moe", Layout(dp=2, ep=2)),
+}
 
 
 def tie(config: Any) -> None:
@@ -34,42 +47,26 @@ def expected(ranks: RankPool) -> Callable[[str], Expected]:
         if name not in known:
             change = tie if name == "qwen3_5" else None
             (known[name],) = ranks(1)(
-                compute_expected, name, change, samples=3, text_only=True, train=True
+                compute_expected, name, change, samples=5, text_only=True, train=True
             )
         return known[name]
 
     return of
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [
-        ("qwen3_5", Layout(tp=2, pp=2, changes=SP)),
-        ("qwen3_5", Layout(tp=2, cp=2, changes=SP)),
-        ("qwen3_5_moe", Layout(dp=2, ep=2)),
-        ("qwen3_5_moe", Layout(tp=2, ep=2, etp=1, changes=SP | ALLTOALL)),
-    ],
-    ids=["tp2-sp-pp2", "tp2-sp-cp2", "ep2", "ep2-tp2-sp"],
-)
+@pytest.mark.parametrize("case", some(EQUAL, "tp2-sp-pp2", "ep2"))
 def test_equals_transformers(
-    ranks: RankPool, expected: Callable[[str], Expected], name: str, layout: Layout
+    ranks: RankPool, expected: Callable[[str], Expected], case: str
 ) -> None:
+    name, layout = EQUAL[case]
     check(ranks, name, layout, expected(name))
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [
-        ("qwen3_5", Layout(tp=2)),
-        ("qwen3_5", Layout(pp=2)),
-        ("qwen3_5", Layout(cp=2)),
-        ("qwen3_5_moe", Layout(dp=2, ep=2)),
-    ],
-    ids=["tp2", "pp2", "cp2", "ep2"],
-)
+@pytest.mark.parametrize("case", some(TRAINED, "cp2", "ep2"))
 def test_trains_as_a_plain_loop_does(
-    ranks: RankPool, expected: Callable[[str], Expected], name: str, layout: Layout
+    ranks: RankPool, expected: Callable[[str], Expected], case: str
 ) -> None:
+    name, layout = TRAINED[case]
     wanted = expected(name)
     for losses in ranks(layout.world_size)(train, name, layout, wanted):
         assert losses == pytest.approx(wanted.trained, rel=LOSSES)
