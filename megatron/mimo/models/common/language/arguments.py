@@ -200,7 +200,7 @@ def _check_linear_layers(text: Any) -> None:
     if keys < 1 or values % keys:
         refuse("linear_num_value_heads", values, f"a multiple of linear_num_key_heads, {keys}")
     # Published files say these; another value is another model, which no class of transformers has.
-    known = {
+    known: dict[str, tuple[object, ...]] = {
         "attn_output_gate": (True,),
         "output_gate_type": ("swish", "silu"),
         "mamba_ssm_dtype": ("float32",),
