@@ -30,7 +30,7 @@ def main() -> int:
         "--verdicts", type=Path, metavar="FILE", help="keep them there, and prove only the rest"
     )
     parser.add_argument(
-        "--add", action="store_true", help="prove only what a page of today does not have yet"
+        "--add", action="store_true", help="prove only what a page does not have yet, and add it"
     )
     asked = parser.parse_args()
     unknown = set(asked.family) - set(family_names())

@@ -68,14 +68,16 @@ def proof_titles() -> list[str]:
 
 
 def verdicts_of(text: str) -> list[Verdict]:
-    """The verdicts of a page that this generator has written today, with these versions.
+    """The verdicts that a page tells, as proved when it says.
 
     Raises:
-        ValueError: a page of another day or of other versions; prove all of it anew.
+        ValueError: it is no page of this generator.
     """
-    told = re.search(r"passed, 0 failed\*\* on (.+), CPU and gloo, .* (\d+) s\.", text)
-    if told is None or told[1] != _circumstances():
-        raise ValueError(f"the page was not proved on {_circumstances()}: leave --add out")
+    runs = _RUN.findall(text)
+    if not runs:
+        raise ValueError("the page does not say when it was proved: leave --add out")
+    (first, seconds, _), *later = runs
+    when = {title: day for day, _, titles in later for title in titles.split("; ")}
     refused = dict(re.findall(r"^- ([\w ,]+): (.+)$", text, re.MULTILINE))
     verdicts = []
     for title, beginning in zip(PROOFS, proof_titles(), strict=True):
@@ -88,20 +90,27 @@ def verdicts_of(text: str) -> list[Verdict]:
                         proof=title,
                         deviation=None if cell in "-=" else float(cell),
                         refused=refused.get(title, "") if cell == "-" else "",
+                        when=when.get(title, first),
                     )
                     for number, cell in enumerate(cells)
                 ]
-    return [replace(verdicts[0], seconds=float(told[2])), *verdicts[1:]]
+    took = {first: float(seconds)} | {day: float(spent) for day, spent, _ in later}
+    return [replace(one, seconds=took.pop(one.when, 0.0)) for one in verdicts]
 
 
-def _circumstances() -> str:
+_RUN = re.compile(r"passed, 0 failed\*\* on (.+ cores), (\d+) s(?:, of later proofs: (.+))?\.")
+
+
+def _now() -> str:
     versions = ", ".join(f"{one} {importlib.metadata.version(one)}" for one in _PACKAGES)
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    return f"{today}: {versions}, Python {platform.python_version()}"
+    return (
+        f"{today}: {versions}, Python {platform.python_version()}, CPU and gloo, "
+        f"{os.cpu_count()} cores"
+    )
 
 
 def _opening(name: str, verdicts: Sequence[Verdict]) -> list[str]:
-    passed = [one for one in verdicts if not one.refused]
     return [
         f"# `{name}`: what is proved of it",
         "",
@@ -114,10 +123,26 @@ def _opening(name: str, verdicts: Sequence[Verdict]) -> list[str]:
         f"{RELATIVE:.0e} of each parameter's norm, losses of ten steps by less than "
         f"{RELATIVE:.0e} of them.",
         "",
-        f"**{len(passed)} proofs passed, 0 failed** on {_circumstances()}, "
-        f"CPU and gloo, {os.cpu_count()} cores, {sum(one.seconds for one in verdicts):.0f} s.",
-        "",
+        *_runs(verdicts),
     ]
+
+
+def _runs(verdicts: Sequence[Verdict]) -> list[str]:
+    """When what was proved: the run of most proofs, and those of later ones."""
+    by_day: dict[str, list[Verdict]] = {}
+    for one in verdicts:
+        by_day.setdefault(one.when or _now(), []).append(one)
+    lines = []
+    for day, ones in sorted(by_day.items(), key=lambda item: -len(item[1])):
+        passed = sum(not one.refused for one in ones)
+        later = "; ".join(dict.fromkeys(one.proof for one in ones))
+        lines += [
+            f"**{passed} proofs passed, 0 failed** on {day}, "
+            f"{sum(one.seconds for one in ones):.0f} s"
+            + (f", of later proofs: {later}." if lines else "."),
+            "",
+        ]
+    return lines
 
 
 def _configurations(name: str) -> list[str]:

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Verdict:
         failure: what went wrong; "" for nothing.
         refused: the words in which it is refused, by name; "" where it is not.
         seconds: it took.
+        when: the day and the versions, where it was proved for an earlier page; "" for now.
     """
 
     number: int
@@ -44,6 +46,7 @@ class Verdict:
     failure: str = ""
     refused: str = ""
     seconds: float = 0.0
+    when: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,22 @@ def _layout(layout: Layout) -> Callable[[Subject], dict[str, float]]:
         return _largest(seen)
 
     return proof
+
+
+def _interleaved(subject: Subject) -> dict[str, float]:
+    change = partial(_of_four_layers, change_of(subject.name, subject.number))
+    (expected,) = subject.pool(1)(compute_expected, subject.name, change, samples=5, text_only=True)
+    layout = Layout(pp=2, vpp=2)
+    return _largest(subject.pool(2)(compare, subject.name, layout, expected))
+
+
+def _of_four_layers(change: Callable[[Any], None], config: Any) -> None:
+    """The changed configuration, with a decoder that has a layer for each of four chunks."""
+    change(config)
+    content = config.to_dict()
+    content["text_config"]["num_hidden_layers"] = 4
+    content["text_config"].pop("layer_types", None)
+    config.__dict__.update(type(config).from_dict(content).__dict__)
 
 
 def _largest(seen: list[Deviation]) -> dict[str, float]:
@@ -140,6 +159,7 @@ PROOFS: dict[str, tuple[str, Callable[[Subject], dict[str, float]]]] = {
     "TP 2": ("the same, tensor parallel", _layout(Layout(tp=2))),
     "TP 2, SP": ("the same, with sequence parallelism", _layout(Layout(tp=2, changes=_SP))),
     "PP 2": ("the same, on two pipeline stages", _layout(Layout(pp=2))),
+    "PP 2, VPP 2": ("the same of four layers, two chunks on each stage", _interleaved),
     "CP 2": ("the same, context parallel", _layout(Layout(cp=2))),
     "EP 2": ("the same, experts on two ranks", _layout(Layout(dp=2, ep=2))),
     "packed": ("one row of all samples", _packed(1)),

@@ -28,21 +28,11 @@ def skeleton(text: str) -> list[str]:
     return kept
 
 
-def verdicts_like(text: str) -> list[Verdict]:
-    """Verdicts with which the generator writes the same rows as a page's, as far as they go."""
-    told = dict(re.findall(r"^- ([\w ,]+): (.+)$", text, re.MULTILINE))
-    return [
-        Verdict(number=number, proof=title, deviation=None, refused=told.get(title, ""))
-        for number in range(DRAWN + 1)
-        for title in PROOFS
-    ]
-
-
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_has_the_form_that_the_generator_writes(name: str) -> None:
     assert name in family_names()
     text = PAGES[name]
-    assert skeleton(text) == skeleton(page(name, verdicts_like(text), []))
+    assert skeleton(text) == skeleton(page(name, verdicts_of(text), []))
     assert all(row in text.splitlines() for row in configuration_rows(name))
     assert re.search(r"\*\*\d+ proofs passed, 0 failed\*\* on 20\d\d-", text)
 
@@ -60,7 +50,8 @@ def test_some_proofs_of_a_drawn_configuration(ranks: RankPool) -> None:
     assert all(one.deviation is not None for one in verdicts)
 
 
-def test_a_page_of_today_is_read_back() -> None:
+def test_a_page_is_read_back_and_added_to() -> None:
+    titles = list(PROOFS)
     verdicts = [
         Verdict(
             number=number,
@@ -68,14 +59,16 @@ def test_a_page_of_today_is_read_back() -> None:
             deviation=None if title == "export" else 1e-6 * (number + 1),
             refused="no experts" if title == "EP 2" else "",
             seconds=1.0,
+            when="" if title in titles[:2] else "1999-12-31: torch 1.0, Python 3, CPU, 1 cores",
         )
-        for title in PROOFS
+        for title in titles
         for number in range(DRAWN + 1)
     ]
     text = page("llava", verdicts, [])
+    assert f"10 s, of later proofs: {titles[0]}; {titles[1]}." in text
     assert page("llava", verdicts_of(text), []) == text
     with pytest.raises(ValueError, match="leave --add out"):
-        verdicts_of(re.sub(r"on 20\d\d-", "on 1999-", text))
+        verdicts_of("a page")
 
 
 def test_a_proof_can_fail(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
