@@ -112,7 +112,7 @@ def _refuse_models() -> dict[str, str]:
             groups,
         )
     )
-    messages["modules on ranks of their own"] = _refused(
+    messages["modules that share some ranks"] = _refused(
         lambda: build(_config(Layout()), Design(), groups, grids=1)
     )
     parallel_state.destroy_model_parallel()
@@ -149,7 +149,7 @@ def build(config: Any, design: Design, groups: Any, **wrong: Any) -> Any:
         described.module_to_grid_map = {
             "images": HyperCommGrid([1], ["dp"], 0),
             "sounds": HyperCommGrid([1], ["dp"], 0),
-            "language": HyperCommGrid([1, 1], ["tp", "dp"], 1),
+            "language": HyperCommGrid([1, 2], ["tp", "dp"], 0),
         }
     return MimoModel(described, cp_group=groups.cp, tp_group=groups.tp)
 

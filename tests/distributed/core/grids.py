@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,9 +133,16 @@ def build(layout: GridLayout, design: Design, weights: Any, groups: Any = None) 
 
 def wrap(model: Any, layout: GridLayout, grids: Any, number: int = 0) -> None:
     """Every module that is trained in a wrapper of its own groups; in bf16, as Megatron has it."""
+    wrap_modules(model, layout, {**grids.groups, "language": None}, number)
+
+
+def wrap_modules(
+    model: Any, layout: GridLayout, groups: Mapping[str, Any], number: int = 0
+) -> None:
+    """As ``wrap``; a module without groups has Megatron's global ones."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    def wrapped(module: Any, groups: Any) -> Any:
+    def wrapped(module: Any, own: Any) -> Any:
         if not any(parameter.requires_grad for parameter in module.parameters()):
             return module
         ddp_config = DistributedDataParallelConfig(
@@ -145,14 +153,15 @@ def wrap(model: Any, layout: GridLayout, grids: Any, number: int = 0) -> None:
             bucket_size=SMALL_BUCKET,
         )
         return DistributedDataParallel(
-            model.config, ddp_config, module, disable_bucketing=number > 0, pg_collection=groups
+            model.config, ddp_config, module, disable_bucketing=number > 0, pg_collection=own
         )
 
     if model.config.bf16:
         model.bfloat16()
-    model.language_model = wrapped(model.language_model, None)
+    if model.language_model is not None:
+        model.language_model = wrapped(model.language_model, groups["language"])
     for name, module in model.modality_submodules.items():
-        model.modality_submodules[name] = wrapped(module, grids.groups[name])
+        model.modality_submodules[name] = wrapped(module, groups[name])
 
 
 def step(layout: GridLayout, design: Design, built: Built, batch: list[Sample]) -> float:

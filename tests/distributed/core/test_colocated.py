@@ -198,7 +198,7 @@ REFUSED = {
     "pp": "needs modality_inputs_of='language'",
     "size": "tensor_model_parallel_size = 1",
     "encoder pp": "encoders on the language model's ranks are parallel by tp and dp",
-    "disjoint": "on ranks of their own",
+    "in part": "puts 'images' on ranks of the language model",
     "2:3": "evenly divisible",
     "no schedule": "is trained by the schedule EncodeFirst",
 }
@@ -237,7 +237,7 @@ def refused_grids() -> dict[str, tuple[Any, Any, dict[str, Any]]]:
         "pp": (grid(tp=1, dp=6), grid(tp=1, dp=3, pp=2), pp2),
         "size": (grid(tp=1, dp=6), grid(tp=2, dp=3), {}),
         "encoder pp": (grid(tp=1, dp=3, pp=2), grid(tp=1, dp=6), {}),
-        "disjoint": (grid(tp=1, dp=3), grid(3, tp=1, dp=3), {}),
+        "in part": (grid(tp=1, dp=4), grid(3, tp=1, dp=3), {}),
         "2:3": (grid(tp=3, dp=2), grid(tp=2, dp=3), tp2),
     }
 

@@ -185,9 +185,33 @@ def test_forward_contract() -> None:
         submodules(encoder_inputs={}, hidden_states=rows(2))
     first = ModalitySubmodules(**parts, is_last_stage=False)
     assert first({"e": {"value": rows(2)}}).equal(rows(2))
+
+
+def test_every_stage_runs_its_layers() -> None:
+    """The output of a stage travels as it is; the last stage gives rows."""
+
+    class Stage(nn.Module):
+        output_layout = "sbh"
+
+        def forward(self, hidden_states: torch.Tensor, mask: None) -> torch.Tensor:
+            assert mask is None
+            return hidden_states + 1
+
+    parts: dict[str, Any] = {"encoders": {"e": Stage()}, "input_projections": [Scale(2.0)]}
+    first = ModalitySubmodules(**parts, is_last_stage=False)
+    middle = ModalitySubmodules(**parts, is_first_stage=False, is_last_stage=False)
     last = ModalitySubmodules(**parts, is_first_stage=False)
-    assert last({"e": {"value": rows(2)}}) is None
-    assert last(hidden_states=rows(2)).equal(2 * rows(2))
+    inputs_SBH = torch.arange(12.0).view(3, 2, 2)
+    hidden = first({"e": {"hidden_states": inputs_SBH, "mask": None}})
+    assert hidden.equal(inputs_SBH + 1)
+    hidden = middle(hidden_states=hidden)
+    assert hidden.equal(inputs_SBH + 2)
+    expected_NH = 2 * (inputs_SBH + 3).transpose(0, 1).reshape(-1, 2)
+    assert last(hidden_states=hidden).equal(expected_NH)
+    assert last({"e": {"hidden_states": inputs_SBH, "mask": None}}) is None
+    several = {"e": Stage(), "f": Stage()}
+    with pytest.raises(ValueError, match="expected one"):
+        ModalitySubmodules(encoders=several, is_last_stage=False)({"e": {}, "f": {}})
 
 
 def test_decoding_is_for_subclasses() -> None:

@@ -83,7 +83,7 @@ class RowRoutes:
         give, take, size = [], [], 0
         for other in self._pool.ranks:
             index_n = _NOTHING
-            if other in self._reads and self._giver(self._owner, other) == self._rank:
+            if other in self._reads and self._gives(other):
                 owner_n, at_n = self._reads[other]
                 index_n = at_n[owner_n == self._owner]
             give.append(index_n)
@@ -98,7 +98,8 @@ class RowRoutes:
         for other in self._pool.ranks:
             give.append(self._given_back_to(other))
             index_n = _NOTHING
-            if other in self._reads and self._giver_back(self._rank, other) == other:
+            owns = self._owner >= 0
+            if owns and other in self._reads and self._giver_back(self._rank, other) == other:
                 owner_n, at_n = self._reads[other]
                 index_n = at_n[owner_n == self._owner]
             take.append(index_n)
@@ -109,7 +110,7 @@ class RowRoutes:
         if self._rank not in self._reads:
             return _NOTHING
         owner = self._pool.owner_of(other)
-        if self._giver(owner, self._rank) != other:
+        if owner < 0 or self._giver(owner, self._rank) != other:
             return _NOTHING
         return (self._reads[self._rank][0] == owner).nonzero().squeeze(1)
 
@@ -118,7 +119,13 @@ class RowRoutes:
         if self._rank not in self._reads or self._giver_back(other, self._rank) != self._rank:
             return _NOTHING
         owner = self._pool.owner_of(other)
+        if owner < 0:
+            return _NOTHING
         return (self._reads[self._rank][0] == owner).nonzero().squeeze(1)
+
+    def _gives(self, reader: int) -> bool:
+        """This rank gives a reader what its owner has encoded for it."""
+        return self._owner >= 0 and self._giver(self._owner, reader) == self._rank
 
     def _giver(self, owner: int, reader: int) -> int:
         """Which rank of an owner gives a reader its rows: the reader itself if it can."""

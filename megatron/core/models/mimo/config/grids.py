@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -89,6 +91,12 @@ def same_ranks(grids: Mapping[str, Any]) -> bool:
     return len({(grid.rank_offset, grid.size) for grid in grids.values()}) == 1
 
 
+def is_on(grid: Any) -> bool:
+    """True where this rank is one of the grid's."""
+    last: int = grid.rank_offset + grid.size
+    return bool(grid.rank_offset <= dist.get_rank() < last)
+
+
 def connected(ranks: Sequence[int], links: Sequence[tuple[int, int]]) -> list[list[int]]:
     """The ranks in groups that no link leaves, each ascending, in the order of their first rank."""
     parent = {rank: rank for rank in ranks}
@@ -151,7 +159,7 @@ def groups_of(module: str, grid: HyperCommGrid) -> ProcessGroupCollection:
 def has_groups(grid: Any) -> bool:
     """True where a grid's groups were created, so that an optimizer can be built with them."""
     try:
-        grid.get_pg("dp")
+        group = grid.get_pg("dp")
     except (KeyError, ValueError):
         return False
-    return True
+    return group is not None

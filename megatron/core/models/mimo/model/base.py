@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from megatron.core.models.mimo.alignment import AlignmentPlan, Encoded, EncodedRows
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig
 from megatron.core.models.mimo.config.base_configs import language_config
+from megatron.core.models.mimo.config.role import ModuleLayout
 from megatron.core.models.mimo.model.checks import (
     HeadTargets,
     ModalityInputs,
@@ -32,15 +33,20 @@ from megatron.core.models.mimo.model.colocated import (
     refuse_encoding_alone,
     role_of,
 )
+from megatron.core.models.mimo.model.disjoint import DisjointRows, named_output, refuse_stages
 from megatron.core.models.mimo.model.encode import Rows
 from megatron.core.models.mimo.model.encoder_splits import split_encoders
-from megatron.core.models.mimo.model.expert_balance import EXPERT_BALANCE, balance_of
+from megatron.core.models.mimo.model.expert_balance import (
+    EXPERT_BALANCE,
+    ExpertBalance,
+    balance_of,
+)
 from megatron.core.models.mimo.model.forward_inputs import ForwardInputs, plan_of
 from megatron.core.models.mimo.model.freezing import freeze_parts
 from megatron.core.models.mimo.model.heads import Heads
 from megatron.core.models.mimo.model.labels import without
 from megatron.core.models.mimo.model.language_call import LanguageCall, share_of_labels
-from megatron.core.models.mimo.model.level_route import level_route
+from megatron.core.models.mimo.model.level_route import LevelRoute, level_route
 from megatron.core.models.mimo.model.overrides import ModelOutput, StockEntryPoints
 from megatron.core.models.mimo.model.ranges import named_range
 from megatron.core.models.mimo.model.recomputation import prepare_recomputation
@@ -62,7 +68,8 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
 
     Every occurrence of a modality's special token in ``input_ids`` takes one row of that
     modality, batch-major and left to right. Encoders are built where the language model's
-    embedding is, on the first pipeline stage; with process grids of their own, on every rank.
+    embedding is, on the first pipeline stage; with process grids of their own, on every rank of
+    these.
 
     Args:
         mimo_config: what to build.
@@ -70,18 +77,19 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
 
     Attributes:
         modality_submodules: modality -> ``ModalitySubmodules``, those of this rank.
-        language_model: this rank's part of the language model.
+        language_model: this rank's part of the language model; None on ranks of encoders alone.
         heads: further heads, on the last pipeline stage.
         role: which modules this rank runs.
         partition_adapter: cuts sequences; None without context or sequence parallelism.
         level_route: which levels of rows (deepstack) this rank's layers add or hand on.
+        disjoint_rows: messages of rows where modules are on ranks of their own; else None.
         colocated_comms: (modality, "language") -> what takes its rows to the language model's
             layout; {} where no rows change ranks in a forward.
 
     Raises:
         ConfigError: (a ``ValueError``) the language model's spec holds no ``config``; encoders
             that cannot be split as asked; sections of multimodal RoPE that do not fit the heads.
-        UnsupportedError: (a ``RuntimeError``) modules on ranks of their own; sequence parallelism
+        UnsupportedError: (a ``RuntimeError``) modules that share some ranks; sequence parallelism
             with an embedding that scatters by itself; context parallelism or packing with an
             attention that cannot do it.
     """
@@ -99,29 +107,46 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         self.colocated_comms: Bridges = build_bridges(mimo_config)
         self.input_tensors: Any = None
         self.role = role_of(mimo_config)
-        cp_group, tp_group = language_groups(mimo_config, cp_group, tp_group)
-        self.partition_adapter = build_partition_adapter(mimo_config, cp_group, tp_group)
+        cp_group, tp_group = language_groups(mimo_config, self.role, cp_group, tp_group)
+        self.partition_adapter = None
+        if self.role.has_language_module:
+            self.partition_adapter = build_partition_adapter(mimo_config, cp_group, tp_group)
         self.modality_submodules = torch.nn.ModuleDict()
         with building_encoders(self.role, mimo_config):
             for name in self.role.modality_module_names:
                 spec = mimo_config.modality_submodules_spec[name]
+                stage = self.role.modules[name]
                 self.modality_submodules[name] = spec.module.from_spec(
-                    spec, is_first_stage=True, is_last_stage=True
+                    spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage
                 )
         give_groups(self.modality_submodules, mimo_config)
         if mimo_config.module_to_grid_map is None:
             split_encoders(self.modality_submodules, mimo_config, cp_group, tp_group)
-        self.language_model = build_module(mimo_config.language_model_spec)
-        self.level_route = level_route(mimo_config.modality_submodules_spec, self.language_model)
-        self._balance = balance_of(self.language_model)
-        self._language_call = LanguageCall.of(self.language_model)
-        refuse_scattering_embedding(self.language_model, self.partition_adapter)
+        self.disjoint_rows: DisjointRows | None = None
+        if self.role.mode is ModuleLayout.NON_COLOCATED:
+            refuse_stages(self.modality_submodules)
+            self.disjoint_rows = DisjointRows(mimo_config)
+        self.register_module("language_model", None)
+        self.level_route = LevelRoute()
+        self._balance: ExpertBalance | None = None
+        self._language_call: Any = None  # of a language model, where there is one
+        if self.role.has_language_module:
+            self._build_language_model()
         heads = mimo_config.heads if self.role.is_last_stage(MIMO_LANGUAGE_MODULE_KEY) else {}
         self.heads = Heads(heads, self.language_model, self.partition_adapter)
-        refuse_untaken_levels(self.modality_submodules, self.language_model, self.level_route)
         self.register_load_state_dict_pre_hook(name_wrapped_modules)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(forgive_extra_state)  # type: ignore[no-untyped-call]
         prepare_recomputation(self)
+
+    def _build_language_model(self) -> None:
+        spec = self.mimo_config.language_model_spec
+        self.language_model = build_module(spec)
+        specs = self.mimo_config.modality_submodules_spec
+        self.level_route = level_route(specs, self.language_model)
+        self._balance = balance_of(self.language_model)
+        self._language_call = LanguageCall.of(self.language_model)
+        refuse_scattering_embedding(self.language_model, self.partition_adapter)
+        refuse_untaken_levels(self.modality_submodules, self.language_model, self.level_route)
 
     @property
     def balances_experts(self) -> bool:
@@ -203,7 +228,9 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
             logits [B, S, V] without labels; on others the hidden states [S_local, B, H], with
             levels of rows and sums of experts for later stages [M, 1, H] (``model/level_route.py``,
             ``model/expert_balance.py``). A model with heads, or whose experts are balanced by a
-            loss, gives ``Losses`` in place of the loss per token.
+            loss, gives ``Losses`` in place of the loss per token. On ranks of encoders alone it is
+            ``{modality: rows}``, and hidden states are ``{"language": ...}`` then, as Megatron's
+            schedule for several modules sends them on.
             ``loss_mask`` is this context-parallel rank's part.
 
         Raises:
@@ -227,12 +254,19 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
             label_rows_K=label_rows,
         )
         inputs.check(self.mimo_config.modality_submodules_spec, self.mimo_config.heads)
+        if not self.role.has_language_module:
+            return self._rows_to_send(inputs), loss_mask
         if not self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
-            return self._language_output(inputs, {}, None)
+            return named_output(self, self._language_output(inputs, {}, None))
         plan = plan_of(inputs, self.special_token_ids, self.language_model)
         check_encoder_order(plan.encoders, self.modality_submodules)
         if encoded_rows is not None:
             rows = dict(encoded_rows)
+        elif self.disjoint_rows is not None:
+            refuse_encoding_alone(self.mimo_config)
+            adapter = self.partition_adapter
+            cp_group = adapter.cfg.cp_group if adapter is not None and adapter.cfg.use_cp else None
+            rows = self.disjoint_rows.incoming(self._arrived_rows(), input_ids, cp_group)
         else:
             refuse_encoding_alone(self.mimo_config)
             rows = self._forward_encoders(input_ids, modality_inputs, None)
@@ -242,12 +276,20 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
             check_count(name, plan.counts.get(name, 0), given.get(name, 0))
         if alignment_plan is not None and input_ids is not None:
             refuse_other_ids(alignment_plan, input_ids, self.special_token_ids)
-        return self._language_output(inputs, rows, plan)
+        return named_output(self, self._language_output(inputs, rows, plan))
+
+    def _rows_to_send(self, inputs: ForwardInputs) -> dict[str, torch.Tensor]:
+        """What a rank of encoders gives: modality -> rows, or hidden states between stages."""
+        assert self.disjoint_rows is not None, "the language model is on ranks of its own"
+        ids_BS, arrived = inputs.input_ids_BS, self._arrived_rows()
+        rows = self._forward_encoders(ids_BS, inputs.modality_inputs, arrived)
+        self._forget_input_tensor()
+        return self.disjoint_rows.outgoing(rows, self.modality_submodules, arrived, ids_BS)
 
     @property
     def takes_label_rows(self) -> bool:
         """Whether the language model can compute the loss of some positions alone."""
-        return self._language_call.takes_label_rows
+        return self._language_call is not None and self._language_call.takes_label_rows
 
     def _bridged(self, rows: Rows, plan: AlignmentPlan) -> Rows:
         """Rows in the language model's layout; collective where there are bridges."""

@@ -13,12 +13,14 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from megatron.core.models.mimo.alignment import AlignmentPlan, Encoded, EncodedRows
+from megatron.core.models.mimo.alignment import AlignmentPlan, Encoded
 from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig, RankRole
 from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.models.mimo.config.grids import Geometry, groups_of, has_groups, same_ranks
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
+from megatron.core.models.mimo.model.disjoint import refuse_overlaps, refuse_untaken, role_apart
+from megatron.core.models.mimo.model.wide_rows import apart, side_by_side
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
@@ -31,8 +33,8 @@ def refuse_grids(mimo_config: MimoModelConfig) -> None:
     Raises:
         ConfigError: (a ``ValueError``) an empty map; sizes that the language model's configuration
             contradicts; a loss that is averaged by data-parallel ranks that differ in number.
-        UnsupportedError: (a ``RuntimeError``) modules on ranks of their own; encoders with pipeline
-            or context parallelism; heads.
+        UnsupportedError: (a ``RuntimeError``) modules that share some of their ranks; encoders
+            with context parallelism, or with stages where no schedule runs them; heads.
     """
     grids = mimo_config.module_to_grid_map
     if grids is None:
@@ -47,23 +49,27 @@ def refuse_grids(mimo_config: MimoModelConfig) -> None:
             f"module_to_grid_map has no grid for {missing}, but {grids[missing[0]]!r}; expected a "
             "HyperCommGrid for every module"
         )
-    if not same_ranks(grids):
-        extents = {
-            name: f"ranks {grid.rank_offset} to {grid.rank_offset + grid.size - 1}"
-            for name, grid in grids.items()
-        }
-        raise UnsupportedError(
-            f"module_to_grid_map puts modules on ranks of their own: {extents}; this release runs "
-            "grids over the same ranks. Give all the same extent, or set MEGATRON_MIMO_OVERLAY=0 "
-            "to use megatron-core's own MIMO"
-        )
     if mimo_config.heads:
         raise UnsupportedError(
             f"module_to_grid_map and heads {sorted(mimo_config.heads)}: a head belongs to no "
             "module with a grid; leave one of them away"
         )
     geometries = {name: Geometry.of(name, grid) for name, grid in grids.items()}
+    together = same_ranks(grids)
+    if not together:
+        refuse_overlaps(geometries)
+        refuse_untaken(mimo_config)
     language = geometries.pop(MIMO_LANGUAGE_MODULE_KEY)
+    _check_sizes(mimo_config, language)
+    _check_scaling(mimo_config, language, geometries)
+    if together:
+        _refuse_cut_encoders(geometries)
+        _refuse_cut_language(mimo_config, language)
+    elif mimo_config.modality_inputs_of == "language":
+        _refuse_staged_encoders(geometries)
+
+
+def _refuse_cut_encoders(geometries: Mapping[str, Geometry]) -> None:
     for name, geometry in geometries.items():
         for axis in ("pp", "cp"):
             if geometry.sizes[axis] != 1:
@@ -71,8 +77,16 @@ def refuse_grids(mimo_config: MimoModelConfig) -> None:
                     f"the grid of {name!r} has {axis} = {geometry.sizes[axis]}: encoders on the "
                     "language model's ranks are parallel by tp and dp; use larger ones of these"
                 )
-    _check_sizes(mimo_config, language)
-    _check_scaling(mimo_config, language, geometries)
+
+
+def _refuse_staged_encoders(geometries: Mapping[str, Geometry]) -> None:
+    for name, geometry in geometries.items():
+        if geometry.sizes["pp"] != 1:
+            raise UnsupportedError(
+                f"the grid of {name!r} has pp = {geometry.sizes['pp']}, and the schedule "
+                "EncodeFirst runs whole encoders; give it more dp, or use modality_inputs_of="
+                "'encoders' with Megatron's schedule for several modules"
+            )
 
 
 def _check_sizes(mimo_config: MimoModelConfig, language: Geometry) -> None:
@@ -87,6 +101,9 @@ def _check_sizes(mimo_config: MimoModelConfig, language: Geometry) -> None:
                 f"the grid of 'language' has {axis} = {language.sizes[axis]}, and its "
                 f"configuration says {field} = {getattr(config, field)}; give both the same"
             )
+
+
+def _refuse_cut_language(mimo_config: MimoModelConfig, language: Geometry) -> None:
     cut = [axis for axis in ("pp", "cp") if language.sizes[axis] > 1]
     if cut and mimo_config.modality_inputs_of == "encoders":
         raise UnsupportedError(
@@ -112,8 +129,11 @@ def _check_scaling(
 
 
 def role_of(mimo_config: MimoModelConfig) -> RankRole:
-    """Which modules this rank builds; with grids, encoders in the first chunk of every rank."""
+    """Which modules this rank builds; with grids, encoders in the first chunk of their ranks."""
+    grids = mimo_config.module_to_grid_map
     params = mimo_config.language_model_spec.params
+    if grids is not None and not same_ranks(grids):
+        return role_apart(grids, params)
     encoders = None
     if mimo_config.module_to_grid_map is not None:
         encoders = not params.get("vp_stage")
@@ -132,7 +152,7 @@ def building_encoders(role: RankRole, mimo_config: MimoModelConfig) -> Iterator[
     On later pipeline stages the generators are put back, so that the language model's layers are
     drawn there as they are without encoders.
     """
-    is_first = role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY)
+    is_first = role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY) or not role.has_language_module
     if mimo_config.module_to_grid_map is None or is_first:
         yield
         return
@@ -146,12 +166,17 @@ def building_encoders(role: RankRole, mimo_config: MimoModelConfig) -> Iterator[
 
 
 def language_groups(
-    mimo_config: MimoModelConfig, cp_group: ProcessGroup | None, tp_group: ProcessGroup | None
+    mimo_config: MimoModelConfig,
+    role: RankRole,
+    cp_group: ProcessGroup | None,
+    tp_group: ProcessGroup | None,
 ) -> tuple[ProcessGroup | None, ProcessGroup | None]:
     """The groups that cut sequences: those given; with grids, else the language model's own."""
     grids = mimo_config.module_to_grid_map
     if grids is None:
         return cp_group, tp_group
+    if not role.has_language_module:
+        return None, None
     own = mimo_config.language_model_spec.params.get("pg_collection")
     config = language_config(mimo_config)
     if cp_group is None and config.context_parallel_size > 1:
@@ -167,7 +192,7 @@ def build_bridges(mimo_config: MimoModelConfig) -> Bridges:
     Every rank calls it, for groups are created.
     """
     grids = mimo_config.module_to_grid_map
-    if grids is None or mimo_config.modality_inputs_of != "encoders":
+    if grids is None or not same_ranks(grids) or mimo_config.modality_inputs_of != "encoders":
         return {}
     return {
         (name, MIMO_LANGUAGE_MODULE_KEY): ColocatedBridgeCommunicator(
@@ -209,28 +234,6 @@ def bridge_rows(
     return taken
 
 
-def side_by_side(encoded: Encoded | None, levels: int, empty_H: torch.Tensor) -> torch.Tensor:
-    """Rows and their levels as one tensor [N, (1 + levels) * H]; [0, ...] for None.
-
-    Args:
-        encoded: projected rows; without levels where a modality is idle.
-        levels: that every row has.
-        empty_H: a vector like one row.
-    """
-    if encoded is None:
-        return empty_H.new_empty(0, (1 + levels) * empty_H.numel())
-    tensors = EncodedRows.of(encoded).tensors
-    if len(tensors) == 1:
-        tensors = tensors * (1 + levels) if not tensors[0].size(0) else tensors
-    return torch.cat(tensors, dim=1) if len(tensors) > 1 else tensors[0]
-
-
-def apart(wide_NH: torch.Tensor, levels: int) -> Encoded:
-    """The inverse of ``side_by_side``."""
-    rows_NH, *others = wide_NH.chunk(1 + levels, dim=1)
-    return EncodedRows(rows_NH=rows_NH, levels=tuple(others)).simplest()
-
-
 def refuse_encoding_alone(mimo_config: MimoModelConfig) -> None:
     """Raise ``UnsupportedError`` for a forward that would have to encode by itself and cannot."""
     if mimo_config.module_to_grid_map is None or mimo_config.modality_inputs_of == "encoders":
@@ -239,6 +242,11 @@ def refuse_encoding_alone(mimo_config: MimoModelConfig) -> None:
         raise UnsupportedError(
             "a model with modality_inputs_of='language' is trained by the schedule EncodeFirst, "
             "which gives forward the encoded_rows; call the schedule, or forward under no_grad"
+        )
+    if not same_ranks(mimo_config.module_to_grid_map):
+        raise UnsupportedError(
+            "a forward of a model whose encoders are on ranks of their own got no encoded_rows; "
+            "call the schedule EncodeFirst, or load the checkpoint in another layout"
         )
     apart = encoders_apart(mimo_config.module_to_grid_map)
     if apart:
@@ -254,6 +262,8 @@ def encoders_apart(grids: Mapping[str, Any]) -> list[str]:
 
     Of the language model; without the schedule ``EncodeFirst`` these cannot encode.
     """
+    if not same_ranks(grids):
+        return [name for name in grids if name != MIMO_LANGUAGE_MODULE_KEY]
     language = Geometry.of(MIMO_LANGUAGE_MODULE_KEY, grids[MIMO_LANGUAGE_MODULE_KEY])
     apart = []
     for name in (name for name in grids if name != MIMO_LANGUAGE_MODULE_KEY):
@@ -284,6 +294,8 @@ def groups_for_checkpoints(
 
     Nothing where Megatron's global groups are the language model's.
     """
+    if language_model is None:  # on ranks of encoders, whose modules bring their own
+        return {}, None
     groups: Any = getattr(unwrap_model(language_model), "pg_collection", None)
     if mimo_config.module_to_grid_map is None or getattr(groups, "dp_cp", None) is None:
         return {}, None

@@ -37,7 +37,8 @@ def encode_modalities(
     Args:
         submodules: modality -> ``ModalitySubmodules``, those of this rank.
         modality_inputs: what the encoders are called with.
-        hidden_states: modality -> rows [N, H_encoder] that were encoded already.
+        hidden_states: modality -> rows [N, H_encoder] that were encoded already, or what a stage
+            of the encoder before this one has given.
         mimo_config: what the model was built from.
         special_token_ids: placeholder token id of each modality.
         hidden_size: H.
@@ -47,7 +48,7 @@ def encode_modalities(
         leave_out_unreduced_ranks(name, submodule, mimo_config)
         inputs = (modality_inputs or {}).get(name)
         hidden = (hidden_states or {}).get(name)
-        if hidden is None and is_empty(inputs):
+        if is_empty(inputs) if hidden is None else _has_no_rows(hidden):
             idle = idle_rows(submodule, hidden_size)
             if idle is not None:
                 rows[name] = idle
@@ -59,6 +60,11 @@ def encode_modalities(
         if encoded is not None:
             rows[name] = encoded
     return rows
+
+
+def _has_no_rows(hidden: Encoded) -> bool:
+    tensor = hidden if torch.is_tensor(hidden) else hidden.rows_NH
+    return not tensor.numel()
 
 
 def is_empty(inputs: Mapping[str, Mapping[str, Any]] | None) -> bool:

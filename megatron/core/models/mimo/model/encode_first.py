@@ -1,9 +1,10 @@
 """A schedule that runs the encoders of all micro-batches before the language model's schedule.
 
-For colocated grids. Three phases:
+For grids of modules, on the same ranks or apart. Three phases:
 
-1. Every rank encodes its share of the media of a step's micro-batches, balanced by what each item
-   costs, and the rows go to the ranks of the first pipeline stage that place them.
+1. Every rank that has encoders encodes its share of the media of a step's micro-batches, balanced
+   by what each item costs, and the rows go to the ranks of the first pipeline stage that place
+   them.
 2. Megatron's schedule runs the language model (without pipelining, 1F1B or interleaved).
 3. The rows' gradients go back to who encoded them, and the encoders' backward runs; frozen
    encoders have no such phase.
@@ -34,7 +35,7 @@ from megatron.core.models.mimo.alignment import (
     with_row_index,
 )
 from megatron.core.models.mimo.alignment.cut import with_own_rows
-from megatron.core.models.mimo.comm.pools import Pool, pools_of
+from megatron.core.models.mimo.comm.pools import pools_of
 from megatron.core.models.mimo.comm.row_routes import Placement
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.config.grids import Geometry
@@ -60,8 +61,9 @@ class EncodeFirst:
     """Called as Megatron's schedules are, with the same arguments; all ranks call it together.
 
     The data iterator of the first chunk gives micro-batches as mappings of ``MimoModel.forward``'s
-    arguments, on every rank; those of one replica of the language model get the same, plans uncut.
-    The forward step hands ``encoded_rows`` on to the model.
+    arguments, on every rank of the language model; those of one replica get the same, plans uncut.
+    The forward step hands ``encoded_rows`` on to the model. Ranks of encoders alone need no data:
+    they get their inputs from the language model's, once a step and through the host.
 
     Args:
         chunks: this rank's chunks of the model, each a ``MimoModel`` whose trained modules are
@@ -91,33 +93,38 @@ class EncodeFirst:
         self._schedule = schedule
         self._config = model.config
         self._num_tokens: torch.Tensor | None = None
+        self._apart = model.disjoint_rows is not None
         self._finalizes = True
         grids = dict(model.mimo_config.module_to_grid_map or {})
         language = Geometry.of(MIMO_LANGUAGE_MODULE_KEY, grids[MIMO_LANGUAGE_MODULE_KEY])
-        self._replica = language.positions[dist.get_rank()].dp
         self._language = language
+        here = language.positions.get(dist.get_rank())
+        self._replica = None if here is None else here.dp
         device = next(model.parameters()).device
         like_H = torch.empty(
             self._config.hidden_size, dtype=self._config.params_dtype, device=device
         )
-        groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
+        self._groups = _Groups()
         self._modalities = []
-        for name, submodule in model.modality_submodules.items():
+        for name in model.mimo_config.modality_submodules_spec:
             pools = pools_of(Geometry.of(name, grids[name]), language)
-            key = tuple(pool.ranks for pool in pools)
-            if key not in groups:
-                groups[key] = _make_groups(pools)
-            self._modalities.append(
+            group = self._groups.of([pool.ranks for pool in pools])
+            feed = None
+            if pools[0].is_apart:
+                feed = self._groups.of([pool.feed for pool in pools])
+            own = [pool for pool in pools if dist.get_rank() in pool.ranks]
+            self._modalities += [
                 Modality(
                     name=name,
-                    submodule=submodule,
-                    pool=next(pool for pool in pools if dist.get_rank() in pool.ranks),
-                    group=groups[key],
+                    submodule=dict(model.modality_submodules.items()).get(name),
+                    pool=pool,
+                    group=group,
+                    feed=feed,
                     like_H=like_H,
                     recompute=activations == "recompute",
                 )
-            )
-        self._groups = [group for group in groups.values() if group is not None]
+                for pool in own
+            ]
         self.costs: dict[str, tuple[float, float]] = {}
 
     def __call__(
@@ -133,15 +140,19 @@ class EncodeFirst:
     ) -> Any:
         """Run a step; what the language model's schedule returns."""
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-        batches = [dict(next(iterators[0])) for _ in range(num_microbatches)]
+        batches = []
+        if self._replica is not None:
+            batches = [dict(next(iterators[0])) for _ in range(num_microbatches)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only):
             passes = self._encode(batches)
-        first = iter(batches)
-        schedule = self._schedule or get_forward_backward_func()
-        with self._language_alone(forward_only):
-            reports = schedule(
+        self._finalizes = self._config.finalize_model_grads_func is not None and not forward_only
+        reports: Any = []
+        if self._replica is not None:
+            first = iter(batches)
+            given = [first, *iterators[1:]] if isinstance(data_iterator, list) else first
+            reports = self._run_language(
                 forward_step_func=forward_step_func,
-                data_iterator=[first, *iterators[1:]] if isinstance(data_iterator, list) else first,
+                data_iterator=given,
                 model=model,
                 num_microbatches=num_microbatches,
                 forward_only=forward_only,
@@ -155,11 +166,15 @@ class EncodeFirst:
                 self._finalize_encoders(bool(force_all_reduce))
         return reports
 
+    def _run_language(self, **step: Any) -> Any:
+        """Phase two, on ranks of the language model."""
+        schedule = self._schedule or get_forward_backward_func()
+        with self._language_alone():
+            return schedule(**step)
+
     def destroy(self) -> None:
         """Release the groups that rows travel in; a second call does nothing."""
-        for group in self._groups:
-            dist.destroy_process_group(group)
-        self._groups = []
+        self._groups.destroy()
 
     def _encode(self, batches: list[MicroBatch]) -> list[ModalityPass]:
         """Phase one; puts the rows into the micro-batches."""
@@ -168,20 +183,21 @@ class EncodeFirst:
         cuts = [self._cut(batch) for batch in batches]
         passes = []
         for modality in self._modalities:
-            name, pool = modality.name, modality.pool
+            name, seed = modality.name, _draw_seed(modality, trains=model.training)
             jobs = [
                 Job(
-                    replica=self._replica,
+                    replica=self._replica or 0,
                     inputs=(batch.get("modality_inputs") or {}).get(name),
                     placement=self._placement(name, plan, cut),
+                    seed=seed,
                 )
                 for batch, plan, cut in zip(batches, plans, cuts, strict=True)
             ]
-            jobs = gather_jobs(pool, modality.group, self._replica, jobs)
-            seed = _draw_seed(modality)
+            jobs = gather_jobs(modality, self._replica, jobs)
             passes.append(ModalityPass(modality, jobs, self._replica, seed))
             self.costs[name] = passes[-1].cost
-        reads = self._language.positions[dist.get_rank()].pp == 0
+        here = self._language.positions.get(dist.get_rank())
+        reads = here is not None and here.pp == 0
         device = next(model.parameters()).device
         for number, batch in enumerate(batches):
             batch.pop("modality_inputs", None)
@@ -228,12 +244,11 @@ class EncodeFirst:
         return Placement(rows=plan.counts.get(name, 0), sources=sources)
 
     @contextmanager
-    def _language_alone(self, forward_only: bool) -> Iterator[None]:
+    def _language_alone(self) -> Iterator[None]:
         """The schedule holds back, reduces and finalises the language model's gradients only."""
         config = self._config
         finalizes = config.finalize_model_grads_func
         no_sync, grad_sync = config.no_sync_func, config.grad_sync_func
-        self._finalizes = finalizes is not None and not forward_only
         modules = [chunk.language_model for chunk in self._chunks]
         if self._finalizes:
             config.finalize_model_grads_func = self._finalize_language
@@ -271,12 +286,46 @@ class EncodeFirst:
 
     def _finalize_encoders(self, force_all_reduce: bool) -> None:
         """Reduce the encoders' gradients over their own replicas, and divide them once."""
+        if self._apart:
+            self._tell_num_tokens()
         assert self._num_tokens is not None, "the language model was finalised"
         scale = 1.0 / self._num_tokens.clamp(min=1)
         for modality in self._modalities:
             if isinstance(modality.submodule, DistributedDataParallel):
                 modality.submodule.finish_grad_sync(force_all_reduce=force_all_reduce)
                 modality.submodule.scale_gradients(scale)
+
+    def _tell_num_tokens(self) -> None:
+        """Let ranks of encoders alone know the tokens of the global batch; all ranks call it."""
+        if self._replica is None:
+            device = next(self._chunks[0].parameters()).device
+            self._num_tokens = torch.zeros([], dtype=torch.int, device=device)
+        assert self._num_tokens is not None, "the language model was finalised"
+        dist.broadcast(self._num_tokens, src=self._language.ranks[0])
+
+
+class _Groups:
+    """Process groups that were made once for the ranks that they have."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
+
+    def of(self, groups: Sequence[tuple[int, ...]]) -> dist.ProcessGroup | None:
+        """This rank's of disjoint groups; None where all have one rank. All ranks call it."""
+        key = tuple(groups)
+        if key not in self._known and all(len(ranks) == 1 for ranks in key):
+            self._known[key] = None
+        elif key not in self._known:
+            own: Any = dist.new_subgroups_by_enumeration([[*ranks] for ranks in key])[0]
+            self._known[key] = own
+        return self._known[key]
+
+    def destroy(self) -> None:
+        """Release them; a second call does nothing."""
+        for group in self._known.values():
+            if group is not None:
+                dist.destroy_process_group(group)
+        self._known = {}
 
 
 def _check_model(model: MimoModel) -> None:
@@ -297,14 +346,6 @@ def _check_model(model: MimoModel) -> None:
         )
 
 
-def _make_groups(pools: Sequence[Pool]) -> dist.ProcessGroup | None:
-    if all(len(pool.ranks) == 1 for pool in pools):
-        return None
-    own: Any = dist.new_subgroups_by_enumeration([[*pool.ranks] for pool in pools])[0]
-    group: dist.ProcessGroup = own
-    return group
-
-
 def _uncut_plan(model: MimoModel, batch: Mapping[str, Any]) -> AlignmentPlan:
     plan: AlignmentPlan | None = batch.get("alignment_plan")
     if plan is None:
@@ -318,12 +359,17 @@ def _uncut_plan(model: MimoModel, batch: Mapping[str, Any]) -> AlignmentPlan:
     return plan.to("cpu")
 
 
-def _draw_seed(modality: Modality) -> int | None:
-    """A seed for what an encoder draws in this step, from the generator that is checkpointed."""
-    if not modality.submodule.training:
+def _draw_seed(modality: Modality, *, trains: bool) -> int | None:
+    """A seed for what an encoder draws in this step, from the generator that is checkpointed.
+
+    That is the language model's, whose ranks tell encoders on ranks of their own.
+    """
+    submodule = modality.submodule
+    if not (trains if submodule is None else submodule.training):
         return None
     seed = torch.randint(1 << 30, (1,))
-    if len(modality.pool.owners[0]) > 1 and modality.group is not None:
+    pool = modality.pool
+    if len(pool.owners[0]) > 1 and modality.group is not None and not pool.is_apart:
         # tensor-parallel ranks of an encoder may be of different pipeline stages
         seed = seed.to(modality.like_H.device)
         dist.broadcast(seed, group_src=0, group=modality.group)

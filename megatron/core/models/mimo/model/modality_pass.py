@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ from megatron.core.models.mimo.comm.pools import Pool
 from megatron.core.models.mimo.comm.row_routes import Encoding, Placement, RowRoutes
 from megatron.core.models.mimo.errors import InputError
 from megatron.core.models.mimo.model.checks import check_count
-from megatron.core.models.mimo.model.colocated import apart, side_by_side
 from megatron.core.models.mimo.model.encode import is_empty
 from megatron.core.models.mimo.model.idle import idle_rows
 from megatron.core.models.mimo.model.media_units import Call, Inputs, Unit, calls_of, units_of
 from megatron.core.models.mimo.model.ranges import named_range
+from megatron.core.models.mimo.model.wide_rows import apart, side_by_side
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
@@ -39,11 +40,14 @@ class Job:
         replica: its data-parallel index.
         inputs: of all encoders; None without any.
         placement: where the rows go.
+        seed: of what encoders on ranks of their own draw in this step; None where they draw
+            nothing, or ask generators of their own.
     """
 
     replica: int
     inputs: Inputs | None
     placement: Placement
+    seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,42 +56,69 @@ class Modality:
 
     Attributes:
         name: its.
-        submodule: this rank's, maybe wrapped.
+        submodule: this rank's, maybe wrapped; None where it is on other ranks.
         pool: this rank's.
         group: of the pool; None where it is this rank alone.
+        feed: of the pool's ranks in ``feed``, where the modality is on ranks of its own.
         like_H: a vector like one row.
         recompute: forget activations after forward, and encode once more in backward.
     """
 
     name: str
-    submodule: nn.Module
+    submodule: nn.Module | None
     pool: Pool
     group: dist.ProcessGroup | None
+    feed: dist.ProcessGroup | None = None
     like_H: torch.Tensor
     recompute: bool
 
     @property
     def levels(self) -> int:
-        """Further levels of every row."""
+        """Further levels of every row; 0 where the modality is on other ranks."""
+        if self.submodule is None:
+            return 0
         levels: int = getattr(unwrap_model(self.submodule), "num_levels", 0)
         return levels
 
     @property
     def trains(self) -> bool:
         """True where a gradient is wanted of it now."""
+        if self.submodule is None:
+            return False
         wanted = any(parameter.requires_grad for parameter in self.submodule.parameters())
         return wanted and torch.is_grad_enabled()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Agreed:
+    """What all ranks of a pool know of a step.
+
+    Attributes:
+        encodings: who encodes what.
+        trains: a gradient is wanted of the modality.
+        levels: of its rows.
+        cost: of all that is encoded.
+        seed: of what the encoders draw; None where they draw nothing.
+    """
+
+    encodings: list[Encoding]
+    trains: bool
+    levels: int
+    cost: float
+    seed: int | None
 
 
 class ModalityPass:
     """The rows of one step.
 
-    All ranks of the pool make one, with the same jobs of the pool's replicas, in one order.
+    All ranks of the pool make one, with the same jobs of the pool's replicas, in one order. Where
+    the modality is on ranks of its own, these have all the jobs and tell the others what they
+    encode, in one broadcast; a rank of the language model has the jobs of its replica.
 
     Args:
         modality: whose rows.
         jobs: of all replicas in the pool.
-        own: number of this rank's replica.
+        own: number of this rank's replica; None on ranks of encoders alone.
         seed: of what the encoders draw; None where they draw nothing.
 
     Attributes:
@@ -96,18 +127,31 @@ class ModalityPass:
         cost: of what this rank encodes, and of what the pool does.
     """
 
-    def __init__(self, modality: Modality, jobs: Sequence[Job], own: int, seed: int | None) -> None:
-        self._modality, self._seed = modality, seed
-        self._trains = modality.trains
-        calls, encodings, encoded, self.cost = _deal_out(modality, jobs)
-        self._calls = calls
+    def __init__(
+        self, modality: Modality, jobs: Sequence[Job], own: int | None, seed: int | None
+    ) -> None:
+        self._modality = modality
+        self._calls: list[Call] = []
+        agreed, encoded, mine = None, 0, 0.0
+        if modality.submodule is not None:
+            self._calls, encodings, encoded, (mine, cost) = _deal_out(modality, jobs)
+            agreed = _Agreed(
+                encodings=encodings,
+                trains=modality.trains,
+                levels=modality.levels,
+                cost=cost,
+                seed=jobs[0].seed if modality.pool.is_apart else seed,
+            )
+        agreed = _told(modality, agreed)
+        self._trains, self._levels, self._seed = agreed.trains, agreed.levels, agreed.seed
+        self.cost = mine, agreed.cost
         self._states: list[Mapping[str, Any]] = []
         self._encoded: list[torch.Tensor] = []
-        routes = RowRoutes(modality.pool, dist.get_rank(), encodings, encoded)
+        routes = RowRoutes(modality.pool, dist.get_rank(), agreed.encodings, encoded)
         self._back = routes.backward() if self._trains else None
         wide_NW = exchange_rows(self._forward(), routes.forward(), modality.group)
         self._leaves = self._cut(wide_NW, [job for job in jobs if job.replica == own], own)
-        self.rows: list[Encoded] = [apart(leaf, modality.levels) for leaf in self._leaves]
+        self.rows: list[Encoded] = [apart(leaf, self._levels) for leaf in self._leaves]
 
     def backward(self) -> None:
         """Bring the gradients of the rows back to who encoded them, and run the encoders' backward.
@@ -123,11 +167,15 @@ class ModalityPass:
         given_NW = torch.cat(grads) if grads else self._nothing()
         self._leaves, self.rows = [], []
         grad_NW = exchange_rows(given_NW.contiguous(), self._back, modality.group)
+        if modality.submodule is None:
+            return
         parts = grad_NW.split_with_sizes([call.rows for call in self._calls])
         self._backward_calls(parts if self._calls else [grad_NW[:0]])
 
     def _forward(self) -> torch.Tensor:
         """Rows [n, W] of all that this rank encodes; graphs are kept unless they are recomputed."""
+        if self._modality.submodule is None:
+            return self._nothing()
         keeps = self._trains and not self._modality.recompute
         outputs = []
         with nullcontext() if keeps else torch.no_grad():
@@ -141,13 +189,14 @@ class ModalityPass:
 
     def _encode(self, number: int) -> torch.Tensor:
         """One call; where there is none, what keeps this rank in step with those that have some."""
-        modality = self._modality
+        modality, submodule = self._modality, self._modality.submodule
+        assert submodule is not None, "this rank encodes"
         drawing = _drawing_from(self._seed, number, modality)
         with named_range(f"encode {modality.name}"), drawing:
             if not self._calls:
-                encoded = idle_rows(modality.submodule, modality.like_H.numel())
+                encoded = idle_rows(submodule, modality.like_H.numel())
             else:
-                encoded = modality.submodule(encoder_inputs=self._calls[number].inputs)
+                encoded = submodule(encoder_inputs=self._calls[number].inputs)
         if self._calls:
             self._check(self._calls[number], encoded)
         return side_by_side(encoded, modality.levels, modality.like_H)
@@ -167,8 +216,12 @@ class ModalityPass:
                 f"language model's hidden_size is {width}: let the projection end in that width"
             )
 
-    def _cut(self, wide_NW: torch.Tensor, jobs: Sequence[Job], own: int) -> list[torch.Tensor]:
+    def _cut(
+        self, wide_NW: torch.Tensor, jobs: Sequence[Job], own: int | None
+    ) -> list[torch.Tensor]:
         """The rows of each micro-batch, as leaves."""
+        if own is None:
+            return []
         places = self._modality.pool.readers[own]
         here = next((at for at, rank in places.items() if rank == dist.get_rank()), None)
         if here is None:
@@ -203,13 +256,25 @@ class ModalityPass:
             tracker.set_states(now)
 
     def _nothing(self) -> torch.Tensor:
-        return side_by_side(None, self._modality.levels, self._modality.like_H)
+        return side_by_side(None, self._levels, self._modality.like_H)
+
+
+def _told(modality: Modality, agreed: _Agreed | None) -> _Agreed:
+    """What the encoder's first rank knows, on ranks of the language model too."""
+    if modality.pool.is_apart:
+        told = [agreed]
+        source = modality.pool.owners[0][0]
+        dist.broadcast_object_list(told, src=source, group=modality.group)
+        (agreed,) = told
+    assert agreed is not None, "a rank that encodes knows, others are told"
+    return agreed
 
 
 def _deal_out(
     modality: Modality, jobs: Sequence[Job]
 ) -> tuple[list[Call], list[Encoding], int, tuple[float, float]]:
     """This rank's calls, who encodes what, the rows of its encoder replica, and what that costs."""
+    assert modality.submodule is not None, "this rank encodes"
     units: list[Unit] = []
     inputs: dict[int, Inputs] = {}
     for number, job in enumerate(jobs):
@@ -244,7 +309,7 @@ def _deal_out(
 
 
 @contextmanager
-def _held_back(submodule: nn.Module, wanted: bool) -> Iterator[None]:
+def _held_back(submodule: nn.Module | None, wanted: bool) -> Iterator[None]:
     """No reductions of gradients begin within this context, where that is wanted."""
     if wanted and isinstance(submodule, DistributedDataParallel):
         with submodule.no_sync():
@@ -270,51 +335,37 @@ def _drawing_from(seed: int | None, call: int, modality: Modality) -> Iterator[N
         yield
 
 
-def gather_jobs(
-    pool: Pool, group: dist.ProcessGroup | None, own: int, jobs: Sequence[Job]
-) -> list[Job]:
+def gather_jobs(modality: Modality, own: int | None, jobs: Sequence[Job]) -> list[Job]:
     """The jobs of all replicas of a pool: those of one replica after those of another.
 
-    Where the pool has one replica nothing is sent; else its ranks take part in one all-gather of
-    the inputs, through the host.
+    Where the pool has one replica, and the encoders are on its ranks, nothing is sent; else its
+    ranks take part in one all-gather of the inputs, through the host. Where the encoders are on
+    ranks of their own, these and one rank of each replica do; others keep their replica's.
 
     Args:
-        pool: this rank's.
-        group: of the pool.
-        own: number of this rank's replica.
+        modality: whose.
+        own: number of this rank's replica; None on ranks of encoders alone.
         jobs: its, equal on all its ranks.
     """
-    if len(pool.replicas) == 1:
+    pool, rank = modality.pool, dist.get_rank()
+    ranks, group = (pool.feed, modality.feed) if pool.is_apart else (pool.ranks, modality.group)
+    if (len(pool.replicas) == 1 and not pool.is_apart) or rank not in ranks:
         return [*jobs]
-    device = next((_device(job.inputs) for job in jobs if job.inputs), torch.device("cpu"))
     told = None
-    if dist.get_rank() == pool.speaker_of(own):
+    if own is not None and rank == pool.speaker_of(own):
         told = [replace(job, inputs=_map(job.inputs, lambda one: one.cpu())) for job in jobs]
-    heard: list[list[Job] | None] = [None] * len(pool.ranks)
+    heard: list[list[Job] | None] = [None] * len(ranks)
     dist.all_gather_object(heard, told, group=group)
     found: list[Job] = []
+    move = partial(torch.Tensor.to, device=modality.like_H.device)
     for replica in pool.replicas:
         if replica == own:
             found += jobs
             continue
-        theirs = heard[pool.ranks.index(pool.speaker_of(replica))]
+        theirs = heard[ranks.index(pool.speaker_of(replica))]
         assert theirs is not None, "the speaker of every replica tells"
-        found += [
-            replace(job, inputs=_map(job.inputs, lambda one: one.to(device))) for job in theirs
-        ]
+        found += [replace(job, inputs=_map(job.inputs, move)) for job in theirs]
     return found
-
-
-def _device(value: Any) -> torch.device:
-    if torch.is_tensor(value):
-        return value.device
-    values = value.values() if isinstance(value, Mapping) else value
-    if isinstance(value, Mapping | list | tuple):
-        for one in values:
-            device = _device(one)
-            if device.type != "cpu":
-                return device
-    return torch.device("cpu")
 
 
 def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -56,10 +56,11 @@ class StockEntryPoints(nn.Module):
     input_tensors: Any
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Take the hidden states of the previous stage; they are used by the next forward only.
+        """Take what previous stages have sent; it is used by the next forward only.
 
         Args:
-            input_tensor: [S_local, B, H], a list of one, or ``{"language": tensor}``.
+            input_tensor: [S_local, B, H], a list of one, or ``{module: tensor}``: "language" for
+                hidden states; a modality for its rows, which encoders on other ranks have sent.
         """
         if isinstance(input_tensor, list):
             input_tensor = input_tensor[0]
@@ -72,9 +73,9 @@ class StockEntryPoints(nn.Module):
         hidden = input_tensor
         if isinstance(input_tensor, dict):
             hidden = input_tensor.get(MIMO_LANGUAGE_MODULE_KEY)
-        language_model = unwrap_model(self.language_model)
-        if hasattr(language_model, "set_input_tensor"):
-            language_model.set_input_tensor(hidden)
+        language_model = self.language_model
+        if language_model is not None and hasattr(unwrap_model(language_model), "set_input_tensor"):
+            unwrap_model(language_model).set_input_tensor(hidden)
 
     def get_text_embeddings(
         self,
@@ -296,4 +297,13 @@ class StockEntryPoints(nn.Module):
         if self.input_tensors is None:
             return
         self.input_tensors = None
-        unwrap_model(self.language_model).set_input_tensor([None])
+        if self.language_model is not None:
+            unwrap_model(self.language_model).set_input_tensor([None])
+
+    def _arrived_rows(self) -> dict[str, torch.Tensor] | None:
+        """What encoders on other ranks have sent: modality -> rows, or hidden states of a stage."""
+        arrived = self.input_tensors
+        if not isinstance(arrived, dict):
+            return None
+        known = self.mimo_config.modality_submodules_spec
+        return {name: value for name, value in arrived.items() if name in known}

@@ -34,7 +34,7 @@ def name_wrapped_modules(model: Any, state_dict: dict[str, Any], prefix: str, *_
 
     A wrapper leaves its name out of ``state_dict``, and torch looks for it when loading.
     """
-    modules = {"language_model": model.language_model}
+    modules = {} if model.language_model is None else {"language_model": model.language_model}
     for name, submodule in model.modality_submodules.items():
         modules[f"modality_submodules.{name}"] = submodule
     for path, module in modules.items():
@@ -62,7 +62,10 @@ class WrappedModules(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Answer for the language model where Megatron asks the outermost module."""
         if name in _ASKED_OF_LANGUAGE_MODEL:
-            return getattr(unwrap_model(super().__getattr__("language_model")), name)
+            language_model = super().__getattr__("language_model")
+            if language_model is None:  # on a rank of encoders alone
+                raise AttributeError(f"no language model on this rank has {name!r}")
+            return getattr(unwrap_model(language_model), name)
         return super().__getattr__(name)
 
     def _wrapped(self, option: str | None = None) -> Iterator[Any]:

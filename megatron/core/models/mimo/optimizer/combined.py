@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,9 +100,6 @@ class MimoOptimizer(ChainedOptimizer):
         module_infos: as given.
         is_stub_optimizer: nothing is trained on this rank.
         chained_optimizers: Megatron's optimizers, those of one module after those of another.
-
-    Raises:
-        UnsupportedError: (a ``RuntimeError``) modules on ranks of their own.
     """
 
     def __init__(
@@ -112,16 +110,12 @@ class MimoOptimizer(ChainedOptimizer):
         device: torch.device | None = None,
     ) -> None:
         grids = {name: info.grid for name, info in module_infos.items() if info.grid is not None}
-        if grids and not same_ranks(grids):
-            raise UnsupportedError(
-                f"the grids of {sorted(grids)} are on ranks of their own; this release optimizes "
-                "modules on the same ranks: give their grids one extent"
-            )
+        self._apart = bool(grids) and not same_ranks(grids)
         self.module_infos = dict(module_infos)
         parts = [
             part
             for info in module_infos.values()
-            if info.is_active or not _has_parameters(info.optimizer)
+            if _takes_part(info)
             for part in links_of(info.optimizer)
         ]
         super().__init__(parts)
@@ -147,7 +141,7 @@ class MimoOptimizer(ChainedOptimizer):
         Returns:
             Whether any module on any rank has inf or NaN; the same on all ranks.
         """
-        found_inf = self._agree(super().prepare_grads(), dist.ReduceOp.MAX)
+        found_inf = _agree(super().prepare_grads(), dist.ReduceOp.MAX, self._device)
         if self._scaler is not None:
             self._scaler.settle(found_inf)
         return found_inf
@@ -162,11 +156,34 @@ class MimoOptimizer(ChainedOptimizer):
             ``(success, grad_norm, num_zeros)``. A skipped step has neither norm nor zeros;
             zeros are counted with ``log_num_zeros_in_grad``.
         """
-        if self.chained_optimizers:
+        if self.chained_optimizers or self._apart:
             success, grad_norm, num_zeros = super().step()
         else:
             success, grad_norm, num_zeros = not self.prepare_grads(), 0.0, None
-        return self._agree(bool(success), dist.ReduceOp.MIN), grad_norm, num_zeros
+        success = _agree(bool(success), dist.ReduceOp.MIN, self._device)
+        return success, grad_norm, num_zeros
+
+    @torch.no_grad()
+    def get_grad_norm(self) -> Any:
+        """The norm over all modules; with modules on ranks of their own, all ranks call it."""
+        if not self._apart:
+            return super().get_grad_norm()
+        squares = [
+            sum((part.get_grad_norm() or 0.0) ** 2 for part in parts)
+            for parts in _parts_by_module(self.module_infos)
+        ]
+        return math.sqrt(sum(_of_holders(squares, torch.float64, self._device)))
+
+    @torch.no_grad()
+    def count_zeros(self) -> int:
+        """Zeros in the gradients of all modules; collective as ``get_grad_norm``."""
+        if not self._apart:
+            return int(super().count_zeros())
+        counts = [
+            sum(part.count_zeros() for part in parts)
+            for parts in _parts_by_module(self.module_infos)
+        ]
+        return int(sum(_of_holders(counts, torch.int64, self._device)))
 
     def get_loss_scale(self) -> torch.Tensor:
         """What the loss is multiplied by before backward: float32 [1]."""
@@ -232,7 +249,7 @@ class MimoOptimizer(ChainedOptimizer):
         """
         metadata = keywords.get("metadata") or {}
         if metadata.get("distrib_optim_fully_reshardable_mem_efficient"):
-            self._require_gloo_groups()
+            _require_gloo_groups(self.chained_optimizers)
         state: dict[str, Any] = {name: {} for name in self.module_infos}
         for name, replica in self._replica.items():
             state[name] = self._primed(name).sharded_state_dict(
@@ -247,22 +264,6 @@ class MimoOptimizer(ChainedOptimizer):
             prime(part)
         return optimizer
 
-    def _require_gloo_groups(self) -> None:
-        for part in self.chained_optimizers:
-            if getattr(part, "data_parallel_group_gloo", True) is None:
-                raise ConfigError(
-                    "distrib_optim_fully_reshardable_mem_efficient gathers over gloo groups, and "
-                    "the optimizer was built without; give get_mimo_optimizer "
-                    "use_gloo_process_groups=True"
-                )
-
-    def _agree(self, value: bool, operation: Any) -> bool:
-        if not dist.is_initialized():
-            return value
-        verdict = torch.tensor([value], dtype=torch.int32, device=self._device)
-        dist.all_reduce(verdict, op=operation)
-        return bool(verdict.item())
-
 
 def links_of(optimizer: Any) -> list[Any]:
     """Megatron's optimizers in one: a chain's links."""
@@ -271,6 +272,40 @@ def links_of(optimizer: Any) -> list[Any]:
     if type(optimizer) is ChainedOptimizer:
         return list(optimizer.chained_optimizers)
     return [optimizer]
+
+
+def _parts_by_module(module_infos: Mapping[str, ModuleOptimizerInfo]) -> Iterator[list[Any]]:
+    for info in module_infos.values():
+        yield links_of(info.optimizer) if _takes_part(info) else []
+
+
+def _of_holders(values: list[Any], dtype: torch.dtype, device: torch.device) -> list[Any]:
+    """A number for each module, from the ranks that hold it; others say 0. Collective."""
+    known = torch.tensor([float(value) for value in values], dtype=dtype, device=device)
+    dist.all_reduce(known, op=dist.ReduceOp.MAX)
+    return list(known.tolist())
+
+
+def _agree(value: bool, operation: Any, device: torch.device) -> bool:
+    if not dist.is_initialized():
+        return value
+    verdict = torch.tensor([value], dtype=torch.int32, device=device)
+    dist.all_reduce(verdict, op=operation)
+    return bool(verdict.item())
+
+
+def _require_gloo_groups(optimizers: list[Any]) -> None:
+    for part in optimizers:
+        if getattr(part, "data_parallel_group_gloo", True) is None:
+            raise ConfigError(
+                "distrib_optim_fully_reshardable_mem_efficient gathers over gloo groups, and the "
+                "optimizer was built without; give get_mimo_optimizer use_gloo_process_groups=True"
+            )
+
+
+def _takes_part(info: ModuleOptimizerInfo) -> bool:
+    """True where this rank's optimizer of a module steps, with parameters or to keep step."""
+    return info.is_active or not _has_parameters(info.optimizer)
 
 
 def _has_parameters(optimizer: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
-from megatron.core.models.mimo.config.grids import Geometry, groups_of, has_groups
+from megatron.core.models.mimo.config.grids import Geometry, groups_of, has_groups, is_on
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
 from megatron.core.models.mimo.optimizer.combined import MimoOptimizer, ModuleOptimizerInfo
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
@@ -93,22 +94,23 @@ def get_mimo_optimizer(
     infos = {}
     for name in modules:
         ddp_config = next((s.ddp_configs[name] for s in surveys if name in s.ddp_configs), None)
-        optimizer, grid = None, grids.get(name)
-        pg_collection = _groups(models[0], name)
+        grid = grids.get(name)
+        elsewhere = grid is not None and not is_on(grid)
+        groups = _own_groups(models[0]) if elsewhere else _groups(models[0], name)
+        optimizer = None
         if ddp_config is not None:
             # Optimizers align their parameter groups over the world: a rank without the module
             # takes part with one that holds nothing.
-            chunks = trained.get(name)
-            if chunks is None:
-                chunks = [_nothing(models[0].config, ddp_config, pg_collection)]
             optimizer = get_megatron_optimizer(
                 config,
-                chunks,
+                trained.get(name) or [_nothing(models[0].config, ddp_config, groups)],
                 config_overrides=_by_full_name(config_overrides, names),
                 use_gloo_process_groups=use_gloo_process_groups and grid is None,
-                pg_collection=pg_collection,
+                pg_collection=groups,
             )
-        infos[name] = ModuleOptimizerInfo(optimizer, grid, pg_collection, name in trained)
+        if elsewhere:  # of its ranks alone are the groups in which it steps
+            optimizer = groups = None
+        infos[name] = ModuleOptimizerInfo(optimizer, grid, groups, name in trained)
     device = next((parameter.device for parameter in models[0].parameters()), None)
     return kind(infos, config, device=device)
 
@@ -119,6 +121,12 @@ def _groups(model: Any, name: str) -> Any:
     if grid is not None and has_groups(grid):
         return groups_of(name, grid)
     return getattr(model, "pg_collection", None)
+
+
+def _own_groups(model: Any) -> Any:
+    """The process groups of a module that this rank has."""
+    grids = model.mimo_config.module_to_grid_map
+    return _groups(model, next(name for name, grid in grids.items() if is_on(grid)))
 
 
 def _refuse(config: OptimizerConfig) -> None:
@@ -272,4 +280,9 @@ def _by_full_name(
 def _nothing(
     config: Any, ddp_config: DistributedDataParallelConfig, pg_collection: Any
 ) -> DistributedDataParallel:
-    return DistributedDataParallel(config, ddp_config, nn.Module(), pg_collection=pg_collection)
+    """A wrapper without parameters; it asks for groups of stages and experts, and uses none."""
+    groups = copy(pg_collection)
+    if groups is not None:
+        groups.ep = getattr(groups, "ep", None) or groups.tp
+        groups.pp = getattr(groups, "pp", None) or groups.tp
+    return DistributedDataParallel(config, ddp_config, nn.Module(), pg_collection=groups)

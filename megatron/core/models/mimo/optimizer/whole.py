@@ -7,11 +7,12 @@ groups, step, loss scale) has to be told once. Such a checkpoint loads in every 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
 from megatron.core.models.mimo.optimizer.combined import MimoOptimizer, links_of
@@ -19,7 +20,7 @@ from megatron.core.models.mimo.optimizer.state import prime
 from megatron.core.optimizer import FP32Optimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
-_MODULES = "modules"
+_MODULES, _GROUPS = "modules", "param_groups"
 _SHARDING = "param_state_sharding_type"
 _TOLD_ONCE = ("grad_scaler", _SHARDING)
 
@@ -27,8 +28,8 @@ _TOLD_ONCE = ("grad_scaler", _SHARDING)
 class WholeModelOptimizer(MimoOptimizer):
     """``MimoOptimizer`` whose checkpoints are those of one optimizer of the whole model.
 
-    The rank that writes what is not a tensor has every module that is trained, so all modules are
-    on the same ranks.
+    One rank writes what is not a tensor: where modules are on ranks of their own, these tell each
+    other.
     """
 
     def sharded_state_dict(
@@ -55,6 +56,8 @@ class WholeModelOptimizer(MimoOptimizer):
                 while len(links) <= number:
                     links.append({_MODULES: {}})
                 _join(links[number], name, link, state, is_loading=is_loading)
+        if self._apart and not is_loading:
+            _share(links)
         return links[0] if len(links) == 1 else dict(enumerate(links))
 
     @torch.no_grad()  # Megatron copies into fp32 parameters, leaves of the graph
@@ -83,7 +86,7 @@ def _join(
 ) -> None:
     """Put one module's state into the whole, its parameter groups among those of others."""
     inner = _inner(link, state)
-    groups = inner.pop("param_groups")
+    groups = inner.pop(_GROUPS)
     told = {key: state.pop(key) for key in _TOLD_ONCE if key in state}
     step = inner["state"].pop("common_step", None) if "state" in inner else None
     whole[_MODULES][name] = state
@@ -93,12 +96,35 @@ def _join(
     common = whole if isinstance(link, FP32Optimizer) else whole.setdefault("optimizer", {})
     if step is not None:
         common.setdefault("state", {})["common_step"] = step
-    known = common.setdefault("param_groups", [])
+    _add_groups(common, groups)
+
+
+def _add_groups(common: dict[str, Any], groups: Iterable[Mapping[str, Any]]) -> None:
+    known = common.setdefault(_GROUPS, [])
     identifiers = [_identifier(group) for group in known]
     for group in groups:
         plain = {key: value for key, value in group.items() if key != "params"}
         if _identifier(plain) not in identifiers:
             known.append(deepcopy(plain))
+
+
+def _share(links: list[dict[str, Any]]) -> None:
+    """Let every rank know what is not a tensor of the modules of all ranks. Collective."""
+    told = [{key: value for key, value in link.items() if key != _MODULES} for link in links]
+    heard: list[list[dict[str, Any]]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(heard, told)
+    for number in range(max(map(len, heard))):
+        if number == len(links):
+            links.append({_MODULES: {}})
+        for theirs in (one[number] for one in heard if len(one) > number):
+            own, common = links[number], theirs.get("optimizer", theirs)
+            for key in _TOLD_ONCE:
+                if key in theirs:
+                    own.setdefault(key, theirs[key])
+            inner = own.setdefault("optimizer", {}) if "optimizer" in theirs else own
+            for name, value in common.get("state", {}).items():
+                inner.setdefault("state", {}).setdefault(name, value)
+            _add_groups(inner, common.get(_GROUPS, []))
 
 
 def _own(whole: Mapping[str, Any], name: str, link: Any) -> dict[str, Any]:
@@ -108,9 +134,9 @@ def _own(whole: Mapping[str, Any], name: str, link: Any) -> dict[str, Any]:
     state |= {key: whole[key] for key in _TOLD_ONCE if key in whole}
     is_flat = isinstance(link, FP32Optimizer)
     inner = state if is_flat else state.setdefault("optimizer", {})
-    by_identifier = {_identifier(group): group for group in common["param_groups"]}
-    inner["param_groups"] = []
-    for group in link.optimizer.state_dict()["param_groups"]:
+    by_identifier = {_identifier(group): group for group in common[_GROUPS]}
+    inner[_GROUPS] = []
+    for group in link.optimizer.state_dict()[_GROUPS]:
         found = by_identifier.get(_identifier(group))
         if found is None:
             raise ConfigError(
@@ -118,7 +144,7 @@ def _own(whole: Mapping[str, Any], name: str, link: Any) -> dict[str, Any]:
                 f"{dict(zip(param_group_identifier_keys, _identifier(group), strict=True))}; train "
                 "with the learning rates and weight decays it was saved with"
             )
-        inner["param_groups"].append({**deepcopy(found), "params": group["params"]})
+        inner[_GROUPS].append({**deepcopy(found), "params": group["params"]})
     step = common.get("state", {}).get("common_step")
     if "state" in inner and step is not None:
         inner["state"] = {**inner["state"], "common_step": step}

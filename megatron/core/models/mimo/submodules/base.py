@@ -12,7 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.core.models.mimo.alignment import Encoded, EncodedRows
 from megatron.core.models.mimo.errors import ConfigError, InputError
-from megatron.core.models.mimo.submodules.encoder_output import levels_of, run_encoder
+from megatron.core.models.mimo.submodules.encoder_output import (
+    as_rows,
+    levels_of,
+    run_encoder,
+    run_stage,
+)
 from megatron.core.models.mimo.submodules.state import Offsets, descended_state
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
@@ -240,24 +245,20 @@ class ModalitySubmodules(nn.Module):
         Args:
             encoder_inputs: encoder name -> keyword arguments of its call; read on the first
                 stage only.
-            hidden_states: [N, H_encoder] rows that were encoded already.
+            hidden_states: [N, H_encoder] rows that were encoded already; on a later stage what the
+                stage before has given, from which this one's layers go on.
         """
         if encoder_inputs is not None and hidden_states is not None:
             raise InputError("encoder_inputs and hidden_states are mutually exclusive; give one")
+        if not (self.is_first_stage and self.is_last_stage):
+            return _stage(self, encoder_inputs, hidden_states)
         if hidden_states is not None:
             combined = hidden_states
-        elif self.is_first_stage and encoder_inputs:
+        elif encoder_inputs:
             combined = self.combine_embeddings(self.encode(encoder_inputs))
         else:
             return None
-        if not self.is_last_stage:
-            return combined
-        if self.recompute_projections and torch.is_grad_enabled():
-            projected: Encoded = checkpoint(
-                self.project_embeddings, [combined], use_reentrant=False
-            )
-            return projected
-        return self.project_embeddings([combined])
+        return _projected(self, combined)
 
     def _check_levels(self, levels: int) -> None:
         if levels != len(self.level_projections):
@@ -279,6 +280,40 @@ class ModalitySubmodules(nn.Module):
             tp_group = self.pg_collection.tp
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         return descended_state(self, prefix, sharded_offsets, metadata, tp_group=tp_group)
+
+
+def _stage(
+    modality: ModalitySubmodules,
+    encoder_inputs: Mapping[str, Mapping[str, Any]] | None,
+    hidden_states: Encoded | None,
+) -> Encoded | None:
+    """One of several stages: the next one's hidden states, or on the last stage the rows."""
+    if len(modality.encoders) != 1:
+        raise ConfigError(
+            f"{type(modality).__name__} is cut into pipeline stages and has the encoders "
+            f"{sorted(modality.encoders)}; expected one: give others a modality of their own"
+        )
+    ((name, encoder),) = modality.encoders.items()
+    if modality.is_first_stage:
+        if not encoder_inputs:
+            return None
+        return run_stage(name, encoder, encoder_inputs[name], None)
+    if hidden_states is None:
+        return None
+    assert torch.is_tensor(hidden_states), "encoders of several stages have no levels"
+    hidden = run_stage(name, encoder, {}, hidden_states)
+    if not modality.is_last_stage:
+        return hidden
+    return _projected(modality, as_rows(name, encoder, hidden))
+
+
+def _projected(modality: ModalitySubmodules, combined: Encoded) -> Encoded:
+    if modality.recompute_projections and torch.is_grad_enabled():
+        projected: Encoded = checkpoint(
+            modality.project_embeddings, [combined], use_reentrant=False
+        )
+        return projected
+    return modality.project_embeddings([combined])
 
 
 def _project(projection: nn.Module, rows_NH: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -54,9 +55,9 @@ def run_encoder(name: str, encoder: nn.Module, inputs: Mapping[str, Any]) -> Enc
     if not isinstance(output, EncodedRows):
         if isinstance(output, tuple) and output:
             output = output[0]
-        encoded = EncodedRows(rows_NH=_as_rows(name, encoder, output))
+        encoded = EncodedRows(rows_NH=as_rows(name, encoder, output))
     else:
-        encoded = output.map(lambda tensor: _as_rows(name, encoder, tensor))
+        encoded = output.map(lambda tensor: as_rows(name, encoder, tensor))
     if len(encoded.levels) != levels_of(encoder):
         raise InputError(
             f"encoder '{name}' gave {len(encoded.levels)} levels of its rows, and its num_levels "
@@ -66,7 +67,48 @@ def run_encoder(name: str, encoder: nn.Module, inputs: Mapping[str, Any]) -> Enc
     return encoded.simplest()
 
 
-def _as_rows(name: str, encoder: nn.Module, output: Any) -> torch.Tensor:
+def run_stage(
+    name: str, encoder: nn.Module, inputs: Mapping[str, Any], hidden: torch.Tensor | None
+) -> torch.Tensor:
+    """Call an encoder's pipeline stage: its output as it is, which the next stage is given.
+
+    A stage behind the first takes ``hidden``: by ``set_input_tensor``, as Megatron's modules do,
+    and as the argument ``hidden_states``; other arguments that its forward requires are None.
+
+    Args:
+        name: the encoder's.
+        encoder: its stage on this rank.
+        inputs: of the first stage.
+        hidden: what the stage before has given; None on the first stage.
+
+    Raises:
+        InputError: an output that is not one tensor.
+    """
+    bare: Any = unwrap_model(encoder)
+    if hidden is not None:
+        parameters = signature(bare.forward).parameters
+        inputs = {
+            key: None
+            for key, one in parameters.items()
+            if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        }
+        if "hidden_states" in parameters:
+            inputs = {**inputs, "hidden_states": hidden}
+        if hasattr(bare, "set_input_tensor"):
+            bare.set_input_tensor(hidden)
+    output = _call(name, encoder, inputs)
+    if isinstance(output, tuple) and output:
+        output = output[0]
+    if not torch.is_tensor(output):
+        raise InputError(
+            f"a stage of encoder '{name}' gave {type(output).__name__}; expected the tensor that "
+            "the next stage takes"
+        )
+    return output
+
+
+def as_rows(name: str, encoder: nn.Module, output: Any) -> torch.Tensor:
+    """An encoder's output as rows [N, H]."""
     if not torch.is_tensor(output) or output.dim() not in (2, 3):
         got = tuple(output.shape) if torch.is_tensor(output) else type(output).__name__
         raise InputError(

@@ -1,0 +1,230 @@
+"""Modules on ranks of their own: loss and gradients of one process; a script of megatron-core's."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import runpy
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.core.disjoint import DisjointLayout, build, step
+from tests.distributed.core.layouts import CLIP, EPSILON, LEARNING_RATE
+from tests.distributed.core.reference import Design
+from tests.distributed.core.test_colocated import Expected, run_reference, samples_of
+from tests.distributed.schedule import Sizes
+from tests.rank_pool import RankPool
+from tests.tiers import some
+from tests.unit.core.mimo.test_stock import library
+
+TOLERANCE = 1e-5
+SCRIPT = Path(__file__).parents[3] / "examples/mimo/disjoint_by_hand.py"
+SAMPLES = 12
+
+CELLS = {
+    "stages: fan-in, pp2": (
+        DisjointLayout(images=Sizes(dp=2), sounds=Sizes(), language=Sizes(pp=2)),
+        Design(),
+    ),
+    "stages: fan-out, tp3, overlap": (
+        DisjointLayout(sounds=Sizes(tp=3), language=Sizes(dp=2), overlap=True),
+        Design(),
+    ),
+    "stages: cp2-pp2, together": (
+        DisjointLayout(
+            images=Sizes(dp=2), sounds=Sizes(tp=2), together=True, language=Sizes(cp=2, pp=2)
+        ),
+        Design(),
+    ),
+    "stages: no media": (
+        DisjointLayout(images=Sizes(dp=2), language=Sizes()),
+        Design(media=False),
+    ),
+    "first: 2:3, tp2": (
+        DisjointLayout(
+            images=Sizes(tp=2, dp=2), sounds=Sizes(dp=1), language=Sizes(dp=3), by="encode first"
+        ),
+        Design(),
+    ),
+    "first: cp2-pp2, together": (
+        DisjointLayout(
+            images=Sizes(dp=2),
+            sounds=Sizes(tp=2),
+            together=True,
+            language=Sizes(cp=2, pp=2),
+            by="encode first",
+        ),
+        Design(),
+    ),
+    "first: tp2-sp, frozen images": (
+        DisjointLayout(language=Sizes(tp=2), sequence_parallel=True, by="encode first"),
+        Design(frozen=("images",)),
+    ),
+    "first: no media": (DisjointLayout(language=Sizes(), by="encode first"), Design(media=False)),
+}
+
+
+WIDE = ("stages: no media", "first: tp2-sp, frozen images", "first: no media")
+
+
+@pytest.mark.parametrize("name", some(CELLS, *(name for name in CELLS if name not in WIDE)))
+def test_loss_and_gradients(ranks: RankPool, name: str) -> None:
+    layout, design = CELLS[name]
+    (expected,) = ranks(1)(run_reference, design, SAMPLES)
+    found = ranks(layout.world_size)(run_gradients, layout, design, expected)
+    covered = set()
+    for loss, errors, keys in found:
+        assert loss == pytest.approx(expected.loss, rel=TOLERANCE)
+        assert not {key: one for key, one in errors.items() if not one < TOLERANCE}
+        covered |= keys
+    assert covered >= set(expected.gradients)
+
+
+def run_gradients(
+    layout: DisjointLayout, design: Design, expected: Expected
+) -> tuple[float, dict[str, float], set[str]]:
+    built = build(layout, design, expected.weights)
+    loss = step(layout, design, built, samples_of(design, SAMPLES))
+    errors, keys = {}, set()
+    for part in built.held:
+        if not part.parameter.requires_grad:
+            continue
+        gradient = part.parameter.main_grad
+        keys.add(part.key)
+        if part.key not in expected.gradients:  # by no sample
+            errors[part.name] = float(gradient.norm())
+        else:
+            errors[part.name] = part.error(gradient, expected.gradients)
+    return loss, errors, keys
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_one_norm_clips_all_modules(ranks: RankPool, distributed: bool) -> None:
+    design = Design()
+    layout = DisjointLayout(
+        images=Sizes(dp=2), language=Sizes(tp=2), distributed_optimizer=distributed
+    )
+    (expected,) = ranks(1)(run_reference, design, SAMPLES)
+    norm = sum(float(one.double().norm()) ** 2 for one in expected.gradients.values()) ** 0.5
+    assert norm > CLIP
+    for found, zeros, errors in ranks(layout.world_size)(run_optimizer, layout, design, expected):
+        assert found == pytest.approx(norm, rel=TOLERANCE)
+        assert zeros > 0
+        assert not {key: one for key, one in errors.items() if not one < TOLERANCE}
+
+
+def run_optimizer(
+    layout: DisjointLayout, design: Design, expected: Expected
+) -> tuple[float, int, dict[str, float]]:
+    """The norm, zeros in gradients, and errors of weights after a step of SGD on clipped ones."""
+    from megatron.core.models.mimo import get_mimo_optimizer
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.mimo.layers import install_adam
+
+    install_adam()
+    built = build(layout, design, expected.weights)
+    optimizer = get_mimo_optimizer(
+        built.model,
+        OptimizerConfig(
+            optimizer="adam",
+            lr=LEARNING_RATE,
+            adam_eps=EPSILON,
+            weight_decay=0.0,
+            clip_grad=CLIP,
+            log_num_zeros_in_grad=True,
+            use_distributed_optimizer=layout.distributed_optimizer,
+        ),
+    )
+    optimizer.zero_grad()
+    step(layout, design, built, samples_of(design, SAMPLES))
+    success, norm, zeros = optimizer.step()
+    assert success
+    total = sum(float(one.double().norm()) ** 2 for one in expected.gradients.values()) ** 0.5
+    trained = dict(expected.weights)
+    for key, gradient in expected.gradients.items():  # Adam's first step
+        clipped = gradient * min(1.0, CLIP / (total + 1e-6))
+        trained[key] = trained[key] - LEARNING_RATE * clipped / (clipped.abs() + EPSILON)
+    errors = {part.name: part.error(part.parameter.data, trained) for part in built.held}
+    return float(norm), int(zeros or 0), errors
+
+
+def output_of_script(stock: bool, port: int) -> str:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.distributed.destroy_process_group()  # the script makes its own
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # with a store of its own
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with library(stock=stock), contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return printed.getvalue()
+
+
+def test_script_gives_what_stock_gives(ranks: RankPool) -> None:
+    steps = []
+    for stock in (False, True):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        printed = ranks(4)(output_of_script, stock, port)[0]
+        steps.append(re.findall(r"^step .*$", printed, re.MULTILINE))
+    assert len(steps[0]) == 3
+    assert steps[0] == steps[1]
+
+
+def test_refusals(ranks: RankPool) -> None:
+    for said in ranks(4)(collect_refusals):
+        assert {case: text for case, text in REFUSED.items() if text not in said[case]} == {}
+
+
+REFUSED = {
+    "on the language model's": "puts 'images' on ranks of the language model",
+    "in part": "lets 'images' and 'sounds' share some of their ranks",
+    "encoder cp": "encoders are parallel by tp, pp and dp",
+    "staged": "the schedule EncodeFirst runs whole encoders",
+    "averaged": "those of 'images' would be 1/2 of what they are",
+}
+
+
+def collect_refusals() -> dict[str, str]:
+    from megatron.core.hyper_comm_grid import HyperCommGrid
+    from megatron.core.models.mimo import MimoModelConfig
+    from megatron.core.models.mimo.errors import MimoError
+    from megatron.core.models.mimo.model.colocated import refuse_grids
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from tests.distributed.core.reference import transformer_config
+
+    def grid(offset: int = 0, **sizes: int) -> Any:
+        return HyperCommGrid([*sizes.values()], [*sizes], offset)
+
+    two = {"images": grid(tp=1, dp=2), "sounds": grid(tp=1, dp=2), "language": grid(2, tp=1, dp=2)}
+    one = {"language": grid(3, tp=1, dp=1)}
+    cases: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "on the language model's": (two | {"images": grid(2, tp=1, dp=2)}, {}),
+        "in part": (two | {"sounds": grid(1, tp=1, dp=1)}, {}),
+        "encoder cp": (two | {"images": grid(tp=1, cp=2), "sounds": grid(tp=1, cp=2)}, {}),
+        "staged": (two | {"images": grid(dp=1, pp=2)}, {"modality_inputs_of": "language"}),
+        "averaged": (two | one, {}),
+    }
+    said = {}
+    for case, (grids, settings) in cases.items():
+        config = transformer_config(calculate_per_token_loss=case != "averaged")
+        with pytest.raises(MimoError) as error:
+            refuse_grids(
+                MimoModelConfig(
+                    language_model_spec=ModuleSpec(module=object, params={"config": config}),
+                    modality_submodules_spec={
+                        name: ModuleSpec(object) for name in two if name != "language"
+                    },
+                    special_token_ids={"images": 30, "sounds": 31},
+                    module_to_grid_map=grids,
+                    **settings,
+                )
+            )
+        said[case] = str(error.value)
+    return said
