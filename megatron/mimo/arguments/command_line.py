@@ -19,7 +19,11 @@ from functools import partial
 from typing import Any, NoReturn
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.arguments.component_flags import add_component_arguments, take_components
+from megatron.mimo.arguments.component_flags import (
+    add_component_arguments,
+    processes_of_language,
+    take_components,
+)
 from megatron.mimo.arguments.given import check_effect, given_by_user, said_of, settle_rivals
 from megatron.mimo.arguments.layout import check_layout
 from megatron.mimo.arguments.part_flags import add_part_arguments, check_parts
@@ -168,18 +172,19 @@ def parse_arguments(
     with _command_line(argv):
         args = parse_args(extend)
     _derive(args, machine)
-    check_arguments(args, machine)
-    check_prerequisites(args, machine)
-    check_layout(args)
-    check_parts(args)
-    check_saving(args)
-    if recipe.check is not None:
-        recipe.check(args)
-    try:
-        with _overheard() as lines:
-            validate_args(args)
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"Megatron refuses these arguments: {_reason(error)}") from error
+    with processes_of_language(args):
+        check_arguments(args, machine)
+        check_prerequisites(args, machine)
+        check_layout(args)
+        check_parts(args)
+        check_saving(args)
+        if recipe.check is not None:
+            recipe.check(args)
+        try:
+            with _overheard() as lines:
+                validate_args(args)
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"Megatron refuses these arguments: {_reason(error)}") from error
     args.read_over = told + said_of(given, parsers[0], "\n".join(lines))
     return args
 

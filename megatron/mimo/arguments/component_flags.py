@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.topology import LANGUAGE, Component, check_components, draw, parse_component
 
-__all__ = ["add_component_arguments", "components_of", "layout_text", "take_components"]
+__all__ = [
+    "add_component_arguments",
+    "components_of",
+    "layout_text",
+    "processes_of_language",
+    "take_components",
+]
 
 _OF_LANGUAGE = {
     "tp": "tensor_model_parallel_size",
@@ -27,8 +34,8 @@ def add_component_arguments(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="NAME=AXIS=SIZE,...",
         help="a module's own parallel layout, such as images=tp=1,dp=8 and language=tp=2,pp=2,dp=2;"
-        " give one for every module (axes: tp, cp, dp, pp), or none: then all share the language "
-        "model's",
+        " give one for every module (axes: tp, cp, dp, pp; rank_offset for its first rank), or "
+        "none: then all share the language model's",
     )
     group.add_argument(
         "--encoder-activations",
@@ -67,6 +74,22 @@ def layout_text(args: Namespace) -> str:
     )
     where = "uniform: encoders run on the first pipeline stage, in the language model's groups"
     return f"{draw({LANGUAGE: language})}\n\n{where}"
+
+
+@contextmanager
+def processes_of_language(args: Namespace) -> Iterator[None]:
+    """Checks and Megatron's own arithmetic count the language model's processes in this context.
+
+    Where modules are on ranks of their own; the others have no part in its sizes.
+    """
+    world_size = args.world_size
+    components = components_of(args.component, world_size=world_size)
+    if components:
+        args.world_size = components[LANGUAGE].size
+    try:
+        yield
+    finally:
+        args.world_size = world_size
 
 
 def take_components(args: Namespace) -> None:

@@ -36,6 +36,18 @@ WRAP = _of_loop(
 SCHEDULE = _of_loop(
     "get_forward_backward_func", "encoders on grids of their own run before the schedule"
 )
+MODEL_PARALLEL = Patch(
+    name="initialize_model_parallel",
+    target="megatron.core.parallel_state:initialize_model_parallel",
+    reason="modules on ranks of their own have Megatron's global groups of their own",
+    scope=Scope.RUN,
+)
+RANDOM_STATE = Patch(
+    name="get_rng_state",
+    target="megatron.training.checkpointing:get_rng_state",
+    reason="ranks of encoders alone have no generator that a checkpoint would keep",
+    scope=Scope.RUN,
+)
 RERUN_MACHINE = Patch(
     name="rerun machine",
     target="megatron.core.rerun_state_machine:RerunStateMachine",
@@ -156,7 +168,7 @@ ADAM = (
 
 HOOKS = (
     *(TRAIN, TRAINING_LOG, EVALUATION, EVALUATE, SAVE, LOAD, OPTIMIZER, WRAP, SCHEDULE),
-    *(RERUN_MACHINE, FINALIZE, BACKWARD, PROFILER),
+    *(MODEL_PARALLEL, RANDOM_STATE, RERUN_MACHINE, FINALIZE, BACKWARD, PROFILER),
     *(TRACKER_NAME, ASYNC_SAVE, RESULTS_QUEUE, ARGUMENTS, PIXELS),
     *(LAYERS_APART, ZERO_STATE, PARSER_ERROR, ADAPTED, STEP, EXIT),
 )

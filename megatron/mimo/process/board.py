@@ -22,11 +22,12 @@ from megatron.mimo.process.identity import Process
 __all__ = ["Board", "Slot", "SlotContent", "Word", "boards_of", "folder_of"]
 
 _LAYOUT = struct.Struct(
-    "<q40sqqdq48s?"
-)  # pid, its start, rank, iteration, since, count, phase, done
+    "<q40sqqdq48s?48s"
+)  # pid, its start, rank, iteration, since, count, phase, done, part
 _WRITTEN_LATER = struct.Struct("<qdq48s")  # iteration, since, count, phase
 _LATER = struct.calcsize("<q40sq")
 _DONE = struct.calcsize("<q40sqqdq48s")
+_PART = struct.calcsize("<q40sqqdq48s?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class SlotContent:
         since: when it began to, on the machine's monotonic clock.
         count: how many phases it has begun.
         done: whether it has said that it ends well.
+        part: what it has of the model, where ranks differ: ``images``, ``language stage 1``.
     """
 
     process: Process
@@ -70,6 +72,17 @@ class SlotContent:
     since: float
     count: int
     done: bool
+    part: str = ""
+
+    def where(self) -> str:
+        """Part, iteration and phase, for a message."""
+        return place(self.part, self.iteration, self.phase)
+
+
+def place(part: str, iteration: int, phase: str) -> str:
+    """Where a rank is, for a message; what is not known is left out."""
+    at = f"iteration {iteration}" if iteration else ""
+    return ", ".join(filter(None, (part, at, phase)))
 
 
 class Slot:
@@ -81,7 +94,9 @@ class Slot:
         self._count = 0
         self._phase = b"starting"
         own = Process.of(os.getpid())
-        content = (own.pid, own.started.encode(), rank, 0, time.monotonic(), 0, self._phase, False)
+        self.part = ""
+        state = (rank, 0, time.monotonic(), 0, self._phase, False, b"")
+        content = (own.pid, own.started.encode(), *state)
         if path is not None:
             fresh = path.with_name(f".{path.name}")
             fresh.write_bytes(_LAYOUT.pack(*content))
@@ -98,6 +113,11 @@ class Slot:
         """Begin an iteration, in the same phase."""
         self._iteration = iteration
         self._write()
+
+    def has(self, part: str) -> None:
+        """Say what this rank has of the model."""
+        self.part = part
+        struct.pack_into("48s", self._memory, _PART, part.encode())
 
     @property
     def phase(self) -> str:
@@ -149,7 +169,7 @@ class Board:
         for path in self.folder.glob("rank-*"):
             data = path.read_bytes()
             if len(data) == _LAYOUT.size:
-                pid, started, rank, iteration, since, count, phase, done = _LAYOUT.unpack(data)
+                pid, started, rank, iteration, since, count, phase, *others = _LAYOUT.unpack(data)
                 found[rank] = SlotContent(
                     process=Process(pid=pid, started=_text(started)),
                     rank=rank,
@@ -157,7 +177,8 @@ class Board:
                     phase=_text(phase),
                     since=since,
                     count=count,
-                    done=done,
+                    done=others[0],
+                    part=_text(others[1]),
                 )
         return found
 

@@ -107,7 +107,7 @@ def describe_exit(slot: SlotContent, status: int | None, stacks: str, *, host: s
         stacks: what its interpreter wrote as it crashed; empty where it could not.
         host: the host's name.
     """
-    at = f"iteration {slot.iteration}, {slot.phase}" if slot.iteration else slot.phase
+    at = slot.where()
     frame = innermost(frames_of(stacks)) if "Fatal Python error" in stacks else None
     if frame is not None:
         at += f", at {frame}"

@@ -17,7 +17,7 @@ from typing import IO, NoReturn
 
 from megatron.mimo.backend.hooks import EXIT
 from megatron.mimo.backend.patching import PROCESS
-from megatron.mimo.process.board import Board, Slot, Word, folder_of
+from megatron.mimo.process.board import Board, Slot, Word, folder_of, place
 from megatron.mimo.process.identity import Process, host_name
 from megatron.mimo.process.parents import Launcher, bind_to_parent, find_launcher
 from megatron.mimo.process.stacks import STACKS, Frame
@@ -52,9 +52,9 @@ class Presence:
     _stacks: IO[bytes] | None = None
 
     def where(self) -> str:
-        """Rank, host, iteration and phase, for a message."""
-        at = f"iteration {self.slot.iteration}, " if self.slot.iteration else ""
-        return f"rank {self.rank} on {host_name()}, {at}{self.slot.phase}"
+        """Rank, host, part of the model, iteration and phase, for a message."""
+        at = place(self.slot.part, self.slot.iteration, self.slot.phase)
+        return f"rank {self.rank} on {host_name()}, {at}"
 
     def watched(self) -> bool:
         """Whether a witness lives that repeats last words when the launcher has had its say."""

@@ -123,7 +123,7 @@ class StallWatch:
 
     def _describe(self, slot: SlotContent, seconds: float, frames: list[Frame]) -> str:
         letter = state(slot.process.pid)
-        at = f"iteration {slot.iteration}, {slot.phase}" if slot.iteration else slot.phase
+        at = slot.where()
         frame = innermost(frames)
         if letter == "T":
             at += ", stopped by a signal (kill -CONT lets it go on)"

@@ -100,8 +100,8 @@ def check_components(
 
     Raises:
         ConfigError: naming the components that do not fit, with what would.
-        UnsupportedError: modules on ranks of their own, encoders with pipeline or context
-            parallelism.
+        UnsupportedError: modules that share some of their ranks, encoders with pipeline or
+            context parallelism.
     """
     by_name: dict[str, Component] = {}
     for component in components:
@@ -116,14 +116,18 @@ def check_components(
     if modalities is not None:
         _check_names(by_name, list(modalities))
     language = by_name.pop(LANGUAGE)
-    for component in by_name.values():
-        _check_modality(component, language)
-    last = max(component.ranks.stop for component in (*by_name.values(), language))
-    if last != world_size:
-        sizes = ", ".join(f"{one} has {one.size}" for one in (*by_name.values(), language))
+    encoders = [*by_name.values()]
+    for component in encoders:
+        _check_modality(component)
+    if any(component.ranks != language.ranks for component in encoders):
+        _check_apart(encoders, language)
+    held = {rank for component in (*encoders, language) for rank in component.ranks}
+    if held != {*range(world_size)}:
+        sizes = ", ".join(f"{one} on {_span(one)}" for one in (*encoders, language))
         raise ConfigError(
-            f"--component: the components take {last} processes ({sizes}), and the job has "
-            f"{world_size}; start {last} (torchrun --nproc-per-node) or change the sizes"
+            f"--component: the components take the processes {_spans(held)} ({sizes}), and the job "
+            f"has 0 to {world_size - 1}; start as many (torchrun --nproc-per-node) as they take "
+            "without a gap, or change sizes and rank_offset"
         )
     return {**by_name, LANGUAGE: language}
 
@@ -144,21 +148,44 @@ def _check_names(by_name: Mapping[str, Component], modalities: list[str]) -> Non
         )
 
 
-def _check_modality(component: Component, language: Component) -> None:
-    if component.ranks != language.ranks:
-        overlap = set(component.ranks) & set(language.ranks)
-        how = "overlap in part" if overlap else "are ranks of their own"
-        raise UnsupportedError(
-            f"--component: {_span(component)} of {component.name!r} and {_span(language)} of "
-            f"{LANGUAGE!r} {how}; this release runs modules on the same ranks: give "
-            f"{component.name} all of them ({component.name}=tp=1,dp={language.size})"
-        )
+def _check_modality(component: Component) -> None:
     for axis in ("pp", "cp"):
         if getattr(component, axis) != 1:
             raise UnsupportedError(
-                f"--component {component}: encoders on the language model's ranks are parallel by "
-                f"tp and dp; leave {axis} away"
+                f"--component {component}: encoders are parallel by tp and dp; leave {axis} away"
             )
+
+
+def _check_apart(encoders: Sequence[Component], language: Component) -> None:
+    """Encoders have ranks that the language model has not, and the same as others or none."""
+    for component in encoders:
+        shared = {*component.ranks} & {*language.ranks}
+        if shared:
+            raise UnsupportedError(
+                f"--component: {_span(component)} of {component.name!r} and {_span(language)} of "
+                f"{LANGUAGE!r} share {len(shared)}; give all modules the same ranks "
+                f"({component.name}=tp=1,dp={language.size}), or encoders ranks that {LANGUAGE} "
+                f"has not (rank_offset=)"
+            )
+        for other in encoders:
+            shared = {*component.ranks} & {*other.ranks}
+            if shared and component.ranks != other.ranks:
+                raise UnsupportedError(
+                    f"--component: {_span(component)} of {component.name!r} and {_span(other)} of "
+                    f"{other.name!r} share {len(shared)}; give both the same ranks, or ranks of "
+                    "their own (rank_offset=)"
+                )
+
+
+def _spans(ranks: Iterable[int]) -> str:
+    """Ranks for a human: 0 to 3, 6 to 7."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return ", ".join(f"{first} to {last}" for first, last in spans)
 
 
 def _span(component: Component) -> str:

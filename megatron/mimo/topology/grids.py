@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
-from megatron.core.models.mimo.config.grids import groups_of
+from megatron.core.models.mimo.config.grids import groups_of, is_on
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.mimo.topology.components import AXES, LANGUAGE, Component
 
@@ -24,7 +24,7 @@ class Grids:
 
     Attributes:
         by_module: module -> grid; the language model's is without groups, which are Megatron's.
-        groups: modality -> its process groups.
+        groups: modality -> its process groups; where it is on other ranks, of this rank alone.
     """
 
     by_module: Mapping[str, Any]
@@ -85,6 +85,8 @@ def _encoder_groups(
     name: str, grid: HyperCommGrid, alone: dist.ProcessGroup
 ) -> ProcessGroupCollection:
     """An encoder's groups; those of axes that it does not have hold this rank alone."""
+    if not is_on(grid):
+        return ProcessGroupCollection(tp=alone, cp=alone, dp=alone, pp=alone, ep=alone)
     groups = groups_of(name, grid)
     groups.cp = groups.pp = groups.ep = alone
     groups.tp_cp = groups.tp_ep = groups.expt_tp = groups.tp

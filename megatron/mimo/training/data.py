@@ -30,6 +30,7 @@ from megatron.mimo.data.packing import PACKING_MULTIPLE, packed_sequences
 from megatron.mimo.data.planned_batches import SampleSources
 from megatron.mimo.recipes.recipe import Datasets, Recipe
 from megatron.mimo.training.encoder_cache import EncoderCaches
+from megatron.mimo.training.module_ranks import encodes_alone
 from megatron.mimo.training.origins import RangeOrigins, SampleFinder
 from megatron.mimo.training.planned_data import planned_batches
 from megatron.mimo.training.plans import DataPosition, host_group
@@ -159,18 +160,21 @@ def dataset_provider(
     ``caches`` may have rows of its media, and ``meter`` counts what it holds. Ranks of the middle
     pipeline stages get None where they take hidden states only: attention to packed samples or to
     spans, and multimodal RoPE, read the batch on every stage, and so do encoders on grids
-    of their own.
+    of their own. Encoders on ranks of their own are told what to encode, and read nothing.
     """
     from megatron.core import mpu
 
     def provide(
         counts: tuple[int, int | None, int | None], vp_stage: int | None = None
-    ) -> tuple[BatchIterator | None, BatchIterator | None, BatchIterator | None]:
+    ) -> tuple[Iterator[Batch] | None, Iterator[Batch] | None, Iterator[Batch] | None]:
         first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         collate = recipe.build_collator(args)
         group = host_group(mpu.get_data_parallel_group())  # collective over the whole job
         encodes = bool(args.component) and not vp_stage
+        if encodes_alone(args):
+            found = split_datasets(recipe, args, (counts[0], counts[1] or 0, counts[2] or 0))
+            return _elsewhere(found.train), _elsewhere(found.valid), _elsewhere(found.test)
         if not (first or last or encodes or _every_stage_reads(args, collate)):
             return None, None, None
         counts = (counts[0], counts[1] or 0, counts[2] or 0)
@@ -206,6 +210,11 @@ def dataset_provider(
 
     provide.is_distributed = True  # type: ignore[attr-defined]
     return provide
+
+
+def _elsewhere(dataset: Any) -> Iterator[Batch] | None:
+    """The iterator of a rank that is told what to encode: there where others have one."""
+    return None if dataset is None else iter(())
 
 
 def range_batches(

@@ -10,6 +10,7 @@ from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.lora import load_without_adapters
 from megatron.mimo.models.common.place import Place, Places
 from megatron.mimo.models.common.vocabulary import leave_out_padding
+from megatron.mimo.process import presence
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.training.module_grids import ModuleGrids
 from megatron.mimo.training.trained_parts import Trained, apply_parts, survey_parts
@@ -70,11 +71,14 @@ class ModelBuilder:
         if config is not None:
             raise ConfigError("a ready transformer config is not supported: the recipe builds it")
         assert pg_collection is not None, "pretrain passes its process groups"
+        chunk = vp_stage
+        if chunk is None and self._args.virtual_pipeline_model_parallel_size:
+            chunk = 0  # on ranks of encoders alone, where the language model is described only
         place = Place(
             groups=pg_collection,
             is_first_stage=pre_process,
             is_last_stage=post_process,
-            chunk=vp_stage,
+            chunk=chunk,
         )
         modalities = {}
         if self.grids:
@@ -94,19 +98,22 @@ class ModelBuilder:
         if self._args.pack and self._args.micro_batch_size > 1:
             # One row of several sequences: stages exchange other shapes than Megatron expects.
             model.config.variable_seq_lengths = True
+        presence.here().slot.has(_part(model, pg_collection))
         if self.grids:
             self.grids.agree(model)
-        leave_out_padding(
-            model.language_model,
-            tokens=_vocabulary(self._args),
-            rows=self._args.padded_vocab_size,
-            tp_group=pg_collection.tp,
-        )
+        if model.language_model is not None:
+            leave_out_padding(
+                model.language_model,
+                tokens=_vocabulary(self._args),
+                rows=self._args.padded_vocab_size,
+                tp_group=pg_collection.tp,
+            )
         self._adapters += apply_parts(model, self._args)
         if self._adapters and not self._args.loads_adapters:
             load_without_adapters(model)
         self.chunks.append(model)
-        if len(self.chunks) == (self._args.virtual_pipeline_model_parallel_size or 1):
+        expected = self._args.virtual_pipeline_model_parallel_size or 1
+        if len(self.chunks) == (expected if model.role.has_language_module else 1):
             self.trained = survey_parts(self.chunks, self._args, self._adapters)
             self._say(self.trained.text)
         return model
@@ -119,3 +126,13 @@ def _vocabulary(args: Namespace) -> int:
     from megatron.training.global_vars import get_tokenizer
 
     return int(get_tokenizer().vocab_size)
+
+
+def _part(model: MimoModel, groups: ProcessGroupCollection) -> str:
+    """What this rank has of the model, for messages; nothing where ranks have it all."""
+    stages, parts = groups.pp.size(), [*model.modality_submodules]
+    if model.language_model is not None:
+        stage = f" stage {groups.pp.rank()}" if stages > 1 else ""
+        parts.append(f"language{stage}")
+    whole = stages == 1 and model.mimo_config.module_to_grid_map is None
+    return "" if whole else " + ".join(parts)

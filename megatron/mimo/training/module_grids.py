@@ -20,7 +20,9 @@ from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.arguments.component_flags import components_of
 from megatron.mimo.backend import hooks
 from megatron.mimo.backend.patching import replaced
+from megatron.mimo.process import presence
 from megatron.mimo.topology import Grids, build_grids
+from megatron.mimo.training.module_ranks import are_apart, global_groups, random_state
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
@@ -43,6 +45,11 @@ class ModuleGrids:
 
     def __bool__(self) -> bool:
         return bool(self._components)
+
+    @property
+    def apart(self) -> bool:
+        """Modules are on ranks of their own."""
+        return are_apart(self._components)
 
     @property
     def grids(self) -> Grids:
@@ -89,7 +96,11 @@ class ModuleGrids:
         if not self:
             yield
             return
-        with replaced({hooks.WRAP: self._around_wrap, hooks.SCHEDULE: self._around_schedule}):
+        arounds = {hooks.WRAP: self._around_wrap, hooks.SCHEDULE: self._around_schedule}
+        if self.apart:
+            arounds[hooks.MODEL_PARALLEL] = global_groups(self._components)
+            arounds[hooks.RANDOM_STATE] = random_state(self._components)
+        with replaced(arounds):
             yield
 
     def unwrap(self, models: Sequence[MimoModel]) -> None:
@@ -97,7 +108,8 @@ class ModuleGrids:
         from megatron.core.utils import unwrap_model
 
         for model in models if self else ():
-            model.language_model = unwrap_model(model.language_model)
+            if model.language_model is not None:
+                model.language_model = unwrap_model(model.language_model)
             for name, submodule in model.modality_submodules.items():
                 model.modality_submodules[name] = unwrap_model(submodule)
 
@@ -116,7 +128,7 @@ class ModuleGrids:
             from megatron.core.utils import unwrap_model
 
             models = [unwrap_model(chunk) for chunk in chunks]
-            language = [model.language_model for model in models]
+            language = [one.language_model for one in models if one.language_model is not None]
             if _trains(language):
                 for model, one in zip(
                     models, wrap(language, config, ddp_config, **keywords), strict=True
@@ -138,6 +150,7 @@ class ModuleGrids:
             inner = choose(*args, **keywords)
 
             def schedule(*, model: Any, **of_step: Any) -> Any:
+                presence.here().slot.enter("encoding")
                 from megatron.core.models.mimo.model.encode_first import EncodeFirst
 
                 if self._schedule is None:

@@ -23,6 +23,7 @@ from megatron.mimo.data.balance import Measure, divide
 from megatron.mimo.data.global_batches import GlobalBatch, GlobalBatches, Item, Measures
 from megatron.mimo.data.measures import MeasuresHere, MeasuresInWorkers, SharedMeasures
 from megatron.mimo.data.sources import Draw
+from megatron.mimo.training.module_ranks import data_writer
 
 __all__ = ["DATA_FILE", "DataPosition", "RankPlan", "batch_sizes", "host_group", "measures_of"]
 
@@ -49,8 +50,8 @@ class DataPosition:
         self._states[consumed] = state
 
     def save(self, folder: Path) -> None:
-        """On rank 0, write the state behind the last iteration into its checkpoint's folder."""
-        if dist.get_rank():
+        """Write the state behind the last iteration into its checkpoint's folder, on one rank."""
+        if dist.get_rank() != data_writer(self.args):
             return
         consumed = self.args.consumed_train_samples
         state = self._states.get(consumed)

@@ -205,6 +205,8 @@ def _name_parts(chunk: MimoModel) -> None:
     """Ranges for the language model's layers, and for its loss where it has one."""
     from megatron.core.utils import unwrap_model
 
+    if chunk.language_model is None:  # on ranks of encoders alone
+        return
     language = unwrap_model(chunk.language_model)
     decoder = getattr(language, "decoder", None)
     if decoder is None:

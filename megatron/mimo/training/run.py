@@ -228,9 +228,9 @@ def _finish(
     apart = builder.grids.encoders_apart
     if recipe.finish is not None and apart:
         console.say(
-            f"not evaluated by generation: the tensor-parallel ranks of {', '.join(apart)} are in "
-            "several replicas or stages of the language model; examples/mimo/generate.py runs from "
-            "the checkpoint"
+            f"not evaluated by generation: the ranks of {', '.join(apart)} are not all on one "
+            "stage of one replica of the language model; examples/mimo/generate.py runs from the "
+            "checkpoint"
         )
     elif recipe.finish is not None:
         console.say("evaluating ...")

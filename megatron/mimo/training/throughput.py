@@ -178,7 +178,8 @@ class ThroughputMeter:
             self._labels += int(mask_BS.count_nonzero())
         else:
             self._labels += sum(lengths)
-        if self._uncounted or not self._chunks[0].role.is_first_stage("language"):
+        apart = self._chunks[0].disjoint_rows is not None  # what encodes is on other ranks
+        if apart or self._uncounted or not self._chunks[0].role.is_first_stage("language"):
             return
         try:
             inputs = batch.get("modality_inputs") or {}
@@ -197,6 +198,9 @@ class ThroughputMeter:
         from megatron.core import mpu
 
         if self._costs is not None:
+            return self._costs
+        if self._chunks[0].disjoint_rows is not None:  # who encodes has not seen the media
+            self._uncounted, self._costs = True, {}
             return self._costs
         group = mpu.get_pipeline_model_parallel_group()
         trained = [any(p.requires_grad for p in chunk.parameters()) for chunk in self._chunks]

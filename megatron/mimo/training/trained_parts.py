@@ -133,7 +133,8 @@ def _count_text(paths: Sequence[tuple[nn.Parameter, tuple[str, ...]]], args: Nam
         share = 1.0 if getattr(parameter, "tensor_model_parallel", False) else 1.0 / tp
         if not getattr(parameter, "allreduce", True):  # an expert's
             share = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp) / tp
-        share /= dist.get_world_size() / (tp * pp)  # copies
+        ranks = dist.get_world_size() if own is None else own.size
+        share /= ranks / (tp * pp)  # copies
         counts += parameter.numel() * share * torch.tensor([float(parameter.requires_grad), 1.0])
     counts = counts.float().to(batch_device())
     dist.all_reduce(counts)

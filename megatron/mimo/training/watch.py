@@ -32,6 +32,7 @@ from megatron.mimo.process.ranks import running_job
 from megatron.mimo.training.curve import LossCurve
 from megatron.mimo.training.forward_step import LOSS, OF_SOURCE
 from megatron.mimo.training.mismatch import explain
+from megatron.mimo.training.module_ranks import from_last_stage, has_others
 from megatron.mimo.training.plans import DataPosition
 from megatron.mimo.training.saving import atomic_tracker, clear_place, save_error
 from megatron.mimo.training.start_clock import StartClock
@@ -144,7 +145,9 @@ class LoopWatch:
         def watched(*args: Any, **kwargs: Any) -> Any:
             result = evaluate(*args, **kwargs)
             found = result[0] or {}
-            figures = _from_last_stage({name: float(value) for name, value in found.items()})
+            figures = from_last_stage(
+                self._args, {name: float(value) for name, value in found.items()}
+            )
             if figures:
                 split = self._evaluated[1]
                 text = "  ".join(
@@ -233,6 +236,10 @@ class LoopWatch:
         """
         from megatron.core import mpu
 
+        if has_others(self._args):
+            own = None if loss is None else float(loss)
+            everywhere: float | None = from_last_stage(self._args, own)
+            return everywhere
         group = mpu.get_pipeline_model_parallel_group()
         value = torch.zeros(2, dtype=torch.float64, device=batch_device())  # the loss, whether
         if loss is not None:
@@ -305,18 +312,6 @@ def _show_sources(
             if math.isfinite(float(loss)):
                 writer.add_scalar(f"{OF_SOURCE}{name}", float(loss), iteration)
     if iteration % args.log_interval == 0:
-        figures = _from_last_stage({name: float(loss) for name, loss in losses.items()})
+        figures = from_last_stage(args, {name: float(loss) for name, loss in losses.items()})
         shown = [f"{name} {value:.4f}" for name, value in figures.items() if math.isfinite(value)]
         console.say(f"iteration {iteration}  loss by source: {'  '.join(shown)}")
-
-
-def _from_last_stage(figures: dict[str, float]) -> dict[str, float]:
-    """The last pipeline stage's figures on every stage; collective over the pipeline."""
-    from megatron.core import mpu
-
-    group = mpu.get_pipeline_model_parallel_group()
-    if group.size() == 1:
-        return figures
-    box = [figures]
-    dist.broadcast_object_list(box, group_src=group.size() - 1, group=group)
-    return box[0]

@@ -20,6 +20,7 @@ LAYOUTS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "pp2": (2, ("--pipeline-model-parallel-size", "2")),
     "dp2": (2, ()),
     "dp2-zero": (2, ("--use-distributed-optimizer",)),
+    "apart": (2, ("--component", "images=dp=1", "language=rank_offset=1")),
 }
 # layouts that cut sequences, or have a stage between the first and the last
 SEQUENCE_LAYOUTS: Mapping[str, tuple[int, tuple[str, ...]]] = {

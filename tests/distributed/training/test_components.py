@@ -33,6 +33,17 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
         ("images=dp=2", "language=pp=2"),
         ("--num-layers-per-virtual-pipeline-stage", "1"),
     ),
+    "apart": (3, ("images=dp=2", "language=rank_offset=2"), ()),
+    "apart-vpp2": (
+        3,
+        ("language=pp=2", "images=rank_offset=2"),
+        ("--num-layers-per-virtual-pipeline-stage", "1"),
+    ),
+    "apart-zero": (
+        4,
+        ("images=tp=2", "language=dp=2,rank_offset=2"),
+        ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+    ),
 }
 
 
@@ -48,7 +59,8 @@ def run(ranks: RankPool, output: Path, name: str, last: int) -> str:
     argv = [SCRIPT, *RECIPE, "--output", output, *COMPARABLE, *EVALUATE, *FOUR_LAYERS, *flags]
     argv += ["--component", *components, "--train-iters", str(last)]
     exits = ranks.start_script(world, argv, timeout=HANG).wait()
-    assert [exit_.exit_code for exit_ in exits] == [0] * world, exits[0].stdout + exits[0].stderr
+    text = "".join(exit_.stdout + exit_.stderr for exit_ in exits)
+    assert [exit_.exit_code for exit_ in exits] == [0] * world, text
     return exits[0].stdout
 
 
@@ -79,8 +91,24 @@ def test_the_distributed_optimizer_moves_too(
     begin = (*COMPARABLE, *EVALUATE, *FOUR_LAYERS, "--use-distributed-optimizer")
     succeed(ranks, tmp_path, "one", *begin, "--train-iters", "2")
     run(ranks, tmp_path, "pp2-dp2-zero", 4)
+    run(ranks, tmp_path, "apart-zero", 5)
     run(ranks, tmp_path, "tp2-zero", 6)
     succeed(ranks, tmp_path, "dp2", *begin, "--train-iters", "8")
+    _same_losses(tmp_path, one_process)
+
+
+def test_a_run_moves_between_disjoint_and_other_layouts(
+    ranks: RankPool, one_process: Path, tmp_path: Path
+) -> None:
+    """Encoders before and behind the language model's ranks; the first rank writes for all."""
+    succeed(ranks, tmp_path, "one", *COMPARABLE, *EVALUATE, *FOUR_LAYERS, "--train-iters", "2")
+    printed = run(ranks, tmp_path, "apart", 4)
+    assert "iteration 4/4" in printed
+    assert "not evaluated by generation" in printed
+    run(ranks, tmp_path, "apart-vpp2", 5)
+    run(ranks, tmp_path, "pp2", 6)
+    run(ranks, tmp_path, "apart", 7)
+    succeed(ranks, tmp_path, "pp2", *COMPARABLE, *EVALUATE, *FOUR_LAYERS, "--train-iters", "8")
     _same_losses(tmp_path, one_process)
 
 
@@ -102,7 +130,7 @@ def test_the_layout_is_shown(ranks: RankPool, tmp_path: Path) -> None:
 
 REFUSED = {
     "other modules": (("pictures=dp=2", "language=pp=2"), "the model has the modules"),
-    "other size": (("images=dp=2", "language=pp=1"), "give images all of them"),
+    "other size": (("images=dp=2", "language=pp=1"), "give all modules the same ranks"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import time
@@ -21,7 +22,7 @@ def printed(exits: list[RankExit]) -> str:
     return "".join(exit_.stdout + exit_.stderr for exit_ in exits)
 
 
-@pytest.mark.parametrize("layout", some(["one", "tp2", "pp2", "dp2"], "pp2", "dp2"))
+@pytest.mark.parametrize("layout", some(["one", "tp2", "pp2", "dp2", "apart"], "pp2", "dp2"))
 def test_a_sample_that_cannot_be_read_ends_every_rank(
     ranks: RankPool, tmp_path: Path, layout: str
 ) -> None:
@@ -34,7 +35,7 @@ def test_a_sample_that_cannot_be_read_ends_every_rank(
     assert "Traceback" not in printed(exits)
 
 
-@pytest.mark.parametrize("layout", some(["tp2", "pp2", "dp2"], "tp2", "pp2"))
+@pytest.mark.parametrize("layout", some(["tp2", "pp2", "dp2", "apart"], "tp2", "apart"))
 def test_a_rank_that_dies_takes_the_others_with_it(
     ranks: RankPool, tmp_path: Path, layout: str
 ) -> None:
@@ -56,6 +57,7 @@ def test_a_rank_that_dies_takes_the_others_with_it(
         pytest.param("tp2", signal.SIGTERM, marks=pytest.mark.wide),
         ("pp2", signal.SIGTERM),
         ("dp2", signal.SIGINT),  # the same path
+        pytest.param("apart", signal.SIGTERM, marks=pytest.mark.wide),
     ],
 )
 def test_a_signal_saves_and_leaves(
@@ -114,6 +116,18 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(ranks: RankPool, tmp_p
     assert exits[0].exit_code == 2
     assert "no complete checkpoint is left" in exits[0].stderr
     shutil.rmtree(folder)
+
+
+def test_an_error_names_the_module_and_the_stage(ranks: RankPool, tmp_path: Path) -> None:
+    """An encoder on a rank of its own fails; the language model waits for its rows."""
+    exits = train(ranks, tmp_path, "apart", "--tiny-fault", "encoder:17")
+    assert all(exit_.exit_code != 0 for exit_ in exits)
+    assert all(exit_.stopped != "timeout" for exit_ in exits)
+    text = printed(exits)
+    assert text.index("Traceback") < text.index(
+        "[rank 0] error: ArithmeticError: the encoder fails"
+    )
+    assert re.search(r"rank 0 on .*, images, iteration 3, encoding, at ", text)
 
 
 def test_wrong_arguments_are_reported_once_by_all_ranks(ranks: RankPool, tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from megatron.mimo.recipes.recipe import Batch, Datasets, FinishedRun, Recipe
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 IMAGE, STOP, PAD, PIXELS = 20, 21, 22, 6
-# pixels that break a run: themselves, what the encoder makes of them, or its gradient
-FAULTS = {"nan": float("nan"), "overflow": 3e38, "gradient": 77.0}
+# pixels that break a run: themselves, what the encoder makes of them, its gradient, or itself
+FAULTS = {"nan": float("nan"), "overflow": 3e38, "gradient": 77.0, "encoder": 88.0}
 
 ARGUMENTS: dict[str, object] = {
     "num_layers": 2,
@@ -84,6 +84,8 @@ class _Linear(nn.Linear):
     """Rows of pixels -> rows of the language model."""
 
     def forward(self, pixels: Tensor) -> Tensor:
+        if bool((pixels == FAULTS["encoder"]).any()):
+            raise ArithmeticError("the encoder fails")
         rows: Tensor = super().forward(pixels)
         if rows.requires_grad and bool((pixels == FAULTS["gradient"]).any()):
             rows.register_hook(lambda gradient: gradient * float("nan"))

@@ -44,6 +44,8 @@ def check(*texts: str, world: int = 4) -> list[str]:
 def test_components_that_fit() -> None:
     assert check("language=tp=2,pp=2", "images=tp=4") == ["images", "language"]
     assert check("images=tp=3", "language=dp=3", world=3) == ["images", "language"]
+    assert check("images=dp=2", "language=pp=2,rank_offset=2") == ["images", "language"]
+    assert check("images=tp=3,rank_offset=1", "language=pp=1") == ["images", "language"]
 
 
 UNFIT = {
@@ -51,7 +53,8 @@ UNFIT = {
     ("images=dp=4", "images=dp=4", "language=pp=4"): "--component images is given twice",
     ("image=dp=4", "language=pp=4"): "did you mean images?",
     ("language=pp=4",): "not for ['images']",
-    ("images=dp=8", "language=pp=8"): "take 8 processes (images=dp=8 has 8, language=pp=8 has 8)",
+    ("images=dp=8", "language=pp=8"): "take the processes 0 to 7 (images=dp=8 on ranks 0 to 7",
+    ("images=dp=2", "language=pp=1,rank_offset=3"): "take the processes 0 to 1, 3 to 3",
 }
 
 
@@ -63,8 +66,8 @@ def test_components_that_do_not_fit(texts: tuple[str, ...]) -> None:
 
 
 UNSUPPORTED = {
-    ("images=dp=2", "language=pp=2,rank_offset=2"): "are ranks of their own",
-    ("images=dp=2", "language=pp=4"): "overlap in part",
+    ("images=dp=2", "language=pp=4"): "of 'language' share 2; give all modules the same ranks",
+    ("images=dp=2", "language=pp=3,rank_offset=1"): "of 'language' share 1",
     ("images=pp=4", "language=pp=4"): "leave pp away",
     ("images=cp=4", "language=pp=4"): "leave cp away",
 }
