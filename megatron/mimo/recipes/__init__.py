@@ -23,6 +23,10 @@ _RECIPES = {
         "digits:digits",
         "read 1 to 4 scanned digits; ViT + GPT from scratch, two minutes on 2 CPU cores",
     ),
+    "digits_dialled": (
+        "digits_dialled:digits_dialled",
+        "numbers that are read, heard as telephone tones, or both; two encoders + GPT",
+    ),
     "gemma3_12b": ("gemma3:gemma3_12b", "Gemma 3 12B, SigLIP with pan-and-scan"),
     "gemma3_27b": ("gemma3:gemma3_27b", "Gemma 3 27B, SigLIP with pan-and-scan"),
     "gemma3_4b": ("gemma3:gemma3_4b", "Gemma 3 4B, SigLIP with pan-and-scan"),

@@ -118,13 +118,22 @@ def micro_batch_size(given: Namespace, device: str) -> int:
 
 def build_model(arguments: Namespace, places: Places) -> MimoModelConfig:
     """A GPT whose placeholder positions take the rows of a ViT over 4 x 4 pixel patches."""
-    language, place = core_transformer_config_from_args(arguments), places.language
+    language = core_transformer_config_from_args(arguments)
+    return MimoModelConfig(
+        language_model_spec=language_spec(arguments, language, places.language),
+        modality_submodules_spec={"images": images_spec(language, places["images"])},
+        special_token_ids={"images": data.IMAGE},
+    )
+
+
+def language_spec(arguments: Namespace, config: TransformerConfig, place: Place) -> ModuleSpec:
+    """The GPT."""
     tied = not arguments.untie_embeddings_and_output_weights
-    language_spec = ModuleSpec(
+    return ModuleSpec(
         module=TurningGPT,
         params={
-            "config": language,
-            "transformer_layer_spec": language_layer_spec(language, vp_stage=place.chunk),
+            "config": config,
+            "transformer_layer_spec": language_layer_spec(config, vp_stage=place.chunk),
             "vocab_size": arguments.padded_vocab_size,
             "max_sequence_length": arguments.max_position_embeddings,
             "pre_process": place.is_first_stage,
@@ -138,15 +147,27 @@ def build_model(arguments: Namespace, places: Places) -> MimoModelConfig:
             "scatter_embedding_sequence_parallel": False,
         },
     )
-    return MimoModelConfig(
-        language_model_spec=language_spec,
-        modality_submodules_spec={"images": _images_spec(language, places["images"])},
-        special_token_ids={"images": data.IMAGE},
-    )
 
 
-def _images_spec(language: TransformerConfig, place: Place) -> ModuleSpec:
-    """The ViT, and an MLP from its width to the language model's."""
+def images_spec(language: TransformerConfig, place: Place) -> ModuleSpec:
+    """The ViT over images, and its projection."""
+    size = (data.IMAGE_SIZE, data.IMAGE_SIZE)
+    parts = tower_parts(language, place, name="vit", size=size, patch_size=PATCH_SIZE)
+    return ModuleSpec(module=VisionModalitySubmodules, submodules=parts)
+
+
+def tower_parts(
+    language: TransformerConfig, place: Place, *, name: str, size: tuple[int, int], patch_size: int
+) -> dict[str, Any]:
+    """A ViT over pictures of one channel, and an MLP from its width to the language model's.
+
+    Args:
+        language: configuration of the language model, whose width the ViT has too.
+        place: of the modality.
+        name: of the encoder.
+        size: height and width of a picture.
+        patch_size: of its square patches, each of which gives a row.
+    """
     language = config_at(language, place)
     vision = encoder_config(
         language,
@@ -159,8 +180,8 @@ def _images_spec(language: TransformerConfig, place: Place) -> ModuleSpec:
         params={
             "config": vision,
             "transformer_layer_spec": encoder_layer_spec(vision),
-            "image_size": (data.IMAGE_SIZE, data.IMAGE_SIZE),
-            "patch_size": PATCH_SIZE,
+            "image_size": size,
+            "patch_size": patch_size,
             "channels": 1,
             "pg_collection": place.groups,
         },
@@ -180,13 +201,7 @@ def _images_spec(language: TransformerConfig, place: Place) -> ModuleSpec:
             "pg_collection": place.groups,
         },
     )
-    return ModuleSpec(
-        module=VisionModalitySubmodules,
-        submodules={
-            "encoders": {"vit": encoder_spec},
-            "input_projections": [projection_spec],
-        },
-    )
+    return {"encoders": {name: encoder_spec}, "input_projections": [projection_spec]}
 
 
 def _without_compiling(config: TransformerConfig) -> TransformerConfig:
