@@ -9,6 +9,7 @@ import re
 import runpy
 import socket
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -75,7 +76,41 @@ WIDE = ("stages: no media", "first: tp2-sp, frozen images", "first: no media")
 
 @pytest.mark.parametrize("name", some(CELLS, *(name for name in CELLS if name not in WIDE)))
 def test_loss_and_gradients(ranks: RankPool, name: str) -> None:
-    layout, design = CELLS[name]
+    check(ranks, *CELLS[name])
+
+
+def drawn(seed: int) -> tuple[DisjointLayout, Design]:
+    """Sizes of at most eight ranks, and what is trained on what media."""
+    random = Random(seed)
+    while True:
+        images = Sizes(tp=random.choice([1, 2]), dp=random.choice([1, 2, 3]))
+        sounds = Sizes(tp=random.choice([1, 2, 3]), dp=random.choice([1, 2, 3]))
+        tp, cp, pp = (random.choice([1, 1, 2]) for _ in range(3))
+        language = Sizes(tp=tp, cp=cp, pp=pp, dp=random.choice([1, 2, 3]))
+        fits = all(max(a, language.dp) % min(a, language.dp) == 0 for a in (images.dp, sounds.dp))
+        layout = DisjointLayout(
+            images=images,
+            sounds=sounds,
+            language=language,
+            together=images.world_size == sounds.world_size and random.random() < 0.5,
+            by=random.choice(["stages", "encode first"]) if fits else "encode first",
+            sequence_parallel=tp > 1 and random.random() < 0.5,
+            overlap=random.random() < 0.5,
+        )
+        if layout.world_size <= 8:
+            break
+    frozen: tuple[str, ...] = random.choice([(), (), ("images",), ("language",)])
+    return layout, Design(media=random.random() < 0.9, frozen=frozen, mrope=random.random() < 0.3)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("seed", range(30))
+def test_random_grids(ranks: RankPool, seed: int) -> None:
+    """A failure is told with its seed, by which ``drawn`` gives it again."""
+    check(ranks, *drawn(seed))
+
+
+def check(ranks: RankPool, layout: DisjointLayout, design: Design) -> None:
     (expected,) = ranks(1)(run_reference, design, SAMPLES)
     found = ranks(layout.world_size)(run_gradients, layout, design, expected)
     covered = set()
