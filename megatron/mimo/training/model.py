@@ -71,14 +71,11 @@ class ModelBuilder:
         if config is not None:
             raise ConfigError("a ready transformer config is not supported: the recipe builds it")
         assert pg_collection is not None, "pretrain passes its process groups"
-        chunk = vp_stage
-        if chunk is None and self._args.virtual_pipeline_model_parallel_size:
-            chunk = 0  # on ranks of encoders alone, where the language model is described only
         place = Place(
             groups=pg_collection,
             is_first_stage=pre_process,
             is_last_stage=post_process,
-            chunk=chunk,
+            chunk=vp_stage,
         )
         modalities = {}
         if self.grids:
@@ -112,8 +109,7 @@ class ModelBuilder:
         if self._adapters and not self._args.loads_adapters:
             load_without_adapters(model)
         self.chunks.append(model)
-        expected = self._args.virtual_pipeline_model_parallel_size or 1
-        if len(self.chunks) == (expected if model.role.has_language_module else 1):
+        if len(self.chunks) == (self._args.virtual_pipeline_model_parallel_size or 1):
             self.trained = survey_parts(self.chunks, self._args, self._adapters)
             self._say(self.trained.text)
         return model

@@ -34,11 +34,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
         ("--num-layers-per-virtual-pipeline-stage", "1"),
     ),
     "apart": (3, ("images=dp=2", "language=rank_offset=2"), ()),
-    "apart-vpp2": (
-        3,
-        ("language=pp=2", "images=rank_offset=2"),
-        ("--num-layers-per-virtual-pipeline-stage", "1"),
-    ),
+    "apart-pp2": (3, ("language=pp=2", "images=rank_offset=2"), ()),
     "apart-zero": (
         4,
         ("images=tp=2", "language=dp=2,rank_offset=2"),
@@ -105,9 +101,8 @@ def test_a_run_moves_between_disjoint_and_other_layouts(
     printed = run(ranks, tmp_path, "apart", 4)
     assert "iteration 4/4" in printed
     assert "not evaluated by generation" in printed
-    run(ranks, tmp_path, "apart-vpp2", 5)
+    run(ranks, tmp_path, "apart-pp2", 5)
     run(ranks, tmp_path, "pp2", 6)
-    run(ranks, tmp_path, "apart", 7)
     succeed(ranks, tmp_path, "pp2", *COMPARABLE, *EVALUATE, *FOUR_LAYERS, "--train-iters", "8")
     _same_losses(tmp_path, one_process)
 
@@ -130,6 +125,10 @@ def test_the_layout_is_shown(ranks: RankPool, tmp_path: Path) -> None:
 
 REFUSED = {
     "other modules": (("pictures=dp=2", "language=pp=2"), "the model has the modules"),
+    "interleaved": (
+        ("images=dp=1", "language=rank_offset=1", *LAYOUTS["vpp2"][2]),
+        "with encoders on ranks of their own",
+    ),
     "other size": (("images=dp=2", "language=pp=1"), "give all modules the same ranks"),
 }
 
