@@ -282,7 +282,8 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         """What a rank of encoders gives: modality -> rows, or hidden states between stages."""
         assert self.disjoint_rows is not None, "the language model is on ranks of its own"
         ids_BS, arrived = inputs.input_ids_BS, self._arrived_rows()
-        rows = self._forward_encoders(ids_BS, inputs.modality_inputs, arrived)
+        before: Rows | None = None if arrived is None else {**arrived}
+        rows = self._forward_encoders(ids_BS, inputs.modality_inputs, before)
         self._forget_input_tensor()
         return self.disjoint_rows.outgoing(rows, self.modality_submodules, arrived, ids_BS)
 
