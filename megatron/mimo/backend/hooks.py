@@ -43,7 +43,7 @@ MODEL_PARALLEL = Patch(
     scope=Scope.RUN,
 )
 RANDOM_STATE = Patch(
-    name="get_rng_state",
+    name="random state of a rank",
     target="megatron.training.checkpointing:get_rng_state",
     reason="ranks of encoders alone have no generator that a checkpoint would keep",
     scope=Scope.RUN,

@@ -35,18 +35,18 @@ def are_apart(components: Mapping[str, Component]) -> bool:
 
 def has_others(args: Namespace) -> bool:
     """True where a run's modules are on ranks of their own."""
-    return are_apart(components_of(args.component, world_size=args.world_size))
+    return are_apart(_components(args))
 
 
 def encodes_alone(args: Namespace) -> bool:
     """True on a rank of encoders that has nothing of the language model."""
-    components = components_of(args.component, world_size=args.world_size)
+    components = _components(args)
     return bool(components) and args.rank not in components[LANGUAGE].ranks
 
 
 def data_writer(args: Namespace) -> int:
     """The rank that writes where the data stand: the first that reads them."""
-    components = components_of(args.component, world_size=args.world_size)
+    components = _components(args)
     return components[LANGUAGE].rank_offset if components else 0
 
 
@@ -57,7 +57,7 @@ def from_last_stage(args: Namespace, value: Any) -> Any:
     """
     from megatron.core import mpu
 
-    components = components_of(args.component, world_size=args.world_size)
+    components = _components(args)
     box = [value]
     if are_apart(components):
         dist.broadcast_object_list(box, src=components[LANGUAGE].ranks[-1])
@@ -89,6 +89,12 @@ def random_state(components: Mapping[str, Component]) -> Callable[..., Any]:
         return state
 
     return around
+
+
+def _components(args: Namespace) -> Mapping[str, Component]:
+    """Those of a run; none where arguments were not parsed for one."""
+    texts = getattr(args, "component", None)
+    return components_of(texts, world_size=args.world_size) if texts else {}
 
 
 def global_groups(components: Mapping[str, Component]) -> Callable[..., Any]:

@@ -178,14 +178,17 @@ class ThroughputMeter:
             self._labels += int(mask_BS.count_nonzero())
         else:
             self._labels += sum(lengths)
-        apart = self._chunks[0].disjoint_rows is not None  # what encodes is on other ranks
-        if apart or self._uncounted or not self._chunks[0].role.is_first_stage("language"):
+        if self._apart() or self._uncounted or not self._chunks[0].role.is_first_stage("language"):
             return
         try:
             inputs = batch.get("modality_inputs") or {}
             self._amounts.update(media_amounts(self._chunks[0], inputs))
         except UnsupportedError:
             self._uncounted = True
+
+    def _apart(self) -> bool:
+        """Encoders are on ranks of their own."""
+        return any(chunk.disjoint_rows is not None for chunk in self._chunks)
 
     def _forget(self) -> None:
         self._amounts.clear()
@@ -199,7 +202,7 @@ class ThroughputMeter:
 
         if self._costs is not None:
             return self._costs
-        if self._chunks[0].disjoint_rows is not None:  # who encodes has not seen the media
+        if self._apart():  # who encodes has not seen the media
             self._uncounted, self._costs = True, {}
             return self._costs
         group = mpu.get_pipeline_model_parallel_group()
