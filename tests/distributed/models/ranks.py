@@ -120,8 +120,9 @@ class Trainer:
         return loss
 
 
-def waits(name: str, layout: Layout) -> dict[str, int]:
-    """What waits for the device in forward and backward of a micro-batch; runs on every rank."""
+def waits(name: str, layout: Layout) -> list[dict[str, int]]:
+    """What waits for the device in forward and backward, padded and packed; runs on every rank."""
+    from megatron.core.models.mimo.partition.packing import packed_params
     from megatron.core.models.mimo.partition.utils import sequence_cut
     from megatron.mimo.backend.host_sync import HostSyncCounter
     from megatron.mimo.models import load_family
@@ -131,15 +132,18 @@ def waits(name: str, layout: Layout) -> dict[str, int]:
     (model,) = build_chunks(family, config, layout)
     generator = torch.Generator().manual_seed(3)
     samples = [family.sample(config, family.example(config, generator)) for _ in range(2)]
-    batch = _collator(family, config, samples)(samples)
-    if model.partition_adapter is not None:  # as the training layer does, on the host
-        batch["alignment_plan"] = sequence_cut(model.partition_adapter, None).share_of_plan(
-            batch["alignment_plan"]
-        )
-    with HostSyncCounter() as counter:
-        losses_BS, mask_BS = model(**batch)
-        (losses_BS * mask_BS).sum().backward()
-    return dict(counter.counts)
+    found = []
+    for collate in (_collator(family, config, samples), _packer(family, config, samples, layout)):
+        batch = collate(samples)
+        if model.partition_adapter is not None:  # as the training layer does, on the host
+            packed = packed_params(batch.get("packing_kwargs"), cp_size=layout.cp)
+            cut = sequence_cut(model.partition_adapter, packed)
+            batch["alignment_plan"] = cut.share_of_plan(batch["alignment_plan"])
+        with HostSyncCounter() as counter:
+            losses_BS, mask_BS = model(**batch)
+            (losses_BS * mask_BS).sum().backward()
+        found.append(dict(counter.counts))
+    return found
 
 
 def _build(name: str, layout: Layout, expected: Expected) -> tuple[list[Any], list[Any]]:
@@ -207,6 +211,23 @@ def _collator(family: Any, config: Any, samples: Sequence[Any]) -> Any:
         media_formats=media.formats,
         mrope=media.mrope,
         span_modalities=media.spans,
+    )
+
+
+def _packer(family: Any, config: Any, samples: Sequence[Any], layout: Layout) -> Any:
+    """Puts all samples into one row."""
+    from megatron.mimo.data import PackingCollator
+
+    media, unit = family.media(config), 8 * layout.cp
+    return PackingCollator(
+        seq_length=unit * (sum(len(one.token_ids) // unit + 1 for one in samples) + 1),
+        vocab_size=config.get_text_config().vocab_size,
+        pad_id=0,
+        special_token_ids=media.special_token_ids,
+        media_formats=media.formats,
+        mrope=media.mrope,
+        span_modalities=media.spans,
+        cp_size=layout.cp,
     )
 
 

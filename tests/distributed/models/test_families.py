@@ -131,5 +131,6 @@ def test_nothing_waits_for_the_device(ranks: RankPool, name: str) -> None:
         # Megatron's dispatcher selects the tokens of a layer's experts by a mask, on every rank.
         layers = load_family(name).tiny().text_config.num_hidden_layers
         allowed = {"aten::masked_select": layers, "aten::_local_scalar_dense": layers}
-    for counts in ranks(2)(waits, name, Layout(cp=2)):
-        assert counts == allowed
+    for padded, packed in ranks(2)(waits, name, Layout(cp=2)):
+        assert padded == allowed
+        assert packed == allowed
