@@ -30,7 +30,7 @@ IMPORTS_OF_PART: dict[str, frozenset[str]] = {
 ORDER = (
     *("backend", "process", "layers", "encoders", "data", "models", "checkpoints", "lora"),
     *("recipes", "topology", "arguments", "inference", "training", "convert", "inspection"),
-    "planner",
+    *("planner", "plan"),  # a command, and what stands behind it
 )
 # Within models, what families have in common knows none of them, and they do not know each other.
 COMMON = "common"

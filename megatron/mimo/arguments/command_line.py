@@ -251,6 +251,8 @@ def _recipe_defaults(
     if stage is not None and stage not in recipe.presets:
         has = f"it has {', '.join(recipe.presets)}" if recipe.presets else "it has none"
         raise ConfigError(f"--stage {stage}: recipe {recipe.name!r} has no such stage; {has}")
+    if recipe.require is not None:
+        recipe.require(given)
     described = {} if recipe.describe is None else recipe.describe(given)
     preset = {} if stage is None else recipe.presets[stage]
     return {**described, **recipe.arguments, **preset, "stage": stage}

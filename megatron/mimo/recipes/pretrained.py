@@ -119,6 +119,7 @@ def pretrained(
         arguments=arguments,
         presets=presets,
         default_preset=default_preset,
+        require=run.require,
         describe=run.describe,
         check=run.check,
         data_flags=("data_path", "train_data_path", "valid_data_path"),
@@ -172,8 +173,8 @@ class _Run:
     task: Task | None
     _known: dict[str, Any] = field(default_factory=dict)  # read from disk once per run
 
-    def describe(self, given: Namespace) -> Mapping[str, object]:
-        """Megatron's arguments of the model; refuses a run without data or processor."""
+    def require(self, given: Namespace) -> None:
+        """Refuses a run without data or processor."""
         if self.task is None and not (
             given.data_path or given.train_data_path or given.data_mixture
         ):
@@ -187,6 +188,9 @@ class _Run:
                 "checkpoint (python -m megatron.mimo.convert import), or --hf with a folder that "
                 "has processor_config.json or preprocessor_config.json, and the tokenizer's files"
             )
+
+    def describe(self, given: Namespace) -> Mapping[str, object]:
+        """Megatron's arguments of the model."""
         return load_family(self.family).arguments(self._config(given))
 
     def check(self, args: Namespace) -> None:

@@ -76,6 +76,8 @@ class Recipe:
             folder of ``--load``), weaker than ``arguments``. It gets the flags as far as they are
             known by then: given on the command line, in ``--config``, or derived (``load``,
             ``save``, ``output``). May refuse them with a ``ConfigError``.
+        require: refuses a run without the files that it reads (``ConfigError``); called before
+            ``describe``, with the same flags.
         check: refuses arguments that do not fit its data, once all are known (``ConfigError``).
         data_flags: which of ``data_path``, ``train_data_path``, ``valid_data_path`` and
             ``test_data_path`` it reads; the others are refused.
@@ -105,6 +107,7 @@ class Recipe:
     presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     default_preset: str | None = None
     describe: Callable[[Namespace], Mapping[str, object]] | None = None
+    require: Callable[[Namespace], None] | None = None
     check: Callable[[Namespace], None] | None = None
     data_flags: Sequence[str] = ()
     hf_config: Callable[[], Any] | None = None

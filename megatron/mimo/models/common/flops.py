@@ -33,6 +33,7 @@ __all__ = [
     "attended_pairs",
     "language_amounts",
     "media_amounts",
+    "media_works",
     "operations",
     "training_costs",
 ]
@@ -104,9 +105,31 @@ def media_amounts(
         UnsupportedError: an encoder does not say what it does.
     """
     amounts = {}
+    works, rows = media_works(model, inputs)
+    for modality, by_encoder in works.items():
+        for name, work in by_encoder.items():
+            for kind in ("vectors", "pairs"):
+                for part, number in getattr(work, kind).items():
+                    amounts[f"{modality}.{name}.{part} {kind}"] = number
+        amounts[f"{modality} rows"] = rows[modality]
+    return amounts
+
+
+def media_works(
+    model: Any, inputs: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> tuple[dict[str, dict[str, EncoderWork]], dict[str, int]]:
+    """What each encoder does for a micro-batch, and how many rows each projection gives.
+
+    Args and errors are those of :func:`media_amounts`.
+
+    Returns:
+        ``{modality: {encoder: work}}`` and ``{modality: rows}``.
+    """
+    works: dict[str, dict[str, EncoderWork]] = {}
+    rows = {}
     for modality, by_encoder in inputs.items():
         submodules = unwrap_model(model.modality_submodules[modality])
-        given = 0
+        works[modality], given = {}, 0
         for name, arguments in by_encoder.items():
             encoder = unwrap_model(submodules.encoders[name])
             _require_work(encoder, f"{modality}.{name}")
@@ -114,13 +137,11 @@ def media_amounts(
             work = encoder.work(**known)
             cached = sum(max(count, 0) for count in arguments.get(COUNTS, ()))
             given += work.rows + cached
-            for kind in ("vectors", "pairs"):
-                for part, number in getattr(work, kind).items():
-                    amounts[f"{modality}.{name}.{part} {kind}"] = number
+            works[modality][name] = work
         (projection,) = submodules.input_projections or (None,)
         gives = getattr(unwrap_model(projection), "rows_of", None)
-        amounts[f"{modality} rows"] = given if gives is None else gives(given)
-    return amounts
+        rows[modality] = given if gives is None else gives(given)
+    return works, rows
 
 
 def training_costs(model: Any, *, trained_before: bool = False) -> Costs:

@@ -123,15 +123,17 @@ def test_presets_are_below_flags() -> None:
 def test_real_recipes_ask_for_data_and_a_processor(tmp_path: Path) -> None:
     recipe = load_recipe("llava_1_5_7b")
     assert recipe.describe is not None
+    assert recipe.require is not None
     with pytest.raises(ConfigError, match=r"give --data-path train.jsonl"):
-        recipe.describe(given())
+        recipe.require(given())
     with pytest.raises(ConfigError, match=r"give --load .* or --hf"):
-        recipe.describe(given(data_path=["a.jsonl"]))
+        recipe.require(given(data_path=["a.jsonl"]))
     with pytest.raises(ConfigError, match=r"--hf with a folder that has processor_config.json"):
-        recipe.describe(given(data_path=["a.jsonl"], hf=str(tmp_path)))
+        recipe.require(given(data_path=["a.jsonl"], hf=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"/none: there is no such folder"):
-        recipe.describe(given(data_path=["a.jsonl"], hf=f"{tmp_path}/none"))
+        recipe.require(given(data_path=["a.jsonl"], hf=f"{tmp_path}/none"))
     (tmp_path / "processor_config.json").touch()  # without config.json: the recipe's own sizes
+    recipe.require(given(data_path=["a.jsonl"], hf=str(tmp_path)))
     told = recipe.describe(given(data_path=["a.jsonl"], hf=str(tmp_path)))
     assert told["num_layers"] == 32
 
@@ -145,10 +147,11 @@ def test_a_checkpoint_describes_the_model(tmp_path: Path) -> None:
     (tmp_path / "hf/processor_config.json").touch()
     recipe = load_recipe("llava_1_5_7b")
     assert recipe.describe is not None
+    assert recipe.require is not None
     told = recipe.describe(given(data_path=["a.jsonl"], hf=str(tmp_path / "hf")))
     assert told["num_layers"] == 5
     with pytest.raises(ConfigError, match=r"give --load"):  # no checkpoint beside it yet
-        recipe.describe(given(data_path=["a.jsonl"], load=str(tmp_path)))
+        recipe.require(given(data_path=["a.jsonl"], load=str(tmp_path)))
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     told = load_recipe("llava_1_5_7b").describe(  # type: ignore[misc]
         given(data_path=["a.jsonl"], load=str(tmp_path))

@@ -1,0 +1,300 @@
+"""A run's parameters, memory and FLOPs, from its arguments alone, stage by stage."""
+
+from __future__ import annotations
+
+import copy
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from megatron.mimo.arguments.component_flags import components_of
+from megatron.mimo.data.batch import LENGTHS, Batch
+from megatron.mimo.models.common.flops import (
+    language_amounts,
+    media_amounts,
+    media_works,
+    operations,
+    training_costs,
+)
+from megatron.mimo.planner.activations import (
+    Activations,
+    MicroBatch,
+    Recomputation,
+    kept_by_chunk,
+)
+from megatron.mimo.planner.memory import RankMemory, State, in_flight, state_of
+from megatron.mimo.planner.pretended import build_stage, encoder_arguments
+from megatron.mimo.planner.samples import Typical
+from megatron.mimo.planner.saved import Kernels
+from megatron.mimo.recipes.recipe import Recipe
+from megatron.mimo.topology import Component
+
+__all__ = ["Built", "Estimate", "Part", "build", "estimate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Parameters of a part of the model, over all ranks, each counted once."""
+
+    total: int
+    trained: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run takes.
+
+    Attributes:
+        parts: name -> parameters.
+        ranks: memory of a rank of each pipeline stage.
+        recomputed: the same with all layers recomputed.
+        tokens: real ones of a step.
+        flops: of a step, as the mathematics needs them.
+        recomputed_flops: those that are done again, as the run is.
+        micro_batches: of a step, on one rank.
+    """
+
+    parts: dict[str, Part]
+    ranks: list[RankMemory]
+    recomputed: list[RankMemory]
+    tokens: float
+    flops: float
+    recomputed_flops: float
+    micro_batches: int
+
+    @property
+    def largest(self) -> RankMemory:
+        """Of the rank that takes most."""
+        return max(self.ranks, key=lambda rank: rank.whole)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """The model of a layout, on "meta".
+
+    Attributes:
+        stages: the chunks of the first rank of each pipeline stage.
+        encoders: modality -> its module, of those that have a layout of their own.
+        components: modules' own layouts; {} where they share one.
+    """
+
+    stages: list[list[Any]]
+    encoders: Mapping[str, nn.Module]
+    components: Mapping[str, Component]
+
+
+def build(recipe: Recipe, args: Namespace) -> Built:
+    """Build the model of a run's layout, with no weights and no processes."""
+    stages = [build_stage(recipe, args, n) for n in range(args.pipeline_model_parallel_size)]
+    components = components_of(args.component, world_size=args.world_size)
+    encoders = {}
+    for name, component in components.items():
+        if name != "language":
+            (alone,) = build_stage(recipe, encoder_arguments(args, component.tp), 0)
+            encoders[name] = alone.modality_submodules[name]
+    return Built(stages=stages, encoders=encoders, components=components)
+
+
+def estimate(built: Built, args: Namespace, typical: Typical, kernels: Kernels) -> Estimate:
+    """Compute it.
+
+    Args:
+        built: the model, for the layout of ``args``.
+        args: of the run, for a job of ``args.world_size`` ranks.
+        typical: micro-batches of a rank.
+        kernels: that compute.
+    """
+    first = built.stages[0][0]
+    batches = [_described(first, batch) for batch in typical.batches]
+    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    given = Recomputation.of(args)
+    everything = Recomputation(granularity="full", method="uniform")
+    flops, again, tokens = _flops(built, typical, given)
+    repeats = args.global_batch_size / args.micro_batch_size / len(typical.batches)
+    return Estimate(
+        parts=_parts(built.stages, args),
+        ranks=_ranks(built, args, batches, given, kernels, micro_batches),
+        recomputed=_ranks(built, args, batches, everything, kernels, micro_batches),
+        tokens=tokens * repeats,
+        flops=flops * repeats,
+        recomputed_flops=again * repeats,
+        micro_batches=micro_batches,
+    )
+
+
+def _described(model: Any, batch: Batch) -> MicroBatch:
+    inputs = batch.get("modality_inputs") or {}
+    ids_BS, positions = batch["input_ids"], batch.get("position_ids")
+    works, rows = media_works(model, inputs)
+    of_all = positions is not None and positions.dim() == 3
+    return MicroBatch(
+        tokens=ids_BS.numel(),
+        positions=ids_BS.numel() if of_all else ids_BS.size(-1),
+        works=works,
+        rows=rows,
+    )
+
+
+def _flops(built: Built, typical: Typical, given: Recomputation) -> tuple[float, float, float]:
+    """Of all these micro-batches: FLOPs, those that are done again, and tokens."""
+    costs: Counter[str] = Counter()
+    forward: Counter[str] = Counter()
+    trained = False
+    for number in range(len(built.stages[0])):
+        for stage in built.stages:
+            costs.update(training_costs(stage[number], trained_before=trained))
+            trained |= any(one.requires_grad for one in stage[number].parameters())
+            forward.update(_forward_costs(stage[number]))
+    flops = again = tokens = 0.0
+    for batch in typical.batches:
+        lengths = batch.get(LENGTHS) or [batch["input_ids"].size(1)] * len(batch["input_ids"])
+        amounts = language_amounts(costs, Counter(lengths))
+        amounts |= media_amounts(built.stages[0][0], batch.get("modality_inputs") or {})
+        tokens += sum(lengths)
+        flops += operations(costs, amounts)
+        again += operations(forward, amounts) if given.granularity == "full" else 0.0
+    return flops, again, tokens
+
+
+def _forward_costs(chunk: Any) -> Mapping[str, float]:
+    """Those of the forward pass: as if nothing were trained."""
+    wanted = [(one, one.requires_grad) for one in chunk.parameters()]
+    for parameter, _ in wanted:
+        parameter.requires_grad_(False)
+    try:
+        return training_costs(chunk)
+    finally:
+        for parameter, wants in wanted:
+            parameter.requires_grad_(wants)
+
+
+def _ranks(
+    built: Built,
+    args: Namespace,
+    batches: Sequence[MicroBatch],
+    recomputation: Recomputation,
+    kernels: Kernels,
+    micro_batches: int,
+) -> list[RankMemory]:
+    ranks, trained = [], False
+    names = _names(len(built.stages))
+    for number, chunks in enumerate(built.stages):
+        flying = in_flight(args, number, micro_batches)
+        largest = Activations()
+        for chunk in chunks:
+            receives = trained
+            options = (
+                kept_by_chunk(chunk, batch, recomputation, kernels, receives_gradient=receives)
+                for batch in batches
+            )
+            most = max(options, key=lambda one: one.kept + one.working)
+            largest = most if most.kept > largest.kept else largest
+            trained |= any(one.requires_grad for one in chunk.parameters())
+        rank = RankMemory(
+            ranks=names[number],
+            state=_state(chunks, args),
+            activations=largest,
+            micro_batches=flying,
+            encoders_at_once=flying,
+        )
+        if built.components:
+            rank = _with_components(rank, built, args, batches, recomputation, kernels)
+        ranks.append(rank)
+    return ranks
+
+
+def _with_components(
+    rank: RankMemory,
+    built: Built,
+    args: Namespace,
+    batches: Sequence[MicroBatch],
+    recomputation: Recomputation,
+    kernels: Kernels,
+) -> RankMemory:
+    """Every rank has the encoders, and encodes its share of a step's media before the schedule."""
+    state = rank.state
+    kept: dict[str, float] = {}
+    step = args.global_batch_size / args.micro_batch_size
+    for name, submodules in built.encoders.items():
+        component = built.components[name]
+        state += state_of([submodules], args, (component.dp, component.dp))
+        one = _Encoders(name, submodules)
+        of_batch = max(
+            kept_by_chunk(one, batch, recomputation, kernels).encoders[name] for batch in batches
+        )
+        share = 1.0 if args.encoder_activations == "recompute" else step / component.dp
+        kept[name] = of_batch * min(share, step)
+    activations = replace(rank.activations, encoders=kept)
+    return replace(rank, state=state, activations=activations, encoders_at_once=1)
+
+
+class _Encoders:
+    """One modality's module in place of a chunk."""
+
+    language_model = None
+
+    def __init__(self, name: str, submodules: nn.Module) -> None:
+        self.modality_submodules = {name: submodules}
+        self.config = copy.copy(next(_configs(submodules)))
+        self.role = self
+
+    def is_first_stage(self, name: str) -> bool:  # noqa: ARG002 (a role is asked by name)
+        """Encoders are where the first stage is."""
+        return True
+
+
+def _configs(module: nn.Module) -> Any:
+    return (one.config for one in module.modules() if getattr(one, "config", None) is not None)
+
+
+def _state(chunks: Sequence[Any], args: Namespace) -> State:
+    """Of the language model, and of encoders that share its layout."""
+    modules: list[nn.Module] = []
+    for chunk in chunks:
+        modules += [chunk] if not args.component else [chunk.language_model, chunk.heads]
+    dp = args.data_parallel_size * args.context_parallel_size
+    etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    per_stage = args.world_size // args.pipeline_model_parallel_size
+    experts = max(per_stage / (etp * args.expert_model_parallel_size), 1)
+    return state_of(modules, args, (dp, experts))
+
+
+def _parts(stages: list[list[Any]], args: Namespace) -> dict[str, Part]:
+    from megatron.core.models.mimo.model.freezing import paths_by_parameter
+
+    parts: dict[str, Part] = {}
+    for chunk in (chunk for chunks in stages for chunk in chunks):
+        for parameter, (path, *_) in paths_by_parameter(chunk).items():
+            if getattr(parameter, "shared", False):
+                continue  # the last stage's copy of the embedding
+            size = parameter.numel() * _shards(parameter, args)
+            name = _part_name(path)
+            part = parts.get(name, Part(total=0, trained=0))
+            trained = part.trained + size * parameter.requires_grad
+            parts[name] = Part(total=part.total + size, trained=trained)
+    return parts
+
+
+def _part_name(path: str) -> str:
+    """The module and what is in it: "images.encoders", "language.decoder.experts"."""
+    experts = ".experts" if ".experts." in path else ""
+    return ".".join(path.split(".")[:2]) + experts
+
+
+def _shards(parameter: Any, args: Namespace) -> int:
+    if not getattr(parameter, "allreduce", True):  # an expert's
+        etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+        return int(args.expert_model_parallel_size * etp)
+    is_cut = getattr(parameter, "tensor_model_parallel", False)
+    return int(args.tensor_model_parallel_size) if is_cut else 1
+
+
+def _names(stages: int) -> list[str]:
+    if stages == 1:
+        return ["each rank"]
+    middle = [f"stage {number + 1}" for number in range(1, stages - 1)]
+    return ["first stage", *middle, "last stage"]
