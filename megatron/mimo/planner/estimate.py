@@ -33,7 +33,7 @@ from megatron.mimo.planner.saved import Kernels
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.topology import Component
 
-__all__ = ["Built", "Estimate", "Part", "build", "estimate"]
+__all__ = ["Built", "Estimate", "Part", "build", "described", "estimate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def estimate(built: Built, args: Namespace, typical: Typical, kernels: Kernels) 
         kernels: that compute.
     """
     first = built.stages[0][0]
-    batches = [_described(first, batch) for batch in typical.batches]
+    batches = [described(first, batch) for batch in typical.batches]
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     given = Recomputation.of(args)
     everything = Recomputation(granularity="full", method="uniform")
@@ -126,7 +126,13 @@ def estimate(built: Built, args: Namespace, typical: Typical, kernels: Kernels) 
     )
 
 
-def _described(model: Any, batch: Batch) -> MicroBatch:
+def described(model: Any, batch: Batch) -> MicroBatch:
+    """What of a micro-batch memory goes by.
+
+    Args:
+        model: the chunk of a ``MimoModel`` that has the encoders.
+        batch: as the collator makes it.
+    """
     inputs = batch.get("modality_inputs") or {}
     ids_BS, positions = batch["input_ids"], batch.get("position_ids")
     works, rows = media_works(model, inputs)
