@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron.mimo.layers.gated_delta_net.layer import GatedDeltaNet
 from megatron.mimo.layers.layer_scale import ScaledAdd
 
 __all__ = ["Kernels", "Load", "Saved", "layer_saved", "linear_saved", "norm_saved"]
@@ -155,6 +156,9 @@ def layer_saved(layer: Any, load: Load) -> Saved:
 
 def _keep_attention(attention: Any, load: Load, kept: Saved) -> None:
     """Queries, keys and values before and after they turn, the output, and what is of no size."""
+    if isinstance(attention, GatedDeltaNet):
+        _keep_delta_net(attention, load, kept)
+        return
     if not hasattr(attention, "linear_qkv"):
         _keep_unknown(attention, load, kept)
         return
@@ -165,6 +169,8 @@ def _keep_attention(attention: Any, load: Load, kept: Saved) -> None:
     queries, keys = heads * width, groups * width
     kept.normed += linear_saved(attention.linear_qkv, load.cut_vectors, size)
     kept.attention += vectors * size * (queries + 2 * keys)  # as they are projected
+    if getattr(config, "attention_output_gate", False):  # its logits, what it is, and what it lets
+        kept.attention += 3 * vectors * size * queries
     for name, numbers in (("q_layernorm", queries), ("k_layernorm", keys)):
         norm = getattr(attention, name, None)
         if getattr(norm, "weight", None) is None:
@@ -182,6 +188,18 @@ def _keep_attention(attention: Any, load: Load, kept: Saved) -> None:
     kept.attention += linear_saved(attention.linear_proj, vectors, size) - (
         vectors * size * queries if _keeps_input(attention.linear_proj) else 0.0
     )
+
+
+def _keep_delta_net(net: GatedDeltaNet, load: Load, kept: Saved) -> None:
+    """What is projected, what is convolved, and the output before its gate and behind it."""
+    sizes, tp = net.sizes, net.config.tensor_model_parallel_size
+    heads = sizes.key_heads * sizes.values_per_key / tp
+    convolved = 2 * sizes.key_heads * sizes.key / tp + heads * sizes.value
+    projected = net.in_proj.weight.size(0)
+    kept.normed += linear_saved(net.in_proj, load.cut_vectors, load.size)
+    inside = projected + convolved + heads * sizes.value
+    kept.attention += load.vectors * (load.size * inside + 2 * heads * _FP32)
+    kept.attention += linear_saved(net.out_proj, load.vectors, load.size)
 
 
 def _mlp_inner(mlp: Any, vectors: float, size: int) -> float:
