@@ -9,10 +9,11 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.models.mimo.errors import ConfigError, MimoError
-from megatron.mimo.backend import capabilities
+from megatron.mimo.backend import Capabilities, capabilities
 from megatron.mimo.backend.cards import Card, find_card, known_cards
 from megatron.mimo.process.quiet import quiet_imports, stdout, warnings_shown
 
@@ -103,8 +104,8 @@ def _settled(given: Namespace, flags: list[str], card: Card | None) -> Iterator[
             install_adam()
             shapes = [parse_shape(text) for text in given.samples]
             yield Planner(
-                flags=_for_card(flags, card),
-                machine=machine,
+                flags=flags,
+                machine=_machine_of(card, machine),
                 world_size=given.world_size,
                 shapes=shapes,
                 on_gpu=card is not None or machine.device != "cpu",
@@ -115,8 +116,8 @@ def _settled(given: Namespace, flags: list[str], card: Card | None) -> Iterator[
         os.environ.update(before)
 
 
-def _for_card(flags: list[str], card: Card | None) -> list[str]:
-    """A card computes in bf16 unless it is told otherwise."""
-    if card is None or {"--fp32", "--fp16", "--bf16"} & set(flags):
-        return flags
-    return [*flags, "--bf16"]
+def _machine_of(card: Card | None, here: Capabilities) -> Capabilities:
+    """What the run's defaults, and what it is refused with, go by: the card where one is named."""
+    if card is None or here.device != "cpu":
+        return here
+    return replace(here, device="cuda", card=card.name)
