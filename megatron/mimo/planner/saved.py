@@ -70,6 +70,7 @@ class Saved:
 
     Attributes:
         norms: inputs of its norms, the residual stream.
+        beyond: of ``norms``, what is more than the inputs of those that are recomputed.
         normed: outputs of its norms, which are inputs of linear layers.
         attention: queries, keys, values and the output.
         sums: the logarithms that fused attention keeps, and angles.
@@ -81,6 +82,7 @@ class Saved:
     """
 
     norms: float = 0.0
+    beyond: float = 0.0
     normed: float = 0.0
     attention: float = 0.0
     sums: float = 0.0
@@ -101,7 +103,7 @@ class Saved:
         kept = self.whole
         kept -= self.sums if "core_attn" in modules else 0.0
         kept -= self.inner if "mlp" in modules else 0.0
-        kept -= self.normed if "layernorm" in modules else 0.0
+        kept -= self.normed + self.beyond if "layernorm" in modules else 0.0
         kept -= self.shared if modules & {"moe", "shared_experts"} else 0.0
         if "moe" in modules:
             return kept - self.experts
@@ -116,7 +118,7 @@ def norm_saved(norm: nn.Module | None, vectors: float, load: Load) -> float:
     plain = isinstance(norm, nn.LayerNorm) or getattr(norm, "bias", None) is not None
     # RMSNorms of language models are computed in fp32.
     size = load.size if plain or load.kernels.engine else _FP32
-    copies = 1 if plain or load.kernels.on_gpu else 2
+    copies = 1 if plain or load.kernels.on_gpu or not weight.requires_grad else 2
     numbers = 2 * load.size if plain else _FP32
     return vectors * (copies * size * weight.numel() + numbers)
 
@@ -141,7 +143,10 @@ def layer_saved(layer: Any, load: Load) -> Saved:
     norms = ("input_layernorm", "post_self_attn_layernorm", "pre_mlp_layernorm")
     for name in (*norms, "post_mlp_layernorm"):
         norm = getattr(layer, name, None)
-        kept.norms += norm_saved(norm, load.cut_vectors, load)
+        own = norm_saved(norm, load.cut_vectors, load)
+        kept.norms += own
+        if own and not name.startswith("post_"):
+            kept.beyond += own - kept.input
     scaled = (getattr(layer, name, None) for name in ("self_attn_bda", "mlp_bda"))
     kept.norms += kept.input * sum(isinstance(one, ScaledAdd) for one in scaled)
     _keep_attention(layer.self_attention, load, kept)

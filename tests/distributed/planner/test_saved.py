@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.distributed.planner.saved_bytes import SavedBytes
 from tests.rank_pool import RankPool, model_parallel
 
 FAMILIES = ("llava", "qwen3_vl_moe", "qwen3_5", "gemma3", "internvl", "qwen2_audio")
@@ -69,26 +67,30 @@ def compared(
 
 @contextmanager
 def kept_by_part(model: nn.Module, by_part: Counter[str]) -> Iterator[None]:
-    """Adds up what is saved, by where in the model it is."""
+    """Adds up what is saved, by where in the model it is, as it stands in the end.
+
+    What is recomputed in place of being kept is saved first, and emptied then.
+    """
     inside: list[str] = []
-    saved = SavedBytes()
-    held: list[Any] = []
+    held: dict[int, tuple[str, torch.Tensor]] = {}
+    apart = {one.data_ptr() for one in (*model.parameters(), *model.buffers())}
     for path, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, path=path: inside.append(path))
         module.register_forward_hook(lambda *_: (inside.pop(), None)[1])
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        before = saved.now
-        saved.add(tensor)
-        held.append(tensor)
         at = inside[-1] if inside else ""
         part = "layers" if "language_model.decoder" in at else "ends"
-        by_part["encoders" if at.startswith("modality") else part] += saved.now - before
+        part = "encoders" if at.startswith("modality") else part
+        key = tensor.untyped_storage().data_ptr()
+        if key not in apart:
+            held.setdefault(key, (part, tensor))
         return tensor
 
-    saved.leave_out(model)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
         yield
+    for part, tensor in held.values():
+        by_part[part] += tensor.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
