@@ -224,13 +224,14 @@ def _language(
     flows |= embedding is not None and _is_trained(embedding)
     load = Load(
         vectors=batch.tokens / cp,
-        positions=batch.positions / cp,
         cut=config.tensor_model_parallel_size if config.sequence_parallel else 1,
         size=size,
         rotates=getattr(language, "position_embedding_type", "none") in ("rope", "mrope"),
         kernels=kernels,
     )
     found.layers, flows, working = _stack(language.decoder, load, recomputation, flows)
+    if flows and load.rotates:  # cosines or sines, for all layers
+        found.layers += batch.positions / cp * config.kv_channels * size
     found.working = max(found.working, working)
     if not flows and not _is_trained(language):
         return

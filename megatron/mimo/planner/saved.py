@@ -30,8 +30,7 @@ class Kernels:
 
     Attributes:
         on_gpu: PyTorch's RMSNorm on a CPU keeps what it has normed, beside its input.
-        engine: Transformer Engine's, whose norms keep their input in its own dtype and whose
-            rotary embedding keeps nothing of a size.
+        engine: Transformer Engine's, whose norms keep their input in its own dtype.
     """
 
     on_gpu: bool = False
@@ -44,7 +43,6 @@ class Load:
 
     Attributes:
         vectors: T.
-        positions: for which angles are made: those of a row, or of all rows.
         cut: of sequence parallelism: n = T / cut.
         size: bytes of an element.
         rotates: the layer turns its queries and keys.
@@ -52,7 +50,6 @@ class Load:
     """
 
     vectors: float
-    positions: float = 0.0
     cut: int = 1
     size: int = 4
     rotates: bool = False
@@ -73,7 +70,7 @@ class Saved:
         beyond: of ``norms``, what is more than the inputs of those that are recomputed.
         normed: outputs of its norms, which are inputs of linear layers.
         attention: queries, keys, values and the output.
-        sums: the logarithms that fused attention keeps, and angles.
+        sums: the logarithms that fused attention keeps.
         inner: between the linear layers of its MLP.
         experts: of its experts, the inputs of their first layer included.
         activated: outputs of the experts' activation, which are part of ``experts``.
@@ -155,7 +152,7 @@ def layer_saved(layer: Any, load: Load) -> Saved:
         _keep_experts(mlp, load, kept)
     elif hasattr(mlp, "linear_fc1"):
         kept.normed += linear_saved(mlp.linear_fc1, load.cut_vectors, load.size)
-        kept.inner += _mlp_inner(mlp, load.vectors, load.size)
+        kept.inner += _mlp_inner(mlp, load)
     return kept
 
 
@@ -186,8 +183,6 @@ def _keep_attention(attention: Any, load: Load, kept: Saved) -> None:
     core = attention.core_attention
     if load.rotates or hasattr(core, "inner"):
         kept.attention += vectors * size * (queries + keys)
-    if load.rotates and not load.kernels.engine:
-        kept.sums += 4 * load.positions * width * size
     kept.attention += vectors * size * queries  # the output, which the projection is given
     kept.sums += vectors * heads * _FP32
     kept.attention += linear_saved(attention.linear_proj, vectors, size) - (
@@ -207,12 +202,15 @@ def _keep_delta_net(net: GatedDeltaNet, load: Load, kept: Saved) -> None:
     kept.attention += linear_saved(net.out_proj, load.vectors, load.size)
 
 
-def _mlp_inner(mlp: Any, vectors: float, size: int) -> float:
+def _mlp_inner(mlp: Any, load: Load) -> float:
     """Inputs of the activation, and of the second linear layer."""
     first, config = mlp.linear_fc1.weight, mlp.config
+    vectors, size = load.vectors, load.size
     kept = vectors * size * first.size(0)
     if config.gated_linear_unit and not _is_fused(config):
         kept += vectors * size * first.size(0)  # what is gated, and by what
+    if getattr(config.activation_func, "__name__", "") == "quick_gelu" and not load.kernels.on_gpu:
+        kept += vectors * size * first.size(0)  # its two factors; compiled, it keeps one
     return kept + linear_saved(mlp.linear_fc2, vectors, size)
 
 
@@ -232,7 +230,7 @@ def _keep_experts(mlp: Any, load: Load, kept: Saved) -> None:
     kept.experts += rows + arrived * (gates * inner + 1) * size + kept.activated
     shared = getattr(mlp, "shared_experts", None)
     if shared is not None:
-        kept.shared += _mlp_inner(shared, load.vectors, size)
+        kept.shared += _mlp_inner(shared, load)
 
 
 def _keep_unknown(module: nn.Module, load: Load, kept: Saved) -> None:

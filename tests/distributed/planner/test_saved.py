@@ -108,7 +108,7 @@ def test_half_precision_recomputation_and_frozen_parts(ranks: RankPool) -> None:
 
 def check(found: Mapping[str, tuple[float, float]]) -> None:
     for part, (planned, kept) in found.items():
-        assert planned == pytest.approx(kept, rel=0.05, abs=4096), part
+        assert planned == pytest.approx(kept, rel=0.08, abs=4096), part
 
 
 def test_the_benchmark_of_two_billion_parameters(ranks: RankPool) -> None:
