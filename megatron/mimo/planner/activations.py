@@ -39,12 +39,14 @@ class MicroBatch:
     Attributes:
         tokens: positions, padding included: rows times their length.
         positions: for which angles are made: the length of a row, or all of them.
+        labels: positions that have one; None for all.
         works: modality -> encoder -> what it does.
         rows: modality -> rows that its projection is given.
     """
 
     tokens: int
     positions: int
+    labels: int | None = None
     works: Mapping[str, Mapping[str, EncoderWork]] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
 
@@ -242,16 +244,17 @@ def _language(
     if weight is None:
         weight = language.shared_embedding_or_output_weight()
     hidden = weight.size(-1) * size
-    logits = load.vectors * weight.size(0) * _FP32
+    # The loss is computed of positions that have a label alone.
+    rows = load.vectors if batch.labels is None else batch.labels / cp
+    logits = rows * weight.size(0) * _FP32
     in_pieces = logits > getattr(language, "_whole_logits", float("inf"))
     if in_pieces:
-        found.ends += load.vectors * (hidden + 20)  # labels, their place, and a number each
+        found.ends += rows * (hidden + 28)  # labels, places, and a number each
         loss = 3 * _PIECE + weight.numel() * (_FP32 + size) * weight.requires_grad
     else:
-        found.ends += (
-            load.cut_vectors * hidden * (weight.requires_grad or hasattr(output, "adapter"))
-        )
-        found.ends += logits + load.vectors * 9
+        keeps = weight.requires_grad or hasattr(output, "adapter")
+        found.ends += rows * hidden * keeps
+        found.ends += logits + rows * (9 + 8)
         loss = logits * (2 if size < _FP32 else 1)
     found.working = max(found.working, loss)
 

@@ -140,9 +140,18 @@ def described(model: Any, batch: Batch) -> MicroBatch:
     return MicroBatch(
         tokens=ids_BS.numel(),
         positions=ids_BS.numel() if of_all else ids_BS.size(-1),
+        labels=_labels(model, batch),
         works=works,
         rows=rows,
     )
+
+
+def _labels(model: Any, batch: Batch) -> int | None:
+    """Positions whose loss is computed; None for all."""
+    mask_BS = batch.get("loss_mask")
+    if mask_BS is None or not model.takes_label_rows:
+        return None
+    return int(mask_BS.count_nonzero())
 
 
 def _flops(built: Built, typical: Typical, given: Recomputation) -> tuple[float, float, float]:
@@ -158,7 +167,7 @@ def _flops(built: Built, typical: Typical, given: Recomputation) -> tuple[float,
     flops = again = tokens = 0.0
     for batch in typical.batches:
         lengths = batch.get(LENGTHS) or [batch["input_ids"].size(1)] * len(batch["input_ids"])
-        amounts = language_amounts(costs, Counter(lengths))
+        amounts = language_amounts(costs, Counter(lengths), _labels(built.stages[0][0], batch))
         amounts |= media_amounts(built.stages[0][0], batch.get("modality_inputs") or {})
         tokens += sum(lengths)
         flops += operations(costs, amounts)

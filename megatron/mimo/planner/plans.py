@@ -14,6 +14,8 @@ from megatron.mimo.arguments.command_line import parse_arguments
 from megatron.mimo.arguments.early import parse_early
 from megatron.mimo.backend import Capabilities
 from megatron.mimo.backend.cards import Card
+from megatron.mimo.checkpoints.assets import CONFIG, asset_folders
+from megatron.mimo.models import read_hf_config
 from megatron.mimo.planner.estimate import Built, Estimate, build, estimate
 from megatron.mimo.planner.samples import Shape, Typical, typical_batches
 from megatron.mimo.planner.saved import Kernels
@@ -190,9 +192,6 @@ def _config(recipe: Recipe, args: Namespace) -> Any:
     """The Hugging Face configuration of the run's model; None for a model of no family."""
     if recipe.describe is None or recipe.hf_config is None:
         return None
-    from megatron.mimo.checkpoints.assets import CONFIG, asset_folders
-    from megatron.mimo.models import read_hf_config
-
     folders = asset_folders(args, CONFIG)
     return read_hf_config(folders[0]) if folders else recipe.hf_config()
 

@@ -11,6 +11,7 @@ import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,7 @@ def pretrained(
         arguments=arguments,
         presets=presets,
         default_preset=default_preset,
-        require=run.require,
+        require=partial(_require, run),
         describe=run.describe,
         check=run.check,
         data_flags=("data_path", "train_data_path", "valid_data_path"),
@@ -172,22 +173,6 @@ class _Run:
     processor: Callable[[Any], Any] | None
     task: Task | None
     _known: dict[str, Any] = field(default_factory=dict)  # read from disk once per run
-
-    def require(self, given: Namespace) -> None:
-        """Refuses a run without data or processor."""
-        if self.task is None and not (
-            given.data_path or given.train_data_path or given.data_mixture
-        ):
-            raise ConfigError(
-                f"recipe {self.name!r} trains on conversations of yours: give --data-path "
-                "train.jsonl (docs/data.md says what stands in it)"
-            )
-        if self.processor is None and not asset_folders(given, PROCESSOR):
-            raise ConfigError(
-                f"recipe {self.name!r} needs the model's processor: give --load with an imported "
-                "checkpoint (python -m megatron.mimo.convert import), or --hf with a folder that "
-                "has processor_config.json or preprocessor_config.json, and the tokenizer's files"
-            )
 
     def describe(self, given: Namespace) -> Mapping[str, object]:
         """Megatron's arguments of the model."""
@@ -355,3 +340,18 @@ def _of_task(args: Namespace, chat: Chat, conversations: Any, **order: Any) -> C
     return ChatDataset(
         conversations, chat=chat, seq_length=args.seq_length, on_too_long=on_too_long, **order
     )
+
+
+def _require(run: _Run, given: Namespace) -> None:
+    """Refuses a run without data or processor."""
+    if run.task is None and not (given.data_path or given.train_data_path or given.data_mixture):
+        raise ConfigError(
+            f"recipe {run.name!r} trains on conversations of yours: give --data-path "
+            "train.jsonl (docs/data.md says what stands in it)"
+        )
+    if run.processor is None and not asset_folders(given, PROCESSOR):
+        raise ConfigError(
+            f"recipe {run.name!r} needs the model's processor: give --load with an imported "
+            "checkpoint (python -m megatron.mimo.convert import), or --hf with a folder that "
+            "has processor_config.json or preprocessor_config.json, and the tokenizer's files"
+        )

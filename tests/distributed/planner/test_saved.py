@@ -29,7 +29,7 @@ def compared(
 ) -> dict[str, tuple[float, float]]:
     """Planned and kept bytes of the encoders, the layers and what is behind them."""
     from megatron.mimo.arguments.standalone import build_model, model_settings
-    from megatron.mimo.data.batch import keep_for_stage
+    from megatron.mimo.data.batch import LABEL_ROWS, keep_for_stage
     from megatron.mimo.models import load_family
     from megatron.mimo.models.common.family import sample_collator
     from megatron.mimo.planner.activations import Recomputation, kept_by_chunk
@@ -50,7 +50,7 @@ def compared(
     kept = keep_for_stage(batch, pre_process=True, post_process=True, dtype=dtype)
     by_part = Counter[str]()
     with kept_by_part(model, by_part):
-        model(**model_inputs(kept, labels=kept["labels"]))
+        model(**model_inputs(kept, labels=kept["labels"]), label_rows=kept[LABEL_ROWS])
     recomputation = Recomputation(
         granularity=settings.transformer.recompute_granularity,
         method=settings.transformer.recompute_method,
