@@ -198,7 +198,7 @@ class _Encoder:
             return vectors * module.weight[0].numel() * self._size * _is_trained(module)
         if getattr(module, "weight", None) is None:
             return sum(self._other(child, vectors) for child in module.children())
-        if module.weight.dim() > 1:  # type: ignore[union-attr, operator]
+        if module.weight.dim() > 1:  # type: ignore[operator]
             return linear_saved(module, vectors, self._size)
         load = Load(vectors=vectors, size=self._size, kernels=self._kernels)
         return norm_saved(module, vectors, load) if self.flows or _is_trained(module) else 0.0
@@ -287,7 +287,7 @@ def _projection(
     linears = [
         one
         for one in projection.modules()
-        if getattr(one, "weight", None) is not None and one.weight.dim() > 1  # type: ignore[union-attr, operator]
+        if getattr(one, "weight", None) is not None and one.weight.dim() > 1  # type: ignore[operator]
     ]
     if not linears or not (flows or _is_trained(projection)):
         return 0.0

@@ -174,7 +174,7 @@ def _keep_attention(attention: Any, load: Load, kept: Saved) -> None:
     if getattr(config, "attention_output_gate", False):  # its logits, what it is, and what it lets
         kept.attention += 3 * vectors * size * queries
     for name, numbers in (("q_layernorm", queries), ("k_layernorm", keys)):
-        norm = getattr(attention, name, None)
+        norm: Any = getattr(attention, name, None)
         if getattr(norm, "weight", None) is None:
             continue
         own = norm_saved(norm, vectors * numbers / norm.weight.numel(), load)

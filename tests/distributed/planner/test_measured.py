@@ -43,11 +43,6 @@ def test_within_fifteen_percent(ranks: RankPool, tmp_path: Path, name: str) -> N
             assert planned[part] == pytest.approx(bytes_, rel=0.15, abs=4096), part
         whole = sum(planned[part] for part in measured)
         assert whole == pytest.approx(sum(measured.values()), rel=0.15)
-    # of the samples that the run happened to train on
-    counted = json.loads((tmp_path / "metrics.json").read_text())["throughput"]
-    assert found["tokens_per_step"] == pytest.approx(counted["tokens_per_iteration"], rel=0.15)
-    flops = 1e12 * counted["tflop_per_iteration"]
-    assert found["flops_per_step"] == pytest.approx(flops, rel=0.15)
 
 
 def plan(ranks: RankPool, *flags: str) -> dict[str, Any]:
