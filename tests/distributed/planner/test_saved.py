@@ -73,7 +73,9 @@ def kept_by_part(model: nn.Module, by_part: Counter[str]) -> Iterator[None]:
     """
     inside: list[str] = []
     held: dict[int, tuple[str, torch.Tensor]] = {}
-    apart = {one.data_ptr() for one in (*model.parameters(), *model.buffers())}
+    # Not by address: that of a storage that was emptied is another's soon.
+    tensors = (*model.parameters(), *model.buffers())
+    apart = {one.untyped_storage()._cdata for one in tensors}
     for path, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, path=path: inside.append(path))
         module.register_forward_hook(lambda *_: (inside.pop(), None)[1])
@@ -82,7 +84,7 @@ def kept_by_part(model: nn.Module, by_part: Counter[str]) -> Iterator[None]:
         at = inside[-1] if inside else ""
         part = "layers" if "language_model.decoder" in at else "ends"
         part = "encoders" if at.startswith("modality") else part
-        key = tensor.untyped_storage().data_ptr()
+        key = tensor.untyped_storage()._cdata
         if key not in apart:
             held.setdefault(key, (part, tensor))
         return tensor
