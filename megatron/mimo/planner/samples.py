@@ -189,7 +189,7 @@ class _Maker:
 
     def _sized(self, size: tuple[int, int] | None) -> MediaItem:
         """The example with so many pixels, in a model whose images have any size."""
-        vision = getattr(self._config, "vision_config", None)
+        vision: Any = getattr(self._config, "vision_config", None)
         if "grid" not in self._item.inputs:
             if size is not None:
                 raise ConfigError(

@@ -5,6 +5,8 @@ Legend: as ``delta_rule`` and ``token_functions``.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Protocol
 
 import torch
@@ -15,6 +17,8 @@ from megatron.mimo.layers.gated_delta_net.decoding import delta_step
 from megatron.mimo.layers.gated_delta_net.delta_rule import gated_delta_rule
 from megatron.mimo.layers.gated_delta_net.documents import Documents
 from megatron.mimo.layers.gated_delta_net.fla_kernels import FlaKernels, is_usable
+from megatron.mimo.layers.gated_delta_net.kernel_trial import why_not_equal
+from megatron.mimo.layers.gated_delta_net.sizes import Sizes
 from megatron.mimo.layers.gated_delta_net.token_functions import causal_convolution, gated_norm
 
 __all__ = ["DeltaRule", "Kernels", "PyTorchKernels", "fast_kernels"]
@@ -117,16 +121,35 @@ class DeltaRule(nn.Module):
         return kernels.delta_rule(q_BTGK, k_BTGK, v_BTGRV, decay_BTGR, strength_BTGR, documents)
 
 
-def fast_kernels(dtype: torch.dtype, *, deterministic: bool) -> Kernels:
+def fast_kernels(
+    dtype: torch.dtype, device: torch.device, *, sizes: Sizes, deterministic: bool
+) -> Kernels:
     """flash-linear-attention's where it can be used on this process's GPU, else PyTorch's.
+
+    Before the first use a short row goes through both; where they differ, or the package's fail, a
+    warning says so, and PyTorch's are used.
 
     Args:
         dtype: of the projections; the package's kernels are for half precision.
+        device: of the projections.
+        sizes: of the layer.
         deterministic: only sums in a fixed order will do.
     """
     here = capabilities()
     on_gpu = here.device != "cpu" and here.flash_linear_attention is not None
     is_half = dtype in (torch.bfloat16, torch.float16)
-    if on_gpu and is_half and not deterministic and is_usable():
+    if on_gpu and is_half and not deterministic and is_usable() and _trial(sizes, dtype, device):
         return FlaKernels()
     return PyTorchKernels()
+
+
+@functools.cache
+def _trial(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> bool:
+    reason = why_not_equal(FlaKernels(), PyTorchKernels(), sizes=sizes, dtype=dtype, device=device)
+    if reason is not None:
+        warnings.warn(
+            f"flash-linear-attention's kernels were tried and are not used ({reason}): gated "
+            "delta nets run on PyTorch's",
+            stacklevel=3,
+        )
+    return reason is None

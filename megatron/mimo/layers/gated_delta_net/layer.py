@@ -285,7 +285,12 @@ class GatedDeltaNet(MegatronModule):
         return mixed_BTGRV.transpose(0, 1)
 
     def _fast_kernels(self, projected: Tensor) -> Kernels:
-        return fast_kernels(projected.dtype, deterministic=self.config.deterministic_mode)
+        return fast_kernels(
+            projected.dtype,
+            projected.device,
+            sizes=self.sizes,
+            deterministic=self.config.deterministic_mode,
+        )
 
     def _norm_weight(self) -> Tensor:
         """The norm's weight, whose gradient is summed over the heads of all tensor-parallel ranks.

@@ -10,7 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.mimo.layers.gated_delta_net.sizes import Sizes
+
 G, R, D, TAPS = 2, 2, 64, 4
+CPU = torch.device("cpu")
+SIZES = Sizes(key_heads=G, values_per_key=R, key=D, value=D, taps=TAPS)
 
 
 def documents(lengths: list[int] | None, device: str) -> Any:
@@ -73,6 +77,7 @@ def test_who_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.mimo.layers.gated_delta_net import kernels
 
     monkeypatch.setattr(kernels, "is_usable", lambda: True)
+    monkeypatch.setattr(kernels, "why_not_equal", lambda *_, **__: None)
     here = dataclasses.replace(capabilities(), flash_linear_attention="0.6.0")
     on_gpu = dataclasses.replace(here, device="another")
     for found, dtype, deterministic, expected in (
@@ -88,8 +93,38 @@ def test_who_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ):
         monkeypatch.setattr(kernels, "capabilities", lambda found=found: found)
-        chosen = kernels.fast_kernels(dtype, deterministic=deterministic)
+        kernels._trial.cache_clear()
+        chosen = kernels.fast_kernels(dtype, CPU, sizes=SIZES, deterministic=deterministic)
         assert type(chosen).__name__ == expected
+    monkeypatch.setattr(kernels, "capabilities", lambda: on_gpu)
+    monkeypatch.setattr(kernels, "why_not_equal", lambda *_, **__: "no compiler")
+    kernels._trial.cache_clear()
+    with pytest.warns(UserWarning, match="not used \\(no compiler\\)"):
+        chosen = kernels.fast_kernels(torch.bfloat16, CPU, sizes=SIZES, deterministic=False)
+    assert type(chosen).__name__ == "PyTorchKernels"
+    kernels._trial.cache_clear()
+
+
+def test_the_trial_tells_right_from_wrong() -> None:
+    from megatron.mimo.layers.gated_delta_net.kernel_trial import why_not_equal
+    from megatron.mimo.layers.gated_delta_net.kernels import PyTorchKernels
+
+    class Wrong(PyTorchKernels):
+        def norm(self, *arguments: Any) -> Tensor:
+            return 1.1 * super().norm(*arguments)
+
+    class Failing(PyTorchKernels):
+        def convolve(self, *_: Any) -> Tensor:
+            raise RuntimeError("no compiler\nmore")
+
+    def tried(kernels: Any) -> str | None:
+        return why_not_equal(
+            kernels, PyTorchKernels(), sizes=SIZES, dtype=torch.bfloat16, device=CPU
+        )
+
+    assert tried(PyTorchKernels()) is None
+    assert tried(Wrong()) == "the output differs from PyTorch's by 1.0e-01, relatively"
+    assert tried(Failing()) == "RuntimeError: no compiler"
 
 
 def test_borders_for_the_package() -> None:
