@@ -67,7 +67,7 @@ _RECIPES = {
     "qwen2_5_vl_7b": ("qwen2_5_vl:qwen2_5_vl_7b", "Qwen2.5-VL 7B, images and video"),
     "qwen2_5_vl_tiny": (
         "tiny.twins:qwen2_5_vl_tiny",
-        "Qwen2.5-VL of 0.2 million parameters that reads digits in images and clips",
+        "Qwen2.5-VL of 0.2 million parameters, on digits in images and clips",
     ),
     "qwen2_audio_7b": ("qwen2_audio:qwen2_audio_7b", "Qwen2-Audio, Whisper large + Qwen 7B"),
     "qwen2_audio_tiny": (
@@ -86,11 +86,11 @@ _RECIPES = {
     "qwen3_5_9b": ("qwen3_5:qwen3_5_9b", "Qwen3.5 9B, gated delta net, images and video"),
     "qwen3_5_moe_tiny": (
         "tiny.qwen3_5:qwen3_5_moe_tiny",
-        "Qwen3.5 of 0.4 million parameters, most of them in experts, that reads digits",
+        "Qwen3.5 of 0.4 million parameters, most of them in experts, on digits",
     ),
     "qwen3_5_tiny": (
         "tiny.qwen3_5:qwen3_5_tiny",
-        "Qwen3.5 of 0.3 million parameters that reads digits in images and clips",
+        "Qwen3.5 of 0.3 million parameters, on digits in images and clips",
     ),
     "qwen3_vl_235b_a22b": (
         "qwen3_vl_moe:qwen3_vl_235b_a22b",
@@ -103,11 +103,11 @@ _RECIPES = {
     "qwen3_vl_8b": ("qwen3_vl:qwen3_vl_8b", "Qwen3-VL 8B, images and video"),
     "qwen3_vl_moe_tiny": (
         "tiny.qwen3_vl:qwen3_vl_moe_tiny",
-        "Qwen3-VL of 0.3 million parameters, most of them in experts, that reads digits",
+        "Qwen3-VL of 0.3 million parameters, most of them in experts, on digits",
     ),
     "qwen3_vl_tiny": (
         "tiny.qwen3_vl:qwen3_vl_tiny",
-        "Qwen3-VL of 0.2 million parameters that reads digits in images and clips",
+        "Qwen3-VL of 0.2 million parameters, on digits in images and clips",
     ),
 }
 

@@ -12,7 +12,7 @@ def qwen3_5_tiny() -> Recipe:
     """The same, small enough to learn digits in seconds."""
     return twin(
         name="qwen3_5_tiny",
-        summary="Qwen3.5 of 0.3 million parameters that reads digits in images and clips",
+        summary="Qwen3.5 of 0.3 million parameters, on digits in images and clips",
         family="qwen3_5",
         processor=qwen3_vl_processor,
         make=digits_or_clip,
@@ -25,7 +25,7 @@ def qwen3_5_moe_tiny() -> Recipe:
     """The same, small enough to learn digits in seconds."""
     return twin(
         name="qwen3_5_moe_tiny",
-        summary="Qwen3.5 of 0.4 million parameters, most of them in experts, that reads digits",
+        summary="Qwen3.5 of 0.4 million parameters, most of them in experts, on digits",
         family="qwen3_5_moe",
         processor=qwen3_vl_processor,
         make=digits_or_clip,

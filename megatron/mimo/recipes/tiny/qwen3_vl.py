@@ -12,7 +12,7 @@ def qwen3_vl_tiny() -> Recipe:
     """The same, small enough to learn digits in seconds."""
     return twin(
         name="qwen3_vl_tiny",
-        summary="Qwen3-VL of 0.2 million parameters that reads digits in images and clips",
+        summary="Qwen3-VL of 0.2 million parameters, on digits in images and clips",
         family="qwen3_vl",
         processor=qwen3_vl_processor,
         make=digits_or_clip,
@@ -25,7 +25,7 @@ def qwen3_vl_moe_tiny() -> Recipe:
     """The same, small enough to learn digits in seconds."""
     return twin(
         name="qwen3_vl_moe_tiny",
-        summary="Qwen3-VL of 0.3 million parameters, most of them in experts, that reads digits",
+        summary="Qwen3-VL of 0.3 million parameters, most of them in experts, on digits",
         family="qwen3_vl_moe",
         processor=qwen3_vl_processor,
         make=digits_or_clip,

@@ -93,7 +93,7 @@ def qwen2_5_vl_tiny() -> Recipe:
     """The same, small enough to learn digits in seconds."""
     return twin(
         name="qwen2_5_vl_tiny",
-        summary="Qwen2.5-VL of 0.2 million parameters that reads digits in images and clips",
+        summary="Qwen2.5-VL of 0.2 million parameters, on digits in images and clips",
         family="qwen2_5_vl",
         processor=qwen2_5_vl_processor,
         make=digits_or_clip,
