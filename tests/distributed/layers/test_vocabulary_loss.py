@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron.mimo.layers.vocabulary_loss import _pieces
 from tests.rank_pool import RankPool
 
 TOKENS, WIDTH, WORDS = 37, 8, 50
@@ -126,3 +127,14 @@ def test_the_logits_are_never_whole(ranks: RankPool) -> None:
     ((most, whole),) = ranks(1)(largest_tensor, 4096)
     assert most == 8 * 4096
     assert most < whole / 60
+
+
+def test_pieces_are_of_sizes_that_products_like() -> None:
+    """Multiples of 64, where a piece has more than 64 rows."""
+    for rows, width, piece, steps in (
+        (300, 100, 80_000, [192, 108]),
+        (9, 900, 7_200, [2, 2, 2, 2, 1]),
+    ):
+        pieces = [range(rows)[at] for at in _pieces(rows, width, piece)]
+        assert [len(one) for one in pieces] == steps
+        assert [number for one in pieces for number in one] == list(range(rows))
