@@ -54,9 +54,9 @@ def why_not_equal(
         return f"{type(error).__name__}: {reason}"
     for name, one in found.items():
         other = expected[name].cpu().float()
-        error = ((one - other).norm() / other.norm()).item()
-        if not error <= _ALLOWED:
-            return f"{name} differs from PyTorch's by {error:.1e}, relatively"
+        apart = ((one - other).norm() / other.norm()).item()
+        if not apart <= _ALLOWED:
+            return f"{name} differs from PyTorch's by {apart:.1e}, relatively"
     return None
 
 
