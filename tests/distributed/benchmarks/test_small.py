@@ -17,7 +17,7 @@ def merge_small() -> dict[str, Any]:
 
     model_parallel()
     sizes = {"batch": 2, "sequence": 64, "hidden": 16, "vocabulary": 32768, "repeats": 1}
-    args = Namespace(device="cpu", dtype=torch.float32, **sizes)
+    args = Namespace(device="cpu", dtype=torch.float32, row_kernels="torch", **sizes)
     return compare(make_case({"images": (IMAGE, 2, 9), "audio": (AUDIO, 1, 9)}, args), args)
 
 

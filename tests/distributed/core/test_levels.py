@@ -206,7 +206,7 @@ def refusals() -> None:
     model.level_route = LevelRoute(levels={"images": 2}, first=1, is_first=False, crosses=True)
     model.set_input_tensor([torch.zeros(8, 1, HIDDEN)])
     with pytest.raises(InputError, match="neither alignment_plan nor input_ids say where"):
-        model._arrived(ForwardInputs(), SequenceCut())
+        model._arrived(ForwardInputs(), SequenceCut(), None)
 
 
 def test_levels_that_have_no_place_are_refused(ranks: RankPool) -> None:

@@ -138,6 +138,33 @@ def gives_way() -> dict[str, bool]:
     return found
 
 
+def gathered() -> tuple[bool, set[str]]:
+    """Whether a layer whose weights are gathered is left to megatron-core; what was waited for."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    layer, given = build("plain", model_parallel()), arguments("plain")
+    waited: set[str] = set()
+    names = {module: name for name, module in layer.named_modules()}
+
+    def hook(module: Any, *_: Any) -> None:
+        waited.add(names[module])
+
+    hook.__module__ = DistributedDataParallel.__module__  # whose hooks wait
+    for module in layer.modules():
+        module.register_forward_pre_hook(hook)
+    reading = layer._lean_reading(given)
+    layer(**given)
+    return reading is None, {
+        name
+        for name, module in layer.named_modules()
+        if next(module.parameters(recurse=False), None) is not None and name not in waited
+    }
+
+
+def test_waits_for_gathered_weights(ranks: RankPool) -> None:
+    assert ranks(1)(gathered) == [(False, set())]
+
+
 def test_gives_way_to_megatron_core(ranks: RankPool) -> None:
     (found,) = ranks(1)(gives_way)
     expected = {name: name not in ("plain", "hook removed") for name in found}

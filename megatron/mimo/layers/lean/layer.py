@@ -52,6 +52,7 @@ class LeanLayer(TransformerLayer):
         reading = None if arguments else self._lean_reading(given)
         if reading is None:
             return super().forward(*arguments, **given)
+        reading.await_weights()
         hidden_SBE = self._attend(
             reading,
             given["hidden_states"],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.core.activations import quick_gelu
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
@@ -85,11 +86,22 @@ class Reading:
         for siblings, name, module, kind in self.watched:
             if siblings.get(name) is not module or type(module) is not kind:
                 return False
-            if module._forward_hooks or module._forward_pre_hooks:
+            if module._forward_hooks or not all(map(_gathers, module._forward_pre_hooks.values())):
                 return False
             if module._backward_hooks or module._backward_pre_hooks:
                 return False
         return True
+
+    def await_weights(self) -> None:
+        """Wait for the weights that data-parallel ranks gather, as calls of the modules would."""
+        for _, _, module, _ in self.watched:
+            for hook in module._forward_pre_hooks.values():
+                hook(module, ())
+
+
+def _gathers(hook: Any) -> bool:
+    """Whether a hook waits for gathered weights (``--overlap-param-gather``)."""
+    return getattr(hook, "__module__", "") == DistributedDataParallel.__module__
 
 
 def read_layer(layer: Any) -> Reading | None:
