@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.backend.capabilities import Capabilities
+from megatron.mimo.backend.own_library import ConfigError
 
 __all__ = ["argument_defaults", "check_arguments", "own_argument_defaults"]
 

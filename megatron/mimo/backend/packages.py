@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.backend.own_library import ConfigError
 
 __all__ = ["require_hugging_face"]
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron.core.models.mimo.submodules.state import WITHOUT_EXTRA_STATE
 from megatron.mimo.backend import torch_view
 from megatron.mimo.backend.hooks import RESULTS_QUEUE
+from megatron.mimo.backend.own_library import WITHOUT_EXTRA_STATE
 from megatron.mimo.backend.patching import replaced
 
 

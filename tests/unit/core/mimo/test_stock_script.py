@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import torch
@@ -36,6 +38,21 @@ def test_script_gives_what_stock_gives(ranks: RankPool) -> None:
     (theirs,) = ranks(1)(output_of_script, True)
     assert ours == theirs
     assert ours.startswith("loss ")
+
+
+def stand_ins() -> bool:
+    """What a script finds that imports the CPU backend where the overlay is switched off."""
+    name = "megatron.mimo.backend.own_library"
+    own = importlib.import_module(name)
+    with library(stock=True):
+        del sys.modules[name]
+        there = importlib.import_module(name)
+    sys.modules[name] = own
+    return there.ConfigError is ValueError and isinstance(there.WITHOUT_EXTRA_STATE, str)
+
+
+def test_the_backend_goes_with_stock_too(ranks: RankPool) -> None:
+    assert ranks(1)(stand_ins) == [True]
 
 
 def test_readme_shows_the_script() -> None:
