@@ -26,6 +26,7 @@ from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.mimo.layers.attention.context_group import context_group
 from megatron.mimo.layers.attention.paths import Rule, dense_attention, packed_attention
 from megatron.mimo.layers.attention.visibility import Visibility
 
@@ -145,7 +146,7 @@ class CoreAttention(MegatronModule):
             UnsupportedError: arguments that cannot be combined.
         """
         packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        group = self._group(packed_seq_params)
+        group = context_group(self.cp_group, packed_seq_params)
         mask, spans_BS = _mask_or_spans(attention_mask, query, packed=packed)
         if packed or group is not None:
             _refuse_dense(mask, attention_bias, packed=packed)
@@ -181,19 +182,6 @@ class CoreAttention(MegatronModule):
             window=self.window,
             spans=spans_BS is not None,
         )
-
-    def _group(self, packed: PackedSeqParams | None) -> dist.ProcessGroup | None:
-        group = self.cp_group
-        if packed is not None and packed.cp_group is not None:
-            group = packed.cp_group
-        elif packed is not None and packed.local_cp_size is not None:
-            if packed.local_cp_size != 1:
-                raise InputError(
-                    f"packed_seq_params.local_cp_size is {packed.local_cp_size} without a "
-                    "cp_group; give the group, or 1"
-                )
-            group = None
-        return group if group is not None and group.size() > 1 else None
 
 
 def serves(config: TransformerConfig) -> bool:

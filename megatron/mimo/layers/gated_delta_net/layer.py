@@ -27,6 +27,7 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
+from megatron.mimo.layers.attention.context_group import context_group
 from megatron.mimo.layers.gated_delta_net.decoding import last_inputs
 from megatron.mimo.layers.gated_delta_net.documents import Documents, documents_of
 from megatron.mimo.layers.gated_delta_net.heads_over_ranks import (
@@ -186,7 +187,7 @@ class GatedDeltaNet(MegatronModule):
         if padding_SB is not None:
             streams = _without_padding(streams, padding_SB)
         if inference_context is None:
-            group = self._context_group(packed_seq_params)
+            group = context_group(self.cp_group, packed_seq_params)
             if group is not None and padding_SB is not None:
                 raise UnsupportedError(
                     "context parallelism requires attention_mask=None; padding behind the tokens "
@@ -301,19 +302,6 @@ class GatedDeltaNet(MegatronModule):
             return self.norm.weight
         weight: Tensor = copy_to_tensor_model_parallel_region(self.norm.weight, group=self.tp_group)
         return weight
-
-    def _context_group(self, packed: PackedSeqParams | None) -> dist.ProcessGroup | None:
-        group = self.cp_group
-        if packed is not None and packed.cp_group is not None:
-            group = packed.cp_group
-        elif packed is not None and packed.local_cp_size is not None:
-            if packed.local_cp_size != 1:
-                raise InputError(
-                    f"packed_seq_params.local_cp_size is {packed.local_cp_size} without a "
-                    "cp_group; give the group, or 1"
-                )
-            group = None
-        return group if group is not None and group.size() > 1 else None
 
     def sharded_state_dict(
         self,
