@@ -25,7 +25,7 @@ from megatron.mimo.models.common.visuals import (
     IMAGE,
     VIDEO,
     Visual,
-    patch_values,
+    random_features,
     token_types,
     visual_item,
     visuals_in_order,
@@ -106,16 +106,4 @@ def example(config: Any, generator: Generator) -> dict[str, Tensor]:
             text = random_text(config, special, generator)
             tokens += [text, around[0], placeholders, around[1]]
     tokens.append(random_text(config, special, generator))
-    tokens_1L = torch.cat(tokens)[None]
-    features = {
-        "input_ids": tokens_1L,
-        "mm_token_type_ids": (tokens_1L == special[0]).int() + 2 * (tokens_1L == special[1]).int(),
-    }
-    names = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
-    values = patch_values(config.vision_config)
-    for (pixels, grid), sizes in zip(names, grids.values(), strict=True):
-        if sizes:
-            features[grid] = torch.tensor(sizes)
-            patches = int(features[grid].prod(dim=1).sum())
-            features[pixels] = torch.randn(patches, values, generator=generator)
-    return features
+    return random_features(config, torch.cat(tokens), tuple(grids.values()), generator)

@@ -8,12 +8,12 @@ Legend: L tokens of a conversation, T patches, E values of a patch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from megatron.core.models.mimo.errors import InputError, UnsupportedError
 from megatron.mimo.data import MediaFormat, MediaItem
@@ -27,6 +27,7 @@ __all__ = [
     "check_patches",
     "patch_shape",
     "patch_values",
+    "random_features",
     "token_types",
     "visual_item",
     "visual_media",
@@ -223,3 +224,30 @@ def _visuals(
             rows=rows,
         )
         at += count
+
+
+def random_features(
+    config: Any, tokens_L: Tensor, grids: Sequence[list[list[int]]], generator: Generator
+) -> dict[str, Tensor]:
+    """A conversation in the form that the model of transformers takes, with random patches.
+
+    Args:
+        config: the model's.
+        tokens_L: its tokens, placeholders included.
+        grids: patches of the images, then of the clips: frames, down, across.
+        generator: of the patches.
+    """
+    tokens_1L = tokens_L[None]
+    features = {
+        "input_ids": tokens_1L,
+        "mm_token_type_ids": (tokens_1L == config.image_token_id).int()
+        + 2 * (tokens_1L == config.video_token_id).int(),
+    }
+    names = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+    values = patch_values(config.vision_config)
+    for (pixels, grid), sizes in zip(names, grids, strict=True):
+        if sizes:
+            features[grid] = torch.tensor(sizes)
+            patches = int(features[grid].prod(dim=1).sum())
+            features[pixels] = torch.randn(patches, values, generator=generator)
+    return features

@@ -19,7 +19,7 @@ from megatron.mimo.models.common.llava_kind import text_config
 from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT, random_text
-from megatron.mimo.models.common.visuals import patch_values, visual_media
+from megatron.mimo.models.common.visuals import random_features, visual_media
 from megatron.mimo.models.qwen2_5_vl.keys import key_table
 from megatron.mimo.models.qwen2_5_vl.sample import sample
 from megatron.mimo.models.qwen2_5_vl.vision import ENCODER, vision_specs
@@ -121,19 +121,7 @@ def example(config: Any, generator: Generator) -> dict[str, Tensor]:
             torch.tensor(around[1:]),
             text(),
         ]
-    tokens_1L = torch.cat(tokens)[None]
-    features = {
-        "input_ids": tokens_1L,
-        "mm_token_type_ids": (tokens_1L == config.image_token_id).int()
-        + 2 * (tokens_1L == config.video_token_id).int(),
-    }
-    names = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
-    values = patch_values(config.vision_config)
-    for (pixels, grid), sizes in zip(names, grids.values(), strict=True):
-        if sizes:
-            features[grid] = torch.tensor(sizes)
-            patches = int(features[grid].prod(dim=1).sum())
-            features[pixels] = torch.randn(patches, values, generator=generator)
+    features = random_features(config, torch.cat(tokens), tuple(grids.values()), generator)
     clips = len(grids[config.video_token_id])
     if clips:
         # Fractions, so that positions are rounded.
