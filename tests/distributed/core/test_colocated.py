@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import os
-import re
-import runpy
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.core.example_script import assert_gives_what_stock_gives
 from tests.distributed.core.grids import GridLayout, components, wrap
 from tests.distributed.core.layouts import copy_weights, model_inputs
 from tests.distributed.core.reference import (
@@ -31,7 +26,6 @@ from tests.distributed.core.whole import Tensors, parts, whole
 from tests.distributed.schedule import loss_of_labels, run_schedule
 from tests.rank_pool import RankPool, model_parallel
 from tests.tiers import some
-from tests.unit.core.mimo.test_stock import library
 
 TOLERANCE = 1e-5
 SCRIPT = Path(__file__).parents[3] / "examples/mimo/grids_by_hand.py"
@@ -170,27 +164,8 @@ def micro_batches(layout: GridLayout, design: Design) -> list[dict[str, Any]]:
     return batches
 
 
-def output_of_script(stock: bool, port: int) -> str:
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    torch.distributed.destroy_process_group()  # the script makes its own
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # with a store of its own
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with library(stock=stock), contextlib.redirect_stdout(io.StringIO()) as printed:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return printed.getvalue()
-
-
 def test_script_gives_what_stock_gives(ranks: RankPool) -> None:
-    steps = []
-    for stock in (False, True):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        printed = ranks(4)(output_of_script, stock, port)[0]
-        steps.append(re.findall(r"^step .*$", printed, re.MULTILINE))
-    assert len(steps[0]) == 3
-    assert steps[0] == steps[1]
+    assert_gives_what_stock_gives(ranks, SCRIPT)
 
 
 REFUSED = {

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import re
-import runpy
-import socket
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-import torch
 
 from tests.distributed.core.disjoint import DisjointLayout, build, step
+from tests.distributed.core.example_script import assert_gives_what_stock_gives
 from tests.distributed.core.layouts import CLIP, EPSILON, LEARNING_RATE
 from tests.distributed.core.reference import Design
 from tests.distributed.core.test_colocated import Expected, run_reference, samples_of
 from tests.distributed.schedule import Sizes
 from tests.rank_pool import RankPool
 from tests.tiers import some
-from tests.unit.core.mimo.test_stock import library
 
 TOLERANCE = 1e-5
 SCRIPT = Path(__file__).parents[3] / "examples/mimo/disjoint_by_hand.py"
@@ -192,27 +185,8 @@ def run_optimizer(
     return float(norm), int(zeros or 0), errors
 
 
-def output_of_script(stock: bool, port: int) -> str:
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    torch.distributed.destroy_process_group()  # the script makes its own
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # with a store of its own
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with library(stock=stock), contextlib.redirect_stdout(io.StringIO()) as printed:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return printed.getvalue()
-
-
 def test_script_gives_what_stock_gives(ranks: RankPool) -> None:
-    steps = []
-    for stock in (False, True):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        printed = ranks(4)(output_of_script, stock, port)[0]
-        steps.append(re.findall(r"^step .*$", printed, re.MULTILINE))
-    assert len(steps[0]) == 3
-    assert steps[0] == steps[1]
+    assert_gives_what_stock_gives(ranks, SCRIPT)
 
 
 def test_refusals(ranks: RankPool) -> None:
