@@ -117,7 +117,7 @@ class Slot:
     def has(self, part: str) -> None:
         """Say what this rank has of the model."""
         self.part = part
-        struct.pack_into("48s", self._memory, _PART, part.encode())
+        self._put(_PART, struct.pack("48s", part.encode()))
 
     @property
     def phase(self) -> str:
@@ -131,7 +131,7 @@ class Slot:
 
     def done(self) -> None:
         """Say that this rank is about to end well."""
-        self._memory[_DONE : _DONE + 1] = b"\1"
+        self._put(_DONE, b"\1")
 
     @property
     def is_done(self) -> bool:
@@ -140,9 +140,12 @@ class Slot:
 
     def _write(self) -> None:
         self._count += 1
-        _WRITTEN_LATER.pack_into(
-            self._memory, _LATER, self._iteration, time.monotonic(), self._count, self._phase
-        )
+        said = self._iteration, time.monotonic(), self._count, self._phase
+        self._put(_LATER, _WRITTEN_LATER.pack(*said))
+
+    def _put(self, at: int, data: bytes) -> None:
+        """Write over what is there: ``pack_into`` puts zeros first, which the witness would see."""
+        self._memory[at : at + len(data)] = data
 
 
 class Board:
