@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
+from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.topology import LANGUAGE, Component, check_components, draw, parse_component
 
 __all__ = [
@@ -97,7 +97,6 @@ def take_components(args: Namespace) -> None:
 
     Raises:
         ConfigError: components that do not fit, or that another flag contradicts.
-        UnsupportedError: interleaved stages beside encoders on ranks of their own.
     """
     components = components_of(args.component, world_size=args.world_size)
     if not components:
@@ -119,14 +118,6 @@ def take_components(args: Namespace) -> None:
     args.tensor_model_parallel_size = language.tp
     args.context_parallel_size = language.cp
     args.pipeline_model_parallel_size = language.pp
-    interleaved = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
-    given = [name for name in interleaved if getattr(args, name, None)]
-    if given and any(one.ranks != language.ranks for one in components.values()):
-        raise UnsupportedError(
-            f"--{given[0].replace('_', '-')} with encoders on ranks of their own, where Megatron's "
-            "loop counts the chunks of a rank differently; leave it away, or give all components "
-            "the same ranks"
-        )
     if getattr(args, "cache_encoder", None):
         raise ConfigError(
             "--cache-encoder with --component: rows of a cache are read where the uniform layout "

@@ -34,13 +34,17 @@ WRAP = _of_loop(
     "wrap_model_chunks_with_ddp", "modules with grids of their own are wrapped one by one"
 )
 SCHEDULE = _of_loop(
-    "get_forward_backward_func", "encoders on grids of their own run before the schedule"
+    "get_forward_backward_func", "encoders on grids of their own run around the schedule"
 )
 MODEL_PARALLEL = Patch(
     name="initialize_model_parallel",
     target="megatron.core.parallel_state:initialize_model_parallel",
     reason="modules on ranks of their own have Megatron's global groups of their own",
     scope=Scope.RUN,
+)
+ITERATORS = _of_loop(
+    "build_train_valid_test_data_iterators",
+    "ranks of encoders alone take part chunk by chunk, as interleaved stages do",
 )
 RANDOM_STATE = Patch(
     name="random state of a rank",
@@ -168,7 +172,7 @@ ADAM = (
 
 HOOKS = (
     *(TRAIN, TRAINING_LOG, EVALUATION, EVALUATE, SAVE, LOAD, OPTIMIZER, WRAP, SCHEDULE),
-    *(MODEL_PARALLEL, RANDOM_STATE, RERUN_MACHINE, FINALIZE, BACKWARD, PROFILER),
+    *(MODEL_PARALLEL, ITERATORS, RANDOM_STATE, RERUN_MACHINE, FINALIZE, BACKWARD, PROFILER),
     *(TRACKER_NAME, ASYNC_SAVE, RESULTS_QUEUE, ARGUMENTS, PIXELS),
     *(LAYERS_APART, ZERO_STATE, PARSER_ERROR, ADAPTED, STEP, EXIT),
 )

@@ -30,12 +30,14 @@ def encoder_config(
     hidden_size: int,
     num_attention_heads: int,
     ffn_hidden_size: int | None = None,
+    stages: int = 1,
 ) -> TransformerConfig:
     """An encoder's configuration beside a language model's, where both share process groups.
 
     Precision, activation, initialisation, dropout, recomputation and tensor parallelism are the
     language model's. The encoder has no experts or linear layers, and runs whole on each
-    tensor-parallel group that has it: no pipeline, no context or sequence parallelism. Its rows are
+    tensor-parallel group that has it, or by pipeline stages of its own: no context or sequence
+    parallelism. Its rows are
     as many as a micro-batch's media give, which neither FP8 and FP4 (tokens by the eight) nor CUDA
     graphs (fixed shapes) take: it runs in the language model's ``params_dtype``, uncaptured.
 
@@ -45,9 +47,10 @@ def encoder_config(
         hidden_size: width of its residual stream.
         num_attention_heads: heads of each layer.
         ffn_hidden_size: width inside the MLP; four times ``hidden_size`` by default.
+        stages: of its own pipeline.
 
     Raises:
-        ConfigError: the sizes do not fit each other or the tensor-parallel size.
+        ConfigError: the sizes do not fit each other, the tensor-parallel size or the stages.
     """
     for title, value in (("num_layers", num_layers), ("num_attention_heads", num_attention_heads)):
         if value < 1:
@@ -68,6 +71,11 @@ def encoder_config(
             f"the encoder's MLP has width {ffn_hidden_size}, which is not divisible by the "
             f"tensor-parallel size {tp_size}; change either"
         )
+    if num_layers % stages:
+        raise ConfigError(
+            f"the encoder's {num_layers} layers are not divisible by its {stages} pipeline stages; "
+            "change either"
+        )
     return replace(
         language,
         num_layers=num_layers,
@@ -78,7 +86,7 @@ def encoder_config(
         kv_channels=None,
         num_query_groups=None,
         output_layer_init_method=None,
-        pipeline_model_parallel_size=1,
+        pipeline_model_parallel_size=stages,
         virtual_pipeline_model_parallel_size=None,
         pipeline_model_parallel_layout=None,
         num_layers_in_first_pipeline_stage=None,
@@ -127,9 +135,14 @@ def check_patches(image_size: tuple[int, int], patch_size: int, channels: int) -
         )
 
 
-def check_runs_whole(config: TransformerConfig) -> None:
-    """Raise ``ConfigError`` for the config of an encoder whose layers or sequence are split."""
-    if config.pipeline_model_parallel_size != 1 or config.sequence_parallel:
+def check_runs_whole(config: TransformerConfig, *, staged: bool = False) -> None:
+    """Raise ``ConfigError`` for the config of an encoder whose layers or sequence are split.
+
+    Args:
+        config: the encoder's.
+        staged: its layers may be.
+    """
+    if (config.pipeline_model_parallel_size != 1 and not staged) or config.sequence_parallel:
         raise ConfigError(
             "a vision transformer runs whole on its ranks: expected a config with "
             "pipeline_model_parallel_size 1 and without sequence_parallel, got "
@@ -164,8 +177,12 @@ def patchify(pixels_NCHW: Tensor, patch_size: int) -> Tensor:
 class VisionTransformer(MegatronModule):
     """Images to one embedding row per patch, with bidirectional attention inside each image.
 
+    With pipeline stages of its own, the first one embeds the patches; each later one goes on from
+    the hidden states that ``set_input_tensor`` gives it, and the last one ends in the rows.
+
     Args:
-        config: of the encoder; see :func:`encoder_config`.
+        config: of the encoder; see :func:`encoder_config`. Its pipeline-parallel size is the
+            number of stages.
         transformer_layer_spec: of one layer whose attention has no mask.
         image_size: height and width of every image, in pixels.
         patch_size: side of a patch, in pixels.
@@ -188,22 +205,35 @@ class VisionTransformer(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         check_patches(image_size, patch_size, channels)
-        check_runs_whole(config)
+        check_runs_whole(config, staged=True)
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group = pg_collection.tp
         self.image_shape = (channels, *image_size)
         self.patch_size = patch_size
         self.num_patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
-        # Both are replicated over the tensor-parallel group: Megatron seeds the default generator
-        # equally there, and equal inputs give equal gradients.
-        self.patch_embedding = nn.Linear(channels * patch_size**2, config.hidden_size)
-        self.position_embedding = nn.Parameter(torch.empty(self.num_patches, config.hidden_size))
-        if config.perform_initialization:
-            nn.init.normal_(self.position_embedding, std=config.init_method_std)
+        stages = config.pipeline_model_parallel_size
+        self.is_first_stage = stages == 1 or pg_collection.pp.rank() == 0
+        self.is_last_stage = stages == 1 or pg_collection.pp.rank() == stages - 1
+        if self.is_first_stage:
+            # Both are replicated over the tensor-parallel group: Megatron seeds the default
+            # generator equally there, and equal inputs give equal gradients.
+            width = config.hidden_size
+            self.patch_embedding = nn.Linear(channels * patch_size**2, width)
+            self.position_embedding = nn.Parameter(torch.empty(self.num_patches, width))
+            if config.perform_initialization:
+                nn.init.normal_(self.position_embedding, std=config.init_method_std)
         self.transformer = TransformerBlock(
-            config=config, spec=transformer_layer_spec, pg_collection=pg_collection
+            config=config,
+            spec=transformer_layer_spec,
+            pre_process=self.is_first_stage,
+            post_process=self.is_last_stage,
+            pg_collection=pg_collection,
         )
+
+    def set_input_tensor(self, hidden_PNH: Tensor) -> None:
+        """What the next call goes on from, on a stage behind the first."""
+        self.transformer.set_input_tensor(hidden_PNH)
 
     def blank_inputs(self) -> dict[str, Tensor]:
         """Arguments of ``forward`` for one blank image: the smallest input there is.
@@ -225,18 +255,22 @@ class VisionTransformer(MegatronModule):
             rows=patches,
         )
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor | None) -> Tensor:
         """Encode images.
 
         Args:
-            pixel_values: [N, C, height, width], of any floating dtype; N may be 0.
+            pixel_values: [N, C, height, width], of any floating dtype; N may be 0. None on a stage
+                behind the first.
 
         Returns:
-            [N * P, H], image by image, the patches of an image row by row.
+            [N * P, H], image by image, the patches of an image row by row; on a stage before the
+            last [P, N, H].
 
         Raises:
             InputError: the images have another shape or dtype.
         """
+        if pixel_values is None:
+            return self._leave(self.transformer(None, attention_mask=None))
         check_pixels(pixel_values, self.image_shape)
         count = len(pixel_values)
         if count == 0:
@@ -248,5 +282,10 @@ class VisionTransformer(MegatronModule):
         patches_NPE = patchify(pixel_values.to(dtype), self.patch_size)
         hidden_NPH = self.patch_embedding(patches_NPE) + self.position_embedding
         hidden_PNH = hidden_NPH.transpose(0, 1).contiguous()
-        hidden_PNH = self.transformer(hidden_PNH, attention_mask=None)
-        return hidden_PNH.transpose(0, 1)[:count].reshape(-1, hidden_PNH.shape[-1])
+        return self._leave(self.transformer(hidden_PNH, attention_mask=None)[:, :count])
+
+    def _leave(self, hidden_PNH: Tensor) -> Tensor:
+        """What this stage gives."""
+        if not self.is_last_stage:
+            return hidden_PNH
+        return hidden_PNH.transpose(0, 1).reshape(-1, hidden_PNH.shape[-1])

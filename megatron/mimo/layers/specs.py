@@ -116,7 +116,7 @@ def language_layer_spec(
 
 
 def encoder_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """Layers with bidirectional attention (no mask) of an encoder that runs whole on its ranks.
+    """Layers with bidirectional attention (no mask) of an encoder, or of one of its equal stages.
 
     Args:
         config: of the encoder.
@@ -125,13 +125,8 @@ def encoder_layer_spec(config: TransformerConfig) -> ModuleSpec:
         The spec of its ``TransformerBlock``, with a norm after the last layer.
 
     Raises:
-        ConfigError: a pipelined encoder; see also :func:`uses_transformer_engine`.
+        ConfigError: see :func:`uses_transformer_engine`.
     """
-    if config.pipeline_model_parallel_size != 1:
-        raise ConfigError(
-            f"the encoder's pipeline_model_parallel_size is {config.pipeline_model_parallel_size}; "
-            "expected 1: an encoder is not split over pipeline stages"
-        )
     with_te = uses_transformer_engine(config)
     if with_te:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -146,7 +141,8 @@ def encoder_layer_spec(config: TransformerConfig) -> ModuleSpec:
         _name_norms_as_fused(layer)
     layer.module = LeanLayer
     block = TransformerBlockSubmodules(
-        layer_specs=[layer] * config.num_layers, layer_norm=final_norm
+        layer_specs=[layer] * (config.num_layers // config.pipeline_model_parallel_size),
+        layer_norm=final_norm,
     )
     return _block_spec(block, config, with_te=with_te)
 

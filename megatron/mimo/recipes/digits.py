@@ -174,6 +174,7 @@ def tower_parts(
         num_layers=ENCODER_LAYERS,
         hidden_size=language.hidden_size,
         num_attention_heads=language.num_attention_heads,
+        stages=place.encoder_stages,
     )
     encoder_spec = ModuleSpec(
         module=VisionTransformer,

@@ -100,8 +100,8 @@ def check_components(
 
     Raises:
         ConfigError: naming the components that do not fit, with what would.
-        UnsupportedError: modules that share some of their ranks, encoders with pipeline or
-            context parallelism.
+        UnsupportedError: modules that share some of their ranks, encoders with context
+            parallelism, or with stages on the language model's ranks.
     """
     by_name: dict[str, Component] = {}
     for component in components:
@@ -118,7 +118,7 @@ def check_components(
     language = by_name.pop(LANGUAGE)
     encoders = [*by_name.values()]
     for component in encoders:
-        _check_modality(component)
+        _check_modality(component, language)
     if any(component.ranks != language.ranks for component in encoders):
         _check_apart(encoders, language)
     held = {rank for component in (*encoders, language) for rank in component.ranks}
@@ -148,12 +148,16 @@ def _check_names(by_name: Mapping[str, Component], modalities: list[str]) -> Non
         )
 
 
-def _check_modality(component: Component) -> None:
-    for axis in ("pp", "cp"):
-        if getattr(component, axis) != 1:
-            raise UnsupportedError(
-                f"--component {component}: encoders are parallel by tp and dp; leave {axis} away"
-            )
+def _check_modality(component: Component, language: Component) -> None:
+    if component.cp != 1:
+        raise UnsupportedError(
+            f"--component {component}: encoders are parallel by tp, dp and pp; leave cp away"
+        )
+    if component.pp != 1 and component.ranks == language.ranks:
+        raise UnsupportedError(
+            f"--component {component} on the ranks of {LANGUAGE!r}: encoders there are parallel by "
+            "tp and dp; leave pp away, or give them ranks of their own (rank_offset=)"
+        )
 
 
 def _check_apart(encoders: Sequence[Component], language: Component) -> None:

@@ -53,7 +53,7 @@ def build_grids(components: Mapping[str, Component]) -> Grids:
             shape = [getattr(component, axis) for axis in AXES]
             by_module[name] = HyperCommGrid(shape, [*AXES], component.rank_offset)
             continue
-        sizes = component.tp, component.dp, component.rank_offset
+        sizes = component.tp, component.dp, component.pp, component.rank_offset
         if sizes not in known:
             known[sizes] = _encoder_grid(component)
         by_module[name] = known[sizes]
@@ -62,10 +62,11 @@ def build_grids(components: Mapping[str, Component]) -> Grids:
 
 
 def _encoder_grid(component: Component) -> HyperCommGrid:
-    grid = HyperCommGrid([component.tp, component.dp], ["tp", "dp"], component.rank_offset)
+    sizes, axes = [component.tp, component.dp, component.pp], ["tp", "dp", "pp"]
+    grid = HyperCommGrid(sizes, axes, component.rank_offset)
     with _without_messages():
-        for axes in ("tp", "dp", ["tp", "dp"]):
-            grid.create_pg(axes)
+        for of in (*axes, ["tp", "dp"], ["tp", "pp"], axes):
+            grid.create_pg(of)
     return grid
 
 
@@ -88,8 +89,8 @@ def _encoder_groups(
     if not is_on(grid):
         return ProcessGroupCollection(tp=alone, cp=alone, dp=alone, pp=alone, ep=alone)
     groups = groups_of(name, grid)
-    groups.cp = groups.pp = groups.ep = alone
+    groups.cp = groups.ep = alone
     groups.tp_cp = groups.tp_ep = groups.expt_tp = groups.tp
-    groups.tp_dp_cp = groups.intra_dist_opt
+    groups.tp_dp_cp = grid.get_pg(["tp", "dp"])
     groups.embd = groups.pos_embd = None
     return groups

@@ -13,10 +13,11 @@ from megatron.mimo.models.common.vocabulary import leave_out_padding
 from megatron.mimo.process import presence
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.training.module_grids import ModuleGrids
+from megatron.mimo.training.module_ranks import encodes_alone
 from megatron.mimo.training.trained_parts import Trained, apply_parts, survey_parts
 
 if TYPE_CHECKING:
-    from megatron.core.models.mimo import MimoModel
+    from megatron.core.models.mimo import MimoModel, MimoModelConfig
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 __all__ = ["ModelBuilder"]
@@ -80,11 +81,16 @@ class ModelBuilder:
         modalities = {}
         if self.grids:
             groups = self.grids.grids.groups
-            modalities = {name: Place(groups=groups[name]) for name in groups}
+            modalities = {
+                name: Place(groups=own, encoder_stages=own.pp.size())
+                for name, own in groups.items()
+            }
         places = Places(language=place, modalities=modalities)
         described = self._recipe.build_model(self._args, places)
         if self.grids:
             described = self.grids.described(described)
+            if self.grids.apart and pre_process and not encodes_alone(self._args):
+                _draw_encoders(described)
         model = MimoModel(described, cp_group=pg_collection.cp, tp_group=pg_collection.tp)
         if not model.config.calculate_per_token_loss:
             raise ConfigError(
@@ -109,10 +115,20 @@ class ModelBuilder:
         if self._adapters and not self._args.loads_adapters:
             load_without_adapters(model)
         self.chunks.append(model)
-        if len(self.chunks) == (self._args.virtual_pipeline_model_parallel_size or 1):
+        count = self._args.virtual_pipeline_model_parallel_size or 1
+        if len(self.chunks) == (1 if encodes_alone(self._args) else count):
             self.trained = survey_parts(self.chunks, self._args, self._adapters)
             self._say(self.trained.text)
         return model
+
+
+def _draw_encoders(described: MimoModelConfig) -> None:
+    """Draw the weights of encoders that are on other ranks, and forget them.
+
+    The language model's first stage is drawn behind its encoders in every other layout.
+    """
+    for spec in described.modality_submodules_spec.values():
+        spec.module.from_spec(spec)
 
 
 def _vocabulary(args: Namespace) -> int:

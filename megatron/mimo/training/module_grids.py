@@ -22,7 +22,12 @@ from megatron.mimo.backend import hooks
 from megatron.mimo.backend.patching import replaced
 from megatron.mimo.process import presence
 from megatron.mimo.topology import Grids, build_grids
-from megatron.mimo.training.module_ranks import are_apart, global_groups, random_state
+from megatron.mimo.training.module_ranks import (
+    are_apart,
+    global_groups,
+    in_every_chunk,
+    random_state,
+)
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
@@ -99,6 +104,7 @@ class ModuleGrids:
         arounds = {hooks.WRAP: self._around_wrap, hooks.SCHEDULE: self._around_schedule}
         if self.apart:
             arounds[hooks.MODEL_PARALLEL] = global_groups(self._components)
+            arounds[hooks.ITERATORS] = in_every_chunk(self._components)
             arounds[hooks.RANDOM_STATE] = random_state(self._components)
         with replaced(arounds):
             yield

@@ -24,6 +24,7 @@ __all__ = [
     "from_last_stage",
     "global_groups",
     "has_others",
+    "in_every_chunk",
     "random_state",
 ]
 
@@ -87,6 +88,30 @@ def random_state(components: Mapping[str, Component]) -> Callable[..., Any]:
             )
 
         return state
+
+    return around
+
+
+def in_every_chunk(components: Mapping[str, Component]) -> Callable[..., Any]:
+    """What goes around the building of data iterators, which the whole job does together.
+
+    Ranks of the language model do it for each of their interleaved chunks; ranks of encoders, which
+    have one, as often.
+    """
+
+    def around(build: Callable[..., Any]) -> Callable[..., Any]:
+        def built(provider: Callable[..., Any]) -> Any:
+            from megatron.training.global_vars import get_args
+
+            chunks = 1
+            if dist.get_rank() not in components[LANGUAGE].ranks:
+                chunks = get_args().virtual_pipeline_model_parallel_size or 1
+            found = build(provider)
+            for _ in range(chunks - 1):
+                build(provider)
+            return found
+
+        return built
 
     return around
 

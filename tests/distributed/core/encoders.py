@@ -47,7 +47,7 @@ def _leveled_transformer(levels: int) -> type[torch.nn.Module]:
     return LeveledTransformer
 
 
-def image_parts(config: Any, groups: Any, levels: int) -> dict[str, Any]:
+def image_parts(config: Any, groups: Any, levels: int, stages: int = 1) -> dict[str, Any]:
     from dataclasses import replace
 
     from megatron.core.models.vision.multimodal_projector import MultimodalProjector
@@ -59,7 +59,9 @@ def image_parts(config: Any, groups: Any, levels: int) -> dict[str, Any]:
     from megatron.mimo.models.common.place import Place, config_at
 
     config = config_at(config, Place(groups=groups))
-    vision = encoder_config(config, num_layers=2, hidden_size=8, num_attention_heads=4)
+    vision = encoder_config(
+        config, num_layers=2, hidden_size=8, num_attention_heads=4, stages=stages
+    )
     encoder = ModuleSpec(
         module=_leveled_transformer(levels) if levels else VisionTransformer,
         params={

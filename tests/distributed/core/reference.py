@@ -218,12 +218,12 @@ def build_model(
             "scatter_embedding_sequence_parallel": False,
         },
     )
+    place = groups if grids is None else grids.groups["images"]
+    stages = 1 if grids is None else place.pp.size()
     images = ModuleSpec(
         module=VisionModalitySubmodules,
         params={"recompute_projections": recompute_projections},
-        submodules=image_parts(
-            config, groups if grids is None else grids.groups["images"], design.levels
-        ),
+        submodules=image_parts(config, place, design.levels, stages),
     )
     model = MimoModel(
         MimoModelConfig(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -56,6 +58,22 @@ CELLS = {
         ),
         Design(),
     ),
+    "first: images pp2, tp2-pp2": (
+        DisjointLayout(
+            images=Sizes(pp=2), sounds=Sizes(), language=Sizes(tp=2, pp=2), by="encode first"
+        ),
+        Design(),
+    ),
+    "first: images pp2-dp2, frozen language, overlap": (
+        DisjointLayout(
+            images=Sizes(pp=2, dp=2), language=Sizes(dp=2), by="encode first", overlap=True
+        ),
+        Design(frozen=("language",)),
+    ),
+    "first: images pp2, trained in part": (
+        DisjointLayout(images=Sizes(pp=2), sounds=Sizes(tp=2), together=True, by="encode first"),
+        Design(frozen=("images.encoders",)),
+    ),
     "first: tp2-sp, frozen images": (
         DisjointLayout(language=Sizes(tp=2), sequence_parallel=True, by="encode first"),
         Design(frozen=("images",)),
@@ -64,7 +82,13 @@ CELLS = {
 }
 
 
-WIDE = ("stages: no media", "first: tp2-sp, frozen images", "first: no media")
+WIDE = (
+    "stages: no media",
+    "first: images pp2-dp2, frozen language, overlap",
+    "first: images pp2, trained in part",
+    "first: tp2-sp, frozen images",
+    "first: no media",
+)
 
 
 @pytest.mark.parametrize("name", some(CELLS, *(name for name in CELLS if name not in WIDE)))
@@ -81,12 +105,15 @@ def drawn(seed: int) -> tuple[DisjointLayout, Design]:
         tp, cp, pp = (random.choice([1, 1, 2]) for _ in range(3))
         language = Sizes(tp=tp, cp=cp, pp=pp, dp=random.choice([1, 2, 3]))
         fits = all(max(a, language.dp) % min(a, language.dp) == 0 for a in (images.dp, sounds.dp))
+        by = random.choice(["stages", "encode first"]) if fits else "encode first"
+        if by == "encode first":
+            images = replace(images, pp=random.choice([1, 2]))
         layout = DisjointLayout(
             images=images,
             sounds=sounds,
             language=language,
             together=images.world_size == sounds.world_size and random.random() < 0.5,
-            by=random.choice(["stages", "encode first"]) if fits else "encode first",
+            by=by,
             sequence_parallel=tp > 1 and random.random() < 0.5,
             overlap=random.random() < 0.5,
         )
@@ -133,6 +160,69 @@ def run_gradients(
         else:
             errors[part.name] = part.error(gradient, expected.gradients)
     return loss, errors, keys
+
+
+def test_encoders_run_beside_the_language_model(ranks: RankPool) -> None:
+    """Ahead of it, but never further than its pipeline is deep, and one; each stage follows."""
+    layout = DisjointLayout(
+        images=Sizes(pp=2), sounds=Sizes(tp=2), together=True, by="encode first"
+    )
+    (expected,) = ranks(1)(run_reference, Design(), SAMPLES)
+    first, second, language = ranks(layout.world_size)(run_watched, layout, expected)
+    assert language == {"images": [], "sounds": []}
+    for name in ("images", "sounds"):
+        assert second[name] == follows(SAMPLES, window=2)
+    assert first["images"] == follows(SAMPLES, window=3)
+
+
+def follows(count: int, window: int) -> list[str]:
+    """Forward of each micro-batch, and backward of each once ``window`` have been forward."""
+    events = []
+    for number in range(count + window - 1):
+        events += [f"forward {number}"] if number < count else []
+        events += [f"backward {number - window + 1}"] if number >= window - 1 else []
+    return events
+
+
+def run_watched(layout: DisjointLayout, expected: Expected) -> dict[str, list[str]]:
+    """What encoders do, in order. The language model waits in its first micro-batch for them."""
+    import torch.distributed as dist
+
+    from megatron.core.models.mimo.model.row_stream import EncoderStream
+    from tests.distributed.core import disjoint
+
+    store = dist.distributed_c10d._get_default_store()
+    key = f"second encoded {layout}"
+    done: dict[str, list[str]] = {"images": [], "sounds": []}
+    original = EncoderStream.forward, EncoderStream.backward, disjoint.loss_of_labels
+
+    def forward(self: Any, number: int) -> None:
+        original[0](self, number)
+        if number < SAMPLES:
+            done[self.name].append(f"forward {number}")
+        if (self.name, number) == ("sounds", 1):
+            store.set(key, "yes")
+
+    def backward(self: Any, number: int) -> None:
+        original[1](self, number)
+        if 0 <= number < SAMPLES:
+            done[self.name].append(f"backward {number}")
+
+    def loss_of_labels(micro_batches: Any, model: Any) -> Any:
+        result = original[2](micro_batches, model)
+        store.wait([key], timedelta(seconds=120))
+        return result
+
+    EncoderStream.forward, EncoderStream.backward = forward, backward  # type: ignore[method-assign]
+    disjoint.loss_of_labels = loss_of_labels
+    try:
+        built = build(layout, Design(), expected.weights)
+        loss = step(layout, Design(), built, samples_of(Design(), SAMPLES))
+    finally:
+        EncoderStream.forward, EncoderStream.backward = original[:2]  # type: ignore[method-assign]
+        disjoint.loss_of_labels = original[2]
+    assert loss == pytest.approx(expected.loss, rel=TOLERANCE)
+    return done
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -198,7 +288,6 @@ REFUSED = {
     "on the language model's": "puts 'images' on ranks of the language model",
     "in part": "lets 'images' and 'sounds' share some of their ranks",
     "encoder cp": "encoders are parallel by tp, pp and dp",
-    "staged": "the schedule EncodeFirst runs whole encoders",
     "averaged": "those of 'images' would be 1/2 of what they are",
 }
 
@@ -220,7 +309,6 @@ def collect_refusals() -> dict[str, str]:
         "on the language model's": (two | {"images": grid(2, tp=1, dp=2)}, {}),
         "in part": (two | {"sounds": grid(1, tp=1, dp=1)}, {}),
         "encoder cp": (two | {"images": grid(tp=1, cp=2), "sounds": grid(tp=1, cp=2)}, {}),
-        "staged": (two | {"images": grid(dp=1, pp=2)}, {"modality_inputs_of": "language"}),
         "averaged": (two | one, {}),
     }
     said = {}

@@ -12,6 +12,7 @@ from tests.distributed.training.launch import COMPARABLE, EVALUATE, RECIPE, SCRI
 from tests.rank_pool import RankPool
 from tests.time_limits import HANG
 
+TWO_LAYERS = ("--tiny-two-layers",)  # of the encoder
 FOUR_LAYERS = ("--num-layers", "4", "--micro-batch-size", "1")
 # name -> processes, components, further flags
 LAYOUTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
@@ -33,8 +34,12 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
         ("images=dp=2", "language=pp=2"),
         ("--num-layers-per-virtual-pipeline-stage", "1"),
     ),
-    "apart": (3, ("images=dp=2", "language=rank_offset=2"), ()),
-    "apart-pp2": (3, ("language=pp=2", "images=rank_offset=2"), ()),
+    "apart-images pp2": (3, ("images=pp=2", "language=rank_offset=2"), TWO_LAYERS),
+    "apart-vpp2": (
+        4,
+        ("language=pp=2", "images=dp=2,rank_offset=2"),
+        (*TWO_LAYERS, "--num-layers-per-virtual-pipeline-stage", "1"),
+    ),
     "apart-zero": (
         4,
         ("images=tp=2", "language=dp=2,rank_offset=2"),
@@ -85,26 +90,25 @@ def test_the_distributed_optimizer_moves_too(
     ranks: RankPool, tmp_path: Path, one_process: Path
 ) -> None:
     begin = (*COMPARABLE, *EVALUATE, *FOUR_LAYERS, "--use-distributed-optimizer")
-    succeed(ranks, tmp_path, "one", *begin, "--train-iters", "2")
+    run(ranks, tmp_path, "apart-zero", 2)  # whose first weights are those of one process
     run(ranks, tmp_path, "pp2-dp2-zero", 4)
-    run(ranks, tmp_path, "apart-zero", 5)
     run(ranks, tmp_path, "tp2-zero", 6)
     succeed(ranks, tmp_path, "dp2", *begin, "--train-iters", "8")
     _same_losses(tmp_path, one_process)
 
 
-def test_a_run_moves_between_disjoint_and_other_layouts(
-    ranks: RankPool, one_process: Path, tmp_path: Path
-) -> None:
-    """Encoders before and behind the language model's ranks; the first rank writes for all."""
-    succeed(ranks, tmp_path, "one", *COMPARABLE, *EVALUATE, *FOUR_LAYERS, "--train-iters", "2")
-    printed = run(ranks, tmp_path, "apart", 4)
-    assert "iteration 4/4" in printed
+def test_a_run_moves_between_disjoint_and_other_layouts(ranks: RankPool, tmp_path: Path) -> None:
+    """Encoders before and behind the language model's ranks, in stages, beside interleaved ones."""
+    begin = (*COMPARABLE, *EVALUATE, *FOUR_LAYERS, *TWO_LAYERS)
+    expected, found = tmp_path / "one", tmp_path / "several"
+    succeed(ranks, expected, "one", *begin, "--train-iters", "6")
+    succeed(ranks, found, "one", *begin, "--train-iters", "2")
+    printed = run(ranks, found, "apart-images pp2", 3)
+    assert "iteration 3/3" in printed
     assert "not evaluated by generation" in printed
-    run(ranks, tmp_path, "apart-pp2", 5)
-    run(ranks, tmp_path, "pp2", 6)
-    succeed(ranks, tmp_path, "pp2", *COMPARABLE, *EVALUATE, *FOUR_LAYERS, "--train-iters", "8")
-    _same_losses(tmp_path, one_process)
+    run(ranks, found, "apart-vpp2", 5)
+    succeed(ranks, found, "pp2", *begin, "--train-iters", "6")
+    _same_losses(found, expected)
 
 
 def _same_losses(found: Path, expected: Path) -> None:
@@ -125,10 +129,7 @@ def test_the_layout_is_shown(ranks: RankPool, tmp_path: Path) -> None:
 
 REFUSED = {
     "other modules": (("pictures=dp=2", "language=pp=2"), "the model has the modules"),
-    "interleaved": (
-        ("images=dp=1", "language=rank_offset=1", *LAYOUTS["vpp2"][2]),
-        "with encoders on ranks of their own",
-    ),
+    "stages of encoders": (("images=pp=2", "language=pp=2"), "give them ranks of their own"),
     "other size": (("images=dp=2", "language=pp=1"), "give all modules the same ranks"),
 }
 

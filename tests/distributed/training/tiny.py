@@ -20,7 +20,7 @@ from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.data import MediaFormat, MediaItem, Sample, SampleCollator
 from megatron.mimo.layers import language_layer_spec
-from megatron.mimo.models.common.place import Places
+from megatron.mimo.models.common.place import Place, Places
 from megatron.mimo.recipes.recipe import Batch, Datasets, FinishedRun, Recipe
 from megatron.training.argument_utils import core_transformer_config_from_args
 
@@ -92,6 +92,24 @@ class _Linear(nn.Linear):
         return rows
 
 
+class _Layers(nn.Module):
+    """``_Linear`` and a second layer, which a second pipeline stage may have."""
+
+    def __init__(self, in_features: int, out_features: int, place: Place) -> None:
+        super().__init__()
+        numbers = range(2) if place.encoder_stages == 1 else [place.groups.pp.rank()]
+        self.layers = nn.ModuleDict(
+            {str(n): _Linear(out_features if n else in_features, out_features) for n in numbers}
+        )
+
+    def forward(self, pixels: Tensor | None, hidden_states: Tensor | None = None) -> Tensor:
+        hidden = pixels if hidden_states is None else hidden_states
+        assert hidden is not None
+        for layer in self.layers.values():
+            hidden = torch.tanh(layer(hidden))
+        return hidden
+
+
 class _Colours(torch.utils.data.Dataset[Sample]):
     """0 to 3 images, then what they show: the index of the brightest pixel."""
 
@@ -138,13 +156,15 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--tiny-fault", default="", metavar="KIND:SAMPLE")
     parser.add_argument("--tiny-end", default="", metavar="HOW:SAMPLE")
     parser.add_argument("--tiny-die-at-finish", action="store_true")
+    parser.add_argument("--tiny-two-layers", action="store_true")
 
 
 def _build_model(args: Namespace, places: Places) -> MimoModelConfig:
     config, place = core_transformer_config_from_args(args), places.language
-    encoder = ModuleSpec(
-        module=_Linear, params={"in_features": PIXELS, "out_features": config.hidden_size}
-    )
+    sizes: dict[str, Any] = {"in_features": PIXELS, "out_features": config.hidden_size}
+    encoder = ModuleSpec(module=_Linear, params=sizes)
+    if args.tiny_two_layers:
+        encoder = ModuleSpec(module=_Layers, params=sizes | {"place": places["images"]})
     return MimoModelConfig(
         language_model_spec=ModuleSpec(
             module=GPTModel,

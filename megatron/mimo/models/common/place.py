@@ -24,12 +24,15 @@ class Place:
         is_last_stage: this rank builds its last pipeline stage: of the language model, the output
             layer and the loss.
         chunk: index of the virtual pipeline chunk; None without interleaving.
+        encoder_stages: pipeline stages into which an encoder here is cut; it is whole where it
+            shares the language model's place.
     """
 
     groups: ProcessGroupCollection
     is_first_stage: bool = True
     is_last_stage: bool = True
     chunk: int | None = None
+    encoder_stages: int = 1
 
     @property
     def tp_size(self) -> int:

@@ -241,6 +241,15 @@ def test_sizes_that_do_not_fit(sizes: tuple[int, int, int], message: str) -> Non
         )
 
 
+def test_stages_have_to_be_equal() -> None:
+    from megatron.mimo.encoders import encoder_config
+
+    with pytest.raises(ConfigError, match="3 layers are not divisible by its 2 pipeline stages"):
+        encoder_config(
+            language_config(), num_layers=3, hidden_size=32, num_attention_heads=4, stages=2
+        )
+
+
 def test_the_width_of_the_mlp_has_to_fit() -> None:
     from megatron.mimo.encoders import plain_encoder_config
 

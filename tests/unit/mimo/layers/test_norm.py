@@ -132,15 +132,12 @@ def test_a_new_norm_scales_by_one_and_marks_its_parameters(centred: bool) -> Non
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    from megatron.mimo.layers import Norm, encoder_layer_spec, language_layer_spec
+    from megatron.mimo.layers import Norm, language_layer_spec
 
     with pytest.raises(ConfigError, match="memory_efficient_layer_norm"):
         Norm(make_config(memory_efficient_layer_norm=True), HIDDEN)
     with pytest.raises(ConfigError, match="'L2Norm'; expected 'LayerNorm'"):
         Norm(make_config(normalization="L2Norm"), HIDDEN)
-    pipelined = make_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
-    with pytest.raises(ConfigError, match="not split over pipeline stages"):
-        encoder_layer_spec(pipelined)
     serving = make_config()
     serving.transformer_impl = "inference_optimized"
     with pytest.raises(ConfigError, match="inference_optimized"):

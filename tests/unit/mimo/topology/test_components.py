@@ -45,6 +45,7 @@ def test_components_that_fit() -> None:
     assert check("language=tp=2,pp=2", "images=tp=4") == ["images", "language"]
     assert check("images=tp=3", "language=dp=3", world=3) == ["images", "language"]
     assert check("images=dp=2", "language=pp=2,rank_offset=2") == ["images", "language"]
+    assert check("images=pp=2", "language=dp=2,rank_offset=2") == ["images", "language"]
     assert check("images=tp=3,rank_offset=1", "language=pp=1") == ["images", "language"]
 
 
@@ -68,7 +69,7 @@ def test_components_that_do_not_fit(texts: tuple[str, ...]) -> None:
 UNSUPPORTED = {
     ("images=dp=2", "language=pp=4"): "of 'language' share 2; give all modules the same ranks",
     ("images=dp=2", "language=pp=3,rank_offset=1"): "of 'language' share 1",
-    ("images=pp=4", "language=pp=4"): "leave pp away",
+    ("images=pp=4", "language=pp=4"): "leave pp away, or give them ranks of their own",
     ("images=cp=4", "language=pp=4"): "leave cp away",
 }
 

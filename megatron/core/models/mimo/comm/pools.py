@@ -1,10 +1,10 @@
 """Ranks that share their encoder inputs, so that any of them may encode any item.
 
 A replica of the language model is all its ranks of one data-parallel index: they have the same
-micro-batches. A replica of an encoder is one tensor-parallel group of it. Where an encoder's
-replica reaches over several replicas of the language model, these are in one pool. Encoders on
-ranks of their own are dealt out to replicas of the language model in equal shares, as small as
-their numbers allow.
+micro-batches. A replica of an encoder is one tensor-parallel group of it, or of several stages as
+many. Where an encoder's replica reaches over several replicas of the language model, these are in
+one pool. Encoders on ranks of their own are dealt out to replicas of the language model in equal
+shares, as small as their numbers allow.
 """
 
 from __future__ import annotations
@@ -25,29 +25,48 @@ class Pool:
     Attributes:
         ranks: ascending.
         replicas: data-parallel indices of the language model's replicas.
-        owners: of each replica of the encoder, its ranks by tensor-parallel index.
+        owners: of each replica of the encoder, its ranks by tensor-parallel index; of several
+            stages, those of the last one.
         readers: replica of the language model -> place on its first stage -> rank.
+        members: replica of the language model -> its ranks.
+        earlier: as ``owners``, of each pipeline stage of the encoder before the last one.
     """
 
     ranks: tuple[int, ...]
     replicas: tuple[int, ...]
     owners: tuple[tuple[int, ...], ...]
     readers: Mapping[int, Mapping[Place, int]]
+    members: Mapping[int, tuple[int, ...]]
+    earlier: tuple[tuple[tuple[int, ...], ...], ...] = ()
+
+    @property
+    def stages(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Ranks of each stage of the encoder, by its replica and tensor-parallel index."""
+        return (*self.earlier, self.owners)
 
     def owner_of(self, rank: int) -> int:
         """The encoder's replica that a rank is in; -1 for a rank of the language model alone."""
+        found = (n for stage in self.stages for n, ranks in enumerate(stage) if rank in ranks)
+        return next(found, -1)
+
+    def giver_of(self, rank: int) -> int:
+        """As ``owner_of``, of a rank of the encoder's last stage, which gives rows; else -1."""
         return next((number for number, ranks in enumerate(self.owners) if rank in ranks), -1)
 
     @property
-    def is_apart(self) -> bool:
-        """The encoder is on ranks of its own, and knows the inputs from the speakers alone."""
-        return any(self.owner_of(rank) < 0 for rank in self.ranks)
+    def encoding(self) -> tuple[int, ...]:
+        """The ranks of the encoder, ascending."""
+        return tuple(sorted(rank for stage in self.stages for ranks in stage for rank in ranks))
 
     @property
-    def feed(self) -> tuple[int, ...]:
-        """The ranks that tell and learn what is to be encoded: speakers and encoder ranks."""
-        speakers = (self.speaker_of(replica) for replica in self.replicas)
-        return tuple(sorted({*speakers, *(rank for ranks in self.owners for rank in ranks)}))
+    def meeting(self) -> tuple[int, ...]:
+        """The ranks among which inputs, rows and gradients travel, ascending."""
+        return tuple(sorted({*self.encoding, *self.reading}))
+
+    @property
+    def reading(self) -> tuple[int, ...]:
+        """The ranks that place rows, ascending."""
+        return tuple(sorted(rank for places in self.readers.values() for rank in places.values()))
 
     def speaker_of(self, replica: int) -> int:
         """The rank that tells the pool what a replica of the language model has to encode."""
@@ -58,7 +77,8 @@ def pools_of(encoder: Geometry, language: Geometry) -> list[Pool]:
     """The pools of one modality; every rank of the encoder and of the language model is in one.
 
     Args:
-        encoder: with axes tp and dp, over the language model's ranks or over none of them.
+        encoder: with axes tp and dp over the language model's ranks, or with pp besides over none
+            of them.
         language: any axes.
     """
     if not set(encoder.ranks) & set(language.ranks):
@@ -78,6 +98,7 @@ def pools_of(encoder: Geometry, language: Geometry) -> list[Pool]:
                 replicas=tuple(replicas),
                 owners=tuple(_by_tensor_index(encoder, owner) for owner in owners),
                 readers={replica: _first_stage(language, replica) for replica in replicas},
+                members={replica: language.where(dp=replica) for replica in replicas},
             )
         )
     return pools
@@ -89,9 +110,12 @@ def _pools_apart(encoder: Geometry, language: Geometry) -> list[Pool]:
     served = language.sizes["dp"] // number
     pools = []
     for at in range(number):
-        own = tuple(_by_tensor_index(encoder, at * owners + n) for n in range(owners))
+        *earlier, own = (
+            tuple(_by_tensor_index(encoder, at * owners + n, stage) for n in range(owners))
+            for stage in range(encoder.sizes["pp"])
+        )
         replicas = tuple(range(at * served, (at + 1) * served))
-        ranks = {rank for one in own for rank in one}
+        ranks = {rank for stage in (*earlier, own) for one in stage for rank in one}
         ranks |= {rank for replica in replicas for rank in language.where(dp=replica)}
         pools.append(
             Pool(
@@ -99,13 +123,16 @@ def _pools_apart(encoder: Geometry, language: Geometry) -> list[Pool]:
                 replicas=replicas,
                 owners=own,
                 readers={replica: _first_stage(language, replica) for replica in replicas},
+                members={replica: language.where(dp=replica) for replica in replicas},
+                earlier=tuple(earlier),
             )
         )
     return pools
 
 
-def _by_tensor_index(encoder: Geometry, owner: int) -> tuple[int, ...]:
-    return tuple(sorted(encoder.where(dp=owner), key=lambda rank: encoder.positions[rank].tp))
+def _by_tensor_index(encoder: Geometry, owner: int, stage: int = 0) -> tuple[int, ...]:
+    ranks = encoder.where(dp=owner, pp=stage)
+    return tuple(sorted(ranks, key=lambda rank: encoder.positions[rank].tp))
 
 
 def _first_stage(language: Geometry, replica: int) -> dict[Place, int]:

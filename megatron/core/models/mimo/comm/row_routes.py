@@ -31,6 +31,10 @@ class Placement:
     rows: int
     sources: Mapping[Place, torch.Tensor]
 
+    def rows_at(self, place: Place) -> int:
+        """How many rows are placed there."""
+        return self.sources[place if place in self.sources else (place[0], 0)].numel()
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Encoding:
@@ -61,7 +65,7 @@ class RowRoutes:
 
     def __init__(self, pool: Pool, rank: int, encodings: Sequence[Encoding], encoded: int) -> None:
         self._pool, self._rank, self._encoded = pool, rank, encoded
-        self._owner = pool.owner_of(rank)
+        self._owner = pool.giver_of(rank)
         self._reads: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # owner_n, at_n
         self._copies: dict[int, tuple[int, ...]] = {}  # ranks that read the same rows
         for replica, places in pool.readers.items():
@@ -109,7 +113,7 @@ class RowRoutes:
         """Where the rows go that this rank, a reader, takes from another."""
         if self._rank not in self._reads:
             return _NOTHING
-        owner = self._pool.owner_of(other)
+        owner = self._pool.giver_of(other)
         if owner < 0 or self._giver(owner, self._rank) != other:
             return _NOTHING
         return (self._reads[self._rank][0] == owner).nonzero().squeeze(1)
@@ -118,7 +122,7 @@ class RowRoutes:
         """Which of the rows that this rank, a reader, has placed it gives another's gradient of."""
         if self._rank not in self._reads or self._giver_back(other, self._rank) != self._rank:
             return _NOTHING
-        owner = self._pool.owner_of(other)
+        owner = self._pool.giver_of(other)
         if owner < 0:
             return _NOTHING
         return (self._reads[self._rank][0] == owner).nonzero().squeeze(1)

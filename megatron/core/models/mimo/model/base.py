@@ -27,6 +27,7 @@ from megatron.core.models.mimo.model.colocated import (
     bridge_rows,
     build_bridges,
     building_encoders,
+    drawing_stage,
     give_groups,
     groups_for_checkpoints,
     language_groups,
@@ -116,9 +117,10 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
             for name in self.role.modality_module_names:
                 spec = mimo_config.modality_submodules_spec[name]
                 stage = self.role.modules[name]
-                self.modality_submodules[name] = spec.module.from_spec(
-                    spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage
-                )
+                first, last = stage.is_first_stage, stage.is_last_stage
+                with drawing_stage(name, mimo_config):
+                    built = spec.module.from_spec(spec, is_first_stage=first, is_last_stage=last)
+                self.modality_submodules[name] = built
         give_groups(self.modality_submodules, mimo_config)
         if mimo_config.module_to_grid_map is None:
             split_encoders(self.modality_submodules, mimo_config, cp_group, tp_group)

@@ -34,7 +34,7 @@ def refuse_grids(mimo_config: MimoModelConfig) -> None:
         ConfigError: (a ``ValueError``) an empty map; sizes that the language model's configuration
             contradicts; a loss that is averaged by data-parallel ranks that differ in number.
         UnsupportedError: (a ``RuntimeError``) modules that share some of their ranks; encoders
-            with context parallelism, or with stages where no schedule runs them; heads.
+            with context parallelism, or with stages on the language model's ranks; heads.
     """
     grids = mimo_config.module_to_grid_map
     if grids is None:
@@ -65,8 +65,6 @@ def refuse_grids(mimo_config: MimoModelConfig) -> None:
     if together:
         _refuse_cut_encoders(geometries)
         _refuse_cut_language(mimo_config, language)
-    elif mimo_config.modality_inputs_of == "language":
-        _refuse_staged_encoders(geometries)
 
 
 def _refuse_cut_encoders(geometries: Mapping[str, Geometry]) -> None:
@@ -77,16 +75,6 @@ def _refuse_cut_encoders(geometries: Mapping[str, Geometry]) -> None:
                     f"the grid of {name!r} has {axis} = {geometry.sizes[axis]}: encoders on the "
                     "language model's ranks are parallel by tp and dp; use larger ones of these"
                 )
-
-
-def _refuse_staged_encoders(geometries: Mapping[str, Geometry]) -> None:
-    for name, geometry in geometries.items():
-        if geometry.sizes["pp"] != 1:
-            raise UnsupportedError(
-                f"the grid of {name!r} has pp = {geometry.sizes['pp']}, and the schedule "
-                "EncodeFirst runs whole encoders; give it more dp, or use modality_inputs_of="
-                "'encoders' with Megatron's schedule for several modules"
-            )
 
 
 def _check_sizes(mimo_config: MimoModelConfig, language: Geometry) -> None:
@@ -163,6 +151,24 @@ def building_encoders(role: RankRole, mimo_config: MimoModelConfig) -> Iterator[
             yield
         finally:
             tracker.set_states(states)
+
+
+@contextmanager
+def drawing_stage(name: str, mimo_config: MimoModelConfig) -> Iterator[None]:
+    """Build a modality within this context: its later stages draw from seeds of their own.
+
+    As Megatron has it for stages of the language model.
+    """
+    grids = mimo_config.module_to_grid_map
+    stage = 0
+    if grids is not None:
+        stage = Geometry.of(name, grids[name]).positions[torch.distributed.get_rank()].pp
+    if not stage:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(torch.initial_seed() + 100 * stage)
+        yield
 
 
 def language_groups(

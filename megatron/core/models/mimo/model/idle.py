@@ -32,13 +32,13 @@ def idle_rows(submodule: torch.nn.Module, hidden_size: int) -> Encoded | None:
     if not parameters:
         return None
     if not torch.is_grad_enabled():
-        _announce(submodule)
+        announce(submodule)
         return None
     blanks = _blank_inputs(submodule)
     if blanks is not None:
         encoded = EncodedRows.of(submodule(encoder_inputs=blanks))
         return encoded.map(lambda tensor: tensor[:0]).simplest()
-    _announce(submodule)
+    announce(submodule)
     # One node per parameter: autograd runs the nodes that were made last first.
     return torch.cat([_ZeroGradient.apply(parameter, hidden_size) for parameter in parameters])
 
@@ -53,7 +53,10 @@ def take_part(merged_SBH: torch.Tensor, idle: Iterable[torch.Tensor]) -> torch.T
 
 
 def _blank_inputs(submodule: torch.nn.Module) -> dict[str, dict[str, Any]] | None:
-    encoders = getattr(unwrap_model(submodule), "encoders", None)
+    bare: Any = unwrap_model(submodule)
+    if not (getattr(bare, "is_first_stage", True) and getattr(bare, "is_last_stage", True)):
+        return None  # a stage's inputs are another's output
+    encoders = getattr(bare, "encoders", None)
     blanks = {}
     for name, encoder in (encoders or {}).items():
         method = getattr(unwrap_model(encoder), "blank_inputs", None)
@@ -63,8 +66,11 @@ def _blank_inputs(submodule: torch.nn.Module) -> dict[str, dict[str, Any]] | Non
     return blanks or None
 
 
-def _announce(submodule: torch.nn.Module) -> None:
-    """Run the pre-forward hooks that gather parameters, without the modules' forward."""
+def announce(submodule: torch.nn.Module) -> None:
+    """Gather the parameters of a module whose forward begins by that, and does not run yet.
+
+    By the pre-forward hooks of Megatron's wrapper, without the modules' forward.
+    """
     for module in submodule.modules():
         for hook in list(module._forward_pre_hooks.values()):
             if getattr(hook, "__module__", None) == DistributedDataParallel.__module__:

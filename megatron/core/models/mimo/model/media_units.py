@@ -8,7 +8,7 @@ of a whole micro-batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ def calls_of(units: Sequence[Unit], inputs: Mapping[int, Inputs], *, most_rows: 
     """
     calls: list[Call] = []
     for group in _by_batch(units, most_rows):
-        call = Call(inputs=_part(group, inputs[group[0].batch]), rows=sum(u.rows for u in group))
+        call = Call(inputs=part_of(group, inputs[group[0].batch]), rows=sum(u.rows for u in group))
         joined = None
         if calls and group[0].item is not None and calls[-1].rows + call.rows <= most_rows:
             joined = _joined(calls[-1].inputs, call.inputs)
@@ -118,7 +118,13 @@ def _by_batch(units: Sequence[Unit], most_rows: int) -> list[list[Unit]]:
     return groups
 
 
-def _part(units: Sequence[Unit], inputs: Inputs) -> Inputs:
+def part_of(units: Sequence[Unit], inputs: Inputs) -> Inputs:
+    """The inputs of some units of one micro-batch, item by item.
+
+    Args:
+        units: in the order of their rows.
+        inputs: of the micro-batch.
+    """
     if units[0].item is None:
         return inputs
     ((name, arguments),) = inputs.items()
@@ -128,6 +134,11 @@ def _part(units: Sequence[Unit], inputs: Inputs) -> Inputs:
         return {name: cut_inputs(name, arguments, total, chosen[0], chosen[-1] + 1)}
     cut_inputs(name, arguments, total, 0, total)  # every argument has one entry for each item
     return {name: {key: _pick(value, chosen) for key, value in arguments.items()}}
+
+
+def renumbered(units: Sequence[Unit]) -> list[Unit]:
+    """The units of a micro-batch as they are among the inputs of ``part_of``."""
+    return [replace(u, item=None if u.item is None else n) for n, u in enumerate(units)]
 
 
 def _has_items(value: Any) -> bool:
