@@ -42,8 +42,8 @@ MODEL_PARALLEL = Patch(
     reason="modules on ranks of their own have Megatron's global groups of their own",
     scope=Scope.RUN,
 )
-ITERATORS = _of_loop(
-    "build_train_valid_test_data_iterators",
+LOADERS = _of_loop(
+    "build_train_valid_test_data_loaders",
     "ranks of encoders alone take part chunk by chunk, as interleaved stages do",
 )
 RANDOM_STATE = Patch(
@@ -172,7 +172,7 @@ ADAM = (
 
 HOOKS = (
     *(TRAIN, TRAINING_LOG, EVALUATION, EVALUATE, SAVE, LOAD, OPTIMIZER, WRAP, SCHEDULE),
-    *(MODEL_PARALLEL, ITERATORS, RANDOM_STATE, RERUN_MACHINE, FINALIZE, BACKWARD, PROFILER),
+    *(MODEL_PARALLEL, LOADERS, RANDOM_STATE, RERUN_MACHINE, FINALIZE, BACKWARD, PROFILER),
     *(TRACKER_NAME, ASYNC_SAVE, RESULTS_QUEUE, ARGUMENTS, PIXELS),
     *(LAYERS_APART, ZERO_STATE, PARSER_ERROR, ADAPTED, STEP, EXIT),
 )

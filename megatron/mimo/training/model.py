@@ -72,6 +72,9 @@ class ModelBuilder:
         if config is not None:
             raise ConfigError("a ready transformer config is not supported: the recipe builds it")
         assert pg_collection is not None, "pretrain passes its process groups"
+        interleaved = self._args.virtual_pipeline_model_parallel_size is not None
+        if interleaved and encodes_alone(self._args):
+            vp_stage = 0  # of a description whose language model is built elsewhere
         place = Place(
             groups=pg_collection,
             is_first_stage=pre_process,

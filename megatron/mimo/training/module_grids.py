@@ -104,7 +104,7 @@ class ModuleGrids:
         arounds = {hooks.WRAP: self._around_wrap, hooks.SCHEDULE: self._around_schedule}
         if self.apart:
             arounds[hooks.MODEL_PARALLEL] = global_groups(self._components)
-            arounds[hooks.ITERATORS] = in_every_chunk(self._components)
+            arounds[hooks.LOADERS] = in_every_chunk(self._components)
             arounds[hooks.RANDOM_STATE] = random_state(self._components)
         with replaced(arounds):
             yield

@@ -93,7 +93,7 @@ def random_state(components: Mapping[str, Component]) -> Callable[..., Any]:
 
 
 def in_every_chunk(components: Mapping[str, Component]) -> Callable[..., Any]:
-    """What goes around the building of data iterators, which the whole job does together.
+    """What goes around the building of data loaders, which the whole job does together.
 
     Ranks of the language model do it for each of their interleaved chunks; ranks of encoders, which
     have one, as often.
