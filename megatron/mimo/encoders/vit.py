@@ -52,30 +52,8 @@ def encoder_config(
     Raises:
         ConfigError: the sizes do not fit each other, the tensor-parallel size or the stages.
     """
-    for title, value in (("num_layers", num_layers), ("num_attention_heads", num_attention_heads)):
-        if value < 1:
-            raise ConfigError(f"the encoder's {title} is {value}; expected at least 1")
-    tp_size = language.tensor_model_parallel_size
-    if num_attention_heads % tp_size:
-        raise ConfigError(
-            f"the encoder's {num_attention_heads} attention heads are not divisible by the "
-            f"tensor-parallel size {tp_size}; change either"
-        )
-    if hidden_size < 1 or hidden_size % num_attention_heads:
-        raise ConfigError(
-            f"the encoder's hidden size {hidden_size} is not divisible by its "
-            f"{num_attention_heads} attention heads"
-        )
-    if ffn_hidden_size is not None and (ffn_hidden_size < 1 or ffn_hidden_size % tp_size):
-        raise ConfigError(
-            f"the encoder's MLP has width {ffn_hidden_size}, which is not divisible by the "
-            f"tensor-parallel size {tp_size}; change either"
-        )
-    if num_layers % stages:
-        raise ConfigError(
-            f"the encoder's {num_layers} layers are not divisible by its {stages} pipeline stages; "
-            "change either"
-        )
+    sizes = (num_layers, hidden_size, num_attention_heads, ffn_hidden_size)
+    _check_sizes(*sizes, tp_size=language.tensor_model_parallel_size, stages=stages)
     return replace(
         language,
         num_layers=num_layers,
@@ -109,6 +87,41 @@ def encoder_config(
         recompute_modules=[n for n in language.recompute_modules or () if n in _RECOMPUTED],
         **_only_in_language(language),
     )
+
+
+def _check_sizes(
+    num_layers: int,
+    hidden_size: int,
+    num_attention_heads: int,
+    ffn_hidden_size: int | None,
+    *,
+    tp_size: int,
+    stages: int,
+) -> None:
+    """Raise ``ConfigError`` for sizes that do not fit each other, or the parallelism."""
+    for title, value in (("num_layers", num_layers), ("num_attention_heads", num_attention_heads)):
+        if value < 1:
+            raise ConfigError(f"the encoder's {title} is {value}; expected at least 1")
+    if num_attention_heads % tp_size:
+        raise ConfigError(
+            f"the encoder's {num_attention_heads} attention heads are not divisible by the "
+            f"tensor-parallel size {tp_size}; change either"
+        )
+    if hidden_size < 1 or hidden_size % num_attention_heads:
+        raise ConfigError(
+            f"the encoder's hidden size {hidden_size} is not divisible by its "
+            f"{num_attention_heads} attention heads"
+        )
+    if ffn_hidden_size is not None and (ffn_hidden_size < 1 or ffn_hidden_size % tp_size):
+        raise ConfigError(
+            f"the encoder's MLP has width {ffn_hidden_size}, which is not divisible by the "
+            f"tensor-parallel size {tp_size}; change either"
+        )
+    if num_layers % stages:
+        raise ConfigError(
+            f"the encoder's {num_layers} layers are not divisible by its {stages} pipeline stages; "
+            "change either"
+        )
 
 
 def _only_in_language(config: TransformerConfig) -> dict[str, Any]:

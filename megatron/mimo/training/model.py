@@ -72,23 +72,7 @@ class ModelBuilder:
         if config is not None:
             raise ConfigError("a ready transformer config is not supported: the recipe builds it")
         assert pg_collection is not None, "pretrain passes its process groups"
-        interleaved = self._args.virtual_pipeline_model_parallel_size is not None
-        if interleaved and encodes_alone(self._args):
-            vp_stage = 0  # of a description whose language model is built elsewhere
-        place = Place(
-            groups=pg_collection,
-            is_first_stage=pre_process,
-            is_last_stage=post_process,
-            chunk=vp_stage,
-        )
-        modalities = {}
-        if self.grids:
-            groups = self.grids.grids.groups
-            modalities = {
-                name: Place(groups=own, encoder_stages=own.pp.size())
-                for name, own in groups.items()
-            }
-        places = Places(language=place, modalities=modalities)
+        places = self._places(pg_collection, pre_process, post_process, vp_stage)
         described = self._recipe.build_model(self._args, places)
         if self.grids:
             described = self.grids.described(described)
@@ -123,6 +107,22 @@ class ModelBuilder:
             self.trained = survey_parts(self.chunks, self._args, self._adapters)
             self._say(self.trained.text)
         return model
+
+    def _places(
+        self, groups: ProcessGroupCollection, first: bool, last: bool, chunk: int | None
+    ) -> Places:
+        """Where this rank's modules live."""
+        interleaved = self._args.virtual_pipeline_model_parallel_size is not None
+        if interleaved and encodes_alone(self._args):
+            chunk = 0  # of a description whose language model is built elsewhere
+        modalities = {}
+        if self.grids:
+            modalities = {
+                name: Place(groups=own, encoder_stages=own.pp.size())
+                for name, own in self.grids.grids.groups.items()
+            }
+        language = Place(groups=groups, is_first_stage=first, is_last_stage=last, chunk=chunk)
+        return Places(language=language, modalities=modalities)
 
 
 def _draw_encoders(described: MimoModelConfig) -> None:
