@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron.core.models.mimo.errors import ConfigError, InputError, MimoError
 from megatron.mimo.data.chat_document import document_text
 from megatron.mimo.data.chat_expanded import ExpandedText, Replaced, split_text
-from megatron.mimo.data.chat_media import read_medium
+from megatron.mimo.data.chat_media import as_planes, read_medium
 from megatron.mimo.data.chat_text import ChatText
 from megatron.mimo.data.conversation import MEDIA_KINDS, ContentPart, Conversation, Document
 from megatron.mimo.data.media_files import MediaLimits, Video
@@ -90,6 +90,20 @@ class Chat:
         tokens = sorted(self.family.media(self.config).special_token_ids.values())
         placeholders = self.processor.tokenizer.convert_ids_to_tokens(tokens)
         return tuple(dict.fromkeys([*filter(None, names), *placeholders]))
+
+    @cached_property
+    def _image_settings(self) -> dict[str, Any]:
+        """Of the image processor, what its processor would overwrite with a default."""
+        reader = getattr(self.processor, "image_processor", None)
+        names = self.family.media(self.config).image_settings
+        found = {name: getattr(reader, name, None) for name in names}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @cached_property
+    def _takes_planes(self) -> bool:
+        """Whether the image processor computes with torch on colours one after the other."""
+        reader = getattr(self.processor, "image_processor", None)
+        return getattr(reader, "backend", None) == "torchvision"
 
     @cached_property
     def text(self) -> ChatText:
@@ -192,6 +206,8 @@ class Chat:
         self, text: str, media: Mapping[str, list[Any]]
     ) -> tuple[dict[str, Tensor], ExpandedText]:
         given: dict[str, Any] = {_ARGUMENTS[kind]: items for kind, items in media.items()}
+        if "image" in media and self._takes_planes:
+            given["images"] = [as_planes(one) for one in media["image"]]
         if "audio" in media:
             given["sampling_rate"] = self.processor.feature_extractor.sampling_rate
         if "video" in media:
@@ -207,8 +223,8 @@ class Chat:
                 for video in videos
             ]
         # Not of the text, whose offsets are no tensors; some processors would try to make them.
-        tensors, names = {"return_tensors": "pt"}, self.family.media(self.config).image_settings
-        given |= {"images_kwargs": tensors | _set_of(self.processor, names)}
+        tensors = {"return_tensors": "pt"}
+        given |= {"images_kwargs": tensors | self._image_settings}
         given |= {"videos_kwargs": tensors, "audio_kwargs": tensors}
         features = self.processor(
             text=[text],
@@ -218,13 +234,6 @@ class Chat:
             **given,
         )
         return split_text(features)
-
-
-def _set_of(processor: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Of the image processor, what its processor would overwrite with a default."""
-    reader = getattr(processor, "image_processor", None)
-    found = {name: getattr(reader, name, None) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _adds(tokenizer: Any, text: str) -> bool:

@@ -63,7 +63,6 @@ class ExpandedText:
             text: before the media were put in.
             spans: first and end, in ``text``.
         """
-        whole = self._whole(text)
         moved = [(self._moved(first), self._moved(end)) for first, end in spans]
         flat = np.fromiter(chain.from_iterable(self.offsets), np.int64, 2 * len(self.offsets))
         starts_L, stops_L = flat.reshape(-1, 2).T
@@ -71,7 +70,7 @@ class ExpandedText:
         for first, end in moved:
             within_L = (first < stops_L) & (stops_L <= end)
             for at in np.flatnonzero(within_L & (starts_L < first)):
-                within_L[at] = not whole[starts_L[at] : first].strip()
+                within_L[at] = not self._whole(text)[starts_L[at] : first].strip()
             said_L |= within_L
         for one in self.replaced:
             said_L &= (starts_L >= one.after[1]) | (stops_L <= one.after[0])

@@ -2,16 +2,16 @@
 
 An image's header says its size, and its size says what the processor puts in its place: a blank
 image of that size shows it, once for each size. A video's container says which frames are kept, and
-a blank video of as many frames shows the rest. The text that results is tokenized, as the processor
-does. What this cannot tell (recordings, records that are bad or too long) is read as training
-reads it.
+a blank video of as many frames shows the rest; a recording's header says how many samples it has.
+The text that results is tokenized, as the processor does. What this cannot tell (MP3, records that
+are bad or too long) is read as training reads it.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,11 @@ import numpy as np
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.bad_samples import BadSample
 from megatron.mimo.data.balance import Measure
-from megatron.mimo.data.chat_media import shape_of_video
+from megatron.mimo.data.chat_media import length_of_recording, shape_of_video
 from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
 from megatron.mimo.data.formats import RawRecord, read_record
 from megatron.mimo.data.image_sizes import image_size
+from megatron.mimo.data.length_steps import LengthSteps
 from megatron.mimo.data.media_files import Video
 from megatron.mimo.data.sample import Sample
 from megatron.mimo.data.sample_reader import SampleReader
@@ -96,8 +97,9 @@ class SampleMeasurer:
         if part.kind == "image":
             size = image_size(part.value, chat.limits)
             return None if size is None else ("image", *size)
-        if part.kind != "video":
-            return None
+        if part.kind == "audio":
+            length = length_of_recording(part, chat.processor, limits=chat.limits)
+            return None if length is None else ("audio", length)
         read = partial(shape_of_video, video_fps=chat.video_fps, limits=chat.limits)
         if seconds is None:
             shape = read(part)
@@ -109,11 +111,17 @@ class SampleMeasurer:
 
     def _replacement(self, shape: _Shape) -> _Replacement | None:
         """None where a medium of this shape is not replaced as one."""
+        if shape[0] == "audio":
+            return self._recordings(shape[1])
         if shape not in self._known:
             if len(self._known) >= _SHAPES:
                 self._known.pop(next(iter(self._known)))
             self._known[shape] = self._probe(shape)
         return self._known[shape]
+
+    @cached_property
+    def _recordings(self) -> LengthSteps:
+        return LengthSteps(lambda length: self._probe(("audio", length)))
 
     def _probe(self, shape: _Shape) -> _Replacement | None:
         medium = ContentPart(kind=shape[0], value=_blank(shape))
@@ -158,6 +166,8 @@ def _blank(shape: _Shape) -> Any:
     if shape[0] == "image":
         _, width, height = shape
         return Image.new("RGB", (int(width), int(height)))
+    if shape[0] == "audio":
+        return np.zeros(shape[1], dtype=np.float32)
     _, frames, height, width, fps = shape
     frames_THWC = np.zeros((int(frames), int(height), int(width), 3), dtype=np.uint8)
     return Video(frames_THWC=frames_THWC, fps=fps)

@@ -3,13 +3,14 @@
 from megatron.mimo.data.clips import Video, load_video, video_shape
 from megatron.mimo.data.media_source import EncodedMedium, MediaLimits
 from megatron.mimo.data.pictures import as_rgb, load_image
-from megatron.mimo.data.recordings import load_audio, require_finite
+from megatron.mimo.data.recordings import audio_length, load_audio, require_finite
 
 __all__ = [
     "EncodedMedium",
     "MediaLimits",
     "Video",
     "as_rgb",
+    "audio_length",
     "load_audio",
     "load_image",
     "load_video",

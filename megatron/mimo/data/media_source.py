@@ -95,7 +95,7 @@ def require_file(
         return
     try:
         mode = Path(path).stat().st_mode
-        real = Path(path).resolve()
+        real = Path(path).resolve() if limits.root is not None else None
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{what} {shown(path)} does not exist; correct the path") from error
     except (OSError, ValueError) as error:  # too long, a loop of links, no access, a NUL in it
@@ -103,7 +103,7 @@ def require_file(
         raise InputError(
             f"{what} {shown(path)} cannot be read: {reason}; correct the path"
         ) from error
-    if limits.root is not None and not real.is_relative_to(limits.root.resolve()):
+    if limits.root is not None and real and not real.is_relative_to(limits.root.resolve()):
         raise InputError(
             f"{what} {shown(path)} lies outside of --media-root {limits.root}; move it there, or "
             "give the folder that holds all media"

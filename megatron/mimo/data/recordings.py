@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -25,7 +27,7 @@ from megatron.mimo.data.media_source import (
     undecodable,
 )
 
-__all__ = ["load_audio", "require_finite"]
+__all__ = ["audio_length", "load_audio", "require_finite"]
 
 _RATES = (1_000, 1_000_000)  # Hz; others are damage, and resampling from them takes gigabytes
 _SAMPLES = 2**28  # of all channels; 1 GiB as float32
@@ -38,6 +40,7 @@ class _Header:
     frames: int
     channels: int
     is_plain_wav: bool = False
+    is_exact: bool = True  # ``frames`` is what reading gives, or reading fails
 
 
 def load_audio(
@@ -67,12 +70,55 @@ def load_audio(
     """
     from scipy.signal import resample_poly
 
-    limits = limits or MediaLimits()
-    require_file(path, "audio", limits)
-    try:
-        header = _wav_header(path) or _sound_header(path)
-        _check(path, header, longest, limits)
+    with _named(path):
+        header = _header(path, longest, limits or MediaLimits())
         samples = _read_wav(path) if header.is_plain_wav else _read_sound(path)
+    mono_L = samples.mean(axis=1) if samples.ndim == 2 else samples
+    if len(mono_L) == 0:
+        raise InputError(
+            f"audio {shown(path)} has no samples; replace the file or drop the conversation"
+        )
+    require_finite(mono_L, f"audio {shown(path)}", header.rate)
+    up, down = _resampling(header.rate, sampling_rate)
+    return (mono_L if up == down else resample_poly(mono_L, up, down)).astype(np.float32)
+
+
+def audio_length(
+    path: MediaSource,
+    *,
+    sampling_rate: int,
+    longest: float | None = None,
+    limits: MediaLimits | None = None,
+) -> int | None:
+    """L of what ``load_audio`` reads, by the file's header; None where only reading tells.
+
+    Raises:
+        InputError: as ``load_audio``, as far as that is seen.
+    """
+    with _named(path):
+        header = _header(path, longest, limits or MediaLimits())
+    up, down = _resampling(header.rate, sampling_rate)
+    return -(-header.frames * up // down) if header.is_exact and header.frames else None
+
+
+def _resampling(rate: int, wanted: int) -> tuple[int, int]:
+    """How many times as many samples, and one of how many is kept."""
+    common = math.gcd(rate, wanted)
+    return wanted // common, rate // common
+
+
+def _header(path: MediaSource, longest: float | None, limits: MediaLimits) -> _Header:
+    require_file(path, "audio", limits)
+    header = _wav_header(path) or _sound_header(path)
+    _check(path, header, longest, limits)
+    return header
+
+
+@contextmanager
+def _named(path: MediaSource) -> Iterator[None]:
+    """Whatever is raised in the block becomes an error that names the file."""
+    try:
+        yield
     except InputError:
         raise
     except ImportError as error:
@@ -82,16 +128,6 @@ def load_audio(
         ) from error
     except Exception as error:  # damaged headers raise nearly every kind
         raise undecodable(path, "audio", error) from error
-    mono_L = samples.mean(axis=1) if samples.ndim == 2 else samples
-    if len(mono_L) == 0:
-        raise InputError(
-            f"audio {shown(path)} has no samples; replace the file or drop the conversation"
-        )
-    require_finite(mono_L, f"audio {shown(path)}", header.rate)
-    if header.rate != sampling_rate:
-        common = math.gcd(header.rate, sampling_rate)
-        mono_L = resample_poly(mono_L, sampling_rate // common, header.rate // common)
-    return mono_L.astype(np.float32)
 
 
 def require_finite(samples_L: np.ndarray, what: str, rate: int) -> None:
@@ -164,7 +200,12 @@ def _sound_header(path: MediaSource) -> _Header:
 
     with _opened(path) as file:
         info = soundfile.info(file)
-    return _Header(rate=info.samplerate, frames=info.frames, channels=info.channels)
+    return _Header(
+        rate=info.samplerate,
+        frames=info.frames,
+        channels=info.channels,
+        is_exact=info.format != "MP3",  # may say how long it was before it was cut
+    )
 
 
 def _read_wav(path: MediaSource) -> np.ndarray:

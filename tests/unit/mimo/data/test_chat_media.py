@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.chat_media import read_medium
+from megatron.mimo.data.chat_media import as_planes, read_medium
 from megatron.mimo.data.conversation import ContentPart
 from megatron.mimo.data.media_files import MediaLimits, Video
 from tests.unit.mimo.data.chats import chat_of
@@ -80,3 +80,20 @@ def test_what_is_no_medium_is_refused(kind: str, value: Any, message: str) -> No
 def test_frames_are_chosen_of_files_only() -> None:
     with pytest.raises(InputError, match=r"a video that is decoded has \['fps'\]"):
         read("video", SHADES, fps=1.0)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "gemma3", "internvl"])
+def test_planes_give_what_pictures_give(family: str) -> None:
+    processor = chat_of(family).processor
+    for size in ((40, 33), (64, 4), (3, 20)):
+        pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        picture = Image.fromarray(pixels)
+        planes = as_planes(picture)
+        assert np.array_equal(planes.movedim(0, 2).numpy(), pixels)
+        if min(size) < 4 and family != "llava":
+            continue
+        expected = processor.image_processor(picture, return_tensors="pt")
+        found = processor.image_processor(planes, return_tensors="pt")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert np.array_equal(np.asarray(found[name]), np.asarray(value)), name

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.io import wavfile
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.bad_samples import BadSample, BadSamplePolicy
@@ -104,15 +103,40 @@ def test_images_in_memory_are_measured_alike(folder: Path) -> None:
     assert by_headers(inner) == by_headers(conversation(folder, "1.png"))
 
 
-def test_what_headers_cannot_tell_is_read(folder: Path) -> None:
-    samples = np.zeros(4000, dtype=np.int16)
-    wavfile.write(folder / "tone.wav", 16000, samples)
+def asking_about(folder: Path, *recordings: str) -> RawRecord:
     record = conversation(folder)
-    record.value["messages"][0]["content"].insert(0, {"type": "audio", "path": "tone.wav"})
+    for name in recordings:
+        record.value["messages"][0]["content"].insert(0, {"type": "audio", "path": name})
+    return record
+
+
+@pytest.mark.parametrize("family", ["qwen2_audio", "llava_avlm"])
+def test_recordings_are_measured_by_their_headers(family: str, folder: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    chat = chat_of(family)
+    by_headers = SampleMeasurer(reader=Unread(chat=chat, seq_length=4096))
+    read = SampleReader(chat=chat, seq_length=4096)
+    hears = chat.processor.feature_extractor.n_samples / 16000
+    for share in (0.41, 0.93, 0.55, 0.5501, 0.42, 1.0):
+        for rate, kind in ((16000, "wav"), (22050, "wav"), (44100, "flac"), (48000, "ogg")):
+            tone = np.zeros((int(share * hears * rate), 2), dtype=np.float32)
+            soundfile.write(folder / f"tone.{kind}", tone, rate)
+            record = asking_about(folder, f"tone.{kind}")
+            sample = read(record)
+            assert isinstance(sample, Sample)
+            assert by_headers(record) == measure_of(sample), (share, rate, kind)
+
+
+def test_what_headers_cannot_tell_is_read(folder: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(folder / "tone.mp3", np.zeros(4000), 16000)
+    record = asking_about(folder, "tone.mp3")
     measure = measurer("qwen2_audio")
     sample = measure.reader(record)
     assert isinstance(sample, Sample)
     assert measure(record) == measure_of(sample)
+    with pytest.raises(AssertionError, match="read for its length"):
+        SampleMeasurer(reader=Unread(chat=measure.reader.chat, seq_length=4096))(record)
 
 
 def test_bad_records_are_found_without_decoding(folder: Path) -> None:
