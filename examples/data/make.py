@@ -120,6 +120,11 @@ def make_conversations() -> None:
             {"messages": [user("What is this?"), assistant("A cat.")], "images": ["media/cat.png"]},
         ],
     )
+    exchanges = [
+        {"user": "What is this?", "assistant": "A cat."},
+        {"user": "Is it blue?", "assistant": "No."},
+    ]
+    lines("exchanges.jsonl", [{"images": ["media/cat.png"], "texts": exchanges}])
     lines(
         "video_audio.jsonl",
         [

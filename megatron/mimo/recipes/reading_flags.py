@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from functools import partial
+from pathlib import Path
 
+from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.data.bad_samples import BadSamplePolicy
 from megatron.mimo.data.boxes import BoxWriter
 from megatron.mimo.data.chat import Chat
@@ -28,6 +30,11 @@ def add_reading_arguments(parser: ArgumentParser) -> None:
         metavar="KEY",
         help="keys of records, turns and media that are read over (default: a key that is not "
         "honoured is an error)",
+    )
+    group.add_argument(
+        "--media-folder",
+        metavar="DIR",
+        help="what paths of media in records are relative to (default: the folder of their file)",
     )
     group.add_argument(
         "--learn",
@@ -91,12 +98,16 @@ def reading_options(args: Namespace, chat: Chat) -> ReadingOptions:
     Raises:
         ConfigError: values that do not fit.
     """
+    folder = None if args.media_folder is None else Path(args.media_folder)
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--media-folder {folder}: there is no such folder; correct the path")
     return ReadingOptions(
         data_format=args.data_format,
         ignored=frozenset(args.ignore_keys),
         learn=args.learn,
         thinking=args.thinking,
         boxes=None if args.boxes == "as-is" else box_writer(chat),
+        media_folder=folder,
     )
 
 

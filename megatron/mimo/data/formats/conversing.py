@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -74,11 +75,16 @@ def object_of(record: RawRecord) -> Mapping[str, Any]:
 
 
 def turn_list(value: Any, key: str, name: str) -> list[Any]:
-    """Turns under a key.
+    """Turns under a key: a list, or one as JSON text.
 
     Raises:
-        InputError: no list, or an empty one.
+        InputError: none of both, or an empty one.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise InputError(f"{name}: {key!r} is text that is not JSON: {error}") from error
     if not isinstance(value, list | tuple) or not value:
         raise InputError(f"{name}: {key!r} is {short(value)}; expected a list of turns")
     return list(value)

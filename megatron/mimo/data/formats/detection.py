@@ -9,10 +9,12 @@ from megatron.mimo.data.conversation import Conversation, Document
 from megatron.mimo.data.formats.alpaca import ALPACA
 from megatron.mimo.data.formats.conversing import object_of
 from megatron.mimo.data.formats.documents import CAPTIONS, TEXT
+from megatron.mimo.data.formats.exchanges import EXCHANGES
 from megatron.mimo.data.formats.interleaved import INTERLEAVED
 from megatron.mimo.data.formats.llava import LLAVA
 from megatron.mimo.data.formats.marked_messages import MARKED_MESSAGES
 from megatron.mimo.data.formats.messages import MESSAGES
+from megatron.mimo.data.formats.named_media import with_columns
 from megatron.mimo.data.formats.prompt_completion import PROMPT_COMPLETION
 from megatron.mimo.data.formats.record import Format, RawRecord, ReadingOptions
 from megatron.mimo.data.formats.sharegpt import SHAREGPT
@@ -24,7 +26,7 @@ __all__ = ["FORMATS", "detect", "read_record"]
 # The first that recognises a record reads it: those that ask for more keys stand before others.
 FORMATS: tuple[Format, ...] = (
     *(SWIFT, MARKED_MESSAGES, MESSAGES, LLAVA, SHAREGPT, ALPACA, PROMPT_COMPLETION),
-    *(VISUAL_QUESTIONS, INTERLEAVED, CAPTIONS, TEXT),
+    *(VISUAL_QUESTIONS, EXCHANGES, INTERLEAVED, CAPTIONS, TEXT),
 )
 _BY_NAME = {one.name: one for one in FORMATS}
 # Each of these alone says how the turns are written.
@@ -78,4 +80,9 @@ def read_record(record: RawRecord, options: ReadingOptions) -> Conversation | Do
         value = {key: one for key, one in value.items() if key not in options.ignored}
         members = {key: one for key, one in record.members.items() if key not in options.ignored}
         record = replace(record, value=value, members=members)
+    record = replace(
+        record,
+        value=with_columns(value),
+        media_folder=record.media_folder or options.media_folder,
+    )
     return detect(record, options.data_format).read(record, options)

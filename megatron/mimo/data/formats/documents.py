@@ -45,7 +45,7 @@ def _recognises_captions(record: RawRecord) -> bool:
 def _read_captions(record: RawRecord, options: ReadingOptions) -> Document:
     given = known_keys(object_of(record), {*_CAPTIONS, *COLUMNS}, record.name, options.ignored)
     found = [key for key in _CAPTIONS if given.get(key)]
-    if len(found) > 1:
+    if any(given[key] != given[found[0]] for key in found):
         raise InputError(
             f"{record.name}: has {found}, and one of them would not be read; leave one out with "
             f"--ignore-keys {found[0]}"

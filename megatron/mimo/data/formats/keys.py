@@ -43,6 +43,16 @@ _ORIGINS = frozenset(
         *("comment", "note", "width", "height", "image_width", "image_height", "question_id"),
         *("question_type", "image_id", "video_id", "audio_id", "sample_id", "conversation_id"),
         *("message_id", "num_turns", "length", "duration", "parallel_tool_calls"),
+        *("prompt_id", "answer_type", "width_list", "height_list", "hash", "md5", "sha256"),
+        *("speaker_id", "chapter_id", "client_id", "gender", "age", "accent", "locale"),
+        # img2dataset's
+        *("status", "error_message", "original_width", "original_height", "exif", "similarity"),
+        *("punsafe", "pwatermark", "NSFW", "LICENSE", "aesthetic", "AESTHETIC_SCORE", "WIDTH"),
+        *("HEIGHT", "URL"),
+        # FineVision's
+        *("relevance_ratings", "relevance_min", "formatting_ratings", "formatting_min"),
+        *("visual_dependency_ratings", "visual_dependency_min"),
+        *("image_correspondence_ratings", "image_correspondence_min"),
     )
 )
 _REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (

@@ -27,7 +27,7 @@ def _read(record: RawRecord, options: ReadingOptions) -> Conversation:
     given = known_keys(object_of(record), read, record.name, options.ignored)
     media = RecordMedia(record, {kind: kind for kind in MEDIA_KINDS})
     turns = turn_list(given.get(_KEY), _KEY, record.name)
-    spoken = spoken_turns(turns, record, media, options.ignored)
+    spoken = spoken_turns(turns, record, media, options)
     return conversation(record, given, spoken, media, options)
 
 

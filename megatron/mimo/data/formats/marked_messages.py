@@ -24,7 +24,7 @@ from megatron.mimo.data.formats.messages import MEDIA_COLUMNS, message
 from megatron.mimo.data.formats.record import Format, RawRecord, ReadingOptions
 from megatron.mimo.data.formats.record_media import RecordMedia
 
-__all__ = ["COLUMNS", "MARKED_MESSAGES", "marked_turns", "without_marks"]
+__all__ = ["COLUMNS", "MARKED_MESSAGES", "marked_turns", "names_none", "without_marks"]
 
 COLUMNS = {key: key.rstrip("s") for key in MEDIA_COLUMNS}  # the kind that each key holds
 
@@ -46,10 +46,12 @@ def marked_turns(
         )
         for number, turn in enumerate(messages)
     ]
-    named = [part for turn in turns for part in turn.content if part.kind != "text"]
-    if had_media and not named:
-        return without_marks(turns, media, record.name)
-    return turns
+    return without_marks(turns, media, record.name) if had_media and names_none(turns) else turns
+
+
+def names_none(turns: Sequence[Turn]) -> bool:
+    """No turn has a place for a medium."""
+    return all(part.kind == "text" for turn in turns for part in turn.content)
 
 
 def without_marks(turns: Sequence[Turn], media: RecordMedia, name: str) -> list[Turn]:

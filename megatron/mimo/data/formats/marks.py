@@ -1,4 +1,7 @@
-"""Text in which ``<image>``, ``<video>`` and ``<audio>`` stand for media."""
+"""Text in which ``<image>``, ``<video>`` and ``<audio>`` stand for media.
+
+``<img>a.png</img>`` names an image where it stands, as the first Qwen-VL's data do.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from megatron.mimo.data.formats.record_media import RecordMedia
 
 __all__ = ["marked_parts", "media_first", "names_no_medium"]
 
-_MARK = re.compile(r"\n?<(image|video|audio)>\n?")
+_MARK = re.compile(r"\n?<(image|video|audio)>\n?|<img>([^<>\n]+)</img>")
 
 
 def marked_parts(text: str, media: RecordMedia, name: str) -> tuple[ContentPart, ...]:
@@ -24,7 +27,7 @@ def marked_parts(text: str, media: RecordMedia, name: str) -> tuple[ContentPart,
         before = text[at : mark.start()]
         if before:
             parts.append(ContentPart(kind="text", value=before))
-        parts.append(media.take(mark[1], name))
+        parts.append(media.take(mark[1], name) if mark[1] else media.part("image", mark[2], name))
         at = mark.end()
     if text[at:] or not parts:
         parts.append(ContentPart(kind="text", value=text[at:]))

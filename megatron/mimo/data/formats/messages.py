@@ -28,6 +28,7 @@ MEDIA_COLUMNS = ("image", "video", "audio", "images", "videos", "audios")
 _ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
     "developer": "system",
+    "model": "assistant",
     "tool_call": "assistant",
     "tool_response": "tool",
 }

@@ -9,11 +9,23 @@ from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversation import Turn
 from megatron.mimo.data.formats.conversing import text_turn
 from megatron.mimo.data.formats.keys import short
-from megatron.mimo.data.formats.marked_messages import without_marks
+from megatron.mimo.data.formats.marked_messages import names_none, without_marks
 from megatron.mimo.data.formats.marks import marked_parts
 from megatron.mimo.data.formats.record_media import RecordMedia
 
-__all__ = ["history_of", "question_turns", "text_of"]
+__all__ = ["history_of", "one_of", "question_turns", "text_of"]
+
+
+def one_of(keys: Sequence[str], given: Mapping[str, Any], name: str) -> str:
+    """The key that a record has of several with the same meaning; the first, if it has none.
+
+    Raises:
+        InputError: it has two.
+    """
+    found = [key for key in keys if key in given]
+    if len(found) > 1:
+        raise InputError(f"{name}: has {found}, and one of them would not be read; keep one")
+    return found[0] if found else keys[0]
 
 
 def text_of(given: Mapping[str, Any], key: str, name: str, *, required: bool = True) -> str:
@@ -62,5 +74,4 @@ def question_turns(pairs: Sequence[tuple[str, str]], media: RecordMedia, name: s
         parts = marked_parts(question, media, name)
         turns.append(Turn(role="user", content=parts, is_learned=False))
         turns.append(text_turn("assistant", answer))
-    named = [part for turn in turns for part in turn.content if part.kind != "text"]
-    return without_marks(turns, media, name) if had_media and not named else turns
+    return without_marks(turns, media, name) if had_media and names_none(turns) else turns

@@ -56,6 +56,7 @@ class ReadingOptions:
         thinking: what stands in ``<think>`` is learned ("keep"), stands in the text and is not
             learned ("context"), or is left out of it ("drop").
         boxes: writes boxes of objects in the model's units; None writes them as they stand.
+        media_folder: what paths in records are relative to; None for the folder of their file.
 
     Raises:
         ConfigError: other words.
@@ -66,6 +67,7 @@ class ReadingOptions:
     learn: str = "all"
     thinking: str = "keep"
     boxes: BoxWriter | None = None
+    media_folder: Path | None = None
 
     def __post_init__(self) -> None:
         for name, expected in (

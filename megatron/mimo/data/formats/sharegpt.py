@@ -18,7 +18,6 @@ from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversation import Conversation
 from megatron.mimo.data.formats.conversing import conversation, object_of, turn_list
 from megatron.mimo.data.formats.keys import known_keys, short
-from megatron.mimo.data.formats.marked_messages import marked_turns
 from megatron.mimo.data.formats.record import Format, RawRecord, ReadingOptions
 from megatron.mimo.data.formats.record_media import RecordMedia
 from megatron.mimo.data.formats.spoken import spoken_turns
@@ -41,11 +40,8 @@ def _read(record: RawRecord, options: ReadingOptions) -> Conversation:
     media = RecordMedia(record, _COLUMNS)
     if isinstance(turns[0], Mapping) and "human" in turns[0]:
         turns = [turn for pair in turns for turn in _of_pair(pair, record.name, options)]
-    if isinstance(turns[0], Mapping) and "role" in turns[0]:
-        read_turns = marked_turns(turns, record, media, options)
-    else:
-        read_turns = spoken_turns(turns, record, media, options.ignored)
-    return conversation(record, given, read_turns, media, options)
+    spoken = spoken_turns(turns, record, media, options)
+    return conversation(record, given, spoken, media, options)
 
 
 def _of_pair(pair: Any, name: str, options: ReadingOptions) -> list[dict[str, Any]]:

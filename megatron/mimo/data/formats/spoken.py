@@ -8,8 +8,9 @@ from typing import Any
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversation import Turn
 from megatron.mimo.data.formats.keys import LEARNED, known_keys, learned, short
+from megatron.mimo.data.formats.marked_messages import marked_turns, names_none, without_marks
 from megatron.mimo.data.formats.marks import marked_parts
-from megatron.mimo.data.formats.record import RawRecord
+from megatron.mimo.data.formats.record import RawRecord, ReadingOptions
 from megatron.mimo.data.formats.record_media import RecordMedia
 from megatron.mimo.data.formats.tool_calls import calls_of_text
 
@@ -21,6 +22,7 @@ _SPEAKERS = {
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
     "observation": "tool",
     "tool": "tool",
@@ -28,17 +30,21 @@ _SPEAKERS = {
 
 
 def spoken_turns(
-    turns: Sequence[Any], record: RawRecord, media: RecordMedia, ignored: Collection[str]
+    turns: Sequence[Any], record: RawRecord, media: RecordMedia, options: ReadingOptions
 ) -> list[Turn]:
-    """Turns with marks for media in their values.
+    """Turns with marks for media in their values; they may have ``role`` and ``content``, too.
 
     Raises:
-        InputError: one is malformed.
+        InputError: one is malformed; marks and media differ in number.
     """
-    return [
-        _turn(turn, f"{record.name}, message {number}", media, ignored)
+    if isinstance(turns[0], Mapping) and "role" in turns[0]:
+        return marked_turns(turns, record, media, options)
+    had_media = media.has_waiting
+    read = [
+        _turn(turn, f"{record.name}, message {number}", media, options.ignored)
         for number, turn in enumerate(turns)
     ]
+    return without_marks(read, media, record.name) if had_media and names_none(read) else read
 
 
 def _turn(turn: Any, name: str, media: RecordMedia, ignored: Collection[str]) -> Turn:

@@ -37,7 +37,7 @@ def tar_record(key: str, members: Mapping[str, bytes], file: Path) -> RawRecord:
                 f"{file}, {place}: {key}.json is not valid JSON: {error}; repair or delete it"
             ) from error
         if not isinstance(decoded, dict):
-            decoded = {"messages": decoded}
+            decoded = {_turns_key(decoded): decoded}
         value.update(decoded)
     for name in TEXTS:
         text = media.pop(name, None)
@@ -50,3 +50,9 @@ def tar_record(key: str, members: Mapping[str, bytes], file: Path) -> RawRecord:
                     f"{error.start}; convert it"
                 ) from error
     return RawRecord(value=value, file=file, place=place, members=media)
+
+
+def _turns_key(turns: Any) -> str:
+    """Under which key formats know a list of turns."""
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return "conversations" if isinstance(first, Mapping) and "from" in first else "messages"

@@ -2,6 +2,7 @@
 
 {"image": "a.png", "context": "What is this?", "answers": ["A cat.", "cat"]}
 {"image": "a.png", "question": "What is this?", "answer": "A cat."}
+{"image": "a.png", "question": "What is this?", "answers": [{"answer": "A cat.", "answer_id": 1}]}
 
 Of several answers the first is learned, or that with the largest of ``answer_weights``.
 """
@@ -16,13 +17,13 @@ from megatron.mimo.data.conversation import Conversation
 from megatron.mimo.data.formats.conversing import conversation, object_of
 from megatron.mimo.data.formats.keys import known_keys, short
 from megatron.mimo.data.formats.marked_messages import COLUMNS
-from megatron.mimo.data.formats.questions import question_turns, text_of
+from megatron.mimo.data.formats.questions import one_of, question_turns, text_of
 from megatron.mimo.data.formats.record import Format, RawRecord, ReadingOptions
 from megatron.mimo.data.formats.record_media import RecordMedia
 
 __all__ = ["VISUAL_QUESTIONS"]
 
-_ASKED = ("question", "context")
+_ASKED = ("question", "context", "problem")
 _ANSWERED = ("answer", "answers")
 
 
@@ -34,17 +35,17 @@ def _recognises(record: RawRecord) -> bool:
 def _read(record: RawRecord, options: ReadingOptions) -> Conversation:
     read = {*_ASKED, *_ANSWERED, "answer_weights", "system", *COLUMNS}
     given = known_keys(object_of(record), read, record.name, options.ignored)
-    asked = [key for key in _ASKED if key in given]
-    if len(asked) > 1:
-        raise InputError(f"{record.name}: has {asked}, and one of them would not be read; keep one")
     media = RecordMedia(record, COLUMNS)
-    pair = text_of(given, asked[0] if asked else "question", record.name), _answer(given, record)
+    asked = one_of(_ASKED, given, record.name)
+    pair = text_of(given, asked, record.name), _answer(given, record, options)
     return conversation(record, given, question_turns([pair], media, record.name), media, options)
 
 
-def _answer(given: Mapping[str, Any], record: RawRecord) -> str:
-    key = next((key for key in _ANSWERED if key in given), "answer")
+def _answer(given: Mapping[str, Any], record: RawRecord, options: ReadingOptions) -> str:
+    key = one_of(_ANSWERED, given, record.name)
     answers = given.get(key)
+    if isinstance(answers, list | tuple):
+        answers = [_text(one, record, options) for one in answers]
     if isinstance(answers, str):
         return text_of(given, key, record.name)
     if (
@@ -63,6 +64,14 @@ def _answer(given: Mapping[str, Any], record: RawRecord) -> str:
             f"{len(answers)} answers"
         )
     return str(answers[numbers.index(max(numbers))])
+
+
+def _text(answer: Any, record: RawRecord, options: ReadingOptions) -> Any:
+    """An answer that may say who gave it, as VQAv2's do."""
+    if not isinstance(answer, Mapping):
+        return answer
+    read = {"answer", "answer_id", "answer_confidence"}
+    return known_keys(answer, read, record.name, options.ignored).get("answer")
 
 
 def _is_list(value: Any) -> bool:

@@ -7,7 +7,6 @@ entered in the middle.
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import mmap
 import re
@@ -26,13 +25,53 @@ from megatron.mimo.data.formats import RawRecord
 from megatron.mimo.data.sources.index import Arrays, GrowingColumn, index_place, indexed
 from megatron.mimo.data.sources.record_file import ByteReader
 
-__all__ = ["JsonLines", "JsonList", "not_json"]
+__all__ = ["JsonLines", "JsonList", "not_json", "open_json"]
 
 _BLOCK = 1 << 24  # bytes that are looked at together
 _SHORT = 8  # bytes; a line up to this long may be blank
 _UNPACKED = "unpacked"
+_HEAD = 1 << 16  # bytes that are looked at to tell lines from a list
+_UTF8_MARK, _UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 # one token of JSON that matters for where a list's entries end: strings are passed over whole
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{},]', re.DOTALL)
+
+
+def open_json(path: Path, index_folder: Path) -> JsonLines | JsonList:
+    """The records of a file: one a line, or the entries of a list, whatever its name ends with.
+
+    Raises:
+        InputError: it is neither.
+    """
+    head = _head(path)
+    if head.startswith(_UTF16_MARKS):
+        raise InputError(f"{path} is UTF-16; expected UTF-8: convert it (iconv -f UTF-16 -t UTF-8)")
+    head = head.removeprefix(_UTF8_MARK).lstrip()
+    first, _, rest = head.partition(b"\n")
+    if head.startswith(b"[") and not (rest.strip() and _is_json(first)):
+        return JsonList(path, index_folder)
+    if rest and first.strip() == b"{":
+        raise InputError(
+            f"{path}: expected a list of records, or one record per line, got one object over "
+            "several lines; take the list out of it, or put the object between [ and ]"
+        )
+    return JsonLines(path, index_folder)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _head(path: Path) -> bytes:
+    if path.suffix not in (".gz", ".zst"):
+        with path.open("rb") as file:
+            return file.read(_HEAD)
+    with _damage_named(path), _unpacking(path) as packed:
+        head: bytes = packed.read(_HEAD)
+        return head
 
 
 class JsonLines:
@@ -148,8 +187,6 @@ def _not_blank(data: bytes, first: np.ndarray, ends: np.ndarray) -> np.ndarray:
 def _index_list(path: Path, folder: Path) -> Arrays:
     """Where each entry of the outermost list begins, and its size."""
     with _plain(path, folder) as file:
-        if not file.seek(0, io.SEEK_END):
-            raise InputError(f"{path} is empty; expected a list of records")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             return _entries(path, data)
@@ -158,12 +195,6 @@ def _index_list(path: Path, folder: Path) -> Arrays:
 
 
 def _entries(path: Path, data: mmap.mmap) -> Arrays:
-    head = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
-    if not head.startswith(b"["):
-        raise InputError(
-            f"{path}: expected a list of records, got {head[:20].decode(errors='replace')!r}; a "
-            "file with one record per line is called .jsonl"
-        )
     starts, sizes = array("q"), array("q")
     depth, begin, end = 0, 0, None
     for token in _TOKEN.finditer(data):
@@ -205,16 +236,21 @@ def _plain(path: Path, folder: Path) -> Iterator[IO[bytes]]:
             yield file
         return
     target = folder / _UNPACKED
+    with _damage_named(path), _unpacking(path) as packed, target.open("wb") as out:
+        while block := packed.read(_BLOCK):
+            out.write(block)
+    with target.open("rb") as file:
+        yield file
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
     try:
-        with _unpacking(path) as packed, target.open("wb") as out:
-            while block := packed.read(_BLOCK):
-                out.write(block)
+        yield
     except (EOFError, gzip.BadGzipFile, zlib.error, _zstd_error()) as error:
         raise InputError(
             f"{path} cannot be unpacked: {error}; it is damaged or cut off: copy it again"
         ) from error
-    with target.open("rb") as file:
-        yield file
 
 
 def _unpacking(path: Path) -> Any:

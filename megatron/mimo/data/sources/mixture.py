@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -184,7 +185,11 @@ class Mixture:
         Raises:
             InputError: it cannot be read.
         """
-        return self.sources[draw.source].files[draw.file][draw.record]
+        source = self.sources[draw.source]
+        record = source.files[draw.file][draw.record]
+        if source.spec.media_folder is None:
+            return record
+        return replace(record, media_folder=Path(source.spec.media_folder))
 
     def state_dict(self) -> dict[str, Any]:
         """Where all sources stand, as JSON can hold it."""

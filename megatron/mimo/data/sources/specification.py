@@ -27,6 +27,7 @@ class SourceSpec:
         weight: its share of the draws, among the weights of all sources that are not used up.
         epochs: passes over it; None for as many as the run asks for.
         limit: draws; None for no limit.
+        media_folder: what paths in records are relative to; None for the folder of their file.
         order: "indexed" (any record may come at any time), "streaming" (files one after the other
             through a buffer), or "auto": streaming for tars, parquet and Energon.
 
@@ -39,6 +40,7 @@ class SourceSpec:
     weight: float = 1.0
     epochs: float | None = None
     limit: int | None = None
+    media_folder: str | None = None
     order: str = "auto"
 
     def __post_init__(self) -> None:
@@ -52,6 +54,8 @@ class SourceSpec:
                 raise ConfigError(f"{where}: {name} is {value!r}; expected more than 0")
         if self.limit is not None and not isinstance(self.limit, int):
             raise ConfigError(f"{where}: limit is {self.limit!r}; expected a number of samples")
+        if self.media_folder is not None and not Path(self.media_folder).is_dir():
+            raise ConfigError(f"{where}: media_folder {self.media_folder} is no folder; correct it")
         if self.order not in ORDERS:
             raise ConfigError(
                 f"{where}: order is {self.order!r}; expected {', '.join(ORDERS[:-1])} or "
@@ -131,7 +135,10 @@ def read_mixture(path: Path) -> MixtureSpec:
         if not isinstance(paths, list) or not all(isinstance(one, str) for one in paths):
             raise ConfigError(f"{path}, source {name!r}: paths are {paths!r}; expected file names")
         placed = [str(path.parent / one) for one in paths]
-        sources.append(SourceSpec(**{**settings, "name": str(name), "paths": placed}))
+        made = {**settings, "name": str(name), "paths": placed}
+        if isinstance(settings.get("media_folder"), str):
+            made["media_folder"] = str(path.parent / settings["media_folder"])
+        sources.append(SourceSpec(**made))
     changes = []
     for number, change in enumerate(content.get("changes") or []):
         where = f"{path}, change {number + 1}"

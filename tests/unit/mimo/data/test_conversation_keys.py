@@ -21,8 +21,11 @@ def entry(part: dict[str, Any] | None = None, turn: Any = None, **more: Any) -> 
     return {"messages": [{"role": "user", "content": content}, answer], **more}
 
 
+SPOKEN = {"from": "gpt", "value": "Salut"}
+
+
 def llava(turn: Any = None, **more: Any) -> dict[str, Any]:
-    talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Salut", **(turn or {})}]
+    talk = [{"from": "human", "value": "Hi"}, {**SPOKEN, **(turn or {})}]
     return {"conversations": talk, **more}
 
 
@@ -80,7 +83,13 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "rate": (entry({**VIDEO, "fps": 0}), r"'fps' is 0; expected a number of frames per second"),
     "rate beyond": (entry({**VIDEO, "fps": 10**400}), r"'fps' is 10+; expected a number"),
     "rate of nothing": (entry({**VIDEO, "fps": float("nan")}), r"'fps' is NaN; expected a number"),
-    "long path": (llava(image="a" * 5000), r"no turn has a place for {'image': .*aaa\.\.\.aaa"),
+    "long path": (
+        {
+            "image": ["b", "a" * 5000],
+            "conversations": [{"from": "human", "value": "<image>"}, SPOKEN],
+        },
+        r"no turn has a place for {'image': .*aaa\.\.\.aaa",
+    ),
     "rate as text": (entry({**VIDEO, "fps": "2"}), r"'fps' is \"2\"; expected a number"),
     "frames": (entry({**VIDEO, "nframes": 2.5}), r"'nframes' is 2.5; expected a number of frames"),
     "rate and frames": (entry({**VIDEO, "nframes": 2, "fps": 1}), r"exclude each other"),

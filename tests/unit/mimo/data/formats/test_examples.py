@@ -69,6 +69,7 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ("prompt-completion", "<s>USER: What is 2 and 3? ASSISTANT:« 5</s>»"),
         ("prompt-completion", CAT),
     ],
+    "exchanges.jsonl": [("exchanges", f"{CAT}USER: Is it blue? ASSISTANT:« No.</s>»")],
     "visual_questions.jsonl": [("visual-questions", CAT), ("visual-questions", DOG)],
     "labels.jsonl": [
         ("messages", "<s>USER: Hi ASSISTANT: Hello!</s>USER: 2 and 3? ASSISTANT:« 5</s>»"),

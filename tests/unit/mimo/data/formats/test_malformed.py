@@ -149,6 +149,14 @@ MALFORMED: dict[str, tuple[Any, str]] = {
         {"question": "a", "answers": ["b"], "answer_weights": [1, 2]},
         r"'answer_weights' is \[1, 2\]; expected a number for each of 1 answers",
     ),
+    "two answers": (
+        {"question": "?", "answer": "a", "answers": ["b"]},
+        r"has \['answer', 'answers'",
+    ),
+    "two outputs": ({"instruction": "?", "output": "a", "response": "b"}, r"one of them would not"),
+    # exchanges
+    "exchange": ({"texts": [{"user": "?"}]}, r"text 0: expected an object with user and assistant"),
+    "quality": ({"texts": [{"user": "?", "assistant": "!", "a": 1}]}, r"text 0: \['a'\] would not"),
     # captions, text, interleaved
     "two captions": ({"image": "a", "caption": "b", "text": "c"}, r"has \['caption', 'text'\]"),
     "blank": ({"text": " "}, r"'text' is \" \"; expected text"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pickle
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron.core.models.mimo.errors import InputError
@@ -63,6 +64,50 @@ def test_every_container_gives_the_same_records(name: str, tmp_path: Path) -> No
     assert open_file(path, tmp_path / "index")[22].value == RECORDS[22]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "records"])
+@pytest.mark.parametrize("lines", [True, False])
+def test_lines_and_lists_are_told_apart_whatever_the_name(
+    name: str, lines: bool, tmp_path: Path
+) -> None:
+    text = "".join(f"{json.dumps(one)}\n" for one in RECORDS) if lines else json.dumps(RECORDS)
+    data = b"\xef\xbb\xbf" + text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert [one.value for one in _records(tmp_path / name, tmp_path)] == RECORDS
+
+
+def test_braces_name_shards(tmp_path: Path) -> None:
+    for name in ("s-008.jsonl", "s-009.jsonl", "s-010.jsonl", "t-010.jsonl"):
+        write_lines(tmp_path / name, RECORDS[:1])
+    found = [one.name for one in files_of([tmp_path / "s-{008..010}.jsonl"])]
+    assert found == ["s-008.jsonl", "s-009.jsonl", "s-010.jsonl"]
+    assert len(files_of([tmp_path / "{s,t}-010.*"])) == 2
+    with pytest.raises(InputError, match=r"s-011.jsonl cannot be read: No such file"):
+        files_of([tmp_path / "s-{010..011}.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"), "test, train"),
+        (("train_sft-00000-of-00001.parquet", "train_gen-00000-of-00001.parquet"), "train_gen"),
+        (("train.jsonl", "val.jsonl"), "train, val"),
+        (("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"), None),
+        (("a.jsonl", "training.jsonl"), None),
+    ],
+)
+def test_splits_are_not_mixed(names: Sequence[str], splits: str | None, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    if splits is None:
+        assert len(files_of([tmp_path / "data"])) == 2
+    else:
+        with pytest.raises(InputError, match=rf"holds the splits .*{splits}.*; name the files of"):
+            files_of([tmp_path / "data"])
+    with pytest.raises(InputError, match=rf"its folders do: give one, such as {tmp_path}/data"):
+        files_of([tmp_path])
+
+
 def test_lines_are_counted_as_an_editor_does(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n\n  \t \r\n{"a": 2}\r\n            \n{"a": 3}')
@@ -101,11 +146,12 @@ def test_a_null_column_is_not_there(tmp_path: Path) -> None:
 
 BROKEN: dict[str, tuple[bytes, str]] = {
     "a.jsonl": (b'{"a": 1}\n{"a" 2}\n', r"line 2: not valid JSON: Expecting ':' .*; repair"),
-    "b.json": (b'{"a": 1}', r"b.json: expected a list of records, got '\{\"a\": 1\}'.*\.jsonl"),
+    "b.json": (b'{\n "a": [1]\n}', r"b.json: expected a list of records, .* object over several"),
     "c.json": (b'[{"a": 1}, {"b": ', r"c.json: not valid JSON at entry 2: the file ends before"),
     "d.json": (b'[{"a": 1},, 3]', r"d.json: not valid JSON at entry 2: there is nothing between"),
     "e.json": (b"[1] 2", r"e.json: not valid JSON at entry 1: text follows the list"),
-    "f.json": (b"", r"f.json is empty; expected a list"),
+    "f.csv": (b"image,text", r"f.csv: files of this kind are not read; expected .jsonl"),
+    "u.jsonl": ('{"a": 1}'.encode("utf-16"), r"u.jsonl is UTF-16; expected UTF-8"),
     "g.jsonl.gz": (b"no gzip at all", r"g.jsonl.gz cannot be unpacked: .*; it is damaged"),
     "h.jsonl.zst": (b"no zstandard", r"h.jsonl.zst cannot be unpacked: .*; it is damaged"),
     "i.parquet": (b"PAR1 but nothing else", r"i.parquet: cannot be read: .*; it is damaged"),
@@ -183,6 +229,7 @@ def test_an_index_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_any_json_is_found_again(
     tmp_path_factory: pytest.TempPathFactory, values: list[Any], indent: int | None, plain: bool
 ) -> None:
+    assume(len(values) != 1 or not isinstance(values[0], list))  # one line would be the list
     folder = tmp_path_factory.mktemp("json")
     (folder / "a.json").write_text(json.dumps(values, indent=indent, ensure_ascii=plain))
     lines = "\n".join(json.dumps(value, ensure_ascii=plain) for value in values)

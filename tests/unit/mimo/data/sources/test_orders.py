@@ -181,9 +181,22 @@ def test_a_mixture_is_read_from_its_file(tmp_path: Path) -> None:
     assert [spec.weights(step) for step in (1, 99, 100, 500)] == [[3, 1]] * 2 + [[3, 4]] * 2
 
 
+def test_a_source_says_where_its_media_lie(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", numbered(2))
+    (tmp_path / "media").mkdir()
+    path = tmp_path / "mix.yaml"
+    for folder, expected in (("", tmp_path), (", media_folder: media", tmp_path / "media")):
+        path.write_text(f"sources: {{a: {{paths: a.jsonl{folder}}}}}")
+        mixture = Mixture(read_mixture(path), index_folder=tmp_path / "index", seed=1, buffer=2)
+        draw = mixture.draw(1)
+        assert draw is not None
+        assert mixture.read(draw).folder == expected
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (("epochs: 2", "media_folder: none"), r"media_folder .*none is no folder; correct it"),
         (("weight: 3", "wait: 3"), r"source 'captions': unknown wait; expected paths, weight"),
         (("weight: 3", "weight: -1"), r"weight is -1; expected a number of at least 0"),
         (("epochs: 2", "epochs: no"), r"epochs is False; expected more than 0"),
