@@ -92,20 +92,6 @@ class Chat:
         return tuple(dict.fromkeys([*filter(None, names), *placeholders]))
 
     @cached_property
-    def _image_settings(self) -> dict[str, Any]:
-        """Of the image processor, what its processor would overwrite with a default."""
-        reader = getattr(self.processor, "image_processor", None)
-        names = self.family.media(self.config).image_settings
-        found = {name: getattr(reader, name, None) for name in names}
-        return {name: value for name, value in found.items() if value is not None}
-
-    @cached_property
-    def _takes_planes(self) -> bool:
-        """Whether the image processor computes with torch on colours one after the other."""
-        reader = getattr(self.processor, "image_processor", None)
-        return getattr(reader, "backend", None) == "torchvision"
-
-    @cached_property
     def text(self) -> ChatText:
         """How conversations are written."""
         return ChatText(processor=self.processor, end_tokens=self.end_tokens, marks=self._marks)
@@ -206,7 +192,7 @@ class Chat:
         self, text: str, media: Mapping[str, list[Any]]
     ) -> tuple[dict[str, Tensor], ExpandedText]:
         given: dict[str, Any] = {_ARGUMENTS[kind]: items for kind, items in media.items()}
-        if "image" in media and self._takes_planes:
+        if "image" in media and _takes_planes(self.processor):
             given["images"] = [as_planes(one) for one in media["image"]]
         if "audio" in media:
             given["sampling_rate"] = self.processor.feature_extractor.sampling_rate
@@ -224,7 +210,8 @@ class Chat:
             ]
         # Not of the text, whose offsets are no tensors; some processors would try to make them.
         tensors = {"return_tensors": "pt"}
-        given |= {"images_kwargs": tensors | self._image_settings}
+        names = self.family.media(self.config).image_settings
+        given |= {"images_kwargs": tensors | _set_of(self.processor, names)}
         given |= {"videos_kwargs": tensors, "audio_kwargs": tensors}
         features = self.processor(
             text=[text],
@@ -234,6 +221,18 @@ class Chat:
             **given,
         )
         return split_text(features)
+
+
+def _takes_planes(processor: Any) -> bool:
+    """Whether the image processor computes with torch, on colours one after the other."""
+    return getattr(processor.image_processor, "backend", None) == "torchvision"
+
+
+def _set_of(processor: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Of the image processor, what its processor would overwrite with a default."""
+    reader = getattr(processor, "image_processor", None)
+    found = {name: getattr(reader, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _adds(tokenizer: Any, text: str) -> bool:

@@ -135,10 +135,10 @@ def read_mixture(path: Path) -> MixtureSpec:
         if not isinstance(paths, list) or not all(isinstance(one, str) for one in paths):
             raise ConfigError(f"{path}, source {name!r}: paths are {paths!r}; expected file names")
         placed = [str(path.parent / one) for one in paths]
-        made = {**settings, "name": str(name), "paths": placed}
-        if isinstance(settings.get("media_folder"), str):
-            made["media_folder"] = str(path.parent / settings["media_folder"])
-        sources.append(SourceSpec(**made))
+        folder: Any = settings.get("media_folder")
+        folder = folder if folder is None else str(path.parent / str(folder))
+        made = {**settings, "media_folder": folder}
+        sources.append(SourceSpec(**{**made, "name": str(name), "paths": placed}))
     changes = []
     for number, change in enumerate(content.get("changes") or []):
         where = f"{path}, change {number + 1}"
