@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tests.rank_pool import RankPool
+from tests.rank_pool.pages import use_huge_pages
 from tests.rank_pool.threads import BusyThreadsError, come_to_rest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -132,3 +134,17 @@ def test_coming_to_rest_waits_for_a_thread_that_ends() -> None:
         assert spinner.native_id not in {left.number for left in come_to_rest(patience=60)}
     finally:
         stop.set()
+
+
+def fill_and_move() -> tuple[bool, int]:
+    content = os.urandom(1 << 12) * (8 << 8)
+    memory = mmap.mmap(-1, len(content), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[:] = content
+    moved = use_huge_pages()
+    return memory[:] == content, moved
+
+
+def test_memory_keeps_its_content_in_huge_pages(ranks: RankPool) -> None:
+    ((same, moved),) = ranks(1)(fill_and_move)
+    assert same
+    assert moved % (2 << 20) == 0  # none, where the kernel has no such pages

@@ -12,6 +12,7 @@ import sys
 import traceback
 from multiprocessing.connection import Connection
 
+from tests.rank_pool.pages import use_huge_pages
 from tests.rank_pool.threads import BusyThreadsError, come_to_rest, describe, other_threads
 
 PRELOAD = (
@@ -169,6 +170,7 @@ def _preload(imports: list[str]) -> list[str]:
         ) from None
     gc.collect()
     gc.freeze()  # the collector of a rank never touches, and so never copies, these pages
+    use_huge_pages()
     return [f"{describe(t)}, started by {started_by.get(t.number, '?')}" for t in left]
 
 

@@ -89,7 +89,9 @@ def end_run(error: BaseException, rank: int) -> NoReturn:
     The process is left without clean-up: pending collectives and writer threads could keep it.
     The ranks that wait for this one see its connections close and end as well.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # torch's handler of SIGCHLD raises in whatever line this process is, when a reader has ended
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
     here = presence.here()
     if lost_peer(error) or isinstance(error, EchoedError):
         end = time.monotonic() + _OTHERS_SPEAK_FIRST
