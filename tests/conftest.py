@@ -9,6 +9,7 @@ import os
 
 import pytest
 
+from megatron.mimo.backend import select_backend
 from tests import gpu_session, tiers
 from tests.gpu_session import GpuSession
 from tests.rank_pool import RankPool, RanksFailedError
@@ -49,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "te: needs Transformer Engine on such a device; skipped without it"
     )
+    if not config.option.gpu and not gpu_session.has_driver():
+        select_backend("cpu")  # before Megatron is imported, which then leaves torch's compiler out
     config.stash[_POOL] = RankPool()
     if not config.option.gpu:
         config.stash[_GPU] = GpuSession(config)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.mimo.backend.capabilities import Capabilities
-from megatron.mimo.backend.own_library import ConfigError
 
 __all__ = ["argument_defaults", "check_arguments", "own_argument_defaults"]
 
@@ -174,6 +173,9 @@ def check_arguments(args: Namespace, machine: Capabilities) -> None:
     Raises:
         ConfigError: names the flag, the package or device that it needs, and what there is.
     """
+    # what imports Megatron waits for the replacements, which are made before arguments are read
+    from megatron.mimo.backend.own_library import ConfigError
+
     for need in _NEEDS:
         if need.asked(args) and not need.met(machine):
             raise ConfigError(

@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from megatron.mimo.backend import torch_view
 from megatron.mimo.backend.hooks import RESULTS_QUEUE
-from megatron.mimo.backend.own_library import WITHOUT_EXTRA_STATE
 from megatron.mimo.backend.patching import replaced
 
 
@@ -80,6 +79,22 @@ def uncompiled(value: Any) -> Any:
     if isinstance(value, FunctionType):
         return getattr(value, "_torchdynamo_orig_callable", value)
     return value
+
+
+def uncompiled_in_megatron(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile``, which gives a function of Megatron back as it is."""
+
+    @functools.wraps(original)
+    def compile_others(model: Any = None, **options: Any) -> Any:
+        if model is None:
+            return functools.partial(compile_others, **options)
+        if str(getattr(model, "__module__", "")).startswith(
+            ("megatron.core.", "megatron.training.")
+        ):
+            return model
+        return original(model, **options)
+
+    return compile_others
 
 
 def without_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,6 +184,8 @@ def _without_strides(entry: Any) -> Any:
 
 def without_extra_state(original: Callable[..., Any]) -> Callable[..., Any]:
     """A ``_build_sharded_state_dict_metadata`` that leaves extra state out without FP8 and FP4."""
+    # what imports Megatron waits for the replacements, this module's among them
+    from megatron.mimo.backend.own_library import WITHOUT_EXTRA_STATE
 
     @functools.wraps(original)
     def build_metadata(args: Any, *others: Any, **keywords: Any) -> Any:

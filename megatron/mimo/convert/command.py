@@ -47,7 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], tuple[str, int]] = given.run
     with quiet_imports():
+        # before Megatron is imported, as in megatron.mimo.training
+        from megatron.mimo.backend import select_backend
+
+        select_backend()
         from megatron.core.models.mimo.errors import MimoError
+
     try:
         with _stoppable(), quiet_imports(), warnings_shown(shown=False), stdout(shown=False):
             _quiet_transformers()

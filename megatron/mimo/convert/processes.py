@@ -20,9 +20,15 @@ from megatron.mimo.convert.compare import Comparison, compare_model
 from megatron.mimo.convert.reference import Expected
 from megatron.mimo.models import load_family
 
-__all__ = ["compare_on_processes"]
+__all__ = ["compare_on_processes", "main"]
 
 _JOB, _REFUSAL, _TIMEOUT = "job.pickle", ".refusal", 1800.0
+
+# the backend before Megatron is imported, as in megatron.mimo.training
+_START = (
+    "from megatron.mimo.backend import select_backend; select_backend(); "
+    f"from {__name__} import main; main()"
+)
 
 
 def compare_on_processes(
@@ -77,7 +83,7 @@ def _run_all(folder: Path, count: int) -> None:
         log = (folder / f"{rank}.log").open("wb")
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", __name__, str(folder)],
+                [sys.executable, "-W", "ignore", "-c", _START, str(folder)],
                 env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=log,
                 stderr=log,
@@ -113,8 +119,8 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
         time.sleep(0.1)
 
 
-def _main() -> None:
-    """One rank."""
+def main() -> None:
+    """One rank, whose folder is the command line's first word."""
     folder = Path(sys.argv[1])
     name, config, checkpoint, expected, how = pickle.loads((folder / _JOB).read_bytes())
     rank = os.environ["RANK"]
@@ -124,7 +130,3 @@ def _main() -> None:
         (folder / f"{rank}{_REFUSAL}").write_text(str(error))
         sys.exit(2)
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
-
-
-if __name__ == "__main__":
-    _main()

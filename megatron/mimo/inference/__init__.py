@@ -25,7 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Ask a checkpoint; see ``megatron.mimo.inference.command.main``."""
     with quiet_imports():
         # while warnings are off
+        from megatron.mimo.backend import select_backend
+
+        select_backend()
+        # once the backend is selected, as in megatron.mimo.training
         from megatron.mimo.inference import command
+
     return command.main(argv)
 
 

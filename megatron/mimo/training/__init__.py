@@ -33,5 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_threads()
     with quiet_imports():
         # after the threads are set, and while warnings are off
+        from megatron.mimo.backend import select_backend
+
+        select_backend()
+        # once the backend is selected: on a CPU Megatron leaves torch's compiler out, two seconds
         from megatron.mimo.training import run
+
     return run.main(argv)

@@ -107,7 +107,21 @@ def test_jit_fuser_compiles_nothing() -> None:
     assert not hasattr(
         fused_bias_dropout.bias_dropout_add_fused_train, "_torchdynamo_orig_callable"
     )
-    assert hasattr(_original("jit fuser")(lambda x: x), "_torchdynamo_orig_callable")
+    assert hasattr(
+        _original("jit fuser")(lambda x: x, backend="eager"), "_torchdynamo_orig_callable"
+    )
+
+
+def test_what_is_not_megatrons_is_compiled() -> None:
+    def of_megatron() -> None: ...
+
+    def of_another() -> None: ...
+
+    of_megatron.__module__ = "megatron.core.fusions.fused"
+    assert torch.compile(of_megatron) is of_megatron
+    assert torch.compile(dynamic=True)(of_megatron) is of_megatron
+    assert torch.compile(of_another, backend="eager")._torchdynamo_orig_callable is of_another
+    assert torch.compile(backend="eager")(of_another)._torchdynamo_orig_callable is of_another
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import importlib
 import math
+from typing import Any
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.data import Sample
@@ -13,6 +14,11 @@ from megatron.mimo.data import digits as data
 
 def dataset(split: str = "train", seed: int = 1, samples: int = 400) -> data.DigitsDataset:
     return data.DigitsDataset(split=split, samples=samples, seed=seed, rows_per_image=4)
+
+
+def scans() -> Any:
+    """scikit-learn's, whose import takes seconds."""
+    return importlib.import_module("sklearn.datasets").load_digits()
 
 
 def same(one: Sample, other: Sample) -> bool:
@@ -28,7 +34,7 @@ def same(one: Sample, other: Sample) -> bool:
 
 def test_the_split_is_disjoint_complete_and_stratified() -> None:
     train, held_out = (data.load_images(held_out=side) for side in (False, True))
-    targets = torch.tensor(load_digits().target)
+    targets = torch.tensor(scans().target)
     assert sorted(train.source.tolist() + held_out.source.tolist()) == list(range(1797))
     for images in (train, held_out):
         assert torch.equal(images.values, targets[images.source])
@@ -41,7 +47,7 @@ def test_the_split_is_disjoint_complete_and_stratified() -> None:
 
 def test_pixels_are_the_scans() -> None:
     images = data.load_images(held_out=True)
-    expected = torch.tensor(load_digits().images)[images.source] / 16
+    expected = torch.tensor(scans().images)[images.source] / 16
     assert (images.pixels[:, 0, 0] - expected).abs().max() <= 0.5 / 255 + 1e-6
 
 
