@@ -267,10 +267,13 @@ def _hold_key_bias(bias: nn.Parameter, head_size: int) -> None:
     """Keep the keys' part of a fused bias where it is: zero at the start, without a gradient."""
     with torch.no_grad():
         bias.view(-1, 3, head_size)[:, 1] = 0.0
+    is_kept: list[Tensor] = []
 
     def without_keys(gradient: Tensor) -> Tensor:
-        by_head = gradient.reshape(-1, 3, head_size)
-        kept = torch.stack([by_head[:, 0], torch.zeros_like(by_head[:, 1]), by_head[:, 2]], dim=1)
-        return kept.view_as(gradient)
+        if not is_kept or is_kept[0].device != gradient.device:
+            kept = torch.ones_like(gradient)
+            kept.view(-1, 3, head_size)[:, 1] = 0.0
+            is_kept[:] = [kept]
+        return gradient * is_kept[0]
 
     bias.register_hook(without_keys)

@@ -146,17 +146,18 @@ def layer_saved(layer: Any, load: Load) -> Saved:
             kept.beyond += own - kept.input
     scaled = (getattr(layer, name, None) for name in ("self_attn_bda", "mlp_bda"))
     kept.norms += kept.input * sum(isinstance(one, ScaledAdd) for one in scaled)
-    _keep_attention(layer.self_attention, load, kept)
+    lean = getattr(layer, "is_lean", False)
+    _keep_attention(layer.self_attention, load, kept, lean=lean)
     mlp = layer.mlp
     if hasattr(mlp, "router"):
         _keep_experts(mlp, load, kept)
     elif hasattr(mlp, "linear_fc1"):
         kept.normed += linear_saved(mlp.linear_fc1, load.cut_vectors, load.size)
-        kept.inner += _mlp_inner(mlp, load)
+        kept.inner += _mlp_inner(mlp, load, lean=lean)
     return kept
 
 
-def _keep_attention(attention: Any, load: Load, kept: Saved) -> None:
+def _keep_attention(attention: Any, load: Load, kept: Saved, *, lean: bool) -> None:
     """Queries, keys and values before and after they turn, the output, and what is of no size."""
     if isinstance(attention, GatedDeltaNet):
         _keep_delta_net(attention, load, kept)
@@ -170,7 +171,9 @@ def _keep_attention(attention: Any, load: Load, kept: Saved) -> None:
     groups = max((config.num_query_groups or config.num_attention_heads) / tp, 1)
     queries, keys = heads * width, groups * width
     kept.normed += linear_saved(attention.linear_qkv, load.cut_vectors, size)
-    kept.attention += vectors * size * (queries + 2 * keys)  # as they are projected
+    # As they are projected; a lean layer without norms of heads copies the values out of that.
+    is_copied = lean and load.rotates and attention.q_layernorm is None
+    kept.attention += vectors * size * (keys if is_copied else queries + 2 * keys)
     if getattr(config, "attention_output_gate", False):  # its logits, what it is, and what it lets
         kept.attention += 3 * vectors * size * queries
     for name, numbers in (("q_layernorm", queries), ("k_layernorm", keys)):
@@ -202,14 +205,15 @@ def _keep_delta_net(net: GatedDeltaNet, load: Load, kept: Saved) -> None:
     kept.attention += linear_saved(net.out_proj, load.vectors, load.size)
 
 
-def _mlp_inner(mlp: Any, load: Load) -> float:
+def _mlp_inner(mlp: Any, load: Load, *, lean: bool = False) -> float:
     """Inputs of the activation, and of the second linear layer."""
     first, config = mlp.linear_fc1.weight, mlp.config
     vectors, size = load.vectors, load.size
     kept = vectors * size * first.size(0)
-    if config.gated_linear_unit and not _is_fused(config):
+    is_quick = getattr(config.activation_func, "__name__", "") == "quick_gelu"
+    if config.gated_linear_unit and not lean and not _is_fused(config):
         kept += vectors * size * first.size(0)  # what is gated, and by what
-    if getattr(config.activation_func, "__name__", "") == "quick_gelu" and not load.kernels.on_gpu:
+    if is_quick and not lean and not load.kernels.on_gpu:
         kept += vectors * size * first.size(0)  # its two factors; compiled, it keeps one
     return kept + linear_saved(mlp.linear_fc2, vectors, size)
 

@@ -77,6 +77,8 @@ def kept_by_part(model: nn.Module, by_part: Counter[str]) -> Iterator[None]:
     tensors = (*model.parameters(), *model.buffers())
     apart = {one.untyped_storage()._cdata for one in tensors}
     for path, module in model.named_modules():
+        if ".layers." in path and not path.rpartition(".")[2].isdigit():
+            continue  # a hook inside a layer changes how it is computed
         module.register_forward_pre_hook(lambda *_, path=path: inside.append(path))
         module.register_forward_hook(lambda *_: (inside.pop(), None)[1])
 

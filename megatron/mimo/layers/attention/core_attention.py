@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -95,6 +96,7 @@ class CoreAttention(MegatronModule):
             config.window_size, config.window_attn_skip_freq, self.layer_number
         )
         self.window = config.window_size if windowed else None
+        self._rules: dict[tuple[Any, ...], Rule] = {}  # those without tensors and groups
         self.cp_group: dist.ProcessGroup | None = None
         if config.context_parallel_size > 1:
             if attention_type != "self":
@@ -150,13 +152,7 @@ class CoreAttention(MegatronModule):
         mask, spans_BS = _mask_or_spans(attention_mask, query, packed=packed)
         if packed or group is not None:
             _refuse_dense(mask, attention_bias, packed=packed)
-        rule = Rule(
-            visibility=self._visibility(attn_mask_type, mask, spans_BS),
-            scale=self.softmax_scale,
-            dropout=self.dropout if self.training else 0.0,
-            group=group,
-            spans_BS=spans_BS,
-        )
+        rule = self._rule(attn_mask_type, mask, spans_BS, group)
         _check_shapes(query, key, value, packed=packed)
         D_value = value.size(-1)
         query, key, value = _same_head_size(query, key, value)
@@ -168,6 +164,29 @@ class CoreAttention(MegatronModule):
             else:
                 out = dense_attention(query, key, value, rule, mask, attention_bias)
         return out[..., :D_value].flatten(-2)
+
+    def _rule(
+        self,
+        mask_type: AttnMaskType | None,
+        mask: Tensor | None,
+        spans_BS: Tensor | None,
+        group: dist.ProcessGroup | None,
+    ) -> Rule:
+        dropout = self.dropout if self.training else 0.0
+        usual = mask is None and spans_BS is None and group is None
+        asked = (mask_type, dropout, self.softmax_scale, self.window)
+        if usual and asked in self._rules:
+            return self._rules[asked]
+        rule = Rule(
+            visibility=self._visibility(mask_type, mask, spans_BS),
+            scale=self.softmax_scale,
+            dropout=dropout,
+            group=group,
+            spans_BS=spans_BS,
+        )
+        if usual:
+            self._rules[asked] = rule
+        return rule
 
     def _visibility(
         self, mask_type: AttnMaskType | None, mask: Tensor | None, spans_BS: Tensor | None

@@ -23,7 +23,7 @@ def activate(inner_TF: Tensor, kind: str, *, gated: bool) -> Tensor:
     """``act(x)``, or ``act(x1) * x2`` with a gate; computed in fp32 at least.
 
     Args:
-        inner_TF: [..., F], or [..., 2 F] with a gate.
+        inner_TF: [T, F], or [T, 2 F] with a gate.
         kind: one of :data:`KINDS`.
         gated: whether there is a gate.
     """
@@ -33,20 +33,16 @@ def activate(inner_TF: Tensor, kind: str, *, gated: bool) -> Tensor:
 
 class _Activate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inner: Tensor, kind: int, gated: bool) -> Tensor:
-        ctx.save_for_backward(inner)
+    def forward(ctx: Any, inner_TF: Tensor, kind: int, gated: bool) -> Tensor:
+        ctx.save_for_backward(inner_TF)
         ctx.kind, ctx.gated = kind, gated
-        out_TF: Tensor = _forward(inner.reshape(-1, inner.size(-1)), kind, gated)
-        return out_TF.view(*inner.shape[:-1], -1)
+        out_TF: Tensor = _forward(inner_TF, kind, gated)
+        return out_TF
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (inner,) = ctx.saved_tensors
-        grad_TF = grads[0].reshape(-1, grads[0].size(-1))
-        of_inner: Tensor = _backward(
-            grad_TF, inner.reshape(-1, inner.size(-1)), ctx.kind, ctx.gated
-        )
-        return of_inner.view(inner.shape), None, None
+        (inner_TF,) = ctx.saved_tensors
+        return _backward(grads[0], inner_TF, ctx.kind, ctx.gated), None, None
 
 
 def _act(x: Tensor, kind: int) -> Tensor:

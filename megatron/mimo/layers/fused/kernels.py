@@ -4,8 +4,8 @@
 Numbers are computed in fp32 and rounded once. Sizes that change from micro-batch to micro-batch are
 not specialised: a kernel is compiled once for a model.
 
-Legend: T tokens, H query heads, G key heads, D head size, R half of what turns of a head, F
-features.
+Legend: T tokens, H query heads, G key heads, D head size, R half of what turns of a head, W what is
+projected for a key head, F features.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 __all__ = [
     "launch_activation",
     "launch_activation_backward",
+    "launch_heads",
+    "launch_heads_back",
     "launch_rotation",
 ]
 
@@ -27,25 +29,46 @@ _HEADS = 8  # heads that a program turns at a time
 
 @triton.jit
 def _turn_heads(
-    source, target, cos, sin, token, stride_t, stride_h,
-    heads, D: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    source, target, cos, sin, source_heads, source_share, target_heads, target_share, heads,
+    SHARE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Heads of one token; of SHARE that follow each other there are strides between the first."""
     half = tl.arange(0, BLOCK_R)[None, :]
     for start in range(0, heads, BLOCK_H):
         head = start + tl.arange(0, BLOCK_H)[:, None]
+        at = source + (head // SHARE) * source_share + (head % SHARE) * source_heads
+        to = target + (head // SHARE) * target_share + (head % SHARE) * target_heads
         here = (head < heads) & (half < R)
-        at = source + token * stride_t + head * stride_h + half
-        to = target + (token * heads + head) * D + half
-        first = tl.load(at, mask=here).to(tl.float32)
-        second = tl.load(at + R, mask=here).to(tl.float32)
-        tl.store(to, first * cos - second * sin, mask=here)
-        tl.store(to + R, second * cos + first * sin, mask=here)
+        first = tl.load(at + half, mask=here).to(tl.float32)
+        second = tl.load(at + half + R, mask=here).to(tl.float32)
+        tl.store(to + half, first * cos - second * sin, mask=here)
+        tl.store(to + half + R, second * cos + first * sin, mask=here)
         if D > 2 * R:
             rest = 2 * R + tl.arange(0, BLOCK_D)[None, :]
             kept = (head < heads) & (rest < D)
-            value = tl.load(source + token * stride_t + head * stride_h + rest, mask=kept)
-            tl.store(target + (token * heads + head) * D + rest, value, mask=kept)
+            tl.store(to + rest, tl.load(at + rest, mask=kept), mask=kept)
+
+
+@triton.jit
+def _copy_heads(
+    source, target, source_heads, target_heads, heads,
+    D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    feature = tl.arange(0, BLOCK)[None, :]
+    for start in range(0, heads, BLOCK_H):
+        head = start + tl.arange(0, BLOCK_H)[:, None]
+        here = (head < heads) & (feature < D)
+        value = tl.load(source + head * source_heads + feature, mask=here)
+        tl.store(target + head * target_heads + feature, value, mask=here)
+
+
+@triton.jit
+def _turns_of(turns, token, share, stride, scale, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Cosines and sines of a token, each of ``share`` tokens that follow each other, times."""
+    half = tl.arange(0, BLOCK_R)[None, :]
+    row = turns + (token // share) * stride + half
+    return tl.load(row, mask=half < R) * scale, tl.load(row + R, mask=half < R) * scale
 
 
 @triton.jit(do_not_specialize=["share"])
@@ -56,16 +79,52 @@ def _rotation(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    half = tl.arange(0, BLOCK_R)[None, :]
-    row = turns + (token // share) * turn_stride + half
-    cos = tl.load(row, mask=half < R) * scale
-    sin = tl.load(row + R, mask=half < R) * (scale * sign)
+    cos, sin = _turns_of(turns, token, share, turn_stride, scale, R, BLOCK_R)
+    sin *= sign
     _turn_heads(
-        q, q_out, cos, sin, token, q_stride_t, q_stride_h, H, D, R, BLOCK_H, BLOCK_R, BLOCK_D
-    )
+        q + token * q_stride_t, q_out + token * H * D, cos, sin, 0, q_stride_h, 0, D, H, 1, D, R,
+        BLOCK_H, BLOCK_R, BLOCK_D,
+    )  # fmt: skip
     _turn_heads(
-        k, k_out, cos, sin, token, k_stride_t, k_stride_h, G, D, R, BLOCK_H, BLOCK_R, BLOCK_D
-    )
+        k + token * k_stride_t, k_out + token * G * D, cos, sin, 0, k_stride_h, 0, D, G, 1, D, R,
+        BLOCK_H, BLOCK_R, BLOCK_D,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["share"])
+def _mixed_heads(
+    mixed, q, k, v, turns, turn_stride, share, scale,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    G, SHARE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BACK: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    cos, sin = _turns_of(turns, token, share, turn_stride, scale, R, BLOCK_R)
+    W: tl.constexpr = (SHARE + 2) * D
+    mixed += token * G * W
+    q += token * q_stride_t
+    k += token * k_stride_t
+    v += token * v_stride_t
+    if BACK:
+        _turn_heads(
+            q, mixed, cos, -sin, q_stride_h, SHARE * q_stride_h, D, W, G * SHARE, SHARE, D, R,
+            BLOCK_H, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+        _turn_heads(
+            k, mixed + SHARE * D, cos, -sin, 0, k_stride_h, 0, W, G, 1, D, R,
+            BLOCK_H, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+        _copy_heads(v, mixed + (SHARE + 1) * D, v_stride_h, W, G, D, BLOCK_H, BLOCK)
+    else:
+        _turn_heads(
+            mixed, q, cos, sin, D, W, q_stride_h, SHARE * q_stride_h, G * SHARE, SHARE, D, R,
+            BLOCK_H, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+        _turn_heads(
+            mixed + SHARE * D, k, cos, sin, 0, W, 0, k_stride_h, G, 1, D, R,
+            BLOCK_H, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+        _copy_heads(mixed + (SHARE + 1) * D, v, W, v_stride_h, G, D, BLOCK_H, BLOCK)
 
 
 def launch_rotation(
@@ -87,6 +146,48 @@ def launch_rotation(
         triton.next_power_of_2(max(D - 2 * half, 1)),
     )  # fmt: skip
     return q_out, k_out
+
+
+def launch_heads(
+    mixed_TGW: Tensor, turns_NR: Tensor, scale: float, D: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`megatron.mimo.layers.fused.rotation.turn_heads`."""
+    T, G, W = mixed_TGW.shape
+    sizes = ((T, G * (W // D - 2), D), (T, G, D), (T, G, D))
+    q, k, v = (torch.empty(size, dtype=mixed_TGW.dtype, device=mixed_TGW.device) for size in sizes)
+    _launch_mixed(mixed_TGW, (q, k, v), turns_NR, scale, back=False)
+    return q, k, v
+
+
+def launch_heads_back(
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, turns_NR: Tensor, scale: float
+) -> Tensor:
+    """See :func:`megatron.mimo.layers.fused.rotation.turn_heads_back`."""
+    T, G, D = k_TGD.shape
+    size = (T, G, (q_THD.size(1) // G + 2) * D)
+    mixed_TGW = torch.empty(size, dtype=k_TGD.dtype, device=k_TGD.device)
+    _launch_mixed(mixed_TGW, (q_THD, k_TGD, v_TGD), turns_NR, scale, back=True)
+    return mixed_TGW
+
+
+def _launch_mixed(
+    mixed_TGW: Tensor,
+    heads: tuple[Tensor, Tensor, Tensor],
+    turns_NR: Tensor,
+    scale: float,
+    *,
+    back: bool,
+) -> None:
+    T, G, W = mixed_TGW.shape
+    D, half = heads[0].size(2), turns_NR.size(1) // 2
+    if T == 0:
+        return
+    _mixed_heads[(T,)](
+        mixed_TGW.contiguous(), *heads, turns_NR, turns_NR.stride(0), T // len(turns_NR), scale,
+        *(stride for one in heads for stride in one.stride()[:2]),
+        G, W // D - 2, D, half, back, _HEADS, triton.next_power_of_2(half),
+        triton.next_power_of_2(max(D - 2 * half, 1)), triton.next_power_of_2(D),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Rotation of queries and keys by their positions: one launch for both, forward and backward.
 
 Legend: T tokens, H query heads, G key heads, D head size, R half of what turns of a head, N rows of
-turns.
+turns, W what is projected for a key head: its queries, the key and the value.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron.mimo.layers.fused.operators import define
 
-__all__ = ["rotate"]
+__all__ = ["rotate", "turn_heads"]
 
 
 def rotate(
@@ -35,6 +35,20 @@ def rotate(
     return _Rotate.apply(q_THD, k_TGD, turns_NR, scale)
 
 
+def turn_heads(
+    mixed_TGW: Tensor, turns_NR: Tensor, head_size: int, *, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [T, H, D] and keys [T, G, D], turned as :func:`rotate` does, and values [T, G, D].
+
+    Args:
+        mixed_TGW: as they are projected, contiguous; or [S, B, G, W], and so are the others.
+        turns_NR: see :func:`rotate`.
+        head_size: D.
+        scale: of cosines and sines.
+    """
+    return _TurnHeads.apply(mixed_TGW, turns_NR, head_size, scale)
+
+
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -50,6 +64,24 @@ class _Rotate(torch.autograd.Function):
         (turns_NR,) = ctx.saved_tensors
         dq, dk = _rotate(_rows(grads[0]), _rows(grads[1]), turns_NR, ctx.scale, True)
         return dq.view(grads[0].shape), dk.view(grads[1].shape), None, None
+
+
+class _TurnHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, mixed: Tensor, turns_NR: Tensor, head_size: int, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(turns_NR)
+        ctx.shape, ctx.scale = mixed.shape, scale
+        found = _heads(mixed.view(-1, *mixed.shape[-2:]), turns_NR, scale, head_size)
+        q, k, v = (one.view(*mixed.shape[:-2], -1, head_size) for one in found)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (turns_NR,) = ctx.saved_tensors
+        of_mixed = _heads_back(*(_rows(one) for one in grads), turns_NR, ctx.scale)
+        return of_mixed.view(ctx.shape), None, None, None
 
 
 def _rows(heads: Tensor) -> Tensor:
@@ -82,6 +114,20 @@ def _plain(
     return turned(q_THD), turned(k_TGD)
 
 
+def _plain_heads(
+    mixed_TGW: Tensor, turns_NR: Tensor, scale: float, D: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = mixed_TGW.split((mixed_TGW.size(-1) - 2 * D, D, D), dim=-1)
+    return *_plain(q.reshape(len(q), -1, D), k, turns_NR, scale, False), v.contiguous()
+
+
+def _plain_heads_back(
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, turns_NR: Tensor, scale: float
+) -> Tensor:
+    q, k = _plain(q_THD, k_TGD, turns_NR, scale, True)
+    return torch.cat([q.view(*k.shape[:2], -1), k, v_TGD], dim=-1)
+
+
 def _kernel(
     q_THD: Tensor, k_TGD: Tensor, turns_NR: Tensor, scale: float, back: bool
 ) -> tuple[Tensor, Tensor]:
@@ -89,6 +135,40 @@ def _kernel(
     from megatron.mimo.layers.fused.kernels import launch_rotation
 
     return launch_rotation(q_THD, k_TGD, turns_NR, scale, back)
+
+
+def _kernel_heads(
+    mixed_TGW: Tensor, turns_NR: Tensor, scale: float, D: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Triton is needed on a GPU alone.
+    from megatron.mimo.layers.fused.kernels import launch_heads
+
+    return launch_heads(mixed_TGW, turns_NR, scale, D)
+
+
+def _kernel_heads_back(
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, turns_NR: Tensor, scale: float
+) -> Tensor:
+    # Triton is needed on a GPU alone.
+    from megatron.mimo.layers.fused.kernels import launch_heads_back
+
+    return launch_heads_back(q_THD, k_TGD, v_TGD, turns_NR, scale)
+
+
+def _empty_heads(
+    mixed_TGW: Tensor,
+    turns_NR: Tensor,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    D: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, G, W = mixed_TGW.shape
+    q, k, v = (mixed_TGW.new_empty((T, heads, D)) for heads in (G * (W // D - 2), G, G))
+    return q, k, v
+
+
+def _empty_heads_back(q_THD: Tensor, k_TGD: Tensor, *_: Any) -> Tensor:
+    T, G, D = k_TGD.shape
+    return k_TGD.new_empty((T, G, (q_THD.size(1) // G + 2) * D))
 
 
 def _empty(q_THD: Tensor, k_TGD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -100,4 +180,16 @@ _rotate = define(
     plain=_plain,
     kernel=_kernel,
     empty=_empty,
+)
+_heads = define(
+    "turn_heads(Tensor mixed, Tensor turns, float scale, int size) -> (Tensor, Tensor, Tensor)",
+    plain=_plain_heads,
+    kernel=_kernel_heads,
+    empty=_empty_heads,
+)
+_heads_back = define(
+    "turn_heads_back(Tensor q, Tensor k, Tensor v, Tensor turns, float scale) -> Tensor",
+    plain=_plain_heads_back,
+    kernel=_kernel_heads_back,
+    empty=_empty_heads_back,
 )

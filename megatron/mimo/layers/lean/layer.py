@@ -5,7 +5,8 @@ caches: some 2 ms of Python a layer beside 0.4 ms of kernels for a layer of a vi
 H200. Where none of it is in use the same weights are multiplied directly. Parameters stay where
 they are, so that checkpoints, optimizers and the hooks on their gradients see no difference.
 
-Legend: S sequence, B micro-batch, E hidden, H query heads, G key heads, D head size.
+Legend: S sequence, B micro-batch, T = S * B vectors, E hidden, F features between the linear layers
+of the feed-forward, H query heads, G key heads, D head size, W what is projected for a key head.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.mimo.layers.attention.self_attention import CachingSelfAttention
-from megatron.mimo.layers.fused import rotate
+from megatron.mimo.layers.fused import rotate, turn_heads
 from megatron.mimo.layers.layer_scale import ScaledAdd
 from megatron.mimo.layers.lean.reading import Reading, read_layer
 
@@ -53,53 +53,54 @@ class LeanLayer(TransformerLayer):
         if reading is None:
             return super().forward(*arguments, **given)
         reading.await_weights()
-        hidden_SBE = self._attend(
+        hidden_SBE = given["hidden_states"]
+        hidden_TE = self._attend(
             reading,
-            given["hidden_states"],
+            hidden_SBE,
             given.get("attention_mask"),
             given.get("rotary_pos_emb"),
             given.get("packed_seq_params"),
         )
-        mlp = self.mlp
-        inner = reading.act(_product(reading.second_norm(hidden_SBE), mlp.linear_fc1))
-        return _add(hidden_SBE, _product(inner, mlp.linear_fc2), self.mlp_bda), None
+        first, second = reading.mlp
+        inner_TF = reading.act(first(reading.second_norm(hidden_TE)))
+        return _add(hidden_TE, second(inner_TF), self.mlp_bda).view(hidden_SBE.shape), None
 
-    def _lean_reading(self, given: dict[str, Any]) -> Reading | None:
-        """The layer as it can be computed now; None where megatron-core has to."""
+    @property
+    def is_lean(self) -> bool:
+        """Whether its weights are multiplied directly, by what is known before it is called."""
         if self._reading is _UNREAD:
             self._reading = read_layer(self)
         reading: Reading | None = self._reading
         if reading is None or not reading.holds():
-            return None
-        if self.training and self.hidden_dropout > 0:
+            return False
+        return not self.training or self.hidden_dropout == 0
+
+    def _lean_reading(self, given: dict[str, Any]) -> Reading | None:
+        """The layer as it can be computed now; None where megatron-core has to."""
+        if not self.is_lean:
             return None
         for name, value in given.items():
             if value is not None and name not in _TAKEN:
                 return None
+        reading: Reading = self._reading
         if given.get("rotary_pos_emb") is not None:
-            attention = self.self_attention
+            attention = reading.attention
             if type(attention) is not CachingSelfAttention or not attention.turns_itself:
                 return None
-        same = given["hidden_states"].dtype == self.mlp.linear_fc2.weight.dtype
+        same = given["hidden_states"].dtype == reading.proj.weight.dtype
         return reading if same else None
 
     def _attend(
         self, reading: Reading, hidden_SBE: Tensor, mask: Any, rotary: Tensor | None, packed: Any
     ) -> Tensor:
-        attention = self.self_attention
-        S, B, _ = hidden_SBE.shape
-        D, G = attention.hidden_size_per_attention_head, attention.num_query_groups_per_partition
-        mixed = _product(reading.first_norm(hidden_SBE), attention.linear_qkv).view(S, B, G, -1)
-        query, key, value = mixed.split((mixed.size(-1) - 2 * D, D, D), dim=-1)
-        query = query.reshape(S, B, -1, D)
-        if attention.q_layernorm is not None:
-            query, key = attention.q_layernorm(query), attention.k_layernorm(key)
-        if rotary is not None:
-            turns, scale = attention.turns(rotary, packed, S)
-            query, key = rotate(query, key, turns, scale=scale)
-        if packed is not None and packed.qkv_format == "thd":
-            query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if rotary is not None and type(attention.core_attention).__name__ == _ENGINE:
+        attention, (G, D) = reading.attention, reading.sizes
+        S, B, E = hidden_SBE.shape
+        hidden_TE = hidden_SBE.reshape(-1, E)
+        rows = (S * B,) if packed is not None and packed.qkv_format == "thd" else (S, B)
+        mixed = reading.qkv(reading.first_norm(hidden_TE)).view(*rows, G, -1)
+        turns = None if rotary is None else attention.turns(rotary, packed, S)
+        query, key, value = _heads(mixed, D, turns, reading.head_norms)
+        if turns is not None and type(attention.core_attention).__name__ == _ENGINE:
             value = value.contiguous()  # else it looks twice at strides, and copies all three
         out = attention.core_attention(
             query,
@@ -109,21 +110,27 @@ class LeanLayer(TransformerLayer):
             attn_mask_type=attention.attn_mask_type,
             packed_seq_params=packed,
         )
-        added = _product_of(out.reshape(S, B, -1), attention.linear_proj)
-        return _add(hidden_SBE, added, self.self_attn_bda)
+        if packed is not None or out.is_contiguous():
+            return _add(hidden_TE, reading.proj(out.reshape(S * B, -1)), self.self_attn_bda)
+        # A fused attention may leave samples behind each other, [B, S, E] in memory.
+        added_BSE = reading.proj(out.transpose(0, 1).reshape(S * B, -1)).view(B, S, -1)
+        return _add(hidden_SBE, added_BSE.transpose(0, 1), self.self_attn_bda).reshape(-1, E)
 
 
-def _product(hidden: Tensor, linear: Any) -> Tensor:
-    bias = linear.bias
-    # Transformer Engine has an empty tensor where there is no bias.
-    return F.linear(hidden, linear.weight, bias if bias is not None and bias.numel() else None)
-
-
-def _product_of(out_SBE: Tensor, linear: Any) -> Tensor:
-    """The same; a fused attention may leave samples behind each other, [B, S, E] in memory."""
-    if out_SBE.is_contiguous() or not out_SBE.transpose(0, 1).is_contiguous():
-        return _product(out_SBE, linear)
-    return _product(out_SBE.transpose(0, 1), linear).transpose(0, 1)
+def _heads(
+    mixed: Tensor, D: int, turns: tuple[Tensor, float] | None, norms: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of [..., G, W], queries [..., H, D], keys and values [..., G, D]."""
+    if turns is not None and not norms:
+        return turn_heads(mixed, turns[0], D, scale=turns[1])
+    *rows, _, W = mixed.shape
+    query, key, value = torch.split_with_sizes(mixed, (W - 2 * D, D, D), dim=-1)
+    query = query.reshape(*rows, -1, D)
+    if norms:
+        query, key = norms[0](query), norms[1](key)
+        if turns is not None:
+            query, key = rotate(query, key, turns[0], scale=turns[1])
+    return query, key, value
 
 
 def _add(residual: Tensor, added: Tensor, how: Any) -> Tensor:

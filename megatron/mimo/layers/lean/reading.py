@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron.core.activations import quick_gelu
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -64,6 +64,25 @@ _OFF = (  # settings of a configuration that change what is computed, or when
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """The parameters of a linear layer: those of its module, where others may take their place."""
+
+    parameters: dict[str, Any]
+
+    @property
+    def weight(self) -> Tensor:
+        """[F, E]."""
+        weight: Tensor = self.parameters["weight"]
+        return weight
+
+    def __call__(self, hidden_TE: Tensor) -> Tensor:
+        """The product, [T, F]."""
+        # Transformer Engine may have an empty tensor where there is no bias.
+        bias = self.parameters.get("bias")
+        return F.linear(hidden_TE, self.weight, bias if bias is not None and bias.numel() else None)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
     """A layer as its modules and functions.
@@ -71,32 +90,46 @@ class Reading:
     Attributes:
         first_norm: before attention, of a module that holds its weight as ``weight``, or of the
             linear layer behind it, as ``layer_norm_weight``.
+        attention: the module.
+        sizes: key heads, and the size of a head.
+        head_norms: of queries and of keys, or none.
+        qkv, proj: the linear layers of attention.
         second_norm: before the feed-forward.
-        act: between the two products of the feed-forward.
+        mlp: the linear layers of the feed-forward.
+        act: between them.
         watched: modules that have to stay what they are: name, where it is named, class.
+        hooks: those of the modules, which have to stay empty.
+        waits: those before the modules are called, which may wait for weights.
     """
 
     first_norm: Function
+    attention: Any
+    sizes: tuple[int, int]
+    head_norms: tuple[Function, ...]
+    qkv: Linear
+    proj: Linear
     second_norm: Function
+    mlp: tuple[Linear, Linear]
     act: Function
     watched: tuple[tuple[dict[str, Any], str, nn.Module, type], ...]
+    hooks: tuple[dict[int, Any], ...]
+    waits: tuple[tuple[nn.Module, dict[int, Any]], ...]
 
     def holds(self) -> bool:
         """Whether nothing was put in a module's place or hangs on one since it was read."""
         for siblings, name, module, kind in self.watched:
             if siblings.get(name) is not module or type(module) is not kind:
                 return False
-            if module._forward_hooks or not all(map(_gathers, module._forward_pre_hooks.values())):
-                return False
-            if module._backward_hooks or module._backward_pre_hooks:
-                return False
-        return True
+        if any(self.hooks):
+            return False
+        return all(_gathers(hook) for _, hooks in self.waits if hooks for hook in hooks.values())
 
     def await_weights(self) -> None:
         """Wait for the weights that data-parallel ranks gather, as calls of the modules would."""
-        for _, _, module, _ in self.watched:
-            for hook in module._forward_pre_hooks.values():
-                hook(module, ())
+        for module, hooks in self.waits:
+            if hooks:
+                for hook in hooks.values():
+                    hook(module, ())
 
 
 def _gathers(hook: Any) -> bool:
@@ -127,12 +160,32 @@ def read_layer(layer: Any) -> Reading | None:
     norms = (_norm(layer.input_layernorm, linears[0]), _norm(layer.pre_mlp_layernorm, linears[2]))
     heads = (attention.q_layernorm, attention.k_layernorm)
     act = _act(config)
-    if None in norms or act is None or not all(one is None or _is_norm(one) for one in heads):
+    has_norms = any(one is not None for one in heads)
+    if None in norms or act is None or (has_norms and not all(map(_is_norm, heads))):
         return None
     first_norm, second_norm = norms
     assert first_norm is not None
     assert second_norm is not None
-    return Reading(first_norm=first_norm, second_norm=second_norm, act=act, watched=_watched(layer))
+    qkv, proj, first, second = (Linear(linear._parameters) for linear in linears)
+    watched = _watched(layer)
+    modules = [module for _, _, module, _ in watched]
+    return Reading(
+        first_norm=first_norm,
+        attention=attention,
+        sizes=(
+            attention.num_query_groups_per_partition,
+            attention.hidden_size_per_attention_head,
+        ),
+        head_norms=tuple(map(_called, heads)) if has_norms else (),
+        qkv=qkv,
+        proj=proj,
+        second_norm=second_norm,
+        mlp=(first, second),
+        act=act,
+        watched=watched,
+        hooks=tuple(hooks for module in modules for hooks in _hooks(module)),
+        waits=tuple((module, module._forward_pre_hooks) for module in modules),
+    )
 
 
 def _is_plain(layer: Any) -> bool:
@@ -148,7 +201,9 @@ def _is_linear(linear: Any) -> bool:
     known = type(linear) in (ColumnParallelLinear, RowParallelLinear)
     if not known and type(linear).__name__ not in _ENGINE_LINEAR:
         return False
-    return getattr(linear, "gtp_remat_size", 1) == 1 and linear.weight is not None
+    return (
+        getattr(linear, "gtp_remat_size", 1) == 1 and linear._parameters.get("weight") is not None
+    )
 
 
 def _is_norm(norm: Any) -> bool:
@@ -164,7 +219,25 @@ def _norm(norm: Any, linear: Any) -> Function | None:
         return None
     if fused:
         return partial(_fused_norm, linear)
-    return norm if _is_norm(norm) else None
+    return _called(norm) if _is_norm(norm) else None
+
+
+def _called(norm: Any) -> Function:
+    """What a module computes, without calling it where that is one function."""
+    if type(norm) is not Norm or norm.zero_centered:
+        return cast(Function, norm)
+    return partial(_plain_norm, norm, norm._parameters)
+
+
+def _plain_norm(norm: Norm, parameters: dict[str, Tensor | None], hidden: Tensor) -> Tensor:
+    weight, bias = parameters["weight"], parameters.get("bias")
+    assert weight is not None
+    if hidden.dtype != weight.dtype:
+        result: Tensor = norm.forward(hidden)
+        return result
+    if bias is None:
+        return F.rms_norm(hidden, norm.shape, weight, norm.eps)
+    return torch.layer_norm(hidden, norm.shape, weight, bias, norm.eps)
 
 
 def _fused_norm(linear: Any, hidden: Tensor) -> Tensor:
@@ -188,7 +261,7 @@ def _act(config: Any) -> Function | None:
     kind = None
     if function is F.silu:
         kind = "silu"
-    elif function is quick_gelu and not config.bias_activation_fusion:
+    elif _is_quick_gelu(function) and not config.bias_activation_fusion:
         kind = "quick_gelu"
     elif function is F.gelu:  # megatron-core's fused one is the tanh approximation
         kind = "gelu_tanh" if config.bias_activation_fusion else "gelu"
@@ -198,7 +271,17 @@ def _act(config: Any) -> Function | None:
         return partial(F.gelu, approximate="tanh" if kind == "gelu_tanh" else "none")
     if kind is not None:
         return partial(activate, kind=kind, gated=gated)
-    return None if gated or config.bias_activation_fusion else function
+    return None if gated or config.bias_activation_fusion else cast(Function, function)
+
+
+def _is_quick_gelu(function: Any) -> bool:
+    """By its name: it is another object before and after megatron-core's jit is taken off."""
+    names = (getattr(function, "__module__", ""), getattr(function, "__name__", ""))
+    return names == ("megatron.core.activations", "quick_gelu")
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    return module._forward_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def _watched(layer: Any) -> tuple[tuple[dict[str, Any], str, nn.Module, type], ...]:

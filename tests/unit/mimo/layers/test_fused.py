@@ -25,6 +25,8 @@ given = torch.load(sys.argv[2])
 found = [
     *kernels.launch_rotation(*given["rotation"], 1.5, False),
     *kernels.launch_rotation(*given["rotation"], 1.5, True),
+    *kernels.launch_heads(*given["mixed"], 1.5, 10),
+    kernels.launch_heads_back(*given["heads"], given["mixed"][1], 1.5),
 ]
 for kind in range(4):
     for gated in (False, True):
@@ -86,12 +88,28 @@ def check_rotation(device: str, tolerance: float, dtype: torch.dtype = torch.flo
         torch.testing.assert_close(one.grad.float() / 2, other.grad, rtol=tolerance, atol=tolerance)
 
 
+def check_heads(device: str) -> None:
+    """One operation is a split, :func:`rotate` and a copy of the values, gradients included."""
+    from megatron.mimo.layers.fused import rotate, turn_heads
+
+    turns = rotation_inputs()[2].to(device)
+    mixed = torch.randn(3, 2, 2, 50, device=device, requires_grad=True)  # [S, B, G, W]
+    found = turn_heads(mixed, turns, 10, scale=1.5)
+    assert all(one.is_contiguous() for one in found)
+    q, k, v = mixed.split((30, 10, 10), dim=-1)
+    expected = (*rotate(q.reshape(3, 2, 6, 10), k, turns, scale=1.5), v)
+    weights = [torch.randn_like(one) for one in expected]
+    gradients = [torch.autograd.grad(heads, mixed, weights) for heads in (found, expected)]
+    for one, other in zip((*found, *gradients[0]), (*expected, *gradients[1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
 def check_activation(device: str, tolerance: float, dtype: torch.dtype = torch.float32) -> None:
     from megatron.mimo.layers.fused import KINDS, activate
 
     for kind in KINDS:
         for gated in (False, True):
-            inner = torch.randn(5, 3, 24, device=device, dtype=dtype, requires_grad=True)
+            inner = torch.randn(15, 24, device=device, dtype=dtype, requires_grad=True)
             found = activate(inner, kind, gated=gated)
             wide = inner.detach().double().requires_grad_()
             expected = activated(wide, kind, gated)
@@ -104,6 +122,7 @@ def check_activation(device: str, tolerance: float, dtype: torch.dtype = torch.f
 
 def test_values_and_gradients() -> None:
     check_rotation("cpu", 1e-6)
+    check_heads("cpu")
     check_activation("cpu", 2e-6)
 
 
@@ -115,6 +134,7 @@ def test_in_bfloat16_only_the_result_is_rounded() -> None:
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
     check_rotation("cuda", 1e-6)
+    check_heads("cuda")
     check_activation("cuda", 5e-6)
     check_rotation("cuda", 2**-7, torch.bfloat16)
     check_activation("cuda", 2**-7, torch.bfloat16)
@@ -126,6 +146,9 @@ def test_kernels_compute_what_plain_torch_does(tmp_path: Path) -> None:
 
     given: dict[str, Any] = {
         "rotation": rotation_inputs(),
+        "mixed": (torch.randn(6, 2, 50), rotation_inputs()[2]),  # three queries for a key
+        # Strided in tokens and heads, as slices of what an attention gives.
+        "heads": torch.randn(6, 20, 10)[:, ::2].split((6, 2, 2), dim=1),
         "activation": [(torch.randn(3, 1030), torch.randn(3, 1030 * width)) for width in (1, 2)],
     }
     source, target = tmp_path / "given.pt", tmp_path / "found.pt"
@@ -140,6 +163,8 @@ def test_kernels_compute_what_plain_torch_does(tmp_path: Path) -> None:
     expected = [
         *rotation._plain(*given["rotation"], 1.5, False),
         *rotation._plain(*given["rotation"], 1.5, True),
+        *rotation._plain_heads(*given["mixed"], 1.5, 10),
+        rotation._plain_heads_back(*given["heads"], given["mixed"][1], 1.5),
     ]
     for kind in range(4):
         for gated in (False, True):
