@@ -85,7 +85,9 @@ def _transformer(values: Mapping[str, Any], dtype: torch.dtype) -> TransformerCo
         "cp_comm_type": "p2p",
         "deallocate_pipeline_outputs": True,
         "tensor_parallel_num_weight_shards": tp_size,
-        "expert_tensor_parallel_num_weight_shards": tp_size,
+        "expert_tensor_parallel_num_weight_shards": (
+            values.get("expert_tensor_parallel_size") or tp_size
+        ),
     }
     return TransformerConfig(
         **{**as_in_a_run, **given},

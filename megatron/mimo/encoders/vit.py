@@ -77,6 +77,7 @@ def encoder_config(
         tp_comm_overlap=False,
         expert_model_parallel_size=1,
         expert_tensor_parallel_size=None,
+        expert_tensor_parallel_num_weight_shards=None,
         num_moe_experts=None,
         mtp_num_layers=None,
         fp8=None,

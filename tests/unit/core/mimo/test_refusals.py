@@ -101,6 +101,14 @@ def check_constructions_that_are_refused() -> None:
         MimoModel(MimoModelConfig(spec, {}, {}, {"language": None}))
     with pytest.raises(UnsupportedError, match="mtp_num_layers = 1"):
         MimoModel(MimoModelConfig(language_spec({"mtp_num_layers": 1})))
+    interleaved = {
+        "num_layers": 4,
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "pipeline_dtype": torch.float32,
+    }
+    with pytest.raises(ConfigError, match="overlap_p2p_comm is False with virtual_pipeline"):
+        MimoModel(MimoModelConfig(language_spec(interleaved)))
     spec.params.pop("config")
     with pytest.raises(ConfigError, match="has no 'config'"):
         MimoModel(MimoModelConfig(spec))

@@ -290,8 +290,11 @@ def test_encoder_beside_a_mixture_of_experts_is_dense() -> None:
     from megatron.mimo.encoders import encoder_config
 
     language = language_config(
+        tensor_model_parallel_size=2,
         num_moe_experts=4,
         expert_model_parallel_size=2,
+        expert_tensor_parallel_size=1,  # and the shards of a run's arguments, which follow it
+        expert_tensor_parallel_num_weight_shards=1,
         moe_ffn_hidden_size=24,
         moe_router_topk=3,
         add_bias_linear=False,

@@ -8,7 +8,7 @@ from torch import nn
 
 from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.config.base_configs import language_config
-from megatron.core.models.mimo.errors import UnsupportedError
+from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
 from megatron.core.models.mimo.model.attention_support import refuse_attention
 from megatron.core.models.mimo.model.colocated import refuse_grids
 from megatron.core.models.mimo.model.level_route import LevelRoute
@@ -23,7 +23,7 @@ def refuse_description(mimo_config: MimoModelConfig) -> None:
 
     Raises:
         ConfigError: no language configuration; a multimodal rotary embedding or module grids that
-            do not fit.
+            do not fit; an interleaved schedule that would mix up messages.
         UnsupportedError: module grids that no layout runs, multi-token prediction, an attention
             that cannot do its job.
     """
@@ -31,6 +31,24 @@ def refuse_description(mimo_config: MimoModelConfig) -> None:
     refuse_multi_token_prediction(mimo_config)
     refuse_attention(mimo_config)
     refuse_mrope(mimo_config)
+    refuse_mixed_up_messages(mimo_config)
+
+
+def refuse_mixed_up_messages(mimo_config: MimoModelConfig) -> None:
+    """Raise ``ConfigError`` for an interleaved schedule whose loss would silently be wrong.
+
+    Between two stages messages go in both directions and both wrap around: sent one by one, each
+    is told from the others by its order, which megatron-core keeps where it overlaps them.
+    """
+    config = language_config(mimo_config)
+    interleaved = getattr(config, "virtual_pipeline_model_parallel_size", None) is not None
+    if interleaved and config.pipeline_model_parallel_size == 2 and not config.overlap_p2p_comm:
+        raise ConfigError(
+            "overlap_p2p_comm is False with virtual_pipeline_model_parallel_size = "
+            f"{config.virtual_pipeline_model_parallel_size} on 2 pipeline stages: messages between "
+            "the same two ranks would be mistaken for each other; set overlap_p2p_comm=True and "
+            "batch_p2p_comm=False"
+        )
 
 
 def refuse_multi_token_prediction(mimo_config: MimoModelConfig) -> None:
