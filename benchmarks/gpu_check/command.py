@@ -29,7 +29,8 @@ Proves and measures on this machine's GPU all that can be, without a network, in
 
 It runs with the Python that has the packages: python scripts/gpu_check. Every step is a process
 with a time limit; after a failure the next one goes on. Results are in DIR after every step:
-gpu_check.json, gpu_check.md (the table for docs/benchmarks.md), gpu_check.log.
+gpu_check.jsonl (a line for each), gpu_check.json, gpu_check.md (the table for docs/benchmarks.md).
+What a step prints is in DIR/logs/STEP.log while it runs.
 
 Exit codes: 0 all that was run passed, or was refused by name where that is a result; 1 something
 failed; 2 wrong arguments, or no GPU.
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say("stopped")
             return 1
         finally:
-            _say(f"results: {record.json}, {record.table}, {record.log}")
+            _say(f"results: {record.json}, {record.table}, {record.logs}")
 
 
 def check(runner: Runner, steps: Sequence[Step], *, cpu: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
@@ -11,8 +12,13 @@ from typing import Any
 
 from benchmarks.gpu_check.check_step import StepError
 
-__all__ = ["json_object", "tests_passed", "training", "verified"]
+__all__ = ["json_object", "profile", "tests_passed", "training", "verified"]
 
+_OF_A_PROFILE = {
+    "busy_share": r"busy ([\d.]+) %",
+    "launches": r"(?:launches|calls of operators): ([\d,]+)",
+    "waits": r"(?:synchronisations|would wait for a device): ([\d.]+)",
+}
 _ENDS = 5  # losses at either end of a curve that are compared
 
 
@@ -57,6 +63,21 @@ def read_losses(path: Path) -> list[tuple[int, float]]:
     lines = path.read_text().splitlines(keepends=True)[1:]
     cells = [line.split(",") for line in lines if line.endswith("\n")]
     return [(int(number), float(loss)) for number, loss in cells]
+
+
+def profile(folder: Path, text: str) -> dict[str, Any]:
+    """What the page of a profile says of the machine, and that its trace can be read."""
+    traces = list((folder / "run").rglob("torch_profile/rank-*.json.gz"))
+    if not traces:
+        raise StepError("there is no trace")
+    with gzip.open(traces[0]) as trace:
+        events = json.load(trace)["traceEvents"]
+    found: dict[str, Any] = {"events": len(events)}
+    for name, pattern in _OF_A_PROFILE.items():
+        match = re.search(pattern, text)
+        if match:
+            found[name] = float(match[1].replace(",", ""))
+    return found
 
 
 def verified(folder: Path, text: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is written of a check: one JSON, one table, one log; anew after every step."""
+"""What is written of a check: its results after every step, and what steps print as they do."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ _SHOWN = 160  # characters of a reason in the table
 
 
 class Record:
-    """The files of a check in a folder: ``gpu_check.json``, ``gpu_check.md``, ``gpu_check.log``."""
+    """The files of a check in a folder, which are worth reading whenever the check is cut off.
+
+    ``gpu_check.jsonl`` gets a line for each step that has ended, ``gpu_check.json`` and
+    ``gpu_check.md`` are whole after each, ``logs/STEP.log`` is written by the step itself.
+    """
 
     def __init__(self, folder: Path, *, command: str, budget: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.json, self.table, self.log = (
-            folder / f"gpu_check.{ending}" for ending in ("json", "md", "log")
+        self.json, self.lines, self.table = (
+            folder / f"gpu_check.{ending}" for ending in ("json", "jsonl", "md")
         )
-        self.log.write_text("")
+        self.logs = folder / "logs"
+        self.logs.mkdir(exist_ok=True)
+        self.lines.write_text("")
         self.machine: dict[str, Any] = {}
         self.outcomes: dict[str, tuple[Step, Outcome]] = {}
         self._command = command
@@ -32,14 +38,16 @@ class Record:
         self._start = time.monotonic()
         self._date = time.strftime("%Y-%m-%d %H:%M:%S %z")
 
-    def add(self, step: Step, outcome: Outcome, *, text: str = "") -> None:
+    def add(self, step: Step, outcome: Outcome) -> None:
         """Note the outcome of a step and write everything."""
         self.outcomes[step.name] = (step, outcome)
-        if text:
-            with self.log.open("a") as log:
-                log.write(f"===== {step.name}: {outcome.result} ({outcome.seconds:.0f} s)\n")
-                log.write(f"===== {' '.join(step.command)}\n{text.rstrip()}\n\n")
+        with self.lines.open("a") as lines:
+            lines.write(json.dumps(_values(step, outcome), default=str) + "\n")
         self.write()
+
+    def log_of(self, step: Step) -> Path:
+        """The file that takes what the step prints."""
+        return self.logs / f"{step.name}.log"
 
     def write(self) -> None:
         """Write the JSON and the table; each file is complete at any time."""
@@ -47,19 +55,6 @@ class Record:
         _replace(self.table, self._markdown())
 
     def _content(self) -> dict[str, Any]:
-        steps = [
-            {
-                "name": step.name,
-                "title": step.title,
-                "result": outcome.result,
-                "reason": outcome.reason,
-                "seconds": round(outcome.seconds, 1),
-                "figures": dict(outcome.figures),
-                "command": list(step.command),
-                "last_lines": list(outcome.last_lines),
-            }
-            for step, outcome in self.outcomes.values()
-        ]
         return {
             "format": 1,
             "date": self._date,
@@ -67,7 +62,7 @@ class Record:
             "budget_s": self._budget,
             "seconds": round(time.monotonic() - self._start, 1),
             "machine": self.machine,
-            "steps": steps,
+            "steps": [_values(*pair) for pair in self.outcomes.values()],
         }
 
     def _markdown(self) -> str:
@@ -92,6 +87,19 @@ class Record:
             lines += ["", "Not run:", ""]
             lines += [f"- `{step.name}` ({step.title}): {one.reason}" for step, one in left]
         return "\n".join(lines) + "\n"
+
+
+def _values(step: Step, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "title": step.title,
+        "result": outcome.result,
+        "reason": outcome.reason,
+        "seconds": round(outcome.seconds, 1),
+        "figures": dict(outcome.figures),
+        "command": list(step.command),
+        "last_lines": list(outcome.last_lines),
+    }
 
 
 def short_figures(figures: Mapping[str, Any], shown: Collection[str] = ()) -> str:

@@ -103,17 +103,17 @@ class Runner:
             [sys.executable, *words],
             limit=min(step.limit, left),
             folder=self.root,
-            log=folder / "output",
+            log=self.record.log_of(step),
             environment=self.environment,
             stopped=self.stop.is_set,
         )
         outcome = judge(step, folder, ended)
-        self._note(step, outcome, ended.text)
+        self._note(step, outcome)
         return outcome
 
-    def _note(self, step: Step, outcome: Outcome, text: str = "") -> None:
+    def _note(self, step: Step, outcome: Outcome) -> None:
         with self._lock:
-            self.record.add(step, outcome, text=text)
+            self.record.add(step, outcome)
             done = len(self.record.outcomes)
             words = "; ".join(
                 filter(None, [outcome.reason, short_figures(outcome.figures, step.shown)])

@@ -126,7 +126,18 @@ def _trainings(*, cpu: bool, full: bool) -> list[Step]:
             **longer,
         )
     )
-    return [*steps, *_formats(length, longer)]
+    return [*steps, _profile(), *_formats(length, longer)]
+
+
+def _profile() -> Step:
+    span = ("--profile-step-start", "10", "--profile-step-end", "13", "--train-iters", "14")
+    return Step(
+        name="profile",
+        title="a profile (`--profile`) of LLaVA's twin on packed sequences",
+        command=(_TRAIN, *_PACKED, "--profile", *span, *_OUTPUT),
+        needs=("gpu",),
+        figures=reading.profile,
+    )
 
 
 def _formats(length: tuple[str, ...], longer: dict[str, float]) -> list[Step]:
@@ -185,8 +196,9 @@ def _tests() -> Step:
         name="tests",
         title="`pytest --gpu`",
         command=(
-            *("-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"),
-            *("--gpu", "tests"),
+            # A line for each test as it ends: a log that is cut off says how far it came.
+            *("-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors"),
+            *("--gpu", "--durations=15", "tests"),
         ),
         needs=("gpu", "pytest"),
         expected=45.0,
@@ -200,8 +212,7 @@ def _benchmarks(*, cpu: bool, full: bool) -> list[Step]:
     size = ("--size", "tiny", "--rounds", "1")
     if not cpu:
         size = ("--size", "2b", "--rounds", "20" if full else "8")
-    llava = ("benchmarks/llava.py", "--json", *size, "--side")
-    theirs = "{shared}/llava.json"
+    lengths = ("--lengths", "256", "512") if cpu else ("--device", "cuda")
     alone = Step(
         name="",
         title="",
@@ -221,21 +232,39 @@ def _benchmarks(*, cpu: bool, full: bool) -> list[Step]:
             command=("benchmarks/alignment.py", "--json", *(small if cpu else ())),
             shown=_MERGING,
         ),
+        *_steps_of_models(alone, size),
         replace(
             alone,
-            name="llava.transformers",
-            title="a step of LLaVA in transformers",
-            command=(*llava, "transformers", "--output", theirs),
-            expected=35.0,
-        ),
-        *(
-            replace(
-                alone,
-                name=f"llava.{kind}",
-                title=f"the same step of ours, {words}",
-                command=(*llava, "ours", "--transformer-impl", layers, "--beside", theirs),
-                needs=("gpu", "te") if kind == "te" else ("gpu",),
-            )
-            for kind, (layers, words) in _KINDS.items()
+            name="linear_attention",
+            title="the gated delta rule, beside attention and the recurrence",
+            command=("benchmarks/linear_attention.py", "--json", *lengths),
+            shown=(),
         ),
     ]
+
+
+def _steps_of_models(alone: Step, size: tuple[str, ...]) -> list[Step]:
+    """A training step in transformers, then ours beside it."""
+    steps = []
+    for family, name in (("llava", "LLaVA"), ("qwen3_vl", "Qwen3-VL")):
+        step = ("benchmarks/llava.py", "--family", family, "--json", *size, "--side")
+        theirs = f"{{shared}}/{family}.json"
+        steps.append(
+            replace(
+                alone,
+                name=f"{family}.transformers",
+                title=f"a step of {name} in transformers",
+                command=(*step, "transformers", "--output", theirs),
+                expected=35.0,
+            )
+        )
+        for kind, (layers, words) in _KINDS.items():
+            ours = replace(
+                alone,
+                name=f"{family}.{kind}",
+                title=f"the same step of ours, {words}",
+                command=(*step, "ours", "--transformer-impl", layers, "--beside", theirs),
+                needs=("gpu", "te") if kind == "te" else ("gpu",),
+            )
+            steps.append(ours)
+    return steps

@@ -114,9 +114,10 @@ LAYERS_APART = Patch(
     scope=Scope.OBJECT,
 )
 ZERO_STATE = Patch(
-    name="state of SGD",
+    name="state of an optimizer",
     target="megatron.core.optimizer.optimizer:MegatronOptimizer.init_state_fn",
-    reason="None for SGD: TypeError on loading a checkpoint",
+    reason="None for SGD, and of Transformer Engine's precision-aware Adam without an argument: "
+    "TypeError on loading a checkpoint",
     scope=Scope.OBJECT,
 )
 EXIT = Patch(

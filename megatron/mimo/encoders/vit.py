@@ -21,6 +21,7 @@ from megatron.mimo.encoders.work import EncoderWork
 
 # Of --recompute-modules, what an encoder's dense layers with ordinary attention have.
 _RECOMPUTED = ("core_attn", "layernorm", "mlp")
+_EXPERTS_AND_LINEAR = ("num_moe_experts", "linear_attention_freq")
 
 
 def encoder_config(
@@ -75,10 +76,6 @@ def encoder_config(
         context_parallel_size=1,
         sequence_parallel=False,
         tp_comm_overlap=False,
-        expert_model_parallel_size=1,
-        expert_tensor_parallel_size=None,
-        expert_tensor_parallel_num_weight_shards=None,
-        num_moe_experts=None,
         mtp_num_layers=None,
         fp8=None,
         fp4=None,
@@ -129,7 +126,7 @@ def _only_in_language(config: TransformerConfig) -> dict[str, Any]:
     """Defaults of what only experts and linear layers have, of which encoders have none."""
     defaults = {}
     for field in fields(config):
-        if field.name.startswith("moe_") or field.name == "linear_attention_freq":
+        if field.name.startswith(("moe_", "expert_")) or field.name in _EXPERTS_AND_LINEAR:
             made = field.default_factory
             defaults[field.name] = field.default if made is MISSING else made()
     return defaults

@@ -18,6 +18,8 @@ from megatron.mimo.models.common.flops import (
     media_amounts,
     media_works,
     operations,
+    shards_of,
+    span_lengths,
     training_costs,
 )
 from megatron.mimo.planner.activations import (
@@ -167,7 +169,12 @@ def _flops(built: Built, typical: Typical, given: Recomputation) -> tuple[float,
     flops = again = tokens = 0.0
     for batch in typical.batches:
         lengths = batch.get(LENGTHS) or [batch["input_ids"].size(1)] * len(batch["input_ids"])
-        amounts = language_amounts(costs, Counter(lengths), _labels(built.stages[0][0], batch))
+        amounts = language_amounts(
+            costs,
+            Counter(lengths),
+            _labels(built.stages[0][0], batch),
+            spans=span_lengths(batch),
+        )
         amounts |= media_amounts(built.stages[0][0], batch.get("modality_inputs") or {})
         tokens += sum(lengths)
         flops += operations(costs, amounts)
@@ -286,7 +293,7 @@ def _parts(stages: list[list[Any]], args: Namespace) -> dict[str, Part]:
         for parameter, (path, *_) in paths_by_parameter(chunk).items():
             if getattr(parameter, "shared", False):
                 continue  # the last stage's copy of the embedding
-            size = parameter.numel() * _shards(parameter, args)
+            size = parameter.numel() * shards_of(parameter, args)
             name = _part_name(path)
             part = parts.get(name, Part(total=0, trained=0))
             trained = part.trained + size * parameter.requires_grad
@@ -298,14 +305,6 @@ def _part_name(path: str) -> str:
     """The module and what is in it: "images.encoders", "language.decoder.experts"."""
     experts = ".experts" if ".experts." in path else ""
     return ".".join(path.split(".")[:2]) + experts
-
-
-def _shards(parameter: Any, args: Namespace) -> int:
-    if not getattr(parameter, "allreduce", True):  # an expert's
-        etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-        return int(args.expert_model_parallel_size * etp)
-    is_cut = getattr(parameter, "tensor_model_parallel", False)
-    return int(args.tensor_model_parallel_size) if is_cut else 1
 
 
 def _names(stages: int) -> list[str]:

@@ -17,7 +17,8 @@ def fill_state(optimizer: Any) -> None:
 
     A load makes room for the state of every parameter, so that all of it has to be in a checkpoint,
     which what has taken no step yet would not write (fp16, whose first steps are skipped until the
-    loss scale fits). SGD, for which Megatron knows no state to begin with, gets zeros.
+    loss scale fits). SGD, for which Megatron knows no state to begin with, gets zeros; the
+    precision-aware Adam makes its own.
 
     Args:
         optimizer: Megatron's, of the whole model.
@@ -27,9 +28,22 @@ def fill_state(optimizer: Any) -> None:
             continue  # nothing is trained here
         if part.init_state_fn is None:
             replace_in(part, ZERO_STATE, lambda _: _zero_momentum)
-        # Megatron makes this state as Transformer Engine no longer takes it; the first step does.
-        if not part.config.use_precision_aware_optimizer:
-            part.init_state_fn(part.optimizer, part.config)
+        elif part.config.use_precision_aware_optimizer:
+            replace_in(part, ZERO_STATE, lambda _: _precise_state)
+        part.init_state_fn(part.optimizer, part.config)
+
+
+def _precise_state(optimizer: Any, _config: Any = None) -> None:
+    """The state of Transformer Engine's Adam as its first step makes it.
+
+    Megatron leaves out what Transformer Engine decides for each parameter: whether of the fp32
+    weight only the bits are kept that the bf16 one lacks.
+    """
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if not optimizer.state[param]:
+                remainders = optimizer.store_param_remainders and param.dtype == torch.bfloat16
+                optimizer.initialize_state(param, remainders)
 
 
 def _zero_momentum(optimizer: torch.optim.Optimizer, _config: Any = None) -> None:

@@ -24,6 +24,7 @@ from megatron.mimo.models.common.flops import (
     language_amounts,
     media_amounts,
     operations,
+    span_lengths,
     training_costs,
 )
 from megatron.mimo.process.console import format_count
@@ -106,6 +107,7 @@ class ThroughputMeter:
         self._chunks = chunks
         self._amounts: Counter[str] = Counter()
         self._documents: Counter[int] = Counter()  # by length
+        self._spans: Counter[int] = Counter()  # by length
         self._positions = self._iterations = self._labels = 0
         self._waited = 0.0
         self._since = time.monotonic()
@@ -144,7 +146,7 @@ class ThroughputMeter:
         counts = ranks == (0, 0) and mpu.is_pipeline_first_stage(ignore_virtual=True)
         own = [0.0, 0.0, 0.0]
         if counts:
-            language = language_amounts(costs, self._documents, self._labels)
+            language = language_amounts(costs, self._documents, self._labels, spans=self._spans)
             flops = operations(costs, self._amounts) + operations(costs, language)
             tokens = sum(length * number for length, number in self._documents.items())
             own = [tokens, self._positions, flops]
@@ -172,6 +174,7 @@ class ThroughputMeter:
         if lengths is None:
             lengths = [ids_BS.size(1)] * ids_BS.size(0)
         self._documents.update(lengths)
+        self._spans.update(span_lengths(batch))
         self._positions += ids_BS.numel()
         mask_BS = batch.get("loss_mask")
         if mask_BS is not None and self._chunks[0].takes_label_rows:
@@ -193,6 +196,7 @@ class ThroughputMeter:
     def _forget(self) -> None:
         self._amounts.clear()
         self._documents.clear()
+        self._spans.clear()
         self._positions = self._iterations = self._labels = 0
         self._waited, self._since = 0.0, time.monotonic()
 

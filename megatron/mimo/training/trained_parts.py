@@ -19,6 +19,7 @@ from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.arguments.component_flags import components_of
 from megatron.mimo.data.batch import batch_device
 from megatron.mimo.lora import add_adapters, require_adapters, settings_from
+from megatron.mimo.models.common.flops import shards_of
 from megatron.mimo.training.frozen_layers import has_gaps
 
 if TYPE_CHECKING:
@@ -128,13 +129,11 @@ def _count_text(paths: Sequence[tuple[nn.Parameter, tuple[str, ...]]], args: Nam
         if getattr(parameter, "shared", False):
             continue  # the last stage's copy of the embedding
         own = components.get(names[0].partition(".")[0]) if names else None
-        tp = args.tensor_model_parallel_size if own is None else own.tp
-        pp = args.pipeline_model_parallel_size if own is None else own.pp
-        share = 1.0 if getattr(parameter, "tensor_model_parallel", False) else 1.0 / tp
-        if not getattr(parameter, "allreduce", True):  # an expert's
-            share = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp) / tp
-        ranks = dist.get_world_size() if own is None else own.size
-        share /= ranks / (tp * pp)  # copies
+        pp, ranks, sizes = args.pipeline_model_parallel_size, dist.get_world_size(), args
+        if own is not None:
+            pp, ranks = own.pp, own.size
+            sizes = Namespace(**{**vars(args), "tensor_model_parallel_size": own.tp})
+        share = shards_of(parameter, sizes) * pp / ranks  # of its copies, which all ranks sum up
         counts += parameter.numel() * share * torch.tensor([float(parameter.requires_grad), 1.0])
     counts = counts.float().to(batch_device())
     dist.all_reduce(counts)

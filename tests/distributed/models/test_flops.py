@@ -126,7 +126,7 @@ def counts(name: str) -> dict[str, tuple[float, float]]:
         costs = training_costs(model)
         all_pairs = {
             amount: length**2 if "pairs" in amount else number
-            for amount, number in language_amounts(costs, {length: 1}).items()
+            for amount, number in language_amounts(costs, {length: 1}, spans={}).items()
         }
         ours = operations(costs, media) + operations(costs, all_pairs)
         torchs = counter.get_total_flops() + 3 * delta_nets(config, length)
@@ -157,3 +157,18 @@ def test_seen_pairs(window: int | None) -> None:
 
     lengths = [1, 7, 12]
     assert attended_pairs(lengths, window) == seen(lengths, window)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
+def test_pairs_that_spans_add(window: int | None) -> None:
+    """By the rule that attention goes by: two spans in one document, one in another."""
+    from megatron.mimo.layers.attention.visibility import Visibility
+    from megatron.mimo.models.common.flops import language_amounts, span_lengths
+
+    spans_BS = torch.tensor([[0, 1, 1, 1, 1, 1, 0, 2, 2, 0], [0, 0, 1, 1, 1, 1, 1, 1, 1, 1]])
+    rule = Visibility.of(causal=True, window=(-1 if window is None else window - 1, 0), spans=True)
+    places = torch.arange(10)
+    allowed = sum(int(rule.allowed(places, places, ids[None], ids[None]).sum()) for ids in spans_BS)
+    amount = "language pairs" if window is None else f"language pairs within {window}"
+    found = language_amounts({amount: 1.0}, {10: 2}, spans=span_lengths({"span_ids": spans_BS}))
+    assert found[amount] == allowed

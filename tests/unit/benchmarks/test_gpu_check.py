@@ -145,8 +145,10 @@ def test_goes_on_after_failures_and_records_everything(tmp_path: Path) -> None:
     assert good.startswith("| `good` | what good does | passed | ms 1.25, deep: ms 2 |")
     assert any("error: FP8 \\| not here" in line for line in table)
     assert table[-1] == "- `te` (what te does): no usable Transformer Engine"
-    assert "ValueError: wrong" in run.record.log.read_text()
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert "ValueError: wrong" in (run.record.logs / "bad.log").read_text()
+    lines = [json.loads(line) for line in run.record.lines.read_text().splitlines()]
+    assert sorted(lines, key=str) == sorted(written["steps"], key=str)  # as they ended
+    assert len(list((tmp_path / "out").iterdir())) == 4
     assert len(said) == 7
 
 

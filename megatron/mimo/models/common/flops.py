@@ -13,16 +13,19 @@ counted by a few multiplications on the host (:func:`operations`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.utils import unwrap_model
+from megatron.mimo.data.batch import Batch
 from megatron.mimo.data.cached_items import COUNTS, KEYS, ROWS
 from megatron.mimo.encoders.work import EncoderWork
 from megatron.mimo.layers.gated_delta_net.kernels import DeltaRule
@@ -35,6 +38,9 @@ __all__ = [
     "media_amounts",
     "media_works",
     "operations",
+    "shards_of",
+    "span_lengths",
+    "span_pairs",
     "training_costs",
 ]
 
@@ -70,8 +76,36 @@ def operations(costs: Mapping[str, float], amounts: Amounts) -> float:
     return sum(cost * amounts.get(amount, 0) for amount, cost in costs.items())
 
 
+def span_pairs(length: int, window: int | None = None) -> int:
+    """Pairs that a span adds to causal attention: its tokens see each other, whatever the window.
+
+    Args:
+        length: tokens of the span.
+        window: as of :func:`attended_pairs`.
+    """
+    beyond = 0 if window is None else max(length - window, 0)
+    return length * (length - 1) // 2 + beyond * (beyond + 1) // 2
+
+
+def span_lengths(batch: Batch) -> Counter[int]:
+    """Length -> how many spans of a micro-batch on the host have it."""
+    ids_BS = batch.get("span_ids")
+    if ids_BS is None:
+        return Counter()
+    return Counter(
+        length
+        for ids_S in ids_BS
+        for length in torch.bincount(ids_S[ids_S != 0]).tolist()
+        if length
+    )
+
+
 def language_amounts(
-    costs: Mapping[str, float], documents: Mapping[int, int], labels: int | None = None
+    costs: Mapping[str, float],
+    documents: Mapping[int, int],
+    labels: int | None = None,
+    *,
+    spans: Mapping[int, int],
 ) -> dict[str, int]:
     """Those amounts of a batch that the language model goes by.
 
@@ -79,16 +113,17 @@ def language_amounts(
         costs: of the whole model, whose attentions may have windows.
         documents: length without padding -> how many documents of the batch have it.
         labels: positions that have one, where the loss is computed of these alone.
+        spans: length -> how many spans of the batch have it.
     """
     vectors = sum(length * count for length, count in documents.items())
     amounts = {_VECTORS: vectors, _LABELS: vectors if labels is None else labels}
     for amount in costs:
         if amount.startswith(_PAIRS):
-            window = amount.removeprefix(_PAIRS).removeprefix(_WITHIN)
+            named = amount.removeprefix(_PAIRS).removeprefix(_WITHIN)
+            window = int(named) if named else None
             amounts[amount] = sum(
-                attended_pairs([length], int(window) if window else None) * count
-                for length, count in documents.items()
-            )
+                attended_pairs([length], window) * count for length, count in documents.items()
+            ) + sum(span_pairs(length, window) * count for length, count in spans.items())
     return amounts
 
 
@@ -188,7 +223,7 @@ class _Flow:
     def adapt(self, amount: str, linear: nn.Module, adapter: Any, copies: float) -> None:
         """The two halves of an adapter; the second one's input always has a gradient."""
         for half, needs in ((adapter.down, 2 + self.has_gradient), (adapter.up, 3)):
-            share = _shards(half, linear) * copies
+            share = shards_of(half, getattr(linear, "config", None)) * copies
             self._add(amount, 2 * half.numel() * share * needs)
         self.has_gradient = True
 
@@ -282,7 +317,7 @@ def _count_language(language: Any, flow: _Flow) -> None:
     weight = output.weight
     if weight is None:
         weight = language.shared_embedding_or_output_weight()
-    rows = weight.size(0) * _shards(weight, output)
+    rows = weight.size(0) * shards_of(weight, getattr(output, "config", None))
     flow.multiply(_LABELS, weight, real_tokens(output, rows) / weight.size(0))
 
 
@@ -309,7 +344,7 @@ def _count(
         return
     for name, parameter in module.named_parameters(recurse=False):
         if name.startswith("weight") and parameter.dim() > 1:
-            share = copies * _shards(parameter, module)
+            share = copies * shards_of(parameter, getattr(module, "config", None))
             flow.multiply(amounts.vectors(path), parameter, share)
     adapter = getattr(module, "adapter", None)
     if adapter is not None:
@@ -317,14 +352,18 @@ def _count(
     flow.has_gradient |= any(p.requires_grad for p in module.parameters(recurse=False))
 
 
-def _shards(parameter: Any, module: Any) -> int:
-    """How many ranks hold a part of a parameter of this module."""
-    config: Any = getattr(module, "config", None)
+def shards_of(parameter: Any, sizes: Any) -> int:
+    """How many ranks hold a part of a parameter, each another one.
+
+    Args:
+        parameter: with Megatron's marks.
+        sizes: a configuration, or a run's arguments: of tensor and expert parallelism.
+    """
     if not getattr(parameter, "allreduce", True):  # an expert's
-        etp_size = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
-        return int(config.expert_model_parallel_size * etp_size)
+        etp_size = sizes.expert_tensor_parallel_size or sizes.tensor_model_parallel_size
+        return int(sizes.expert_model_parallel_size * etp_size)
     is_cut = getattr(parameter, "tensor_model_parallel", False)
-    return int(config.tensor_model_parallel_size) if is_cut else 1
+    return int(sizes.tensor_model_parallel_size) if is_cut else 1
 
 
 def _window(attention: Any) -> int | None:

@@ -9,6 +9,8 @@ import torch
 
 from megatron.mimo.backend import select_backend
 
+DTYPES = (torch.bfloat16, torch.float32)
+
 
 @pytest.fixture(autouse=True)
 def on_cpu() -> None:
@@ -54,5 +56,32 @@ def test_others_are_filled_by_megatron_once_they_are_made() -> None:
     inner = Adam([torch.nn.Parameter(torch.ones(3))], lr=0.1)
     fill_state(build(inner, initialise))
     assert calls == [inner]
-    fill_state(build(inner, initialise, use_precision_aware_optimizer=True))
-    assert calls == [inner]  # Transformer Engine's own, at its first step
+
+
+class PreciseAdam(torch.optim.Adam):
+    """With the method of Transformer Engine 2's FusedAdam, which runs on a GPU alone."""
+
+    store_param_remainders = True
+
+    def initialize_state(self, param: torch.Tensor, store_param_remainders: bool) -> None:
+        dtype = torch.int16 if store_param_remainders else torch.float32
+        self.state[param]["master_param"] = torch.zeros_like(param, dtype=dtype)
+
+
+def test_the_precision_aware_adam_keeps_what_bf16_lacks() -> None:
+    """Megatron calls it without the second argument: TypeError, at the start and at a load."""
+    from megatron.mimo.training.optimizer_state import fill_state
+
+    weights = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in DTYPES]
+    inner = PreciseAdam(weights, lr=0.1)
+
+    def initialise(optimizer: Any, _: Any = None) -> None:
+        optimizer.initialize_state(weights[0])
+
+    optimizer = build(inner, initialise, use_precision_aware_optimizer=True)
+    fill_state(optimizer)
+    optimizer.init_state_fn(inner, optimizer.config)  # as a load calls it
+    assert [inner.state[one]["master_param"].dtype for one in weights] == [
+        torch.int16,
+        torch.float32,
+    ]
