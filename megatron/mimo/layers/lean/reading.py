@@ -6,7 +6,7 @@ that changes what a layer does: each leaves the layer to megatron-core.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -229,7 +229,7 @@ def _called(norm: Any) -> Function:
     return partial(_plain_norm, norm, norm._parameters)
 
 
-def _plain_norm(norm: Norm, parameters: dict[str, Tensor | None], hidden: Tensor) -> Tensor:
+def _plain_norm(norm: Norm, parameters: Mapping[str, Tensor | None], hidden: Tensor) -> Tensor:
     weight, bias = parameters["weight"], parameters.get("bias")
     assert weight is not None
     if hidden.dtype != weight.dtype:
