@@ -86,6 +86,7 @@ def run(layer: Any, given: dict[str, Any], forward: Any) -> dict[str, Tensor]:
     hidden = given["hidden_states"].clone().requires_grad_()
     layer.zero_grad()
     out, _ = forward(**{**given, "hidden_states": hidden})
+    assert out._base is None  # a pipeline stage frees its output once it is sent
     out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape))
     found = {name: weight.grad.clone() for name, weight in layer.named_parameters()}
     return {"out": out.detach(), "hidden": hidden.grad, **found}

@@ -62,8 +62,10 @@ class LeanLayer(TransformerLayer):
             given.get("packed_seq_params"),
         )
         first, second = reading.mlp
-        inner_TF = reading.act(first(reading.second_norm(hidden_TE)))
-        return _add(hidden_TE, second(inner_TF), self.mlp_bda).view(hidden_SBE.shape), None
+        added_TE = second(reading.act(first(reading.second_norm(hidden_TE))))
+        # Not a view of the sum: a pipeline stage frees its output once it is sent.
+        both = (one.view(hidden_SBE.shape) for one in (hidden_TE, added_TE))
+        return _add(*both, self.mlp_bda), None
 
     @property
     def is_lean(self) -> bool:
