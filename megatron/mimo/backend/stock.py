@@ -82,13 +82,13 @@ def uncompiled(value: Any) -> Any:
 
 
 def uncompiled_in_megatron(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile``, which gives a function of Megatron back as it is."""
+    """``torch.compile``, which gives a function of Megatron back as it is; models are compiled."""
 
     @functools.wraps(original)
     def compile_others(model: Any = None, **options: Any) -> Any:
         if model is None:
             return functools.partial(compile_others, **options)
-        if str(getattr(model, "__module__", "")).startswith(
+        if isinstance(model, FunctionType) and model.__module__.startswith(
             ("megatron.core.", "megatron.training.")
         ):
             return model

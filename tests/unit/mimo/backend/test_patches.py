@@ -117,11 +117,15 @@ def test_what_is_not_megatrons_is_compiled() -> None:
 
     def of_another() -> None: ...
 
+    class Model(torch.nn.Module): ...
+
+    Model.__module__ = "megatron.core.models.gpt"
     of_megatron.__module__ = "megatron.core.fusions.fused"
     assert torch.compile(of_megatron) is of_megatron
     assert torch.compile(dynamic=True)(of_megatron) is of_megatron
     assert torch.compile(of_another, backend="eager")._torchdynamo_orig_callable is of_another
     assert torch.compile(backend="eager")(of_another)._torchdynamo_orig_callable is of_another
+    assert torch.compile(Model(), backend="eager")._orig_mod is not None
 
 
 @pytest.mark.parametrize(
