@@ -17,6 +17,7 @@ from tests.distributed.lora import ranks as lora
 from tests.distributed.models.expected import Expected, compute_expected
 from tests.distributed.models.packed import packed_logits
 from tests.distributed.models.ranks import Deviation, Layout, compare, train
+from tests.distributed.models.text_kinds import take_all_experts
 from tests.rank_pool import RankPool
 
 __all__ = ["PROOFS", "Verdict", "prove"]
@@ -96,9 +97,18 @@ def _largest(seen: list[Deviation]) -> dict[str, float]:
 
 
 def _steps(subject: Subject) -> dict[str, float]:
-    wanted = subject.expected.trained
-    losses = subject.pool(2)(train, subject.name, Layout(dp=2), subject.expected)
-    return {"losses": _furthest(losses, wanted)}
+    change = partial(_with_all_experts, change_of(subject.name, subject.number))
+    (expected,) = subject.pool(1)(
+        compute_expected, subject.name, change, samples=5, text_only=True, train=True
+    )
+    losses = subject.pool(2)(train, subject.name, Layout(dp=2), expected)
+    return {"losses": _furthest(losses, expected.trained)}
+
+
+def _with_all_experts(change: Callable[[Any], None], config: Any) -> None:
+    """The changed configuration, with every token at every expert."""
+    change(config)
+    take_all_experts(config)
 
 
 def _resume(subject: Subject) -> dict[str, float]:
@@ -164,7 +174,7 @@ PROOFS: dict[str, tuple[str, Callable[[Subject], dict[str, float]]]] = {
     "EP 2": ("the same, experts on two ranks", _layout(Layout(dp=2, ep=2))),
     "packed": ("one row of all samples", _packed(1)),
     "packed, CP 2": ("the same row, context parallel", _packed(2)),
-    "ten steps": ("AdamW, losses of each step, data parallel", _steps),
+    "ten steps": ("AdamW, losses of each step, data parallel; tokens at all experts", _steps),
     "32 tokens": ("greedy, uneven prompts together, under DP 2, TP 2 and PP 2", _tokens),
     "LoRA": ("off, on and merged against PEFT, TP 2; of attention alone beside experts", _adapters),
     "export": ("import and export, byte for byte", _export),
@@ -178,7 +188,7 @@ def prove(
 ) -> Iterator[Verdict]:
     """The verdicts of one configuration, in the order of ``PROOFS``."""
     (expected,) = pool(1)(
-        compute_expected, name, change_of(name, number), samples=5, text_only=True, train=True
+        compute_expected, name, change_of(name, number), samples=5, text_only=True
     )
     subject = Subject(name=name, number=number, expected=expected, pool=pool)
     for title in proofs or PROOFS:

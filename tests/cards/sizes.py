@@ -14,7 +14,7 @@ def full_sizes(pool: RankPool, name: str) -> list[FullSize]:
     found = []
     for recipe in RECIPES:
         if _family_of(recipe) == name:
-            ((parameters, weights),) = pool(1)(match_on_meta, recipe)
+            ((parameters, weights),) = pool(1, timeout=300)(match_on_meta, recipe)
             found.append(FullSize(recipe=recipe, parameters=parameters, weights=weights))
     return found
 

@@ -14,6 +14,7 @@ from megatron.mimo.models import family_names, load_family
 from tests.distributed.models.expected import Expected, compute_expected
 from tests.distributed.models.packed import packed_logits
 from tests.distributed.models.ranks import Layout, compare, train, waits
+from tests.distributed.models.text_kinds import take_all_experts
 from tests.rank_pool import RankPool
 from tests.tiers import crossed, some
 
@@ -118,7 +119,9 @@ def test_a_packed_row_has_the_logits_of_its_samples(
 @pytest.mark.parametrize("name", some(family_names(), "llava_avlm", "qwen3_vl_moe"))
 def test_trains_as_a_plain_loop_does(ranks: RankPool, name: str) -> None:
     """The tiny twins of all families learn, in layouts too: ``recipes/test_tiny_twins``."""
-    (wanted,) = ranks(1)(compute_expected, name, samples=5, text_only=True, train=True)
+    (wanted,) = ranks(1)(
+        compute_expected, name, take_all_experts, samples=5, text_only=True, train=True
+    )
     assert wanted.trained[-1] < 0.8 * wanted.trained[0]
     for losses in ranks(2)(train, name, Layout(dp=2), wanted):
         assert losses == pytest.approx(wanted.trained, rel=LOSSES)

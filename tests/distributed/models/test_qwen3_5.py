@@ -13,6 +13,7 @@ from tests.distributed.convert.models import make_model, same_files
 from tests.distributed.models.expected import Expected, compute_expected
 from tests.distributed.models.ranks import Layout, train
 from tests.distributed.models.test_families import LOSSES, check
+from tests.distributed.models.text_kinds import take_all_experts
 from tests.rank_pool import RankPool
 from tests.tiers import some
 
@@ -37,15 +38,6 @@ def tie(config: Any) -> None:
     config.tie_word_embeddings = True
     config.text_config.layer_types = [*["linear_attention"] * 3, "full_attention"]
     config.text_config.attention_bias = True
-
-
-def take_all_experts(config: Any) -> None:
-    """Every token goes to every expert.
-
-    Of two of them, a token at the fourth step has a second and a third that are almost equal, and
-    rounding chooses; ``test_families`` has two of them.
-    """
-    config.text_config.num_experts_per_tok = config.text_config.num_experts
 
 
 @pytest.fixture(scope="module")

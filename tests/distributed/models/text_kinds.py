@@ -71,3 +71,14 @@ def with_text(name: str) -> partial[None]:
 def has_experts(name: str) -> bool:
     """Whether a kind's layers, or some of them, are mixtures of experts."""
     return "num_experts" in KINDS[name]
+
+
+def take_all_experts(config: Any) -> None:
+    """Every token goes to every expert, in place; nothing where there are none.
+
+    For what compares several steps: of fewer, some token's second and third become almost equal as
+    training goes on, and rounding chooses.
+    """
+    text = config.get_text_config()
+    if hasattr(text, "num_experts"):
+        text.num_experts_per_tok = text.num_experts
