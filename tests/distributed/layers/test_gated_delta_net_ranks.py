@@ -21,15 +21,21 @@ from tests.rank_pool import RankPool, model_parallel
 
 
 def step(
-    *, tp: int = 1, cp: int = 1, lengths: list[int] | None = None, **settings: Any
+    *,
+    tp: int = 1,
+    cp: int = 1,
+    lengths: list[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
 ) -> dict[str, Tensor]:
     """Output and gradients of whole rows, and of whole weights."""
     from megatron.core.models.mimo.alignment.cut import SequenceCut
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-    layer = build(tp=tp, cp=cp, **settings)
+    layer = build(tp=tp, cp=cp, **settings).to(dtype)
     tokens = sum(lengths or [96])
-    hidden, gradient = hidden_and_gradient(tokens, rows=1 if lengths else 2)
+    both = hidden_and_gradient(tokens, rows=1 if lengths else 2)
+    hidden, gradient = (one.to(dtype) for one in both)
     params = packed(lengths) if lengths else None
     is_cut = settings.get("sequence_parallel", False)
     cut = SequenceCut(
@@ -73,6 +79,7 @@ def whole_gradient(parameter: Any, layer: Any) -> Tensor:
 
 
 PLACES = [16, 8, 64, 0, 8]
+LONG = [256, 0, 384, 384]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +98,46 @@ def test_ranks_equal_one_process(ranks: RankPool, layout: dict[str, Any]) -> Non
     size = layout.get("tp", 1) * layout.get("cp", 1)
     for got in ranks(size)(step, **layout):
         assert_near(got, expected, limit=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"cp": 2}, {"cp": 4, "lengths": LONG}, {"tp": 2, "cp": 2, "lengths": LONG}],
+    ids=["cp2", "cp4-packed", "tp2-cp2-packed"],
+)
+def test_states_are_passed_exactly(ranks: RankPool, layout: dict[str, Any]) -> None:
+    """Of long documents; in fp64 nothing but the exchange could make a difference."""
+    (expected,) = ranks(1)(step, lengths=layout.get("lengths"), dtype=torch.float64)
+    size = layout.get("tp", 1) * layout["cp"]
+    for got in ranks(size)(passes_states, **layout):
+        assert got
+    for got in ranks(size)(step, **layout, dtype=torch.float64):
+        assert_near(got, expected, limit=1e-11)
+    for got in ranks(size)(step, **layout):
+        assert_near({name: one.double() for name, one in got.items()}, expected, limit=1e-5)
+
+
+def passes_states(*, cp: int, tp: int = 1, lengths: list[int] | None = None) -> bool:
+    """Whether the layer passes states, of rows of 96 tokens or of documents; in fp32."""
+    from megatron.mimo.layers.gated_delta_net.documents import documents_of
+    from megatron.mimo.layers.gated_delta_net.states_over_ranks import pieces_of
+
+    layer = build(tp=tp, cp=cp)
+    tokens = sum(lengths or [96])
+    params = packed(lengths) if lengths else None
+    pieces = pieces_of(
+        tokens=tokens,
+        documents=documents_of(params, tokens=tokens, device=torch.device("cpu")),
+        sizes=layer.sizes,
+        dtype=torch.float32,
+        group=layer.cp_group,
+    )
+    return pieces is not None
+
+
+def test_heads_are_exchanged_of_short_documents(ranks: RankPool) -> None:
+    for lengths in ([16, 8, 72], PLACES, [260, 8, 264], [6, 300]):
+        assert ranks(2)(passes_states, cp=2, lengths=lengths) == [False] * 2
 
 
 # In a model

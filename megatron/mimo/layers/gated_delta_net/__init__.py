@@ -2,8 +2,8 @@
 
 ``layer`` wires: projections, ``token_functions`` (convolution, gates, gated norm) and the rule:
 ``delta_rule`` in chunks, ``decoding`` token by token, ``fla`` on flash-linear-attention's kernels.
-``heads_over_ranks`` is its context parallelism, ``documents`` its packed rows, ``weight_order`` and
-``sizes`` the order and sizes of its weights.
+``heads_over_ranks`` and ``states_over_ranks`` are its context parallelism, ``documents`` its packed
+rows, ``weight_order`` and ``sizes`` the order and sizes of its weights.
 """
 
 from megatron.mimo.layers.gated_delta_net.delta_rule import gated_delta_rule

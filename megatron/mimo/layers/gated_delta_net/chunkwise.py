@@ -112,8 +112,14 @@ class Passed(NamedTuple):
     reads_NXCV: Tensor
 
 
-def forward(chunks: Chunks, state_XKV: Tensor) -> tuple[Tensor, Passed]:
-    """Outputs [N, X, C, V] and what led to them."""
+def forward(chunks: Chunks, state_XKV: Tensor, least: float) -> tuple[Tensor, Passed]:
+    """Outputs [N, X, C, V] and what led to them.
+
+    Args:
+        chunks: of ``prepare``.
+        state_XKV: before the first chunk.
+        least: numbers of a state that are no larger are taken as 0; 0.0 for none.
+    """
     N, _, C, _ = chunks.v_NXCV.shape
     remains, k_NXCK = chunks.remains, chunks.kq_NXCK[:, :, :C]
     states = state_XKV.new_empty(N + 1, *state_XKV.shape)
@@ -127,12 +133,15 @@ def forward(chunks: Chunks, state_XKV: Tensor) -> tuple[Tensor, Passed]:
         torch.bmm(chunks.inverse_NXCC[i], chunks.strength_NXC1[i] * missing[i], out=corrections[i])
         torch.mul(states[i], remains.over_NX11[i], out=states[i + 1])
         states[i + 1].baddbmm_(k_NXCK[i].mT, remains.until_NXC1[i] * corrections[i])
+        _drop(states[i + 1], least)
     out = chunks.scores_NXCC @ corrections
     out.addcmul_(remains.since_NXC1, reads[:, :, C:])
     return out, Passed(states, missing, corrections, reads)
 
 
-def backward(chunks: Chunks, passed: Passed, out_NXCV: Tensor, state_XKV: Tensor) -> Gradients:
+def backward(
+    chunks: Chunks, passed: Passed, out_NXCV: Tensor, state_XKV: Tensor, least: float
+) -> Gradients:
     """The adjoint of ``forward`` and ``prepare``.
 
     Args:
@@ -140,6 +149,7 @@ def backward(chunks: Chunks, passed: Passed, out_NXCV: Tensor, state_XKV: Tensor
         passed: what it gave.
         out_NXCV: gradient with respect to the outputs.
         state_XKV: gradient with respect to the state behind the chunks.
+        least: as there, of these gradients.
     """
     N, _, C, _ = out_NXCV.shape
     remains, k_NXCK = chunks.remains, chunks.kq_NXCK[:, :, :C]
@@ -158,6 +168,7 @@ def backward(chunks: Chunks, passed: Passed, out_NXCV: Tensor, state_XKV: Tensor
         torch.mul(d_solved[i], -weight, out=d_reads[i, :, :C])
         torch.mul(d_states[i + 1], remains.over_NX11[i], out=d_states[i])
         d_states[i].baddbmm_(chunks.kq_NXCK[i].mT, d_reads[i])
+        _drop(d_states[i], least)
     return _gradients(chunks, passed, out_NXCV, d_states, d_reads, d_solved, k_d_states)
 
 
@@ -204,6 +215,12 @@ def _gradients(
     d_decay = flow.sum(-1, keepdim=True) - flow.sum(-2).unsqueeze(-1) + since - until
     d_decay[:, :, -1:] += over + until.sum(-2, keepdim=True)
     return Gradients(d_kq, d_values, d_strength, d_decay.squeeze(-1), d_states[0])
+
+
+def _drop(state_XKV: Tensor, least: float) -> None:
+    """In place: a processor takes many times as long for numbers that are almost 0."""
+    if least:
+        torch.hardshrink(state_XKV, least, out=state_XKV)
 
 
 def _below(x_CC: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ value; N chunks of C tokens, X = B * G * R states.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ from megatron.mimo.layers.gated_delta_net.chunkwise import (
     prepare,
 )
 
-__all__ = ["CHUNK", "gated_delta_rule", "stretch_of", "unit_length"]
+__all__ = ["CHUNK", "delta_rule_of_pieces", "gated_delta_rule", "stretch_of", "unit_length"]
 
 CHUNK = 64
 """Tokens whose corrections are solved for at once."""
@@ -98,10 +99,37 @@ def gated_delta_rule(
     state_BGRKV = state_BGRKV.to(wide)
     if T == 0:
         return v_BTGRV, state_BGRKV
-    out_BTGRV, after_BGRKV = _DeltaRule.apply(
-        q_BTGK, k_BTGK, v_BTGRV, decay_BTGR, strength_BTGR, state_BGRKV, documents_T
+    tokens = (q_BTGK, k_BTGK, v_BTGRV, decay_BTGR, strength_BTGR)
+    out_BTGRV, after_BPGRKV = _DeltaRule.apply(
+        *tokens, state_BGRKV.unsqueeze(1), documents_T, (0, T), 0.0
     )
-    return out_BTGRV, after_BGRKV
+    return out_BTGRV, after_BPGRKV.squeeze(1)
+
+
+def delta_rule_of_pieces(
+    q_BTGK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGRV: Tensor,
+    decay_BTGR: Tensor,
+    strength_BTGR: Tensor,
+    borders: tuple[int, ...],
+    states_BPGRKU: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The rule over P pieces of each row, which lie one behind the other.
+
+    Tokens are those of ``gated_delta_rule``; ``borders`` are the summed lengths of the pieces,
+    ascending from 0 to T, and ``states_BPGRKU`` the state before each, in the dtype of the sums. It
+    may have more columns than the values: U >= V, and values are 0 in the others.
+
+    Returns:
+        Outputs [B, T, G, R, U], and the state behind each piece [B, P, G, R, K, U].
+    """
+    tokens = (q_BTGK, k_BTGK, v_BTGRV, decay_BTGR, strength_BTGR)
+    # A state of the identity, which no value feeds, decays until it is almost 0. Numbers that
+    # round off are taken as 0 in time for their products to be numbers that are fast, too.
+    least = torch.finfo(states_BPGRKU.dtype).tiny ** (1 / 3)
+    out_BTGRU, after_BPGRKU = _DeltaRule.apply(*tokens, states_BPGRKU, None, borders, least)
+    return out_BTGRU, after_BPGRKU
 
 
 def unit_length(x: Tensor) -> Tensor:
@@ -122,43 +150,58 @@ class _DeltaRule(torch.autograd.Function):
         v_BTGRV: Tensor,
         decay_BTGR: Tensor,
         strength_BTGR: Tensor,
-        state_BGRKV: Tensor,
+        states_BPGRKV: Tensor,
         documents_T: Tensor | None,
+        borders: tuple[int, ...],
+        least: float,
     ) -> tuple[Tensor, Tensor]:
         tokens = (q_BTGK, k_BTGK, v_BTGRV, decay_BTGR, strength_BTGR)
-        out_BTGRV = torch.empty_like(v_BTGRV, memory_format=torch.contiguous_format)
-        states_XKV = [state_BGRKV.flatten(0, 2)]
-        for part in _parts(v_BTGRV):
-            stretch = _Stretch(tokens, documents_T, part, state_BGRKV.dtype)
-            out_NXCV, passed = forward(stretch.chunks, states_XKV[-1])
-            out_BTGRV[:, part] = stretch.by_tokens(out_NXCV).view_as(out_BTGRV[:, part])
-            states_XKV.append(passed.states_MXKV[-1].clone())
-        ctx.save_for_backward(*tokens, documents_T, *states_XKV[:-1])
-        return out_BTGRV, states_XKV[-1].view_as(state_BGRKV)
+        out_BTGRV = v_BTGRV.new_empty(*v_BTGRV.shape[:-1], states_BPGRKV.size(-1))
+        after_BPGRKV = torch.empty_like(states_BPGRKV, memory_format=torch.contiguous_format)
+        kept_XKV = []
+        for piece, parts in enumerate(_parts(borders, v_BTGRV.device)):
+            state_XKV = states_BPGRKV[:, piece].flatten(0, 2)
+            for part in parts:
+                stretch = _Stretch(tokens, documents_T, part, state_XKV)
+                kept_XKV.append(state_XKV)
+                out_NXCV, passed = forward(stretch.chunks, state_XKV, least)
+                out_BTGRV[:, part] = stretch.by_tokens(out_NXCV).view_as(out_BTGRV[:, part])
+                state_XKV = passed.states_MXKV[-1].clone()
+            after_BPGRKV[:, piece] = state_XKV.view_as(after_BPGRKV[:, piece])
+        ctx.save_for_backward(*tokens, documents_T, *kept_XKV)
+        ctx.borders, ctx.least = borders, least
+        return out_BTGRV, after_BPGRKV
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BTGRV: Tensor, grad_BGRKV: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_BTGRV: Tensor, grad_BPGRKV: Tensor) -> tuple[Tensor | None, ...]:
         *tokens, documents_T = ctx.saved_tensors[:6]
-        states_XKV = ctx.saved_tensors[6:]
+        kept_XKV = list(ctx.saved_tensors[6:])
         gradients = [torch.empty_like(one, memory_format=torch.contiguous_format) for one in tokens]
-        grad_XKV = grad_BGRKV.flatten(0, 2)
-        pairs = list(zip(_parts(grad_BTGRV), states_XKV, strict=True))
-        for part, state_XKV in reversed(pairs):
-            stretch = _Stretch(tokens, documents_T, part, state_XKV.dtype)
-            _, passed = forward(stretch.chunks, state_XKV)
-            grad_NXCV = _by_chunks(grad_BTGRV[:, part], state_XKV.dtype)
-            found = backward(stretch.chunks, passed, grad_NXCV, grad_XKV)
-            grad_XKV = found.state_XKV
-            for whole, one in zip(gradients, stretch.gradients(found), strict=True):
-                whole[:, part] = one.view_as(whole[:, part])
-        return *gradients, grad_XKV.view_as(grad_BGRKV), None
+        first_BPGRKV = torch.empty_like(grad_BPGRKV, memory_format=torch.contiguous_format)
+        pieces = enumerate(_parts(ctx.borders, grad_BTGRV.device))
+        for piece, parts in reversed(list(pieces)):
+            grad_XKV = grad_BPGRKV[:, piece].flatten(0, 2)
+            for part in reversed(parts):
+                state_XKV = kept_XKV.pop()
+                stretch = _Stretch(tokens, documents_T, part, state_XKV)
+                _, passed = forward(stretch.chunks, state_XKV, ctx.least)
+                grad_NXCV = _by_chunks(grad_BTGRV[:, part], state_XKV.dtype)
+                found = backward(stretch.chunks, passed, grad_NXCV, grad_XKV, ctx.least)
+                grad_XKV = found.state_XKV
+                for whole, one in zip(gradients, stretch.gradients(found), strict=True):
+                    whole[:, part] = one.view_as(whole[:, part])
+            first_BPGRKV[:, piece] = grad_XKV.view_as(first_BPGRKV[:, piece])
+        return *gradients, first_BPGRKV, None, None, None
 
 
-def _parts(x_BT: Tensor) -> list[slice]:
-    """The stretches of tokens."""
-    step = stretch_of(x_BT.device)
-    return [slice(start, start + step) for start in range(0, x_BT.size(1), step)]
+def _parts(borders: tuple[int, ...], device: torch.device) -> list[list[slice]]:
+    """The stretches of tokens of each piece."""
+    step = stretch_of(device)
+    return [
+        [slice(begin, min(begin + step, stop)) for begin in range(start, stop, step)]
+        for start, stop in itertools.pairwise(borders)
+    ]
 
 
 class _Stretch:
@@ -173,10 +216,11 @@ class _Stretch:
         tokens: Sequence[Tensor],
         documents_T: Tensor | None,
         part: slice,
-        dtype: torch.dtype,
+        state_XKV: Tensor,
     ) -> None:
         q_BTGK, k_BTGK, v_BTGRV, decay_BTGR, strength_BTGR = (one[:, part] for one in tokens)
-        self._B, self._T, self._G, R, _ = v_BTGRV.shape
+        self._B, self._T, self._G, R, self._V = v_BTGRV.shape
+        dtype = state_XKV.dtype
         self._scale = k_BTGK.size(-1) ** -0.5
         keys_queries = [_by_chunks(x, dtype) for x in (k_BTGK, q_BTGK)]  # [N, B * G, C, K]
         self._inverse_lengths = [_inverse_length(x) for x in keys_queries]
@@ -188,7 +232,7 @@ class _Stretch:
         kq = k.new_empty(N, Y, R, 2 * C, K)  # a copy for each value head
         kq[:, :, :, :C] = k
         kq[:, :, :, C:] = q * self._scale
-        v = _by_chunks(v_BTGRV, dtype)
+        v = F.pad(_by_chunks(v_BTGRV, dtype), (0, state_XKV.size(-1) - self._V))
         decay, strength = (_by_chunks(x.unsqueeze(-1), dtype) for x in (decay_BTGR, strength_BTGR))
         self._counts = decay.squeeze(-1) >= _LEAST
         seams = None if documents_T is None else _seams(documents_T, part)
@@ -217,7 +261,8 @@ class _Stretch:
         d_decay = (
             d_sums @ torch.ones_like(d_sums[0, :1]).expand(CHUNK, CHUNK).tril()
         ) * self._counts
-        for one in (d_q, d_k, found.v_NXCV, d_decay.unsqueeze(-1), found.strength_NXC1):
+        d_v = found.v_NXCV[..., : self._V]
+        for one in (d_q, d_k, d_v, d_decay.unsqueeze(-1), found.strength_NXC1):
             yield self.by_tokens(one)
 
 

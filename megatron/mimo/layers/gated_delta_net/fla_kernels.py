@@ -13,7 +13,9 @@ import importlib
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron.mimo.layers.gated_delta_net.documents import Documents
 
@@ -79,6 +81,30 @@ class FlaKernels:
         state = None if state_BHKV is None else state_BHKV.unflatten(1, heads)
         return out_BTHV.unflatten(2, heads), state
 
+    def delta_rule_of_pieces(
+        self,
+        q_BTGK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGRV: Tensor,
+        decay_BTGR: Tensor,
+        strength_BTGR: Tensor,
+        borders: tuple[int, ...],
+        states_BPGRKU: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``delta_rule.delta_rule_of_pieces``; the pieces of all rows are one packed row."""
+        device, host = _sums_of_pieces(borders, q_BTGK.size(0), q_BTGK.device)
+        values = F.pad(v_BTGRV, (0, states_BPGRKU.size(-1) - v_BTGRV.size(-1)))
+        tokens = (q_BTGK, k_BTGK, values.flatten(2, 3), decay_BTGR.flatten(2))
+        out, states = _function("fla.ops.gated_delta_rule")(
+            *(one.flatten(0, 1).unsqueeze(0) for one in (*tokens, strength_BTGR.flatten(2))),
+            initial_state=states_BPGRKU.flatten(2, 3).flatten(0, 1),
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+            cu_seqlens=device,
+            cu_seqlens_cpu=host,
+        )
+        return out.view(values.shape), states.view(states_BPGRKU.shape)
+
     def norm(self, x_BTGRV: Tensor, gate_BTGRV: Tensor, weight_V: Tensor, epsilon: float) -> Tensor:
         """See ``gated_norm``."""
         normed: Tensor = _function("fla.modules.norm.fused_norm_gate")(
@@ -96,3 +122,14 @@ def _borders(documents: Documents | None) -> dict[str, Tensor]:
         return {}
     device, host = documents.filled_sums
     return {"cu_seqlens": device, "cu_seqlens_cpu": host}
+
+
+@functools.lru_cache(maxsize=8)
+def _sums_of_pieces(
+    borders: tuple[int, ...], rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Summed lengths of the pieces of all rows in one: on the device and on the host."""
+    tokens = borders[-1]
+    sums = [0, *(row * tokens + border for row in range(rows) for border in borders[1:])]
+    host = torch.tensor(sums)
+    return host.to(device, non_blocking=True), host

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron.core.models.mimo.alignment.cut import SequenceCut
 
-__all__ = ["Dealt", "deal_evenly", "deal_places", "to_heads", "to_tokens"]
+__all__ = ["Dealt", "deal_evenly", "deal_places", "swap", "to_heads", "to_tokens"]
 
 
 class Dealt(NamedTuple):
@@ -70,7 +70,7 @@ def to_heads(x_SBGD: Tensor, order: Dealt, group: dist.ProcessGroup) -> Tensor:
     with the same shapes.
     """
     parts = x_SBGD.unflatten(2, (group.size(), -1)).permute(2, 0, 1, 3, 4)
-    received = _swap(parts, group).flatten(0, 1)
+    received = swap(parts, group).flatten(0, 1)
     return _Reorder.apply(received, order.sequence_S, order.ranks_S)
 
 
@@ -80,7 +80,7 @@ def to_tokens(x_SBGD: Tensor, order: Dealt, group: dist.ProcessGroup) -> Tensor:
     Collective over the group, forward and backward: every rank calls it with the same shapes.
     """
     by_rank = _Reorder.apply(x_SBGD, order.ranks_S, order.sequence_S)
-    received = _swap(by_rank.unflatten(0, (group.size(), -1)), group)  # [cp, S_local, B, G / cp, D]
+    received = swap(by_rank.unflatten(0, (group.size(), -1)), group)  # [cp, S_local, B, G / cp, D]
     return received.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
@@ -107,7 +107,12 @@ class _Reorder(torch.autograd.Function):
         return _Reorder.apply(gradient, inverse, order), None, None
 
 
-def _swap(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+def swap(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Part r of every rank, on rank r, in the order of the ranks: [cp, ...] as [cp, ...].
+
+    Collective over the group, forward and backward (which is itself): every rank calls it with the
+    same shapes.
+    """
     result: Tensor = _Swap.apply(parts, group)
     return result
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["why_not_equal"]
 
-_SUMS = (0, 70, 71, 200)
+_BORDERS = (0, 70, 71, 200)
 _HEADS = 2
 _ALLOWED = 0.05  # relative, of half precision
 
@@ -40,9 +40,9 @@ def why_not_equal(
         dtype: of the projections.
         device: where.
     """
-    sums = torch.tensor(_SUMS, dtype=torch.int32)
+    sums = torch.tensor(_BORDERS, dtype=torch.int32)
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=sums, cu_seqlens_kv=sums)
-    documents = documents_of(packed, tokens=_SUMS[-1], device=device)
+    documents = documents_of(packed, tokens=_BORDERS[-1], device=device)
     expected = _outcome(trusted, sizes, dtype, device, documents)
     try:
         found = {
@@ -67,9 +67,11 @@ def _outcome(
     device: torch.device,
     documents: Documents | None,
 ) -> dict[str, Tensor]:
-    """The output of the three steps and the gradients of what goes in."""
+    """The outputs of the three steps, once of documents and once of pieces with states before them,
+    and the gradients of what goes in.
+    """
     generator = torch.Generator().manual_seed(1)
-    T, G, R, K, V = _SUMS[-1], _HEADS, sizes.values_per_key, sizes.key, sizes.value
+    T, G, R, K, V = _BORDERS[-1], _HEADS, sizes.values_per_key, sizes.key, sizes.value
     features = 2 * K + R * V
 
     def drawn(*shape: int) -> Tensor:
@@ -82,14 +84,22 @@ def _outcome(
         "the strength": drawn(1, T, G, R).sigmoid(),
         "the gate": drawn(1, T, G, R, V).to(dtype),
         "the norm's weight": drawn(V).to(dtype),
+        "the states": drawn(1, len(_BORDERS) - 1, G, R, K, K + V),
     }
     leaves = {name: one.to(device).requires_grad_() for name, one in leaves.items()}
-    x, weight, decay, strength, gate, norm = leaves.values()
+    x, weight, decay, strength, gate, norm, states = leaves.values()
     with torch.enable_grad():
         convolved = kernels.convolve(x, weight, documents)
         q, k, v = convolved.split([K, K, R * V], dim=-1)
-        mixed, _ = kernels.delta_rule(q, k, v.unflatten(-1, (R, V)), decay, strength, documents)
-        out = kernels.norm(mixed, gate, norm, 1e-6)
-        gradients = torch.autograd.grad(out, list(leaves.values()), drawn(*out.shape).to(out))
-    named = (f"the gradient of {name}" for name in leaves)
-    return {"the output": out.detach(), **dict(zip(named, gradients, strict=True))}
+        tokens = (q, k, v.unflatten(-1, (R, V)), decay, strength)
+        mixed, _ = kernels.delta_rule(*tokens, documents)
+        of_pieces, behind = kernels.delta_rule_of_pieces(*tokens, _BORDERS, states)
+        outputs = {
+            "the output": kernels.norm(mixed, gate, norm, 1e-6),
+            "the output of pieces": of_pieces,
+            "the states behind": behind,
+        }
+        weights = [drawn(*out.shape).to(out) for out in outputs.values()]
+        found = torch.autograd.grad([*outputs.values()], [*leaves.values()], weights)
+    gradients = {f"the gradient of {name}": one for name, one in zip(leaves, found, strict=True)}
+    return {name: out.detach() for name, out in outputs.items()} | gradients

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megatron.mimo.backend import capabilities
 from megatron.mimo.layers.gated_delta_net.decoding import delta_step
-from megatron.mimo.layers.gated_delta_net.delta_rule import gated_delta_rule
+from megatron.mimo.layers.gated_delta_net.delta_rule import delta_rule_of_pieces, gated_delta_rule
 from megatron.mimo.layers.gated_delta_net.documents import Documents
 from megatron.mimo.layers.gated_delta_net.fla_kernels import FlaKernels, is_usable
 from megatron.mimo.layers.gated_delta_net.kernel_trial import why_not_equal
@@ -40,6 +41,18 @@ class Kernels(Protocol):
         documents: Documents | None,
     ) -> tuple[Tensor, Tensor | None]:
         """See ``gated_delta_rule``; a state for rows that are not packed."""
+
+    def delta_rule_of_pieces(
+        self,
+        q_BTGK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGRV: Tensor,
+        decay_BTGR: Tensor,
+        strength_BTGR: Tensor,
+        borders: tuple[int, ...],
+        states_BPGRKU: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``delta_rule.delta_rule_of_pieces``."""
 
     def norm(self, x_BTGRV: Tensor, gate_BTGRV: Tensor, weight_V: Tensor, epsilon: float) -> Tensor:
         """See ``gated_norm``."""
@@ -91,6 +104,10 @@ class PyTorchKernels:
             state_BGRKV=self._state_BGRKV,
         )
 
+    def delta_rule_of_pieces(self, *tokens_and_states: Any) -> tuple[Tensor, Tensor]:
+        """See ``delta_rule.delta_rule_of_pieces``."""
+        return delta_rule_of_pieces(*tokens_and_states)
+
     def norm(self, x_BTGRV: Tensor, gate_BTGRV: Tensor, weight_V: Tensor, epsilon: float) -> Tensor:
         """See ``gated_norm``."""
         return gated_norm(x_BTGRV, gate_BTGRV, weight_V, epsilon)
@@ -107,18 +124,9 @@ class DeltaRule(nn.Module):
         super().__init__()
         self.operations_per_token = operations_per_token
 
-    def forward(
-        self,
-        kernels: Kernels,
-        q_BTGK: Tensor,
-        k_BTGK: Tensor,
-        v_BTGRV: Tensor,
-        decay_BTGR: Tensor,
-        strength_BTGR: Tensor,
-        documents: Documents | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As ``delta_rule`` of the kernels."""
-        return kernels.delta_rule(q_BTGK, k_BTGK, v_BTGRV, decay_BTGR, strength_BTGR, documents)
+    def forward(self, rule: Callable[..., Any], *arguments: Any) -> Any:
+        """``rule(*arguments)``, of some kernels."""
+        return rule(*arguments)
 
 
 def fast_kernels(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,12 @@ from megatron.mimo.layers.gated_delta_net.parameters import (
     first_A_log,
 )
 from megatron.mimo.layers.gated_delta_net.sizes import Sizes, Streams
+from megatron.mimo.layers.gated_delta_net.states_over_ranks import (
+    Pieces,
+    convolve_pieces,
+    pass_states,
+    pieces_of,
+)
 from megatron.mimo.layers.gated_delta_net.token_functions import decay_of_gate
 
 __all__ = ["GatedDeltaNet", "GatedDeltaNetSubmodules"]
@@ -71,8 +78,8 @@ class GatedDeltaNet(MegatronModule):
 
     Weights are ordered by key heads (``weight_order``): each parameter but the norm's is cut over
     tensor-parallel ranks in plain runs of heads. Under context parallelism the ranks exchange
-    tokens for heads (``heads_over_ranks``), so that ``linear_num_key_heads`` has to be a multiple
-    of tp * cp.
+    tokens for heads (``heads_over_ranks``) or pass on states (``states_over_ranks``), whichever
+    moves less; ``linear_num_key_heads`` has to be a multiple of tp * cp.
 
     Generation keeps the convolution's last inputs [J - 1, B, G, F] and the state [G, B, R, K, V] in
     ``inference_context.key_value_memory_dict[layer_number]``.
@@ -84,7 +91,7 @@ class GatedDeltaNet(MegatronModule):
         submodules: the linear layers.
         layer_number: from 1, over the whole model.
         pg_collection: with ``tp``, and ``cp`` where it is in use; ``parallel_state``'s by default.
-        cp_comm_type: of the attention layers; heads are exchanged whatever it is.
+        cp_comm_type: of the attention layers; it changes nothing here.
         pp_layer_offset: of the pipeline stage; not needed.
         name: of the module; passed on to the linear layers.
 
@@ -217,6 +224,15 @@ class GatedDeltaNet(MegatronModule):
             )
         rank, order = 0, None
         if group is not None:
+            pieces = pieces_of(
+                tokens=tokens,
+                documents=documents,
+                sizes=self.sizes,
+                dtype=streams.convolved.dtype,
+                group=group,
+            )
+            if pieces is not None:
+                return self._rule(streams, pieces)[0].transpose(0, 1)
             rank = group.rank()
             order = (
                 deal_evenly(tokens, size, device) if documents is None else documents.dealt(size)
@@ -232,7 +248,7 @@ class GatedDeltaNet(MegatronModule):
     def _rule(
         self,
         streams: Streams,
-        documents: Documents | None = None,
+        where: Documents | Pieces | None = None,
         *,
         share: tuple[int, int] = (0, 1),
         past: tuple[Tensor, Tensor] | None = None,
@@ -240,8 +256,8 @@ class GatedDeltaNet(MegatronModule):
         """Convolution and rule: [B, T, G, R, V] and the state.
 
         Args:
-            streams: of all tokens of this rank's heads.
-            documents: of a packed row.
+            streams: of all tokens of this rank's heads, or of its pieces.
+            where: the documents of a packed row, or the pieces whose states are passed on.
             share: this rank among those that share the layer's heads by context parallelism.
             past: the convolution's last inputs and the state before the tokens.
         """
@@ -258,12 +274,20 @@ class GatedDeltaNet(MegatronModule):
                 (self.dt_bias, self.sizes.values_per_key),
             )
         )
-        convolved_BTGF = kernels.convolve(x_BTGF, weight_GFJ, documents)
-        q, k, v = self.sizes.heads(convolved_BTGF)
         decay = decay_of_gate(a, A_log_GR, dt_bias_GR)
-        strength = b.to(decay.dtype).sigmoid()
+        gates = decay, b.to(decay.dtype).sigmoid()
+        if isinstance(where, Pieces):
+            convolved_BTGF = convolve_pieces(
+                partial(kernels.convolve, weight_GFJ=weight_GFJ, documents=None),
+                x_BTGF,
+                self.sizes.taps,
+                where,
+            )
+            rule = partial(self.rule, kernels.delta_rule_of_pieces)
+            return pass_states(rule, *self.sizes.heads(convolved_BTGF), *gates, where), None
+        convolved_BTGF = kernels.convolve(x_BTGF, weight_GFJ, where)
         mixed: tuple[Tensor, Tensor | None] = self.rule(
-            kernels, q, k, v, decay, strength, documents
+            kernels.delta_rule, *self.sizes.heads(convolved_BTGF), *gates, where
         )
         return mixed
 
