@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.matrix.cells import Values, all_cells, deepstack_cells, name_of, pair_cells
 from tests.matrix.grid_cells import grid_cells
 from tests.matrix.linear_cells import linear_cells
-from tests.matrix.page import page, with_deepstack
+from tests.matrix.page import page, with_section
 from tests.matrix.refusals import messages_of_flags, messages_of_library
 from tests.matrix.runner import Verdict, run
 from tests.rank_pool import RankPool
@@ -42,7 +42,7 @@ def main() -> int:
         "--write-docs",
         type=Path,
         metavar="FILE",
-        help="write the page, if all cells passed; with --deepstack, its table of these alone",
+        help="write the page, if all cells passed; with --deepstack or --linear, that table alone",
     )
     asked = parser.parse_args()
     cells = [
@@ -66,7 +66,7 @@ def main() -> int:
         text = json.dumps([asdict(verdict) for verdict in verdicts], indent=1)
         asked.json.write_text(text + "\n")
     if asked.write_docs and not failed:
-        _write(asked.write_docs, verdicts, deepstack_alone=asked.deepstack)
+        _write(asked, verdicts)
     print(f"{len(verdicts) - len(failed)} passed, {len(failed)} failed")
     return 1 if failed else 0
 
@@ -78,16 +78,18 @@ def _chosen(asked: argparse.Namespace) -> list[Values]:
         return grid_cells()
     if asked.linear:
         return linear_cells()
-    return [*([] if asked.deepstack else all_cells()), *deepstack_cells()]
+    if asked.deepstack:
+        return deepstack_cells()
+    return [*all_cells(), *deepstack_cells(), *linear_cells()]
 
 
-def _write(path: Path, verdicts: list[Verdict], *, deepstack_alone: bool) -> None:
-    if deepstack_alone:
-        path.write_text(with_deepstack(path.read_text(), verdicts))
-        return
-    levels = [one for one in verdicts if one.values["layers"] == "deepstack"]
-    drawn = [one for one in verdicts if one.values["layers"] != "deepstack"]
-    path.write_text(page(drawn, levels, all_refusals()))
+def _write(asked: argparse.Namespace, verdicts: list[Verdict]) -> None:
+    alone = "deepstack" if asked.deepstack else "linear" if asked.linear else None
+    path: Path = asked.write_docs
+    if alone is None:
+        path.write_text(page(verdicts, all_refusals()))
+    else:
+        path.write_text(with_section(path.read_text(), alone, verdicts))
 
 
 def all_refusals() -> dict[str, str]:

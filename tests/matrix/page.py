@@ -13,7 +13,24 @@ from tests.matrix.cells import LISTED, Values
 from tests.matrix.refusals import FLAGS
 from tests.matrix.runner import BF16, FP32, Verdict
 
-DEEPSTACK = "## Levels of rows (deepstack)"
+# Cells that have a table of their own: their value of the axis "layers" -> title, what they are.
+SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "deepstack": (
+        "## Levels of rows (deepstack)",
+        (
+            "Three levels of image rows are added behind the first three decoder layers, on",
+            "whatever stages these are. Listed and not drawn; none of them is counted above.",
+        ),
+    ),
+    "linear": (
+        "## Linear layers (gated delta nets)",
+        (
+            "Every other layer of the language model is a gated delta net, in the first of the",
+            "cells above that go with it. Context parallelism exchanges heads or passes states,",
+            "whichever moves less. None of these is counted above.",
+        ),
+    ),
+}
 # Column of the table -> axis, and the values of it that count.
 FEATURES: dict[str, tuple[str, tuple[object, ...]]] = {
     "TP": ("tp", (2, 4)),
@@ -69,23 +86,22 @@ MEANING = {
 }
 
 
-def page(
-    verdicts: Sequence[Verdict], deepstack: Sequence[Verdict], refused: Mapping[str, str]
-) -> str:
+def page(verdicts: Sequence[Verdict], refused: Mapping[str, str]) -> str:
     """The page: verdicts are those of a full run, all of which passed.
 
     Args:
-        verdicts: of ``all_cells``.
-        deepstack: of ``deepstack_cells``.
+        verdicts: of ``all_cells`` and of the cells of ``SECTIONS``.
         refused: what is refused, and in which words.
     """
+    sections = [line for layers in SECTIONS for line in _section(layers, verdicts)]
+    verdicts = [one for one in verdicts if one.values["layers"] not in SECTIONS]
     return "\n".join(
         (
             *_opening(verdicts),
             *_feature_table(verdicts),
             *_pair_table(verdicts),
             *_recomputation(verdicts),
-            *_deepstack(deepstack),
+            *sections,
             *_refusals(refused),
             *_running(),
             "",
@@ -93,11 +109,12 @@ def page(
     )
 
 
-def with_deepstack(page: str, deepstack: Sequence[Verdict]) -> str:
-    """The page with its section of levels written anew."""
-    before, _, rest = page.partition(f"{DEEPSTACK}\n")
+def with_section(page: str, layers: str, verdicts: Sequence[Verdict]) -> str:
+    """The page with one of its ``SECTIONS`` written anew."""
+    title, _ = SECTIONS[layers]
+    before, _, rest = page.partition(f"{title}\n")
     _, _, behind = rest.partition("\n## ")
-    return "\n".join([before.rstrip("\n"), "", *_deepstack(deepstack), f"## {behind}"])
+    return "\n".join([before.rstrip("\n"), "", *_section(layers, verdicts), f"## {behind}"])
 
 
 def _opening(verdicts: Sequence[Verdict]) -> list[str]:
@@ -145,20 +162,16 @@ def _passed(verdicts: Sequence[Verdict]) -> str:
     )
 
 
-def _deepstack(verdicts: Sequence[Verdict]) -> list[str]:
+def _section(layers: str, verdicts: Sequence[Verdict]) -> list[str]:
+    title, words = SECTIONS[layers]
+    own = [one for one in verdicts if one.values["layers"] == layers]
     lines = [
-        DEEPSTACK,
-        "",
-        "Three levels of image rows are added behind the first three decoder layers, on whatever",
-        "stages these are. Listed and not drawn; none of them is counted above.",
-        "",
-        _passed(verdicts),
-        "",
+        *(title, "", *words, "", _passed(own), ""),
         "| cell | ranks | seconds | gradients, relative |",
         "|---|---|---|---|",
     ]
-    for one in verdicts:
-        name = one.name.replace("layers:deepstack", "").strip("-") or "one rank"
+    for one in own:
+        name = one.name.replace(f"layers:{layers}", "").strip("-") or "one rank"
         lines.append(f"| {name} | {one.ranks} | {one.seconds:.1f} | {one.error:.1e} |")
     return [*lines, ""]
 
@@ -245,6 +258,7 @@ def _running() -> list[str]:
         'make matrix ARGS="--list"         # the names',
         'make matrix ARGS="--max-ranks 2"  # small ones only',
         'make matrix ARGS="--deepstack"    # those with levels of rows; --write-docs: their table',
+        'make matrix ARGS="--linear"       # those with linear layers; likewise',
         "make test                         # with a subset in which every value stands",
         "make test-all                     # with one in which every pair of values meets",
         "```",

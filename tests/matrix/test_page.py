@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.matrix.cells import AXES, FULL_SIZE, all_cells, deepstack_cells, name_of
-from tests.matrix.page import DEEPSTACK, FEATURES, MEANING
+from tests.matrix.linear_cells import linear_cells
+from tests.matrix.page import FEATURES, MEANING, SECTIONS
 from tests.matrix.refusals import messages_of_flags, messages_of_library
 from tests.rank_pool import RankPool
 
@@ -29,13 +32,16 @@ def test_page_is_of_the_full_set() -> None:
     }
 
 
-def test_every_level_is_told() -> None:
-    _, _, section = PAGE.partition(f"{DEEPSTACK}\n")
+@pytest.mark.parametrize("layers", SECTIONS)
+def test_every_cell_of_a_section_is_told(layers: str) -> None:
+    title, words = SECTIONS[layers]
+    _, _, section = PAGE.partition(f"{title}\n")
     section, _, _ = section.partition("\n## ")
-    cells = deepstack_cells()
+    assert section.startswith("\n" + "\n".join(words))
+    cells = {"deepstack": deepstack_cells, "linear": linear_cells}[layers]()
     assert f"**{len(cells)} cells passed, 0 failed**" in section
     told = re.findall(r"^\| ([\w:-]+(?: rank)?) \| \d+ \|", section, re.MULTILINE)
-    names = {f"{one}-layers:deepstack".removeprefix("one rank-") for one in told}
+    names = {f"{one}-layers:{layers}".removeprefix("one rank-") for one in told}
     assert len(told) == len(cells)
     assert names == {name_of(values) for values in cells}
 
