@@ -43,7 +43,6 @@ def sweep(leaders: list[int], grace: float) -> None:
     """
     deadline = time.monotonic() + grace
     while _living_descendants() and time.monotonic() < deadline:
-        _reap()
         time.sleep(0.01)
     for pid in leaders:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -55,7 +54,10 @@ def sweep(leaders: list[int], grace: float) -> None:
 
 
 def _living_descendants() -> list[psutil.Process]:
-    living = []
+    """Looks at every process of the machine, but where this one has no child at all."""
+    living: list[psutil.Process] = []
+    if not _reap():
+        return living
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.status() != psutil.STATUS_ZOMBIE:
@@ -63,7 +65,11 @@ def _living_descendants() -> list[psutil.Process]:
     return living
 
 
-def _reap() -> None:
-    with contextlib.suppress(ChildProcessError):
+def _reap() -> bool:
+    """Waits for children that have ended; whether others are left."""
+    try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
+    except ChildProcessError:
+        return False
+    return True

@@ -40,6 +40,7 @@ class Patcher:
         self.originals: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
         self.view: ModuleType | None = None
+        self._names: set[str] = set()  # of the modules that may be patched
         self._finder = _PatchingFinder(self)
 
     def apply(self, patches: Iterable[Patch], view: ModuleType | None = None) -> None:
@@ -54,14 +55,19 @@ class Patcher:
         self.view = view or self.view
         if self._finder not in sys.meta_path:
             sys.meta_path.insert(0, self._finder)
+            self._names.update(filter(_is_patched_module, list(sys.modules)))
         for patch in new:
             if patch.module == VIEW and self.view is not None:
                 self._install(patch, self.view)
             elif patch.module not in (VIEW, EVERY) and not _is_patched_module(patch.module):
                 self._install(patch, importlib.import_module(patch.module))
         if new:
-            for module in list(_loaded_modules()):
+            for module in list(self._loaded_modules()):
                 self.adapt(module, new)
+
+    def knows(self, name: str) -> None:
+        """A module of this name is about to be imported."""
+        self._names.add(name)
 
     def adapt(self, module: ModuleType, patches: Iterable[Patch] | None = None) -> None:
         """Applies to ``module``, which has been executed, what of ``patches`` (all) concerns it."""
@@ -86,7 +92,24 @@ class Patcher:
         self.originals[patch.target] = original
         setattr(owner, name, replacement)
         if isinstance(original, FunctionType):
-            _rebind(original, replacement)
+            self._rebind(original, replacement)
+
+    def _rebind(self, original: object, replacement: object) -> None:
+        """Modules that imported ``original`` by name get ``replacement`` too."""
+        for module in self._loaded_modules():
+            for name, value in list(vars(module).items()):
+                if value is original:
+                    setattr(module, name, replacement)
+
+    def _loaded_modules(self) -> Iterator[ModuleType]:
+        """The ``megatron.*`` modules whose execution has finished.
+
+        Others are not looked at: that would copy the memory of each in a process that was forked.
+        """
+        for name in list(self._names):
+            module = sys.modules.get(name)
+            if isinstance(module, ModuleType) and not _is_executing(module):
+                yield module
 
 
 @contextmanager
@@ -144,21 +167,8 @@ def _is_patched_module(name: str) -> bool:
     )
 
 
-def _loaded_modules() -> Iterator[ModuleType]:
-    """The ``megatron.*`` modules whose execution has finished."""
-    modules: list[tuple[str, Any]] = list(sys.modules.items())
-    for name, module in modules:
-        initializing = getattr(getattr(module, "__spec__", None), "_initializing", False)
-        if _is_patched_module(name) and isinstance(module, ModuleType) and not initializing:
-            yield module
-
-
-def _rebind(original: object, replacement: object) -> None:
-    """Modules that imported ``original`` by name get ``replacement`` too."""
-    for module in _loaded_modules():
-        for name, value in list(vars(module).items()):
-            if value is original:
-                setattr(module, name, replacement)
+def _is_executing(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 def _replace_each(patch: Patch, module: ModuleType) -> None:
@@ -193,6 +203,7 @@ class _PatchingFinder:
         """The other finders' spec, with a loader that patches; None when they have none."""
         if not _is_patched_module(name):
             return None
+        self._patcher.knows(name)
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
             if spec is not None:

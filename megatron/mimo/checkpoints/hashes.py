@@ -220,8 +220,9 @@ def _inside(name: str) -> str:
 
 def _hash_file(path: Path) -> FileHash:
     value, size = 0, 0
-    buffer = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
+        length = os.fstat(file.fileno()).st_size
+        buffer = memoryview(bytearray(max(1, min(length, _BLOCK))))  # cleared, which takes time
         while count := file.readinto(buffer):
             value = zlib.crc32(buffer[:count], value)
             size += count

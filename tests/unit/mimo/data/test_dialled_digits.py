@@ -29,9 +29,9 @@ def test_a_digit_is_its_two_tones() -> None:
 
 
 def test_samples_show_what_they_ask() -> None:
-    kinds = set()
+    kinds, samples = set(), dataset()
     for index in range(60):
-        sample = dataset()[index]
+        sample = samples[index]
         for modality, token in (("images", digits.IMAGE), ("sounds", data.SOUND)):
             media = [item for item in sample.media if item.modality == modality]
             assert int((sample.token_ids == token).sum()) == len(media) * ROWS[modality]
@@ -42,5 +42,5 @@ def test_samples_show_what_they_ask() -> None:
         assert len(sample.token_ids) <= 48
     assert len(kinds) == 4
     again, other = dataset()[5], dataset(seed=4)[5]
-    assert torch.equal(again.token_ids, dataset()[5].token_ids)
+    assert torch.equal(again.token_ids, samples[5].token_ids)
     assert not torch.equal(again.token_ids, other.token_ids)

@@ -32,10 +32,20 @@ class Broken(Dataset[None]):
         _refuse()
 
 
+def read(dataset: Dataset[None], workers: int) -> None:
+    """A process that reads is ended at once: torch waits five seconds for one that has raised."""
+    batches = iter(DataLoader(dataset, num_workers=workers))
+    try:
+        next(batches)
+    finally:
+        for process in getattr(batches, "_workers", ()):
+            process.terminate()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_data_is_one_line_wherever_it_is_read(workers: int) -> None:
     with pytest.raises(InputError) as caught:
-        next(iter(DataLoader(Unreadable(), num_workers=workers)))
+        read(Unreadable(), workers)
     assert describe(caught.value) == "line 0: ValueError: bad: x"
 
 
@@ -63,31 +73,29 @@ def test_a_connection_that_torch_lost_is_one() -> None:
             port = free.getsockname()[1]
         dist.TCPStore("localhost", port, 2, is_master=False, timeout=timedelta(seconds=1))
 
-    assert lost_peer(raised(ask))
+    lost = raised(ask)
+    assert lost_peer(lost)
 
     def save() -> None:
-        try:
-            ask()
-        except RuntimeError as error:
-            raise InputError("a checkpoint could not be written") from error
+        raise InputError("a checkpoint could not be written") from lost
 
     assert lost_peer(raised(save))
 
 
 def test_an_error_is_placed_where_it_began() -> None:
-    def read() -> None:
+    def fail() -> None:
         try:
             _refuse()
         except RuntimeError as error:
             raise InputError("sample 3 cannot be read") from error
 
-    assert str(origin(raised(read))).endswith(" in _refuse")
-    assert "test_failure.py:" in str(origin(raised(read)))
+    assert str(origin(raised(fail))).endswith(" in _refuse")
+    assert "test_failure.py:" in str(origin(raised(fail)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_line_names_what_a_process_that_reads_has_raised(workers: int) -> None:
-    error = raised(lambda: next(iter(DataLoader(Broken(), num_workers=workers))))
+    error = raised(lambda: read(Broken(), workers))
     assert describe(error) == "RuntimeError: Connection refused"
     assert str(origin(error)).endswith(" in _refuse")
 
