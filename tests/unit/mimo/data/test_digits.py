@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from functools import cache
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def test_questions_have_their_answer() -> None:
     }
     counts, text_only = set(), 0
     for index in range(400):
-        sample = TEST[index]
+        sample = held_out()[index]
         names = [data.VOCABULARY[token] for token in sample.token_ids]
         answer = [name for name, flag in zip(names, sample.is_label, strict=True) if flag]
         assert answer[-1] == "<end>"
@@ -101,7 +102,9 @@ def test_questions_have_their_answer() -> None:
     assert 20 <= text_only <= 65  # one in ten, within 3.5 standard deviations
 
 
-TEST = dataset("test")
+@cache
+def held_out() -> data.DigitsDataset:
+    return dataset("test")
 
 
 def test_augmentation_keeps_the_range_and_leaves_a_likeness() -> None:
@@ -126,18 +129,20 @@ def test_decode_shows_everything_before_the_end() -> None:
 
 
 def test_question_text() -> None:
-    words = next(sample for sample in map(TEST.__getitem__, range(400)) if not sample.media)
+    words = next(sample for sample in map(held_out().__getitem__, range(400)) if not sample.media)
     spelt = [data.VOCABULARY[token] for token in words.token_ids if token >= data.TOKEN_ID["zero"]]
     assert data.question_text(words) == f"“{' '.join(spelt)}” what number is this?"
-    assert data.question_text(TEST[0]) == "what number is this?"
+    assert data.question_text(held_out()[0]) == "what number is this?"
 
 
 def test_score() -> None:
     def answered(digits: str) -> list[int]:
         return [*data.encode(*digits), data.END]
 
-    images = [sample for sample in map(TEST.__getitem__, range(400)) if len(sample.media) == 3][:4]
-    words = [sample for sample in map(TEST.__getitem__, range(400)) if not sample.media][:2]
+    images = [
+        sample for sample in map(held_out().__getitem__, range(400)) if len(sample.media) == 3
+    ][:4]
+    words = [sample for sample in map(held_out().__getitem__, range(400)) if not sample.media][:2]
     truth = [data.decode(s.token_ids[s.is_label].tolist()) for s in images + words]
     wrong_first = str((int(truth[1][0]) + 1) % 10) + truth[1][1:]
     said = [truth[0], wrong_first, truth[2][:2], truth[3] + "0", truth[4], "99999"]
@@ -166,4 +171,4 @@ def test_bad_arguments(change: dict, message: str) -> None:
 
 def test_index_beyond_the_end() -> None:
     with pytest.raises(IndexError, match="sample 400 of 400"):
-        TEST[400]
+        held_out()[400]
