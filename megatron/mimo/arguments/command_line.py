@@ -172,9 +172,9 @@ def parse_arguments(
     with _command_line(argv):
         args = parse_args(extend)
     _derive(args, machine)
+    check_arguments(args, machine)
+    check_prerequisites(args, machine)
     with processes_of_language(args):
-        check_arguments(args, machine)
-        check_prerequisites(args, machine)
         check_layout(args)
         check_parts(args)
         check_saving(args)

@@ -148,3 +148,12 @@ def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"pip install 'megatron-mimo\[wandb\]'"):
         _parse("--wandb-project", "mine")
+
+
+def test_ranks_of_encoders_alone_can_be_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are the job's, where checks of sizes see the language model's alone."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    apart = ("--component", "images=dp=1,rank_offset=1", "language=dp=1")
+    args = _parse("--profile", "--profile-ranks", "1", *apart)
+    assert (args.profile_ranks, args.world_size) == ([1], 2)
