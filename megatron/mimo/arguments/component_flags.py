@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from megatron.core.models.mimo.errors import ConfigError
@@ -58,6 +58,16 @@ def components_of(texts: list[str], *, world_size: int) -> Mapping[str, Componen
     if not texts:
         return {}
     return check_components([parse_component(text) for text in texts], world_size=world_size)
+
+
+def require_components(components: Mapping[str, Component], modalities: Iterable[str]) -> None:
+    """Raise ``ConfigError`` for components that are not the model's modules."""
+    named, own = set(components), {*modalities, LANGUAGE}
+    if named != own:
+        raise ConfigError(
+            f"--component is given for {sorted(named)}, and the model has the modules "
+            f"{sorted(own)}; give one for each"
+        )
 
 
 def layout_text(args: Namespace) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from megatron.mimo.arguments.component_flags import components_of
+from megatron.core.models.mimo.errors import ConfigError
+from megatron.mimo.arguments.component_flags import components_of, require_components
 from megatron.mimo.data.batch import LENGTHS, Batch
 from megatron.mimo.models.common.flops import (
     language_amounts,
@@ -88,14 +89,32 @@ class Built:
     encoders: Mapping[str, nn.Module]
     components: Mapping[str, Component]
 
+    @property
+    def apart(self) -> dict[range, list[str]]:
+        """Ranks that the language model has no part in -> the modalities that are there."""
+        found: dict[range, list[str]] = {}
+        for name in self.encoders:
+            ranks = self.components[name].ranks
+            if not set(ranks) & set(self.components["language"].ranks):
+                found.setdefault(ranks, []).append(name)
+        return found
+
 
 def build(recipe: Recipe, args: Namespace) -> Built:
     """Build the model of a run's layout, with no weights and no processes."""
     stages = [build_stage(recipe, args, n) for n in range(args.pipeline_model_parallel_size)]
     components = components_of(args.component, world_size=args.world_size)
+    if components:
+        require_components(components, stages[0][0].modality_submodules)
     encoders = {}
     for name, component in components.items():
         if name != "language":
+            if component.pp > 1:
+                raise ConfigError(
+                    f"--component {component}: a plan knows encoders on one pipeline stage; plan "
+                    f"{name} with pp=1, each of whose ranks takes more than one with pp="
+                    f"{component.pp}"
+                )
             (alone,) = build_stage(recipe, encoder_arguments(args, component.tp), 0)
             encoders[name] = alone.modality_submodules[name]
     return Built(stages=stages, encoders=encoders, components=components)
@@ -203,7 +222,9 @@ def _ranks(
     micro_batches: int,
 ) -> list[RankMemory]:
     ranks, trained = [], False
-    names = _names(len(built.stages))
+    names = _names(len(built.stages), alone=not built.apart)
+    held = _held_by_encoders(built, args, batches, recomputation, kernels)
+    apart = {name for names in built.apart.values() for name in names}
     for number, chunks in enumerate(built.stages):
         flying = in_flight(args, number, micro_batches)
         largest = Activations()
@@ -224,34 +245,67 @@ def _ranks(
             encoders_at_once=flying,
         )
         if built.components:
-            rank = _with_components(rank, built, args, batches, recomputation, kernels)
+            beside = [held[name] for name in held if name not in apart]
+            rank = _of_encoders(beside, rank.state, rank.ranks, rank)
         ranks.append(rank)
+    for modalities in built.apart.values():
+        alone = [held[name] for name in modalities]
+        ranks.append(_of_encoders(alone, State(), " + ".join(modalities)))
     return ranks
 
 
-def _with_components(
-    rank: RankMemory,
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    """What each rank of encoders with a layout of their own holds.
+
+    Attributes:
+        state: between steps.
+        kept: modality -> activations of its share of a step's media, encoded before the schedule.
+        working: beside that.
+    """
+
+    state: State
+    kept: dict[str, float]
+    working: float
+
+
+def _held_by_encoders(
     built: Built,
     args: Namespace,
     batches: Sequence[MicroBatch],
     recomputation: Recomputation,
     kernels: Kernels,
-) -> RankMemory:
-    """Every rank has the encoders, and encodes its share of a step's media before the schedule."""
-    state = rank.state
-    kept: dict[str, float] = {}
+) -> dict[str, _Held]:
+    held = {}
     step = args.global_batch_size / args.micro_batch_size
     for name, submodules in built.encoders.items():
-        component = built.components[name]
-        state += state_of([submodules], args, (component.dp, component.dp))
-        one = _Encoders(name, submodules)
-        of_batch = max(
-            kept_by_chunk(one, batch, recomputation, kernels).encoders[name] for batch in batches
+        dp, one = built.components[name].dp, _Encoders(name, submodules)
+        found = [kept_by_chunk(one, batch, recomputation, kernels) for batch in batches]
+        share = 1.0 if args.encoder_activations == "recompute" else step / dp
+        of_batch = max(each.encoders[name] for each in found)
+        held[name] = _Held(
+            state=state_of([submodules], args, (dp, dp)),
+            kept={name: of_batch * min(share, step)},
+            working=max(each.working for each in found),
         )
-        share = 1.0 if args.encoder_activations == "recompute" else step / component.dp
-        kept[name] = of_batch * min(share, step)
-    activations = replace(rank.activations, encoders=kept)
-    return replace(rank, state=state, activations=activations, encoders_at_once=1)
+    return held
+
+
+def _of_encoders(
+    held: Sequence[_Held], state: State, ranks: str, beside: RankMemory | None = None
+) -> RankMemory:
+    """A rank of encoders, beside a part of the language model or alone."""
+    activations = Activations() if beside is None else beside.activations
+    working = max([activations.working, *(one.working for one in held if beside is None)])
+    kept = {name: size for one in held for name, size in one.kept.items()}
+    return RankMemory(
+        ranks=ranks,
+        state=sum((one.state for one in held), state),
+        activations=replace(activations, encoders=kept, working=working),
+        micro_batches=1 if beside is None else beside.micro_batches,
+        encoders_at_once=1,
+        is_apart=beside is None,
+    )
 
 
 class _Encoders:
@@ -280,7 +334,9 @@ def _state(chunks: Sequence[Any], args: Namespace) -> State:
         modules += [chunk] if not args.component else [chunk.language_model, chunk.heads]
     dp = args.data_parallel_size * args.context_parallel_size
     etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    per_stage = args.world_size // args.pipeline_model_parallel_size
+    components = components_of(args.component, world_size=args.world_size)
+    ranks = components["language"].size if components else args.world_size
+    per_stage = ranks // args.pipeline_model_parallel_size
     experts = max(per_stage / (etp * args.expert_model_parallel_size), 1)
     return state_of(modules, args, (dp, experts))
 
@@ -307,8 +363,8 @@ def _part_name(path: str) -> str:
     return ".".join(path.split(".")[:2]) + experts
 
 
-def _names(stages: int) -> list[str]:
+def _names(stages: int, *, alone: bool) -> list[str]:
     if stages == 1:
-        return ["each rank"]
+        return ["each rank" if alone else "language"]
     middle = [f"stage {number + 1}" for number in range(1, stages - 1)]
     return ["first stage", *middle, "last stage"]

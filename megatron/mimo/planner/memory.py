@@ -52,6 +52,7 @@ class RankMemory:
         activations: of one micro-batch in the largest of the rank's chunks.
         micro_batches: chunks of micro-batches that are under way at most.
         encoders_at_once: micro-batches whose encoders' activations are kept together.
+        is_apart: the rank has no part in the language model.
     """
 
     ranks: str
@@ -59,6 +60,7 @@ class RankMemory:
     activations: Activations
     micro_batches: int
     encoders_at_once: float
+    is_apart: bool = False
 
     @property
     def kept(self) -> float:

@@ -87,8 +87,8 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of a step on the card."""
-        if self.card is None:
+        """Of a step on the card; None where modules on ranks of their own wait for each other."""
+        if self.card is None or any(rank.is_apart for rank in self.found.ranks):
             return None
         work = self.found.flops + self.found.recomputed_flops
         rate = self.card.tflops * 1e12 * self.share * self.args.world_size

@@ -97,11 +97,13 @@ def _sizes(args: Namespace) -> dict[str, int]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    """A column for the first, a middle and the last pipeline stage."""
-    both = list(zip(plan.found.ranks, plan.found.recomputed, strict=True))
+    """A column for the first, a middle and the last pipeline stage, and for encoders apart."""
+    pairs = list(zip(plan.found.ranks, plan.found.recomputed, strict=True))
+    both = [pair for pair in pairs if not pair[0].is_apart]
     if len(both) > 3:
         middle = max(both[1:-1], key=lambda pair: pair[0].whole)
         both = [both[0], middle, both[-1]]
+    both += [pair for pair in pairs if pair[0].is_apart]
     ranks = [rank for rank, _ in both]
     unit, name = (1e9, "GB") if max(rank.whole for rank in ranks) > 1e9 else (1e6, "MB")
 
@@ -131,8 +133,10 @@ def _step(plan: Plan) -> list[str]:
     again = found.recomputed_flops
     twice = f", and {again / 1e12:.3g} TFLOP again in recomputation" if again else ""
     step = f"a step: {format_count(found.tokens)} tokens, {found.flops / 1e12:.4g} TFLOP{twice}"
-    if plan.seconds is None or plan.card is None:
+    if plan.card is None:
         return [step]
+    if plan.seconds is None:
+        return [step, "expected time: not known where modules have ranks of their own"]
     waits = f", the pipeline waiting {plan.bubble:.0%} on top" if plan.bubble else ""
     return [
         step,

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import nn
 
-from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.arguments.component_flags import components_of
+from megatron.mimo.arguments.component_flags import components_of, require_components
 from megatron.mimo.backend import hooks
 from megatron.mimo.backend.patching import replaced
 from megatron.mimo.process import presence
@@ -76,12 +75,7 @@ class ModuleGrids:
         Raises:
             ConfigError: components that are not the model's modules.
         """
-        named, own = set(self._components), {*config.modality_submodules_spec, "language"}
-        if named != own:
-            raise ConfigError(
-                f"--component is given for {sorted(named)}, and the model has the modules "
-                f"{sorted(own)}; give one for each"
-            )
+        require_components(self._components, config.modality_submodules_spec)
         grids = dict(self.grids.by_module)
         return replace(config, module_to_grid_map=grids, modality_inputs_of="language")
 

@@ -64,6 +64,11 @@ def test_what_does_not_fit_and_what_would(ranks: RankPool) -> None:
         (("--samples", "12x"), "--samples 12x: expected TOKENS"),
         (("--samples", "9000"), "more than --seq-length"),
         (("--tensor-model-parallel-size", "3"), "tensor-parallel size 3"),
+        (("--component", "language=tp=1", "audio=tp=1"), "--component is given for ['audio'"),
+        (
+            ("--component", "language=tp=1,rank_offset=2", "images=dp=1,pp=2"),
+            "plan images with pp=1",
+        ),
         (("--no-such-flag",), "unknown flag --no-such-flag"),
     ],
 )
@@ -85,6 +90,20 @@ def test_layouts_of_their_own_and_context_parallelism(ranks: RankPool) -> None:
     assert half["memory"][0]["activations"] == pytest.approx(
         uniform["memory"][0]["activations"] / 2, rel=0.02
     )
+
+
+def test_modules_on_ranks_of_their_own(ranks: RankPool) -> None:
+    """Each rank holds its module alone, and together they hold what one rank holds."""
+    small = ("--recipe", "digits", "--json", "--card", "h100")
+    (whole,) = json.loads(planned(ranks, *small, "--world-size", "1").stdout)["memory"]
+    flags = ("--component", "images=dp=1,rank_offset=1", "language=dp=1")
+    plan = json.loads(planned(ranks, *small, "--world-size", "2", *flags).stdout)
+    language, images = plan["memory"]
+    assert (language["ranks"], images["ranks"]) == ("language", "images")
+    for name in ("weights", "gradients", "optimizer"):
+        assert language[name] + images[name] == whole[name]
+    assert min(language["activations"], images["activations"]) > 0
+    assert plan["seconds_per_step"] is None  # they wait for each other
 
 
 _CUT = ("--tensor-model-parallel-size", "4", "--context-parallel-size", "2")
