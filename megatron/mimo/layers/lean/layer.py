@@ -64,8 +64,8 @@ class LeanLayer(TransformerLayer):
         first, second = reading.mlp
         added_TE = second(reading.act(first(reading.second_norm(hidden_TE))))
         # Not a view of the sum: a pipeline stage frees its output once it is sent.
-        both = (one.view(hidden_SBE.shape) for one in (hidden_TE, added_TE))
-        return _add(*both, self.mlp_bda), None
+        shape = hidden_SBE.shape
+        return _add(hidden_TE.view(shape), added_TE.view(shape), self.mlp_bda), None
 
     @property
     def is_lean(self) -> bool:
