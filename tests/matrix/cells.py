@@ -11,8 +11,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
-from itertools import combinations
+from itertools import accumulate, combinations
 from typing import Any
+
+import numpy as np
 
 from tests.distributed.core.grids import GridLayout
 from tests.distributed.core.layouts import Layout
@@ -270,8 +272,9 @@ def deepstack_cells() -> list[Values]:
     return [first | values for values in _LEVELS]
 
 
-def _drawn_pairs() -> list[Values]:
-    return list(_cover(2, _SMALL, limit=None))
+@cache
+def _drawn_pairs() -> tuple[Values, ...]:
+    return tuple(_cover(2, _SMALL, limit=None))
 
 
 @cache
@@ -302,14 +305,16 @@ _WEIGHTS: dict[str, tuple[int, ...]] = {
     "recompute": (4, 1, 1, 1, 1, *(0 for _ in LISTED)),
 }
 
+_CUMULATED = {axis: tuple(accumulate(weights)) for axis, weights in _WEIGHTS.items()}
+
 
 def _cover(strength: int, axes: dict[str, tuple[Any, ...]], limit: int | None) -> Iterator[Values]:
     """Greedily: each time the candidate with most combinations that are new, per rank."""
     generator = random.Random(20)
-    covered: set[tuple[Any, ...]] = set()
+    covered = _Covered(strength)
     names: set[str] = set()
     for cell in _drawn_pairs() if limit else ():
-        covered |= _combinations(cell, strength)
+        covered.add(cell)
         names.add(name_of(cell))
         yield cell
     dry = 0  # rounds without anything new
@@ -318,12 +323,12 @@ def _cover(strength: int, axes: dict[str, tuple[Any, ...]], limit: int | None) -
         for _ in range(_CANDIDATES):
             candidate = _draw(axes, generator)
             ranks = candidate["tp"] * candidate["cp"] * candidate["pp"] * candidate["dp"]
-            new = len(_combinations(candidate, strength) - covered)
+            new = covered.missing(candidate)
             if new / ranks**1.5 > gain and name_of(candidate) not in names:
                 best, gain = candidate, new / ranks**1.5
         dry = 0 if best else dry + 1
         if best:
-            covered |= _combinations(best, strength)
+            covered.add(best)
             names.add(name_of(best))
             yield best
 
@@ -341,12 +346,30 @@ def _draw(axes: dict[str, tuple[Any, ...]], generator: random.Random) -> Values:
                 or (axis == "ep" and values["experts"] == "none")
                 or (axis == "etp" and (values["experts"] == "none" or values["tp"] == 1))
             )
-            drawn = generator.choices(choices, _WEIGHTS.get(axis))[0]
+            drawn = generator.choices(choices, cum_weights=_CUMULATED.get(axis))[0]
             values[axis] = choices[0] if only_first else drawn
         if is_valid(values):
             return values
 
 
-def _combinations(cell: Values, strength: int) -> set[tuple[Any, ...]]:
-    drawn = [item for item in cell.items() if item[0] != "layers"]
-    return set(combinations(drawn, strength))
+class _Covered:
+    """Which combinations of so many values stand in a cell already, whatever the layers."""
+
+    def __init__(self, strength: int) -> None:
+        self._axes = [axis for axis in AXES if axis != "layers"]
+        items = [(axis, value) for axis in self._axes for value in AXES[axis]]
+        self._numbers = {item: number for number, item in enumerate(items)}
+        self._chosen = np.array(list(combinations(range(len(self._axes)), strength))).T
+        self._seen = np.zeros((len(items),) * strength, dtype=bool)
+
+    def add(self, cell: Values) -> None:
+        """All combinations of a cell's values."""
+        self._seen[self._places(cell)] = True
+
+    def missing(self, cell: Values) -> int:
+        """How many of a cell's combinations are new."""
+        return int((~self._seen[self._places(cell)]).sum())
+
+    def _places(self, cell: Values) -> tuple[np.ndarray, ...]:
+        numbers = np.array([self._numbers[axis, cell[axis]] for axis in self._axes])
+        return tuple(numbers[self._chosen])
