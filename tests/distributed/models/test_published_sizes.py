@@ -9,6 +9,7 @@ import pytest
 
 from tests.rank_pool import RankPool
 from tests.tiers import some
+from tests.time_limits import HANG
 
 RECIPES = (
     "gemma3_4b",
@@ -71,7 +72,7 @@ def match_on_meta(recipe: str, change: Callable[[Any], None] | None = None) -> t
     "recipe", some(RECIPES, *(name for name in RECIPES if not name.endswith("_a3b")))
 )
 def test_every_weight_has_its_place(ranks: RankPool, recipe: str) -> None:
-    ranks(1)(match_on_meta, recipe)
+    ranks(1, timeout=HANG)(match_on_meta, recipe)
 
 
 def shorten(config: Any) -> None:
