@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 
-from megatron.mimo.backend import select_backend
 from tests import gpu_session, tiers
 from tests.gpu_session import GpuSession
-from tests.rank_pool import RankPool, RanksFailedError
 
-_POOL = pytest.StashKey[RankPool]()
+if TYPE_CHECKING:
+    from tests.rank_pool import RankPool
+
+_POOL = pytest.StashKey["RankPool"]()
 _GPU = pytest.StashKey[GpuSession]()
 
 
@@ -50,6 +52,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "te: needs Transformer Engine on such a device; skipped without it"
     )
+    if _tests_elsewhere(config):
+        return
+    # where tests run alone: they take seconds, in which the processes that test could start
+    from megatron.mimo.backend import select_backend
+    from tests.rank_pool import RankPool
+
     if not config.option.gpu and not gpu_session.has_driver():
         select_backend("cpu")  # before Megatron is imported, which then leaves torch's compiler out
     config.stash[_POOL] = RankPool()
@@ -99,6 +107,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> object:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Says why there are no ranks with the first test that needs them, and only there."""
+    from tests.rank_pool import RanksFailedError
+
     pool = item.config.stash[_POOL]
     if _needs_ranks(item):
         if pool.failure is not None:
@@ -113,13 +123,14 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Names the threads beside which ranks were forked, for where something went wrong."""
-    threads = config.stash[_POOL].threads
+    threads = config.stash[_POOL].threads if _POOL in config.stash else []
     if threads and terminalreporter.stats.keys() & {"failed", "error"}:
         terminalreporter.write_line(f"ranks were forked beside idle threads: {'; '.join(threads)}")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    config.stash[_POOL].close()
+    if _POOL in config.stash:
+        config.stash[_POOL].close()
     if _GPU in config.stash:
         config.stash[_GPU].close()
 
@@ -128,6 +139,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def ranks(pytestconfig: pytest.Config) -> RankPool:
     """``ranks(world_size, timeout=60)(function, *args) -> results by rank``; see ``RankPool``."""
     return pytestconfig.stash[_POOL]
+
+
+def _tests_elsewhere(config: pytest.Config) -> bool:
+    """Whether this process hands all tests to those of pytest-xdist."""
+    return getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput")
 
 
 def _needs_ranks(item: pytest.Item) -> bool:

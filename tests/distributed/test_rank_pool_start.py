@@ -49,11 +49,11 @@ SPINNING = """
 
 
 CONFTEST = """
-    import tests.conftest
+    import tests.rank_pool
     from tests.conftest import *
     from tests.rank_pool import RankPool
 
-    tests.conftest.RankPool = lambda: RankPool(imports=["imported_by_server"])
+    tests.rank_pool.RankPool = lambda: RankPool(imports=["imported_by_server"])
 """
 TESTS_WITH_RANKS = """
     import os
