@@ -45,6 +45,13 @@ def add_component_arguments(group: argparse._ArgumentGroup) -> None:
         "or compute them again then",
     )
     group.add_argument(
+        "--encode-ahead",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with --component: encoders that are frozen begin with the next step's media at the "
+        "end of a step, and hold their rows meanwhile (default: on)",
+    )
+    group.add_argument(
         "--show-layout", action="store_true", help="draw which rank runs what, and exit"
     )
 

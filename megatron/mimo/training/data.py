@@ -8,8 +8,10 @@ are planned (``planned_data``): their position is a state, which lies in the che
 
 from __future__ import annotations
 
+import itertools
 import math
 from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -128,6 +130,7 @@ class BatchIterator:
         self._device = device
         self._keep = keep
         self._ahead: Ahead | None = None
+        self._peeked: deque[Callable[[], Batch]] = deque()
         if group.size() == 1 and device.type != "cpu":
             self._ahead = Ahead(self._load, copying_to(device))
 
@@ -135,6 +138,29 @@ class BatchIterator:
         return self
 
     def __next__(self) -> Batch:
+        return self._peeked.popleft()() if self._peeked else self._read()
+
+    def peek(self, count: int) -> list[Batch]:
+        """What ``next`` will give, collective as it is; fewer where reading fails before."""
+        while len(self._peeked) < count:
+            self._peeked.append(self._outcome())
+        found = []
+        for outcome in itertools.islice(self._peeked, count):
+            try:
+                found.append(outcome())
+            except Exception:  # noqa: BLE001 - next raises it
+                break
+        return found
+
+    def _outcome(self) -> Callable[[], Batch]:
+        """What gives the next micro-batch, or raises what reading it has."""
+        try:
+            batch = self._read()
+        except Exception as error:  # noqa: BLE001 - raised when it is asked for
+            return partial(_raise, error)
+        return lambda: batch
+
+    def _read(self) -> Batch:
         if self._ahead is not None:
             return dict(self._ahead())
         batch: Batch = broadcast_batch(self._load, self._group, self._device)
@@ -144,6 +170,10 @@ class BatchIterator:
         if self._batches is None:
             self._batches = self._open()
         return self._keep(next(self._batches))
+
+
+def _raise(error: Exception) -> Batch:
+    raise error
 
 
 def dataset_provider(

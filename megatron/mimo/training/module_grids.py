@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from megatron.mimo.training.module_ranks import (
     in_every_chunk,
     random_state,
 )
+from megatron.mimo.training.plans import next_micro_batches
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
@@ -43,7 +45,8 @@ class ModuleGrids:
 
     def __init__(self, args: Namespace) -> None:
         self._components = components_of(args.component, world_size=args.world_size)
-        self._activations = args.encoder_activations
+        self._args = args
+        self._activations, self._ahead = args.encoder_activations, args.encode_ahead
         self._grids: Grids | None = None
         self._schedule: Any = None
 
@@ -155,7 +158,10 @@ class ModuleGrids:
 
                 if self._schedule is None:
                     self._schedule = EncodeFirst(
-                        model, schedule=inner, activations=self._activations
+                        model,
+                        schedule=inner,
+                        activations=self._activations,
+                        ahead=partial(next_micro_batches, self._args) if self._ahead else None,
                     )
                 return self._schedule(model=model, **of_step)
 

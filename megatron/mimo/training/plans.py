@@ -183,6 +183,17 @@ def batch_sizes(args: Namespace) -> Callable[[int], int]:
     return size_at
 
 
+def next_micro_batches(args: Namespace) -> int:
+    """How many micro-batches a rank has in the iteration after this one; 0 where there is none."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    if args.train_iters is not None and args.curr_iteration + 1 >= args.train_iters:
+        return 0
+    together = args.micro_batch_size * args.data_parallel_size
+    consumed = args.consumed_train_samples + get_num_microbatches() * together
+    return batch_sizes(args)(consumed) // together
+
+
 def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
     """A group of the same ranks for objects in host memory; None for a rank alone.
 

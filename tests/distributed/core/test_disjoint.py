@@ -74,6 +74,10 @@ CELLS = {
         DisjointLayout(images=Sizes(pp=2), sounds=Sizes(tp=2), together=True, by="encode first"),
         Design(frozen=("images.encoders",)),
     ),
+    "first: levels, pp2": (
+        DisjointLayout(images=Sizes(dp=2), language=Sizes(pp=2), by="encode first"),
+        Design(layers=4, levels=2),
+    ),
     "first: tp2-sp, frozen images": (
         DisjointLayout(language=Sizes(tp=2), sequence_parallel=True, by="encode first"),
         Design(frozen=("images",)),
@@ -86,6 +90,7 @@ WIDE = (
     "stages: no media",
     "first: images pp2-dp2, frozen language, overlap",
     "first: images pp2, trained in part",
+    "first: levels, pp2",
     "first: tp2-sp, frozen images",
     "first: no media",
 )

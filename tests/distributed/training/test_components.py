@@ -55,10 +55,10 @@ def one_process(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return output
 
 
-def run(ranks: RankPool, output: Path, name: str, last: int) -> str:
+def run(ranks: RankPool, output: Path, name: str, last: int, *further: str) -> str:
     world, components, flags = LAYOUTS[name]
     argv = [SCRIPT, *RECIPE, "--output", output, *COMPARABLE, *EVALUATE, *FOUR_LAYERS, *flags]
-    argv += ["--component", *components, "--train-iters", str(last)]
+    argv += [*further, "--component", *components, "--train-iters", str(last)]
     exits = ranks.start_script(world, argv, timeout=HANG).wait()
     text = "".join(exit_.stdout + exit_.stderr for exit_ in exits)
     assert [exit_.exit_code for exit_ in exits] == [0] * world, text
@@ -109,6 +109,19 @@ def test_a_run_moves_between_disjoint_and_other_layouts(ranks: RankPool, tmp_pat
     run(ranks, found, "apart-vpp2", 5)
     succeed(ranks, found, "pp2", *begin, "--train-iters", "6")
     _same_losses(found, expected)
+
+
+@pytest.mark.parametrize("layout", ["pp2", "apart-images pp2"])
+def test_a_run_that_stops_between_steps_of_frozen_encoders_repeats_the_bits(
+    ranks: RankPool, tmp_path: Path, layout: str
+) -> None:
+    """They have encoded a part of the next step, which is evaluated before; or they have not."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    run(ranks, straight, layout, 4, "--freeze", "images", "--exit-interval", "4")
+    run(ranks, stopped, layout, 4, "--freeze", "images", "--exit-interval", "2")
+    run(ranks, stopped, layout, 4, "--freeze", "images", "--no-encode-ahead")
+    assert len(losses(stopped)) == 4
+    assert losses(stopped) == losses(straight)
 
 
 def _same_losses(found: Path, expected: Path) -> None:

@@ -14,8 +14,10 @@ gradients; on every rank the activations of what it has encoded ("keep"), or not
 has at most as many rows as one micro-batch).
 
 Encoders on ranks of their own run beside the language model's schedule, micro-batch by micro-batch
-(``row_stream``): they encode as far ahead of it as its pipeline is deep and ``AHEAD`` more, and
-their pipeline stages follow each other likewise.
+(``run_beside``): they encode as far ahead of it as its pipeline is deep and one more, and their
+pipeline stages follow each other likewise.
+
+Encoders that are frozen may begin with the next step in this one.
 
 The one gradient contract: losses are sums over tokens, and every module's gradients are divided
 once by the tokens of the global batch.
@@ -34,16 +36,16 @@ from torch import nn
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.models.mimo.model.base import MimoModel
-from megatron.core.models.mimo.model.in_flight import most_in_flight
+from megatron.core.models.mimo.model.encode_ahead import NextStep, peeked
+from megatron.core.models.mimo.model.encoder_calls import Modality
 from megatron.core.models.mimo.model.modality_pass import ModalityPass
 from megatron.core.models.mimo.model.modality_pools import ModalityPools
-from megatron.core.models.mimo.model.row_stream import ArrivingRows, EncoderStream
+from megatron.core.models.mimo.model.run_beside import RunBeside
 from megatron.core.models.mimo.model.step_batches import MicroBatch, StepBatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 
 ACTIVATIONS = ("keep", "recompute")
-AHEAD = 1  # micro-batches that encoders are ahead of what the language model's pipeline holds
 
 
 class EncodeFirst:
@@ -59,6 +61,11 @@ class EncodeFirst:
             wrapped in Megatron's ``DistributedDataParallel`` of their own grids' groups.
         schedule: Megatron's for the language model; None for the one that its sizes ask for.
         activations: "keep" or "recompute", of the encoders.
+        ahead: gives the number of micro-batches of the next step, which encoders that are frozen
+            encode at the end of this one: on the language model's ranks before gradients are
+            reduced, so that later pipeline stages do while earlier ones run backward; on ranks of
+            their own the first few, while the language model ends its step. Where the data iterator
+            has ``peek(count)``, which shows what ``next`` will give. None: each step by itself.
 
     Attributes:
         costs: modality -> what this rank has encoded and what its pool has, in the last step.
@@ -73,6 +80,7 @@ class EncodeFirst:
         *,
         schedule: Callable[..., Any] | None = None,
         activations: str = "keep",
+        ahead: Callable[[], int] | None = None,
     ) -> None:
         if activations not in ACTIVATIONS:
             raise ConfigError(f"activations is {activations!r}; expected one of {ACTIVATIONS}")
@@ -85,6 +93,10 @@ class EncodeFirst:
         self._finalizes = True
         self._pools = ModalityPools(model, recompute=activations == "recompute")
         self._replica = self._pools.replica
+        self._beside = RunBeside(model, self._pools, ahead) if self._pools.apart else None
+        self._count_ahead = ahead
+        self._next: NextStep | None = None
+        self._source: Any = None  # of this step's micro-batches
         self.costs: dict[str, tuple[float, float]] = {}
 
     def __call__(
@@ -98,16 +110,15 @@ class EncodeFirst:
     ) -> Any:
         """Run a step; what the language model's schedule returns."""
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-        batches: list[MicroBatch] = []
+        given: list[MicroBatch] = []
         if self._replica is not None:
-            batches = [dict(next(iterators[0])) for _ in range(num_microbatches)]
-        step = StepBatches(self._chunks[0], batches)
+            given = [next(iterators[0]) for _ in range(num_microbatches)]
+        step = self._begun(given, forward_only=forward_only)
+        self._source = iterators[0]
         self._finalizes = self._config.finalize_model_grads_func is not None and not forward_only
 
         def run_language(first: Iterator[MicroBatch]) -> Any:
             """Phase two, on ranks of the language model."""
-            if self._replica is None:
-                return []
             given = [first, *iterators[1:]] if isinstance(data_iterator, list) else first
             with self._language_alone():
                 return (self._schedule or get_forward_backward_func())(
@@ -118,79 +129,66 @@ class EncodeFirst:
                     **keywords,
                 )
 
-        run = self._run_beside if self._pools.apart else self._run_around
         with torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only):
-            reports = run(step, num_microbatches, run_language)
+            if self._beside is None:
+                reports = self._run_around(step, run_language)
+            elif self._replica is None:
+                self._beside.encoders(num_microbatches, self.costs, trains=not forward_only)
+                reports = []
+            else:
+                begin = None if forward_only else self._keep_next
+                reports = self._beside.language(step, run_language, begin, iterators[0])
         if self._finalizes:
             self._finalize_encoders(bool(force_all_reduce))
         return reports
 
-    def _run_around(self, step: StepBatches, _: int, run_language: Callable[..., Any]) -> Any:
+    def _begun(self, given: list[MicroBatch], *, forward_only: bool) -> NextStep:
+        """This step: what the last one has begun of it, where these are its micro-batches."""
+        begun = self._next
+        if begun is not None and not forward_only:
+            self._next = None
+            if begun.is_of(given):
+                return begun
+            begun.forget()
+        batches = StepBatches(self._chunks[0], [dict(batch) for batch in given])
+        return NextStep(given=given, batches=batches, by_modality={})
+
+    def _keep_next(self, step: NextStep) -> None:
+        self._next = step
+
+    def _run_around(self, step: NextStep, run_language: Callable[..., Any]) -> Any:
         """A step of modules on the same ranks: phase by phase."""
-        assert self._replica is not None, "all ranks run the language model"
-        passes = []
+        batches = step.batches
+        passes = {}
         for modality in self._pools.modalities:
+            name = modality.name
             seed = self._pools.draw_seed(modality, trains=self._chunks[0].training)
-            jobs = step.jobs(modality.name, self._replica, None)
-            group = self._pools.groups[modality.name]
-            passes.append(ModalityPass(modality, jobs, self._replica, group, seed))
-            self.costs[modality.name] = passes[-1].cost
-        reads = self._pools.reads
-        step.cut_plans(reads=reads)
-        for number, batch in enumerate(step.batches if reads else []):
-            pairs = zip(self._pools.modalities, passes, strict=True)
-            batch["encoded_rows"] = {modality.name: one.rows[number] for modality, one in pairs}
-        reports = run_language(iter(step.batches))
-        for one in passes:
+            passes[name] = step.by_modality.get(name) or self._encode(modality, batches, seed)
+            self.costs[name] = passes[name].cost
+        rows = {name: one.place() for name, one in passes.items()}
+        batches.cut_plans(reads=self._pools.reads)
+        for number, batch in enumerate(batches.batches if self._pools.reads else []):
+            batch["encoded_rows"] = {name: of_step[number] for name, of_step in rows.items()}
+        reports = run_language(iter(batches.batches))
+        for one in passes.values():
             one.backward()
         return reports
 
-    def _run_beside(self, step: StepBatches, count: int, run_language: Callable[..., Any]) -> Any:
-        """A step of modules on ranks of their own."""
-        ahead = most_in_flight(self._config, count) + AHEAD
-        if self._replica is None:
-            self._encode(count, ahead)
-            return []
-        arriving = {}
-        for modality in self._pools.modalities:
-            jobs = step.jobs(
-                modality.name,
-                self._replica,
-                self._pools.draw_seed(modality, trains=self._chunks[0].training),
-            )
-            if self._pools.reads:
-                lines = self._pools.lines[modality.name]
-                arriving[modality.name] = ArrivingRows(modality, lines, jobs, self._replica, ahead)
-        step.cut_plans(reads=self._pools.reads)
+    def _encode(self, modality: Modality, step: StepBatches, seed: int | None) -> ModalityPass:
+        assert self._replica is not None, "all ranks run the language model"
+        jobs = step.jobs(modality.name, self._replica, None)
+        return ModalityPass(modality, jobs, self._replica, self._pools.groups[modality.name], seed)
 
-        def arrive() -> Iterator[MicroBatch]:
-            for number, batch in enumerate(step.batches):
-                if arriving:
-                    rows = {name: one.take(number) for name, one in arriving.items()}
-                    batch["encoded_rows"] = rows
-                yield batch
-
-        reports = run_language(arrive())
-        for one in arriving.values():
-            one.finish()
-        return reports
-
-    def _encode(self, count: int, ahead: int) -> None:
-        """A step on ranks of encoders alone: backward follows forward by each stream's window."""
-        streams = []
-        for modality in self._pools.modalities:
-            lines = self._pools.lines[modality.name]
-            stages = len(modality.trainable)
-            streams.append(EncoderStream(modality, lines, count, ahead + stages - 1))
-            self.costs[modality.name] = streams[-1].cost
-        behind = max((stream.window for stream in streams), default=1) - 1
-        for number in range(count + behind):
-            for stream in streams:
-                stream.forward(number)
-            for stream in streams:
-                stream.backward(number - stream.window + 1)
-        for stream in streams:
-            stream.finish()
+    def _encode_ahead(self) -> None:
+        """Let encoders that are frozen encode the next step."""
+        frozen = [modality for modality in self._pools.modalities if modality.goes_ahead]
+        if self._count_ahead is None or not frozen or self._beside is not None:
+            return
+        given = peeked(self._source, self._count_ahead())
+        if given:
+            step = StepBatches(self._chunks[0], [dict(batch) for batch in given])
+            done = {modality.name: self._encode(modality, step, None) for modality in frozen}
+            self._next = NextStep(given=given, batches=step, by_modality=done)
 
     def destroy(self) -> None:
         """Release the groups that rows travel in; a second call does nothing."""
@@ -228,6 +226,7 @@ class EncodeFirst:
             for chunk in self._chunks
             if isinstance(chunk.language_model, DistributedDataParallel)
         ]
+        self._encode_ahead()
         assert num_tokens is not None, "a loss that is not averaged has its tokens counted"
         if wrapped:
             finalize_model_grads(wrapped, num_tokens, pg_collection, force_all_reduce)
@@ -246,7 +245,7 @@ class EncodeFirst:
         ]
         for submodule in wrapped:
             submodule.finish_grad_sync(force_all_reduce=force_all_reduce)
-        if self._pools.apart:
+        if self._beside is not None:
             self._tell_num_tokens()
         assert self._num_tokens is not None, "the language model was finalised"
         for submodule in wrapped:

@@ -39,6 +39,8 @@ class Modality:
         levels: further levels of every row.
         trainable: for each stage of the modality, whether anything of it is trained.
         stage: this rank's; None where the modality is on other ranks.
+        goes_ahead: nothing of it is trained or draws random numbers, nor is anything trained on
+            ranks that only encode, so that it may encode a step before the one that needs it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Modality:
     levels: int
     trainable: tuple[bool, ...]
     stage: int | None
+    goes_ahead: bool
 
     @property
     def trains(self) -> bool:

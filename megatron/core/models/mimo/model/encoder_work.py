@@ -173,7 +173,8 @@ class InputsOfOthers:
     def jobs(self, own: Sequence[Job]) -> list[Job]:
         """The jobs of all replicas of the pool: micro-batch by micro-batch, replica by replica.
 
-        A rank of the language model alone has none but its own.
+        A rank of the language model alone has none but its own. [] where a replica has none, which
+        could not read its data.
 
         Args:
             own: of this rank's replica; [] on ranks of encoders alone.
@@ -189,6 +190,8 @@ class InputsOfOthers:
         by_replica = {} if self._replica is None else {self._replica: own}
         for replica, content in zip(others, came, strict=True):
             by_replica[replica] = [_job(replica, one) for one in read_header(content)]
+        if any(len(one) != self._count for one in by_replica.values()):
+            return []
         return [by_replica[r][n] for n in range(self._count) for r in self._pool.replicas]
 
     def tell(self, dealt: Dealt | None) -> Dealt:
@@ -212,15 +215,29 @@ class InputsOfOthers:
             self._sized(content, readers, [])
         return dealt
 
+    def go_on(self, yes: bool) -> None:
+        """Say, where this rank speaks for the pool, whether what was begun is wanted."""
+        if dist.get_rank() == self._pool.speaker_of(self._pool.replicas[0]):
+            answer = torch.tensor([yes], device=self._modality.like_H.device)
+            for rank in self._encode_elsewhere():
+                self._messages.send(answer, rank)
+
+    def goes_on(self) -> bool:
+        """What ``go_on`` says, on a rank that encodes."""
+        like = self._modality.like_H.new_empty(0, dtype=torch.bool)
+        answer = self._messages.receive(like, [1], self._pool.speaker_of(self._pool.replicas[0]))
+        assert answer is not None, "an answer is a value"
+        return bool(answer.wait().item())
+
     def send(self, number: int, inputs: Inputs | None, dealt: Dealt) -> None:
         """Let what others encode of a micro-batch leave, where this rank speaks for its replica."""
         if not self._speaks or self._replica is None:
             return
-        batch = self.batch(number, self._replica)
+        batch, elsewhere = self.batch(number, self._replica), {*self._encode_elsewhere()}
         for owner, ranks in enumerate(self._pool.stages[0]):
-            units = dealt.of(batch, owner)
-            others = [rank for rank in ranks if rank in self._encode_elsewhere()]
-            if units and others:
+            others = [rank for rank in ranks if rank in elsewhere]
+            units = dealt.of(batch, owner) if others else []
+            if units:
                 content = large_bytes(part_of(units, inputs or {}))
                 for rank in others:
                     self._messages.send(content.to(self._modality.like_H.device), rank, of=number)
@@ -232,8 +249,10 @@ class InputsOfOthers:
         like = self._modality.like_H.new_empty(0, dtype=torch.uint8)
         for replica in self._pool.replicas:
             batch = self.batch(number, replica)
+            if replica == self._replica or batch in self._coming:
+                continue
             units = dealt.of(batch, self._owner)
-            if units and replica != self._replica and batch not in self._coming:
+            if units:
                 size = size_of(part_of(units, jobs[batch].inputs or {}))
                 speaker = self._pool.speaker_of(replica)
                 self._coming[batch] = self._messages.receive(like, [size], speaker)

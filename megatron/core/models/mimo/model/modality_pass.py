@@ -27,7 +27,7 @@ from megatron.core.models.mimo.model.wide_rows import apart, side_by_side
 
 
 class ModalityPass:
-    """The rows of one step.
+    """The rows of one step, encoded when it is made.
 
     All ranks of the pool make one, with jobs of as many micro-batches.
 
@@ -39,8 +39,6 @@ class ModalityPass:
         seed: of what the encoders draw; None where they draw nothing.
 
     Attributes:
-        rows: for each micro-batch, the rows that this rank places, with gradient; [] off the first
-            stage.
         cost: of what this rank encodes, and of what the pool does.
     """
 
@@ -65,18 +63,15 @@ class ModalityPass:
         calls = inputs.calls(range(len(every)), every, dealt)
         messages.settle()
         encodings, sizes = encodings_of(every, dealt, len(pool.owners))
-        encoded = sizes[pool.owner_of(rank)]
-        routes = RowRoutes(pool, rank, encodings, encoded)
-        self._back = routes.backward() if modality.trains else None
+        self._routes = RowRoutes(pool, rank, encodings, sizes[pool.owner_of(rank)])
         self._run = EncoderCalls(modality, seed)
         idle: list[Call | None] = [None]
         ran = [self._run.forward(call) for call in calls or idle]
         self._called = [called for _, called in ran]
         self._sizes = [wide_NW.size(0) for wide_NW, _ in ran]
-        given_NW = torch.cat([wide_NW for wide_NW, _ in ran]).contiguous()
-        wide_NW = exchange_rows(given_NW, routes.forward(), group)
-        self._leaves = self._cut(wide_NW, jobs, replica)
-        self.rows: list[Encoded] = [apart(leaf, modality.levels) for leaf in self._leaves]
+        self._encoded_NW = torch.cat([wide_NW for wide_NW, _ in ran]).contiguous()
+        self._jobs, self._replica = jobs, replica
+        self._leaves: list[torch.Tensor] = []
         own = pool.owner_of(rank)
         pairs = [*zip(dealt.units, dealt.owners, strict=True)]
         self.cost = (
@@ -84,30 +79,41 @@ class ModalityPass:
             sum(unit.cost for unit, _ in pairs),
         )
 
+    def place(self) -> list[Encoded]:
+        """Bring the rows to who places them.
+
+        All ranks of the pool take part in one exchange. For each micro-batch, the rows that this
+        rank places, with gradient; [] off the first stage.
+        """
+        wide_NW = exchange_rows(self._encoded_NW, self._routes.forward(), self._group)
+        self._encoded_NW = wide_NW[:0]
+        self._leaves = self._cut(wide_NW)
+        return [apart(leaf, self._modality.levels) for leaf in self._leaves]
+
     def backward(self) -> None:
         """Bring the gradients of the rows back to who encoded them, and run the encoders' backward.
 
         All ranks of the pool take part in one exchange; nothing where the modality is frozen.
         """
-        if self._back is None:
+        if not self._modality.trains:
             return
         grads = [
             torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves
         ]
         nothing_NW = side_by_side(None, self._modality.levels, self._modality.like_H)
         given_NW = torch.cat([nothing_NW, *grads])
-        self._leaves, self.rows = [], []
-        grad_NW = exchange_rows(given_NW, self._back, self._group)
+        self._leaves = []
+        grad_NW = exchange_rows(given_NW, self._routes.backward(), self._group)
         parts = grad_NW.split_with_sizes(self._sizes)
         for number, (called, part_NW) in enumerate(zip(self._called, parts, strict=True)):
             self._run.backward(called, part_NW, last=number == len(parts) - 1)
 
-    def _cut(self, wide_NW: torch.Tensor, jobs: Sequence[Job], replica: int) -> list[torch.Tensor]:
+    def _cut(self, wide_NW: torch.Tensor) -> list[torch.Tensor]:
         """The rows of each micro-batch, as leaves."""
-        places = self._modality.pool.readers[replica]
+        places = self._modality.pool.readers[self._replica]
         here = next((at for at, rank in places.items() if rank == dist.get_rank()), None)
         if here is None:
             return []
-        sizes = [job.placement.rows_at(here) for job in jobs]
+        sizes = [job.placement.rows_at(here) for job in self._jobs]
         leaves = [part.detach() for part in wide_NW.split_with_sizes(sizes)]
         return [leaf.requires_grad_(self._modality.trains) for leaf in leaves]

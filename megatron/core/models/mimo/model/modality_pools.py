@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from megatron.core.models.mimo.comm.pools import Pool, pools_of
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.config.grids import Geometry
 from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.models.mimo.model.encode_ahead import draws
 from megatron.core.models.mimo.model.encoder_calls import Modality, levels_of
 from megatron.core.models.mimo.model.row_stream import Lines
 
@@ -46,33 +48,34 @@ class ModalityPools:
         self.groups: dict[str, dist.ProcessGroup | None] = {}
         self.lines: dict[str, Lines] = {}
         self._groups = _Groups()
-        own: dict[str, Any] = dict(model.modality_submodules.items())
-        facts = {
-            name: (levels_of(one), any(p.requires_grad for p in one.parameters()))
-            for name, one in own.items()
+        geometries = {
+            name: Geometry.of(name, grids[name])
+            for name in model.mimo_config.modality_submodules_spec
         }
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, facts)
-        like_H = torch.empty(
-            model.config.hidden_size,
-            dtype=model.config.params_dtype,
-            device=next(model.parameters()).device,
-        )
-        for name in model.mimo_config.modality_submodules_spec:
-            geometry = Geometry.of(name, grids[name])
+        facts = _facts_of_all(model)
+        trained: set[int] = set()  # ranks of encoders whose backward waits for the language model
+        for name, geometry in geometries.items() if self.apart else ():
+            if any(facts[rank][name].is_trained for rank in geometry.ranks):
+                trained.update(geometry.ranks)
+        for name, geometry in geometries.items():
             pools = pools_of(geometry, self.language)
             self._meet(name, pools)
-            stages = [geometry.where(pp=stage)[0] for stage in range(geometry.sizes["pp"])]
+            stages = [
+                facts[geometry.where(pp=stage)[0]][name] for stage in range(geometry.sizes["pp"])
+            ]
+            waits = any(stage.is_trained or stage.draws for stage in stages)
+            submodule = dict(model.modality_submodules.items()).get(name)
             self.modalities += [
                 Modality(
                     name=name,
-                    submodule=own.get(name),
+                    submodule=submodule,
                     pool=pool,
-                    like_H=like_H,
+                    like_H=_row_of(model),
                     recompute=recompute,
-                    levels=everyone[stages[-1]][name][0],
-                    trainable=tuple(everyone[first][name][1] for first in stages),
-                    stage=geometry.positions[rank].pp if name in own else None,
+                    levels=stages[-1].levels,
+                    trainable=tuple(stage.is_trained for stage in stages),
+                    stage=None if submodule is None else geometry.positions[rank].pp,
+                    goes_ahead=not waits and not trained.intersection(geometry.ranks),
                 )
                 for pool in pools
                 if rank in pool.ranks
@@ -110,6 +113,42 @@ class ModalityPools:
         meeting = [pool.meeting for pool in pools]
         groups = {kind: self._groups.of(f"{name} {kind}", meeting) for kind in kinds}
         self.lines[name] = Lines(**{kind: Messages(group) for kind, group in groups.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What other ranks have to know of a modality's module.
+
+    Attributes:
+        levels: further levels of every row.
+        is_trained: some of it is.
+        draws: it may draw random numbers.
+    """
+
+    levels: int
+    is_trained: bool
+    draws: bool
+
+
+def _facts_of_all(model: MimoModel) -> list[dict[str, _Facts]]:
+    """Rank -> the facts of each modality that it has; all ranks call it."""
+    own = {
+        name: _Facts(
+            levels=levels_of(module),
+            is_trained=any(parameter.requires_grad for parameter in module.parameters()),
+            draws=draws(module),
+        )
+        for name, module in model.modality_submodules.items()
+    }
+    everyone: list[dict[str, _Facts]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def _row_of(model: MimoModel) -> torch.Tensor:
+    """A vector like a row of the language model, on the device of this rank's part."""
+    config, device = model.config, next(model.parameters()).device
+    return torch.empty(config.hidden_size, dtype=config.params_dtype, device=device)
 
 
 class _Groups:

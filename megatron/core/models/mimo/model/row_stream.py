@@ -69,6 +69,7 @@ class EncoderStream:
     Attributes:
         name: of the modality.
         window: as ``ahead``, of this rank's stage.
+        count: of micro-batches; 0 where the language model's ranks have none.
         cost: of what this rank encodes, and of what the pool does.
     """
 
@@ -86,7 +87,8 @@ class EncoderStream:
         self._jobs = self._inputs.jobs([])
         loads = [0.0] * len(self._pool.owners)
         self._dealt: list[Dealt] = []
-        for number in range(count):
+        self.count = len(self._jobs) // len(self._pool.replicas)
+        for number in range(self.count):
             batches = self._inputs.batches(number)
             jobs = [self._jobs[batch] for batch in batches]
             self._dealt.append(deal(modality, jobs, batches[0], loads))
@@ -95,15 +97,36 @@ class EncoderStream:
         self._last = mine[-1] if mine else None
         self._run = EncoderCalls(modality, self._jobs[0].seed if self._jobs else None)
         self._called: dict[int, list[Called]] = {}
+        self._ready: dict[int, list[torch.Tensor]] = {}  # encoded, and not yet given
         self.cost = loads[self._owner], sum(loads)
+
+    def encode(self, before: int) -> None:
+        """Encode this rank's share of micro-batches below a number, and keep it."""
+        before = min(before, self.count)
+        for number in range(before):
+            self._encode(number, before)
+        self._lines.settle()
+
+    def goes_on(self) -> bool:
+        """What was encoded is wanted: the next step is the one that it was encoded for."""
+        return self._inputs.goes_on()
 
     def forward(self, number: int) -> None:
         """Encode this rank's share of a micro-batch, and let it leave."""
-        if number >= len(self._dealt):
+        if number >= self.count:
             return
         self._lines.rows.settle(before=number - self.window)
-        for one in (number, number + 1):  # the next comes while this one is encoded
-            if one < len(self._dealt):
+        if number not in self._ready:
+            self._encode(number, self.count)
+        outputs = self._ready.pop(number)
+        if outputs:
+            routes = self._routes(number).forward()
+            _send(self._lines.rows, torch.cat(outputs), routes, self._pool, number)
+
+    def _encode(self, number: int, before: int) -> None:
+        """Encode; inputs of the next one, if it is below a number, come meanwhile."""
+        for one in (number, number + 1):
+            if one < before:
                 self._inputs.expect(one, self._jobs, self._dealt[one])
         batches = self._inputs.batches(number)
         outputs, kept = [], []
@@ -113,8 +136,7 @@ class EncoderStream:
             kept.append(called)
             if not self._modality.is_last:
                 self._pass_on(output, number)
-        if self._modality.is_last:
-            self._give_rows(number, outputs)
+        self._ready[number] = outputs if self._modality.is_last else []
         if self._modality.trains:
             self._called[number] = kept
 
@@ -168,11 +190,6 @@ class EncoderStream:
         encodings, sizes = encodings_of(jobs, dealt, len(self._pool.owners), batches[0])
         return RowRoutes(self._pool, dist.get_rank(), encodings, sizes[self._owner])
 
-    def _give_rows(self, number: int, outputs: Sequence[torch.Tensor]) -> None:
-        if outputs:
-            rows_NW = torch.cat([*outputs])
-            _send(self._lines.rows, rows_NW, self._routes(number).forward(), self._pool, number)
-
     def _gradients(self, number: int, kept: Sequence[Called]) -> Sequence[torch.Tensor]:
         """Of the outputs of this rank's calls of a micro-batch."""
         likes = [called.like for called in kept if called.like is not None]
@@ -217,6 +234,10 @@ class ArrivingRows:
         self._send_inputs(ahead)
         self._back: dict[int, tuple[Routes, torch.Tensor]] = {}
         self._coming: dict[int, tuple[RowRoutes, Routes, list[Message | None]]] = {}
+
+    def go_on(self, yes: bool) -> None:
+        """Say whether the step is wanted that encoders have begun."""
+        self._inputs.go_on(yes)
 
     def take(self, number: int) -> Encoded:
         """The rows of a micro-batch that this rank places; they come in the order of numbers.
