@@ -251,7 +251,8 @@ class VisionTransformer(MegatronModule):
 
         A micro-batch without this modality runs it, so that every rank takes part in collectives.
         """
-        return {"pixel_values": self.position_embedding.new_zeros(1, *self.image_shape)}
+        like = next(self.parameters())
+        return {"pixel_values": like.new_zeros(1, *self.image_shape)}
 
     def rows_per_item(self, pixel_values: Tensor) -> list[int]:
         """Rows of each image: ranks with the same images may encode some each."""

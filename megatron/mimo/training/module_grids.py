@@ -41,12 +41,16 @@ class ModuleGrids:
 
     Args:
         args: of the run.
+
+    Attributes:
+        seen: is told what encoders on ranks of their own encode, as ``EncodeFirst`` tells it.
     """
 
     def __init__(self, args: Namespace) -> None:
         self._components = components_of(args.component, world_size=args.world_size)
         self._args = args
         self._activations, self._ahead = args.encoder_activations, args.encode_ahead
+        self.seen: Callable[[str, Any, int], None] | None = None
         self._grids: Grids | None = None
         self._schedule: Any = None
 
@@ -162,6 +166,7 @@ class ModuleGrids:
                         schedule=inner,
                         activations=self._activations,
                         ahead=partial(next_micro_batches, self._args) if self._ahead else None,
+                        seen=self.seen,
                     )
                 return self._schedule(model=model, **of_step)
 

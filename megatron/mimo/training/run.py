@@ -156,6 +156,7 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
     curve = LossCurve(output / "loss.csv" if output else None, writes=args.rank == 0)
     builder = ModelBuilder(recipe, args, console.say)
     meter, position = ThroughputMeter(builder.chunks), DataPosition(args)
+    builder.grids.seen = meter.encoded
     watch = LoopWatch(args, console, curve, meter, position, StartClock.of_process())
     profiling = Profiling(args, builder.chunks, console)
     caches, samples = EncoderCaches(args, builder.chunks), SampleFinder()
@@ -185,13 +186,18 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
             if failure.unexpected_exit(leaving):
                 raise
             return _stopped(leaving, args, console, watch, stopped_by)
+    _close(console, curve, caches)
+    if not stopped_by:
+        _finish(recipe, args, console, watch, builder, curve, output)
+    return 0
+
+
+def _close(console: Console, curve: Any, caches: Any) -> None:
+    """Training has ended: the last words about it."""
     console.end_progress()
     curve.close()
     for said in caches.report():
         console.say(said)
-    if not stopped_by:
-        _finish(recipe, args, console, watch, builder, curve, output)
-    return 0
 
 
 def _open(recipe: Recipe, args: Namespace, console: Console) -> None:

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,9 +25,9 @@ from megatron.mimo.models.common.flops import (
     media_amounts,
     operations,
     span_lengths,
-    training_costs,
 )
 from megatron.mimo.process.console import format_count
+from megatron.mimo.training.model_costs import are_apart, model_costs
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
@@ -140,7 +140,11 @@ class ThroughputMeter:
         from megatron.core import mpu
 
         seconds = time.monotonic() - self._since
-        costs = self._all_costs()
+        if self._costs is None:
+            known = model_costs(self._chunks)
+            self._uncounted |= known is None
+            self._costs = known or {}
+        costs = self._costs
         # All ranks of a data-parallel replica have the same batch: one counts.
         ranks = (mpu.get_tensor_model_parallel_rank(), mpu.get_context_parallel_rank())
         counts = ranks == (0, 0) and mpu.is_pipeline_first_stage(ignore_virtual=True)
@@ -168,6 +172,17 @@ class ThroughputMeter:
             peak_memory=peak,
         )
 
+    def encoded(self, modality: str, inputs: Mapping[str, Mapping[str, Any]], rows: int) -> None:
+        """This rank tells what encoders on ranks of their own make of a micro-batch's media."""
+        if self._uncounted:
+            return
+        try:
+            amounts = media_amounts(self._chunks[0], {modality: inputs})
+        except UnsupportedError:
+            self._uncounted = True
+            return
+        self._amounts.update({**amounts, f"{modality} rows": rows})
+
     def _see(self, batch: Batch) -> None:
         ids_BS = batch["input_ids"]
         lengths = batch.get(LENGTHS)
@@ -181,7 +196,8 @@ class ThroughputMeter:
             self._labels += int(mask_BS.count_nonzero())
         else:
             self._labels += sum(lengths)
-        if self._apart() or self._uncounted or not self._chunks[0].role.is_first_stage("language"):
+        encodes = self._chunks[0].role.is_first_stage("language") and not are_apart(self._chunks)
+        if self._uncounted or not encodes:
             return
         try:
             inputs = batch.get("modality_inputs") or {}
@@ -189,46 +205,12 @@ class ThroughputMeter:
         except UnsupportedError:
             self._uncounted = True
 
-    def _apart(self) -> bool:
-        """Encoders are on ranks of their own."""
-        return any(chunk.disjoint_rows is not None for chunk in self._chunks)
-
     def _forget(self) -> None:
         self._amounts.clear()
         self._documents.clear()
         self._spans.clear()
         self._positions = self._iterations = self._labels = 0
         self._waited, self._since = 0.0, time.monotonic()
-
-    def _all_costs(self) -> Mapping[str, float]:
-        """Costs of the whole model; collective over the pipeline the first time."""
-        from megatron.core import mpu
-
-        if self._costs is not None:
-            return self._costs
-        if self._apart():  # who encodes has not seen the media
-            self._uncounted, self._costs = True, {}
-            return self._costs
-        group = mpu.get_pipeline_model_parallel_group()
-        trained = [any(p.requires_grad for p in chunk.parameters()) for chunk in self._chunks]
-        everywhere = [trained] * group.size()
-        dist.all_gather_object(everywhere, trained, group=group)
-        # Chunk by chunk, and within a chunk stage by stage: the order of the data.
-        flags = [flag for chunk in zip(*everywhere, strict=True) for flag in chunk]
-        costs: Counter[str] = Counter()
-        try:
-            for number, chunk in enumerate(self._chunks):
-                before = any(flags[: number * group.size() + group.rank()])
-                costs.update(training_costs(chunk, trained_before=before))
-        except UnsupportedError:
-            self._uncounted = True
-        parts = [costs] * group.size()
-        dist.all_gather_object(parts, costs, group=group)
-        total: Counter[str] = Counter()
-        for part in parts:
-            total.update(part)
-        self._costs = total
-        return total
 
 
 def write_scalars(throughput: Throughput, seconds_per_iteration: float, iteration: int) -> None:

@@ -117,9 +117,10 @@ def drawn(seed: int) -> tuple[DisjointLayout, Design]:
             images=images,
             sounds=sounds,
             language=language,
-            together=images.world_size == sounds.world_size and random.random() < 0.5,
+            together=_may_be_together(images, sounds, by) and random.random() < 0.5,
             by=by,
-            sequence_parallel=tp > 1 and random.random() < 0.5,
+            # by hand nothing reduces the gradients of what sequence parallelism copies
+            sequence_parallel=by == "encode first" and tp > 1 and random.random() < 0.5,
             overlap=random.random() < 0.5,
         )
         if layout.world_size <= 8:
@@ -129,6 +130,13 @@ def drawn(seed: int) -> tuple[DisjointLayout, Design]:
     if not media and frozen == ("language",):
         frozen = ()  # there would be nothing to train
     return layout, Design(media=media, frozen=frozen, mrope=random.random() < 0.3)
+
+
+def _may_be_together(images: Sizes, sounds: Sizes, by: str) -> bool:
+    """By stages, a rank has the samples of one replica of encoders."""
+    return images.world_size == sounds.world_size and (
+        by == "encode first" or images.dp == sounds.dp
+    )
 
 
 @pytest.mark.wide

@@ -6,6 +6,7 @@ from collections import deque
 from itertools import islice
 from typing import Any
 
+import pytest
 import torch
 
 from tests.distributed.core import disjoint, grids
@@ -20,6 +21,7 @@ from tests.rank_pool import RankPool
 COLOCATED = GridLayout(pp=2)
 APART = DisjointLayout(images=Sizes(dp=2), sounds=Sizes(tp=2), together=True, by="encode first")
 DESIGN = Design(frozen=("images", "sounds"))
+PROJECTING = Design(frozen=("images.encoders", "sounds"))  # trains a projection
 STEPS = 3
 
 
@@ -37,12 +39,16 @@ class Stream:
         return [dict(batch) for batch in seen] if self._kind == "others" else seen
 
 
-def test_on_the_ranks_of_the_language_model(ranks: RankPool) -> None:
-    (expected,) = ranks(1)(run_reference, DESIGN)
+@pytest.mark.parametrize("design", [DESIGN, PROJECTING], ids=["frozen", "but the projection"])
+def test_on_the_ranks_of_the_language_model(ranks: RankPool, design: Design) -> None:
+    (expected,) = ranks(1)(run_reference, design)
     world = ranks(COLOCATED.world_size)
-    found = {kind: world(run_colocated, expected.weights, kind) for kind in ("alone", "ahead")}
-    assert [losses for losses, _ in found["ahead"]] == [losses for losses, _ in found["alone"]]
-    assert [len(losses) for losses, _ in found["alone"]] == [0, 4 * STEPS]  # of the last stage
+    found = {
+        kind: world(run_colocated, design, expected.weights, kind) for kind in ("alone", "ahead")
+    }
+    assert [values for values, _ in found["ahead"]] == [values for values, _ in found["alone"]]
+    trained = 4 if design is PROJECTING else 0  # parameters of a projection
+    assert [len(values) for values, _ in found["alone"]] == [trained, 4 * STEPS + trained]
     for (_, alone), (_, ahead) in zip(found["alone"], found["ahead"], strict=True):
         first, second, third = alone
         assert first > 0
@@ -73,8 +79,8 @@ def calls_of_all(found: list[tuple[list[float], list[int]]]) -> list[int]:
     return [sum(of_ranks) for of_ranks in zip(*(calls for _, calls in found), strict=True)]
 
 
-def run_colocated(weights: Tensors, kind: str) -> tuple[list[float], list[int]]:
-    built = grids.build(COLOCATED, DESIGN, weights)
+def run_colocated(design: Design, weights: Tensors, kind: str) -> tuple[list[float], list[int]]:
+    built = grids.build(COLOCATED, design, weights)
     batches = [
         model_inputs(
             samples[at : at + MICRO_BATCH], COLOCATED, DESIGN, dtype=torch.float32, plan=True
@@ -108,9 +114,10 @@ def run_steps(
     schedule: Any = None,
     **groups: Any,
 ) -> tuple[list[float], list[int]]:
-    """Losses of the micro-batches, and calls of encoders in each step.
+    """Losses of the micro-batches and gradients of encoders, and calls of these in each step.
 
-    On the language model's ranks a step ends for this count where gradients are reduced.
+    On the language model's ranks a step ends for this count where gradients are reduced. A call is
+    counted where encoders run, not where their output is projected.
     """
     from megatron.core.models.mimo.model import encode_first
     from megatron.core.models.mimo.model.encoder_calls import EncoderCalls
@@ -123,17 +130,21 @@ def run_steps(
         ahead=None if kind == "alone" else lambda: count if done < STEPS - 1 else 0,
     )
     calls = [0]
-    original = EncoderCalls.forward, encode_first.finalize_model_grads
+    original = EncoderCalls.forward, EncoderCalls.encode, encode_first.finalize_model_grads
 
-    def forward(self: Any, *arguments: Any) -> Any:
-        calls[-1] += arguments[0] is not None
-        return original[0](self, *arguments)
+    def forward(self: Any, call: Any, hidden: Any = None) -> Any:
+        calls[-1] += call is not None and hidden is None
+        return original[0](self, call, hidden)
+
+    def encode(self: Any, call: Any) -> Any:
+        calls[-1] += 1
+        return original[1](self, call)
 
     def reduced(*arguments: Any, **keywords: Any) -> Any:
         calls.append(0)
-        return original[1](*arguments, **keywords)
+        return original[2](*arguments, **keywords)
 
-    EncoderCalls.forward = forward  # type: ignore[method-assign]
+    EncoderCalls.forward, EncoderCalls.encode = forward, encode  # type: ignore[method-assign]
     encode_first.finalize_model_grads = reduced
     stream, losses = Stream(batches, kind), []
     try:
@@ -154,5 +165,16 @@ def run_steps(
             if len(calls) == done + 1:  # a rank of encoders alone
                 calls.append(0)
     finally:
-        EncoderCalls.forward, encode_first.finalize_model_grads = original  # type: ignore[method-assign]
-    return losses, calls[:-1]
+        EncoderCalls.forward, EncoderCalls.encode = original[:2]  # type: ignore[method-assign]
+        encode_first.finalize_model_grads = original[2]
+    return losses + gradient_norms(chunks[0]), calls[:-1]
+
+
+def gradient_norms(model: Any) -> list[float]:
+    """Of the parameters of encoders and projections."""
+    return [
+        parameter.main_grad.double().norm().item()
+        for module in model.modality_submodules.values()
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    ]

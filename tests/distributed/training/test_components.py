@@ -107,6 +107,7 @@ def test_a_run_moves_between_disjoint_and_other_layouts(ranks: RankPool, tmp_pat
     assert "iteration 3/3" in printed
     assert "not evaluated by generation" in printed
     run(ranks, found, "apart-vpp2", 5)
+    assert _operations(found) == _operations(expected)
     succeed(ranks, found, "pp2", *begin, "--train-iters", "6")
     _same_losses(found, expected)
 
@@ -122,6 +123,12 @@ def test_a_run_that_stops_between_steps_of_frozen_encoders_repeats_the_bits(
     run(ranks, stopped, layout, 4, "--freeze", "images", "--no-encode-ahead")
     assert len(losses(stopped)) == 4
     assert losses(stopped) == losses(straight)
+
+
+def _operations(output: Path) -> float:
+    """Of an iteration, whose batches are alike."""
+    throughput = json.loads((output / "metrics.json").read_text())["throughput"]
+    return float(throughput["tflop_per_iteration"])
 
 
 def _same_losses(found: Path, expected: Path) -> None:

@@ -19,6 +19,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.data import MediaFormat, MediaItem, Sample, SampleCollator
+from megatron.mimo.encoders.work import EncoderWork
 from megatron.mimo.layers import language_layer_spec
 from megatron.mimo.models.common.place import Place, Places
 from megatron.mimo.recipes.recipe import Batch, Datasets, FinishedRun, Recipe
@@ -108,6 +109,12 @@ class _Layers(nn.Module):
         for layer in self.layers.values():
             hidden = torch.tanh(layer(hidden))
         return hidden
+
+    def blank_inputs(self) -> dict[str, Tensor]:
+        return {"pixels": torch.zeros(1, PIXELS)}
+
+    def work(self, pixels: Tensor) -> EncoderWork:
+        return EncoderWork(vectors={"layers": len(pixels)}, pairs={}, rows=len(pixels))
 
 
 class _Colours(torch.utils.data.Dataset[Sample]):

@@ -37,6 +37,7 @@ __all__ = [
     "language_amounts",
     "media_amounts",
     "media_works",
+    "modality_costs",
     "operations",
     "shards_of",
     "span_lengths",
@@ -203,6 +204,16 @@ def training_costs(model: Any, *, trained_before: bool = False) -> Costs:
     return flow.costs
 
 
+def modality_costs(modality: str, submodules: Any, *, trained_before: bool = False) -> Costs:
+    """What one of each amount costs on all ranks that hold a part of this stage of a modality.
+
+    Of encoders on ranks of their own. Args and errors are those of :func:`training_costs`.
+    """
+    flow = _Flow()
+    _count_modality(modality, unwrap_model(submodules), flow, trained_before=trained_before)
+    return flow.costs
+
+
 @dataclass(kw_only=True)
 class _Flow:
     """Adds up costs along the way of the data.
@@ -290,13 +301,15 @@ class _ProjectionAmounts:
 _AmountsOf = _LanguageAmounts | _EncoderAmounts | _ProjectionAmounts
 
 
-def _count_modality(modality: str, submodules: Any, flow: _Flow) -> None:
+def _count_modality(
+    modality: str, submodules: Any, flow: _Flow, *, trained_before: bool = False
+) -> None:
     has_gradient = False
     for name, wrapped in submodules.encoders.items():
         encoder = unwrap_model(wrapped)
         _require_work(encoder, f"{modality}.{name}")
         work = encoder.work(**encoder.blank_inputs())
-        flow.has_gradient = False
+        flow.has_gradient = trained_before
         _count(encoder, flow, _EncoderAmounts(f"{modality}.{name}", work))
         has_gradient |= flow.has_gradient
     flow.has_gradient = has_gradient

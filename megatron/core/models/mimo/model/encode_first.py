@@ -67,6 +67,9 @@ class EncodeFirst:
             their own the first few, while the language model ends its step. Where the data iterator
             has ``peek(count)``, which shows what ``next`` will give. None: each step by itself.
 
+        seen: is told, on one rank of each pool, what encoders on ranks of their own encode in
+            training: modality, inputs of a micro-batch, rows.
+
     Attributes:
         costs: modality -> what this rank has encoded and what its pool has, in the last step.
 
@@ -81,6 +84,7 @@ class EncodeFirst:
         schedule: Callable[..., Any] | None = None,
         activations: str = "keep",
         ahead: Callable[[], int] | None = None,
+        seen: Callable[[str, Any, int], None] | None = None,
     ) -> None:
         if activations not in ACTIVATIONS:
             raise ConfigError(f"activations is {activations!r}; expected one of {ACTIVATIONS}")
@@ -93,7 +97,10 @@ class EncodeFirst:
         self._finalizes = True
         self._pools = ModalityPools(model, recompute=activations == "recompute")
         self._replica = self._pools.replica
-        self._beside = RunBeside(model, self._pools, ahead) if self._pools.apart else None
+        self._beside: RunBeside | None = None
+        if self._pools.apart:
+            self._beside = RunBeside(model, self._pools, ahead)
+            self._beside.seen = seen
         self._count_ahead = ahead
         self._next: NextStep | None = None
         self._source: Any = None  # of this step's micro-batches
@@ -159,13 +166,14 @@ class EncodeFirst:
     def _run_around(self, step: NextStep, run_language: Callable[..., Any]) -> Any:
         """A step of modules on the same ranks: phase by phase."""
         batches = step.batches
-        passes = {}
+        passes: dict[str, ModalityPass] = {}
+        rows = {}
         for modality in self._pools.modalities:
             name = modality.name
             seed = self._pools.draw_seed(modality, trains=self._chunks[0].training)
-            passes[name] = step.by_modality.get(name) or self._encode(modality, batches, seed)
+            passes[name] = step.by_modality.get(name) or self._pass(modality, batches)
+            rows[name] = passes[name].place(seed)
             self.costs[name] = passes[name].cost
-        rows = {name: one.place() for name, one in passes.items()}
         batches.cut_plans(reads=self._pools.reads)
         for number, batch in enumerate(batches.batches if self._pools.reads else []):
             batch["encoded_rows"] = {name: of_step[number] for name, of_step in rows.items()}
@@ -174,10 +182,10 @@ class EncodeFirst:
             one.backward()
         return reports
 
-    def _encode(self, modality: Modality, step: StepBatches, seed: int | None) -> ModalityPass:
+    def _pass(self, modality: Modality, step: StepBatches) -> ModalityPass:
         assert self._replica is not None, "all ranks run the language model"
         jobs = step.jobs(modality.name, self._replica, None)
-        return ModalityPass(modality, jobs, self._replica, self._pools.groups[modality.name], seed)
+        return ModalityPass(modality, jobs, self._replica, self._pools.groups[modality.name])
 
     def _encode_ahead(self) -> None:
         """Let encoders that are frozen encode the next step."""
@@ -187,7 +195,9 @@ class EncodeFirst:
         given = peeked(self._source, self._count_ahead())
         if given:
             step = StepBatches(self._chunks[0], [dict(batch) for batch in given])
-            done = {modality.name: self._encode(modality, step, None) for modality in frozen}
+            done = {modality.name: self._pass(modality, step) for modality in frozen}
+            for one in done.values():
+                one.encode_ahead()
             self._next = NextStep(given=given, batches=step, by_modality=done)
 
     def destroy(self) -> None:

@@ -39,8 +39,9 @@ class Modality:
         levels: further levels of every row.
         trainable: for each stage of the modality, whether anything of it is trained.
         stage: this rank's; None where the modality is on other ranks.
-        goes_ahead: nothing of it is trained or draws random numbers, nor is anything trained on
-            ranks that only encode, so that it may encode a step before the one that needs it.
+        goes_ahead: its encoders are not trained and draw no random numbers, so that they may
+            encode a step before the one that needs it; on ranks of encoders alone, which wait for
+            the gradients of all that is trained there, nothing is.
     """
 
     name: str
@@ -81,7 +82,8 @@ class Called:
     Attributes:
         number: of the call in this step.
         call: None for an idle one.
-        hidden: what the stage before has given, its gradient once backward has run.
+        hidden: what the stage before has given, its gradient once backward has run; or what the
+            encoders have given, before it is projected.
         states: of the generators when it began.
         output: with its graph, where that is kept.
         like: the output's shape and dtype, on "meta".
@@ -89,7 +91,7 @@ class Called:
 
     number: int
     call: Call | None
-    hidden: torch.Tensor | None
+    hidden: Encoded | None
     states: Mapping[str, Any]
     output: torch.Tensor | None = None
     like: torch.Tensor | None = None
@@ -102,26 +104,38 @@ class EncoderCalls:
         modality: whose module is on this rank.
         seed: of what the encoders draw; None where they draw nothing, or from the generators as
             they stand.
+
+    Attributes:
+        seed: as given; may be set before the first ``forward``.
     """
 
-    def __init__(self, modality: Modality, seed: int | None) -> None:
+    def __init__(self, modality: Modality, seed: int | None = None) -> None:
         assert modality.submodule is not None, "this rank encodes"
         assert modality.stage is not None, "this rank encodes"
-        self._modality, self._seed, self._number = modality, seed, 0
+        self.seed = seed
+        self._modality, self._number = modality, 0
         self._submodule: nn.Module = modality.submodule
         self._trains = modality.trains_before(modality.stage + 1)
 
+    def encode(self, call: Call) -> Encoded:
+        """What the encoders of a call give, which are frozen; ``forward`` projects it."""
+        bare: Any = unwrap_model(self._submodule)
+        with torch.no_grad(), named_range(f"encode {self._modality.name}"):
+            encoded: Encoded = bare.combine_embeddings(bare.encode(call.inputs))
+        return encoded
+
     def forward(
-        self, call: Call | None, hidden: torch.Tensor | None = None
+        self, call: Call | None, hidden: Encoded | None = None
     ) -> tuple[torch.Tensor, Called]:
         """Rows [n, W], or hidden states for the next stage, without their graph.
 
         Args:
             call: None keeps this rank in step with those that have some.
-            hidden: what the stage before has given; None on the first stage.
+            hidden: what the stage before has given, or ``encode``; None for neither.
         """
-        if hidden is not None:
-            hidden = hidden.requires_grad_(self._modality.trains_before(self._modality.stage or 0))
+        stage = self._modality.stage
+        if stage and torch.is_tensor(hidden):
+            hidden.requires_grad_(self._modality.trains_before(stage))
         called = Called(
             number=self._number,
             call=call,
@@ -154,7 +168,8 @@ class EncoderCalls:
             if output.requires_grad:
                 with named_range("backward"):
                     torch.autograd.backward(output, grad)
-        return None if called.hidden is None else called.hidden.grad
+        hidden = called.hidden
+        return hidden.grad if self._modality.stage and torch.is_tensor(hidden) else None
 
     def _encode(self, called: Called) -> torch.Tensor:
         modality, call = self._modality, called.call
@@ -202,14 +217,14 @@ class EncoderCalls:
 
         The generators that are equal on tensor-parallel ranks have to stay so.
         """
-        if self._seed is None:
+        if self.seed is None:
             yield
             return
         device = self._modality.like_H.device
         devices = [] if device.type == "cpu" else [device]
         owner = self._modality.pool.owner_of(dist.get_rank())
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self._seed + 1009 * owner + number)
+            torch.manual_seed(self.seed + 1009 * owner + number)
             yield
 
 

@@ -15,7 +15,7 @@ from megatron.core.models.mimo.alignment import Encoded
 from megatron.core.models.mimo.comm.exchange import exchange_rows
 from megatron.core.models.mimo.comm.messages import Messages
 from megatron.core.models.mimo.comm.row_routes import RowRoutes
-from megatron.core.models.mimo.model.encoder_calls import EncoderCalls, Modality
+from megatron.core.models.mimo.model.encoder_calls import Called, EncoderCalls, Modality
 from megatron.core.models.mimo.model.encoder_work import (
     InputsOfOthers,
     Job,
@@ -27,7 +27,7 @@ from megatron.core.models.mimo.model.wide_rows import apart, side_by_side
 
 
 class ModalityPass:
-    """The rows of one step, encoded when it is made.
+    """The rows of one step.
 
     All ranks of the pool make one, with jobs of as many micro-batches.
 
@@ -36,7 +36,6 @@ class ModalityPass:
         jobs: of this rank's replica of the language model, one for each micro-batch.
         replica: its number.
         group: of the pool's ranks; None where it is this rank alone.
-        seed: of what the encoders draw; None where they draw nothing.
 
     Attributes:
         cost: of what this rank encodes, and of what the pool does.
@@ -48,9 +47,9 @@ class ModalityPass:
         jobs: Sequence[Job],
         replica: int,
         group: dist.ProcessGroup | None,
-        seed: int | None,
     ) -> None:
         self._modality, self._group = modality, group
+        self._jobs, self._replica = jobs, replica
         pool, rank = modality.pool, dist.get_rank()
         messages = Messages(group)
         inputs = InputsOfOthers(modality, messages, replica, len(jobs))
@@ -60,33 +59,50 @@ class ModalityPass:
             for number, job in enumerate(jobs):
                 inputs.send(number, job.inputs, dealt)
                 inputs.expect(number, every, dealt)
-        calls = inputs.calls(range(len(every)), every, dealt)
+        self._calls = inputs.calls(range(len(every)), every, dealt)
         messages.settle()
-        encodings, sizes = encodings_of(every, dealt, len(pool.owners))
-        self._routes = RowRoutes(pool, rank, encodings, sizes[pool.owner_of(rank)])
-        self._run = EncoderCalls(modality, seed)
-        idle: list[Call | None] = [None]
-        ran = [self._run.forward(call) for call in calls or idle]
-        self._called = [called for _, called in ran]
-        self._sizes = [wide_NW.size(0) for wide_NW, _ in ran]
-        self._encoded_NW = torch.cat([wide_NW for wide_NW, _ in ran]).contiguous()
-        self._jobs, self._replica = jobs, replica
-        self._leaves: list[torch.Tensor] = []
         own = pool.owner_of(rank)
+        encodings, sizes = encodings_of(every, dealt, len(pool.owners))
+        self._routes = RowRoutes(pool, rank, encodings, sizes[own])
+        self._run = EncoderCalls(modality)
+        self._hidden: list[Encoded] = []
+        self._called: list[Called] = []
+        self._sizes: list[int] = []
+        self._leaves: list[torch.Tensor] = []
         pairs = [*zip(dealt.units, dealt.owners, strict=True)]
         self.cost = (
             sum(unit.cost for unit, owner in pairs if owner == own),
             sum(unit.cost for unit, _ in pairs),
         )
 
-    def place(self) -> list[Encoded]:
-        """Bring the rows to who places them.
+    def encode_ahead(self) -> None:
+        """Run the encoders, which are frozen, before the step; their projection runs in it."""
+        self._hidden = [self._run.encode(call) for call in self._calls]
 
-        All ranks of the pool take part in one exchange. For each micro-batch, the rows that this
-        rank places, with gradient; [] off the first stage.
+    def place(self, seed: int | None) -> list[Encoded]:
+        """Encode, and bring the rows to who places them.
+
+        All ranks of the pool take part in one exchange.
+
+        Args:
+            seed: of what the encoders draw; None where they draw nothing.
+
+        Returns:
+            For each micro-batch, the rows that this rank places, with gradient; [] off the first
+            stage.
         """
-        wide_NW = exchange_rows(self._encoded_NW, self._routes.forward(), self._group)
-        self._encoded_NW = wide_NW[:0]
+        self._run.seed = seed
+        idle: list[Call | None] = [None]
+        hidden: Sequence[Encoded | None] = self._hidden or [None] * max(len(self._calls), 1)
+        ran = [
+            self._run.forward(call, before)
+            for call, before in zip(self._calls or idle, hidden, strict=True)
+        ]
+        self._hidden, self._calls = [], []
+        self._called = [called for _, called in ran]
+        self._sizes = [wide_NW.size(0) for wide_NW, _ in ran]
+        given_NW = torch.cat([wide_NW for wide_NW, _ in ran]).contiguous()
+        wide_NW = exchange_rows(given_NW, self._routes.forward(), self._group)
         self._leaves = self._cut(wide_NW)
         return [apart(leaf, self._modality.levels) for leaf in self._leaves]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from megatron.core.models.mimo.comm.messages import Messages
 from megatron.core.models.mimo.comm.pools import Pool, pools_of
@@ -17,6 +18,8 @@ from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.model.encode_ahead import draws
 from megatron.core.models.mimo.model.encoder_calls import Modality, levels_of
 from megatron.core.models.mimo.model.row_stream import Lines
+from megatron.core.models.mimo.submodules.base import ModalitySubmodules
+from megatron.core.utils import unwrap_model
 
 
 class ModalityPools:
@@ -63,7 +66,9 @@ class ModalityPools:
             stages = [
                 facts[geometry.where(pp=stage)[0]][name] for stage in range(geometry.sizes["pp"])
             ]
-            waits = any(stage.is_trained or stage.draws for stage in stages)
+            waits = stages[0].encoders_wait
+            if self.apart:
+                waits = any(stage.is_trained or stage.draws for stage in stages)
             submodule = dict(model.modality_submodules.items()).get(name)
             self.modalities += [
                 Modality(
@@ -123,11 +128,13 @@ class _Facts:
         levels: further levels of every row.
         is_trained: some of it is.
         draws: it may draw random numbers.
+        encoders_wait: its encoders are trained, may draw, or cannot be run without the projection.
     """
 
     levels: int
     is_trained: bool
     draws: bool
+    encoders_wait: bool
 
 
 def _facts_of_all(model: MimoModel) -> list[dict[str, _Facts]]:
@@ -135,14 +142,25 @@ def _facts_of_all(model: MimoModel) -> list[dict[str, _Facts]]:
     own = {
         name: _Facts(
             levels=levels_of(module),
-            is_trained=any(parameter.requires_grad for parameter in module.parameters()),
+            is_trained=_is_trained(module),
             draws=draws(module),
+            encoders_wait=_encoders_wait(unwrap_model(module)),
         )
         for name, module in model.modality_submodules.items()
     }
     everyone: list[dict[str, _Facts]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, own)
     return everyone
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _encoders_wait(module: Any) -> bool:
+    if getattr(type(module), "forward", None) is not ModalitySubmodules.forward:
+        return True
+    return _is_trained(module.encoders) or draws(module.encoders)
 
 
 def _row_of(model: MimoModel) -> torch.Tensor:

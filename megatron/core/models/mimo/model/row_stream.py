@@ -69,6 +69,7 @@ class EncoderStream:
     Attributes:
         name: of the modality.
         window: as ``ahead``, of this rank's stage.
+        jobs: of all replicas of the language model in the pool.
         count: of micro-batches; 0 where the language model's ranks have none.
         cost: of what this rank encodes, and of what the pool does.
     """
@@ -84,18 +85,18 @@ class EncoderStream:
         # Replicas begin to encode at different times, and gather their weights together.
         announce(modality.submodule)
         self._inputs = InputsOfOthers(modality, lines.inputs, None, count)
-        self._jobs = self._inputs.jobs([])
+        self.jobs = self._inputs.jobs([])
         loads = [0.0] * len(self._pool.owners)
         self._dealt: list[Dealt] = []
-        self.count = len(self._jobs) // len(self._pool.replicas)
+        self.count = len(self.jobs) // len(self._pool.replicas)
         for number in range(self.count):
             batches = self._inputs.batches(number)
-            jobs = [self._jobs[batch] for batch in batches]
+            jobs = [self.jobs[batch] for batch in batches]
             self._dealt.append(deal(modality, jobs, batches[0], loads))
         self._inputs.tell(joined(self._dealt))
         mine = [n for n, dealt in enumerate(self._dealt) if self._owner in dealt.owners]
         self._last = mine[-1] if mine else None
-        self._run = EncoderCalls(modality, self._jobs[0].seed if self._jobs else None)
+        self._run = EncoderCalls(modality, self.jobs[0].seed if self.jobs else None)
         self._called: dict[int, list[Called]] = {}
         self._ready: dict[int, list[torch.Tensor]] = {}  # encoded, and not yet given
         self.cost = loads[self._owner], sum(loads)
@@ -127,10 +128,10 @@ class EncoderStream:
         """Encode; inputs of the next one, if it is below a number, come meanwhile."""
         for one in (number, number + 1):
             if one < before:
-                self._inputs.expect(one, self._jobs, self._dealt[one])
+                self._inputs.expect(one, self.jobs, self._dealt[one])
         batches = self._inputs.batches(number)
         outputs, kept = [], []
-        for call in self._inputs.calls(batches, self._jobs, self._dealt[number]):
+        for call in self._inputs.calls(batches, self.jobs, self._dealt[number]):
             output, called = self._run.forward(call, self._arrived())
             outputs.append(output)
             kept.append(called)
@@ -186,7 +187,7 @@ class EncoderStream:
 
     def _routes(self, number: int) -> RowRoutes:
         batches, dealt = self._inputs.batches(number), self._dealt[number]
-        jobs = [self._jobs[batch] for batch in batches]
+        jobs = [self.jobs[batch] for batch in batches]
         encodings, sizes = encodings_of(jobs, dealt, len(self._pool.owners), batches[0])
         return RowRoutes(self._pool, dist.get_rank(), encodings, sizes[self._owner])
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import torch.distributed as dist
 
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.model.encode_ahead import NextStep, peeked
 from megatron.core.models.mimo.model.encoder_calls import Modality
+from megatron.core.models.mimo.model.encoder_work import Job
 from megatron.core.models.mimo.model.in_flight import most_in_flight
+from megatron.core.models.mimo.model.media_units import Inputs
 from megatron.core.models.mimo.model.modality_pools import ModalityPools
 from megatron.core.models.mimo.model.row_stream import ArrivingRows, EncoderStream
 from megatron.core.models.mimo.model.step_batches import MicroBatch, StepBatches
 
+Seen = Callable[[str, Inputs, int], None]
 AHEAD = 1  # micro-batches that encoders are ahead of what the language model's pipeline holds
 
 
@@ -27,6 +32,10 @@ class RunBeside:
             place them tell the encoders what the next one begins with. Nothing is on its way when a
             step ends, so that another kind of step may come between; and a step that is repeated
             lets what was begun be forgotten.
+
+    Attributes:
+        seen: is told, on one rank of each pool, of all that is encoded in training: the modality,
+            the inputs of a micro-batch (large tensors without content), its rows.
     """
 
     def __init__(
@@ -34,6 +43,7 @@ class RunBeside:
     ) -> None:
         self._model, self._pools, self._count_ahead = model, pools, count_ahead
         self._begun: dict[str, EncoderStream] = {}
+        self.seen: Seen | None = None
 
     def language(
         self,
@@ -95,6 +105,8 @@ class RunBeside:
             stream = begun.get(modality.name) or self._stream(modality, count)
             costs[modality.name] = stream.cost
             streams.append(stream)
+            if trains and self.seen is not None:
+                _tell(self.seen, modality, stream.jobs)
         behind = max((stream.window for stream in streams), default=1) - 1
         for number in range(count + behind):
             for stream in streams:
@@ -135,3 +147,11 @@ class RunBeside:
         known = {one.name: self._arriving(one, batches, count, None) for one in frozen}
         if given:
             begin(NextStep(given=given, batches=batches, by_modality=known))
+
+
+def _tell(seen: Seen, modality: Modality, jobs: Sequence[Job]) -> None:
+    """Tell of all that a pool has to encode, on its first rank."""
+    if dist.get_rank() == modality.pool.stages[0][0][0]:
+        for job in jobs:
+            if job.inputs is not None:
+                seen(modality.name, job.inputs, job.placement.rows)

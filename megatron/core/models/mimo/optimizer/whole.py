@@ -29,8 +29,13 @@ class WholeModelOptimizer(MimoOptimizer):
     """``MimoOptimizer`` whose checkpoints are those of one optimizer of the whole model.
 
     One rank writes what is not a tensor: where modules are on ranks of their own, these tell each
-    other.
+    other, those on which nothing is trained too.
     """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        if self._apart:  # Megatron does not ask a stub for its state
+            self.is_stub_optimizer = False
 
     def sharded_state_dict(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, **keywords: Any
