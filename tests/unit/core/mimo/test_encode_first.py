@@ -58,6 +58,17 @@ def test_an_encoder_that_reaches_over_replicas_joins_their_pools() -> None:
     assert (pool.ranks, pool.replicas, pool.owners) == ((0, 1, 2, 3), (0, 1), ((0, 1, 2, 3),))
 
 
+def test_each_stage_of_an_encoder_apart_has_the_ranks_of_every_owner() -> None:
+    encoder = geometry(dp=2, pp=2)
+    shifted = {rank + 4: place for rank, place in geometry(dp=2).positions.items()}
+    (one, other) = pools_of(encoder, Geometry(sizes=geometry(dp=2).sizes, positions=shifted))
+    assert one.stages == (((0,),), ((2,),))
+    assert other.stages == (((1,),), ((3,),))
+    assert (one.encoding, one.reading, one.meeting) == ((0, 2), (4,), (0, 2, 4))
+    assert [one.owner_of(rank) for rank in (0, 2, 4)] == [0, 0, -1]
+    assert [one.giver_of(rank) for rank in (0, 2, 4)] == [-1, 0, -1]
+
+
 class Items(nn.Module):
     """Gives each item's length in rows."""
 
