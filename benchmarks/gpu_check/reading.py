@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.gpu_check.check_step import StepError
 
-__all__ = ["json_object", "profile", "tests_passed", "training", "verified"]
+__all__ = ["by_length", "json_object", "profile", "tests_passed", "training", "verified"]
 
 _OF_A_PROFILE = {
     "busy_share": r"busy ([\d.]+) %",
@@ -77,6 +77,20 @@ def profile(folder: Path, text: str) -> dict[str, Any]:
         match = re.search(pattern, text)
         if match:
             found[name] = float(match[1].replace(",", ""))
+    return found
+
+
+def by_length(folder: Path, text: str) -> dict[str, Any]:
+    """Milliseconds of both passes of each way to attend, and how many times faster chunks are."""
+    found: dict[str, Any] = {}
+    for row in json_object(folder, text)["lengths"]:
+        figures = {
+            f"{way} ms": figures["both"]["ms"]
+            for way, figures in row.items()
+            if isinstance(figures, dict) and isinstance(figures.get("both"), dict)
+        }
+        faster = {f"times {way}": times["both"] for way, times in row["times_faster"].items()}
+        found[f"{row['tokens']} tokens"] = figures | faster
     return found
 
 

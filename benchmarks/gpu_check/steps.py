@@ -238,6 +238,7 @@ def _benchmarks(*, cpu: bool, full: bool) -> list[Step]:
             name="linear_attention",
             title="the gated delta rule, beside attention and the recurrence",
             command=("benchmarks/linear_attention.py", "--json", *lengths),
+            figures=reading.by_length,
             shown=(),
         ),
     ]

@@ -58,6 +58,15 @@ def _pieces(rows: int, width: int, piece: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
+def _exponentials(logits_CV: Tensor, scale_C: Tensor) -> Tensor:
+    """fp32 exp(logits - scale), in place where the logits are fp32.
+
+    A pass over a piece reads and writes all of it: none is there to change its type alone.
+    """
+    place = logits_CV if logits_CV.dtype == torch.float32 else None
+    return torch.sub(logits_CV, scale_C[:, None], out=place).exp_()
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -76,10 +85,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         largest_T = torch.full_like(own_T, torch.finfo(torch.float32).min, dtype=torch.float32)
         sums_2T = hidden_TH.new_zeros((2, tokens), dtype=torch.float32)  # of exponentials; label's
         for at in _pieces(tokens, words, piece) if words else ():
-            logits_CV = (hidden_TH[at] @ weight_VH.t()).float()
-            sums_2T[1, at] = logits_CV.gather(1, own_T[at, None])[:, 0]
-            largest_T[at] = logits_CV.amax(dim=1)
-            sums_2T[0, at] = logits_CV.sub_(largest_T[at, None]).exp_().sum(dim=1)
+            logits_CV = hidden_TH[at] @ weight_VH.t()
+            sums_2T[1, at] = logits_CV.gather(1, own_T[at, None])[:, 0].float()
+            largest_T[at] = logits_CV.amax(dim=1).float()
+            sums_2T[0, at] = _exponentials(logits_CV, largest_T[at]).sum(dim=1)
         sums_2T[1] *= is_own_T
         if group.size() > 1:
             everywhere_T = largest_T.clone()
@@ -106,13 +115,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             of_weight_VH = torch.empty_like(weight_VH) if tokens else torch.zeros_like(weight_VH)
         for at in _pieces(words, tokens, ctx.piece) if tokens else ():
             weight_CH = weight_VH[at]
-            logits_TC = (hidden_TH @ weight_CH.t()).float()
-            chances_TC = logits_TC.sub_(scale_T[:, None]).exp_()
+            logits_TC = hidden_TH @ weight_CH.t()
+            chances_TC = _exponentials(logits_TC, scale_T)
             label_T = own_T - at.start
             is_label_T = is_own_T & (label_T >= 0) & (label_T < len(weight_CH))
             label_T = label_T.where(is_label_T, 0)
             chances_TC.scatter_add_(1, label_T[:, None], -is_label_T[:, None].float())
-            of_logits_TC = chances_TC.mul_(gradient_T[:, None]).to(weight_VH.dtype)
+            of_logits_TC = torch.mul(chances_TC, gradient_T[:, None], out=logits_TC)
             if of_hidden_TH is not None:
                 of_hidden_TH += of_logits_TC @ weight_CH
             if of_weight_VH is not None:

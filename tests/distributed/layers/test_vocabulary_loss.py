@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.mimo.layers.vocabulary_loss import _pieces
 from tests.rank_pool import RankPool
@@ -96,8 +97,6 @@ def test_sums_of_many_pieces_keep_their_digits_in_bf16(ranks: RankPool) -> None:
 
 def largest_tensor(words: int) -> tuple[int, int]:
     """Most elements of a tensor that forward and backward make; and of the whole logits."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     from megatron.mimo.layers.vocabulary_loss import chunked_cross_entropy
 
     class Largest(TorchDispatchMode):
@@ -138,3 +137,27 @@ def test_pieces_are_of_sizes_that_products_like() -> None:
         pieces = [range(rows)[at] for at in _pieces(rows, width, piece)]
         assert [len(one) for one in pieces] == steps
         assert [number for one in pieces for number in one] == list(range(rows))
+
+
+class _Casts(TorchDispatchMode):
+    """Counts changes of type of tensors of this many numbers, or more."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.found = size, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.found += func.name().startswith("aten::_to_copy") and args[0].numel() >= self.size
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_pass_over_the_logits_changes_their_type_alone(ranks: RankPool) -> None:
+    assert ranks(1)(casts) == [0]
+
+
+def casts() -> int:
+    with _Casts(TOKENS * WORDS) as mode:
+        in_pieces(TOKENS, [0, WORDS], torch.bfloat16)
+    return mode.found
