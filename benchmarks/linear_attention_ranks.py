@@ -141,7 +141,7 @@ def compare(tokens: int, asked: argparse.Namespace) -> dict[str, Any]:
             spent.append(time.process_time() - start)
         busiest = torch.tensor(min(spent))
         dist.all_reduce(busiest, op=dist.ReduceOp.MAX)
-        report[name] = {"mb": round(sent / 1e6, 2), "seconds": round(busiest.item(), 3)}
+        report[name] = {"mb": round(sent / 1e6, 4), "seconds": round(busiest.item(), 3)}
     apart = [
         ((one - other).norm() / other.norm()).item()
         for one, other in zip(found["states"], found["heads"], strict=True)
