@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.models.expected import Expected
+from tests.distributed.models.ranks import collating
 
 
 def packed_logits(name: str, expected: Expected, cp: int) -> list[float]:
@@ -32,17 +33,7 @@ def packed_logits(name: str, expected: Expected, cp: int) -> list[float]:
     load_hugging_face(model, expected.weights, family.keys(config))
     row = 8 * cp * (sum(len(one) // (8 * cp) + 1 for one in expected.logits) + 1)
     samples = [family.sample(config, example) for example in expected.examples]
-    media = family.media(config)
-    collator = PackingCollator(
-        seq_length=row,
-        vocab_size=settings.tokens,
-        pad_id=0,
-        special_token_ids=media.special_token_ids,
-        media_formats=media.formats,
-        span_modalities=media.spans,
-        mrope=media.mrope,
-        cp_size=cp,
-    )
+    collator = PackingCollator(seq_length=row, cp_size=cp, **collating(family, config))
     batch = collator(samples)
     del batch["labels"]
     with torch.no_grad():

@@ -197,38 +197,34 @@ def build_chunks(family: Any, config: Any, layout: Layout) -> list[Any]:
     return chunks
 
 
+def collating(family: Any, config: Any) -> dict[str, Any]:
+    """What a collator of the family's samples is made with, but for the length of a row."""
+    media = family.media(config)
+    return {
+        "vocab_size": config.get_text_config().vocab_size,
+        "pad_id": 0,
+        "special_token_ids": media.special_token_ids,
+        "media_formats": media.formats,
+        "mrope": media.mrope,
+        "span_modalities": media.spans,
+    }
+
+
 def _collator(family: Any, config: Any, samples: Sequence[Any]) -> Any:
     """Pads to more than the longest sample."""
     from megatron.mimo.data import SampleCollator
 
-    media = family.media(config)
     longest = max(len(sample.token_ids) for sample in samples)
-    return SampleCollator(
-        seq_length=(longest // 8 + 1) * 8,
-        vocab_size=config.get_text_config().vocab_size,
-        pad_id=0,
-        special_token_ids=media.special_token_ids,
-        media_formats=media.formats,
-        mrope=media.mrope,
-        span_modalities=media.spans,
-    )
+    return SampleCollator(seq_length=(longest // 8 + 1) * 8, **collating(family, config))
 
 
 def _packer(family: Any, config: Any, samples: Sequence[Any], layout: Layout) -> Any:
     """Puts all samples into one row."""
     from megatron.mimo.data import PackingCollator
 
-    media, unit = family.media(config), 8 * layout.cp
-    return PackingCollator(
-        seq_length=unit * (sum(len(one.token_ids) // unit + 1 for one in samples) + 1),
-        vocab_size=config.get_text_config().vocab_size,
-        pad_id=0,
-        special_token_ids=media.special_token_ids,
-        media_formats=media.formats,
-        mrope=media.mrope,
-        span_modalities=media.spans,
-        cp_size=layout.cp,
-    )
+    unit = 8 * layout.cp
+    row = unit * (sum(len(one.token_ids) // unit + 1 for one in samples) + 1)
+    return PackingCollator(seq_length=row, cp_size=layout.cp, **collating(family, config))
 
 
 def make_batches(name: str, layout: Layout, expected: Expected) -> list[dict[str, Any]]:
