@@ -174,3 +174,24 @@ def test_kernels_compute_what_plain_torch_does(tmp_path: Path) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("back", [False, True])
+def test_the_kernel_of_heads_compiles_for_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: bool
+) -> None:
+    """Down to its machine code, which needs no card: the interpreter takes more than a compiler."""
+    triton = pytest.importorskip("triton")
+    from megatron.mimo.layers.fused import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sizes = {"SHARE": 7, "D": 80, "R": 20, "BACK": back}  # of a head some features stay
+    sizes |= {"BLOCK_H": 8, "BLOCK_R": 32, "BLOCK_D": 64, "BLOCK": 128}
+    types = dict.fromkeys(("mixed", "q", "k", "v"), "*bf16")
+    types |= {"turns": "*fp32", "scale": "fp32"} | dict.fromkeys(sizes, "constexpr")
+    function = kernels._mixed_heads
+    signature = {one.name: types.get(one.name, "i32") for one in function.params}
+    source = triton.compiler.ASTSource(function, signature, sizes)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    assert triton.compile(source, target=target).asm["cubin"]
