@@ -22,7 +22,7 @@ from megatron.mimo.data.media_source import (
 )
 from megatron.mimo.data.pictures import as_rgb, load_image, open_image
 
-__all__ = ["Animation", "Container", "Frames", "Pictures"]
+__all__ = ["Animation", "Container", "Frames", "Pictures", "readable"]
 
 _DELAY = 0.1  # seconds, of an animation that says none
 
@@ -90,7 +90,7 @@ class Container:
         import av
 
         self._path = path
-        with av.open(_readable(path)) as container:
+        with av.open(readable(path)) as container:
             stream = _video(container, path)
             if container.duration:  # in millionths of a second; as the header says
                 require_seconds(path, "video", container.duration / 1e6, limits)
@@ -140,13 +140,14 @@ class Container:
     def _decoded(self) -> Iterator[tuple[float, Any]]:
         import av
 
-        with av.open(_readable(self._path)) as container:
+        with av.open(readable(self._path)) as container:
             for number, frame in enumerate(container.decode(_video(container, self._path))):
                 stamp = frame.time if self._is_stamped else None
                 yield (number / self._rate if stamp is None else stamp - self._origin), frame
 
 
-def _readable(path: MediaSource) -> Any:
+def readable(path: MediaSource) -> Any:
+    """What PyAV opens."""
     source = openable(path)
     return source if isinstance(source, io.BytesIO) else str(source)
 

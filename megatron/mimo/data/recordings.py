@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,11 +27,13 @@ from megatron.mimo.data.media_source import (
     shown,
     undecodable,
 )
+from megatron.mimo.data.sound_tracks import read_track, track_header
 
 __all__ = ["audio_length", "load_audio", "require_finite"]
 
 _RATES = (1_000, 1_000_000)  # Hz; others are damage, and resampling from them takes gigabytes
 _SAMPLES = 2**28  # of all channels; 1 GiB as float32
+_UNRECOGNISED = 1  # soundfile's code of an error
 _PLAIN = (1, 3, 0xFFFE)  # WAV formats that scipy reads: PCM, float, extensible
 
 
@@ -39,7 +42,7 @@ class _Header:
     rate: int
     frames: int
     channels: int
-    is_plain_wav: bool = False
+    read: Callable[[MediaSource], np.ndarray]  # float [L] or [L, channels]
     is_exact: bool = True  # ``frames`` is what reading gives, or reading fails
 
 
@@ -53,7 +56,7 @@ def load_audio(
     """Read an audio file: the mean of its channels, at another rate if need be.
 
     WAV of whole or floating-point numbers needs nothing beyond this package's dependencies; other
-    formats need soundfile.
+    formats need soundfile, and those that it does not know PyAV.
 
     Args:
         path: the file.
@@ -72,12 +75,13 @@ def load_audio(
 
     with _named(path):
         header = _header(path, longest, limits or MediaLimits())
-        samples = _read_wav(path) if header.is_plain_wav else _read_sound(path)
+        samples = header.read(path)
     mono_L = samples.mean(axis=1) if samples.ndim == 2 else samples
     if len(mono_L) == 0:
         raise InputError(
             f"audio {shown(path)} has no samples; replace the file or drop the conversation"
         )
+    _require_heard(path, len(mono_L), header.rate, longest)  # some headers do not tell
     require_finite(mono_L, f"audio {shown(path)}", header.rate)
     up, down = _resampling(header.rate, sampling_rate)
     return (mono_L if up == down else resample_poly(mono_L, up, down)).astype(np.float32)
@@ -109,7 +113,7 @@ def _resampling(rate: int, wanted: int) -> tuple[int, int]:
 
 def _header(path: MediaSource, longest: float | None, limits: MediaLimits) -> _Header:
     require_file(path, "audio", limits)
-    header = _wav_header(path) or _sound_header(path)
+    header = _wav_header(path) or _sound_header(path) or _track_header(path)
     _check(path, header, longest, limits)
     return header
 
@@ -124,7 +128,7 @@ def _named(path: MediaSource) -> Iterator[None]:
     except ImportError as error:
         raise InputError(
             f"audio {shown(path)} is not WAV of plain samples, and reading other formats needs "
-            "soundfile; convert the file, or pip install 'megatron-mimo[media]'"
+            "soundfile and PyAV; convert the file, or pip install 'megatron-mimo[media]'"
         ) from error
     except Exception as error:  # damaged headers raise nearly every kind
         raise undecodable(path, "audio", error) from error
@@ -152,17 +156,21 @@ def _check(path: MediaSource, header: _Header, longest: float | None, limits: Me
             f"audio {shown(path)} says that it has {header.rate} samples per second; expected "
             f"{_RATES[0]} to {_RATES[1]}: its header is damaged, replace the file"
         )
-    seconds = header.frames / header.rate
-    require_seconds(path, "audio", seconds, limits)
-    if longest is not None and seconds > longest + 0.5 / header.rate:
-        raise InputError(
-            f"audio {shown(path)} lasts {seconds:.1f} s, and the model hears {longest:.1f} s; cut "
-            "it into clips"
-        )
+    require_seconds(path, "audio", header.frames / header.rate, limits)
+    _require_heard(path, header.frames, header.rate, longest)
     if header.frames * header.channels > _SAMPLES:
         raise InputError(
             f"audio {shown(path)} has {header.frames} samples in {header.channels} channels; "
             f"expected at most {_SAMPLES} together: cut it into clips"
+        )
+
+
+def _require_heard(path: MediaSource, frames: int, rate: int, longest: float | None) -> None:
+    """Refuse what the feature extractor of the model would cut."""
+    if longest is not None and frames > longest * rate + 0.5:
+        raise InputError(
+            f"audio {shown(path)} lasts {frames / rate:.1f} s, and the model hears {longest:.1f} "
+            "s; cut it into clips"
         )
 
 
@@ -185,7 +193,7 @@ def _wav_header(path: MediaSource) -> _Header | None:
                 frames = min(length, size - file.tell()) // max(block, 1)
                 if kind not in _PLAIN:
                     return None  # soundfile knows how many samples a block holds
-                return _Header(rate=rate, frames=frames, channels=channels, is_plain_wav=True)
+                return _Header(rate=rate, frames=frames, channels=channels, read=_read_wav)
             file.seek(length + length % 2, 1)
     raise ValueError("a WAV file without the chunks 'fmt ' and 'data'")
 
@@ -195,17 +203,30 @@ def _opened(path: MediaSource) -> BinaryIO:
     return source.open("rb") if isinstance(source, Path) else source
 
 
-def _sound_header(path: MediaSource) -> _Header:
+def _sound_header(path: MediaSource) -> _Header | None:
+    """None for what soundfile does not know."""
     import soundfile
 
-    with _opened(path) as file:
-        info = soundfile.info(file)
+    try:
+        with _opened(path) as file:
+            info = soundfile.info(file)
+    except soundfile.LibsndfileError as error:
+        if error.code != _UNRECOGNISED:
+            raise
+        return None
     return _Header(
         rate=info.samplerate,
         frames=info.frames,
         channels=info.channels,
+        read=_read_sound,
         is_exact=info.format != "MP3",  # may say how long it was before it was cut
     )
+
+
+def _track_header(path: MediaSource) -> _Header:
+    rate, frames, channels = track_header(path)
+    read = partial(read_track, most=_SAMPLES)
+    return _Header(rate=rate, frames=frames, channels=channels, read=read, is_exact=False)
 
 
 def _read_wav(path: MediaSource) -> np.ndarray:

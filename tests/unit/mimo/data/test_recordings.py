@@ -11,7 +11,7 @@ import pytest
 from scipy.io import wavfile
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.media_files import load_audio
+from megatron.mimo.data.media_files import audio_length, load_audio
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -74,3 +74,23 @@ def test_samples_that_are_no_numbers_are_named(tmp_path: Path, value: float) -> 
     wavfile.write(path, 8000, bad)
     with pytest.raises(InputError, match=r"a.wav has 1 samples that are not finite.* at 0.500 s"):
         load_audio(path, sampling_rate=8000)
+
+
+@pytest.mark.parametrize("name", ["a.m4a", "a.mka", "a.aac"])
+def test_containers_are_read_through_pyav(tmp_path: Path, name: str) -> None:
+    av = pytest.importorskip("av")
+    sound = np.sin(np.arange(16000) * (2 * np.pi * 440 / 16000), dtype=np.float32)[None] * 0.5
+    with av.open(str(tmp_path / name), "w") as out:
+        stream = out.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(sound, format="fltp", layout="mono")
+        frame.rate = 16000
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            out.mux(packet)
+    read_L = load_audio(tmp_path / name, sampling_rate=16000)
+    assert abs(len(read_L) - 16000) < 2500  # the coding fills up its last frames
+    spectrum = np.abs(np.fft.rfft(read_L[4000:12000]))
+    assert abs(spectrum.argmax() * 2 - 440) <= 2  # Hz
+    assert np.abs(read_L[4000:12000]).max() == pytest.approx(0.5, abs=0.05)
+    assert audio_length(tmp_path / name, sampling_rate=16000) is None
+    with pytest.raises(InputError, match=rf"{name} lasts 1.* s, and the model hears 0.5 s"):
+        load_audio(tmp_path / name, sampling_rate=16000, longest=0.5)  # AAC is found so afterwards
