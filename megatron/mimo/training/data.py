@@ -25,6 +25,7 @@ from megatron.core.models.mimo.partition.utils import PartitionAdapter, Partitio
 from megatron.mimo.data import PackedDataset, PackingCollator, SampleCollator
 from megatron.mimo.data.batch import Batch, Collator, batch_device, keep_for_stage
 from megatron.mimo.data.broadcast import broadcast_batch
+from megatron.mimo.data.cache_agreement import agreed
 from megatron.mimo.data.cached_items import Caches, with_rows
 from megatron.mimo.data.counting import collate_and_count
 from megatron.mimo.data.device_ahead import Ahead, copying_to
@@ -201,6 +202,9 @@ def dataset_provider(
         last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         collate = recipe.build_collator(args)
         group = host_group(mpu.get_data_parallel_group())  # collective over the whole job
+        sharers = None
+        if getattr(args, "cache_encoder", None):
+            sharers = host_group(mpu.get_context_parallel_group())  # likewise
         encodes = bool(args.component) and not vp_stage
         if encodes_alone(args):
             found = split_datasets(recipe, args, (counts[0], counts[1] or 0, counts[2] or 0))
@@ -227,6 +231,8 @@ def dataset_provider(
                 if split == "training" and pack is not None:
                     dataset, fill = pack_training_set(recipe, args, counts, dataset, pack), pack
                 opened = range_batches(args, split, dataset, fill, samples, known)
+            if split == "training" and known and sharers is not None:
+                opened = agreed(opened, sharers)
             if split == "training" and meter is not None and not vp_stage:
                 opened = meter.watched(opened)
             tp_group = mpu.get_tensor_model_parallel_group()

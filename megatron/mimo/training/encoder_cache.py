@@ -27,7 +27,7 @@ from megatron.core.models.mimo.alignment import Encoded, EncodedRows
 from megatron.core.models.mimo.comm.encoder_split import EncoderSplit
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.models.mimo.submodules.base import EncoderCall
-from megatron.mimo.data.cached_items import COUNTS, KEYS, ROWS
+from megatron.mimo.data.cached_items import COUNTS, KEYS, ROWS, SHARED, take_items
 from megatron.mimo.data.row_cache import RowCache
 
 __all__ = ["CachedEncoder", "EncoderCaches", "refuse_trained", "weights_name"]
@@ -69,7 +69,7 @@ class EncoderCaches:
                 named = weights_name(encoder, mpu.get_tensor_model_parallel_group())
                 folder = Path(self._args.cache_encoder) / f"{modality}.{name}.{named}"
                 cache = RowCache(folder)
-                divided = _among_tensor_parallel(submodule.encoder_calls.get(name))
+                divided = submodule.encoder_calls.get(name)
                 call = CachedEncoder(cache, writes=writes, divided=divided)
                 submodule.encoder_calls[name] = call
                 self._caches[modality, name] = cache
@@ -100,14 +100,15 @@ class CachedEncoder:
     """Runs an encoder on the media that the cache has not, and takes the others' rows from it.
 
     An ``EncoderCall`` of ``ModalitySubmodules``. Which media are there was looked up where the
-    batch was read, so that the tensor-parallel ranks, who get one batch, agree, and divide what is
-    missing. Context-parallel ranks read for themselves, at other times.
+    batch was read. The tensor-parallel ranks get one batch and divide what is missing. The
+    context-parallel ones read for themselves: with them is divided what a batch says that they all
+    miss.
 
     Args:
         cache: where rows are written to.
         writes: write them.
-        divided: runs the encoder on a part of its items on each of these ranks and gives the rows
-            of all; None where each encodes all that is missing.
+        divided: runs the encoder on a part of its items on each rank that has the same inputs, and
+            gives the rows of all; None where each encodes all that is missing.
 
     Attributes:
         found, computed, written: media.
@@ -120,6 +121,7 @@ class CachedEncoder:
         self._cache = cache
         self.writes = writes
         self._divided = divided
+        self._divided_here = _among_tensor_parallel(divided)
         self._waiting: queue.Queue[tuple[list[bytes], Tensor, list[int]] | None] = queue.Queue(
             _WAITING
         )
@@ -138,7 +140,7 @@ class CachedEncoder:
                 without that, nothing is looked up.
         """
         if COUNTS not in inputs:
-            return self._run(name, encoder, encode, inputs)
+            return _run(self._divided_here, name, encoder, encode, inputs)
         counts, there = list(inputs[COUNTS]), inputs.get(ROWS)
         self.found += sum(count >= 0 for count in counts)
         known = [] if there is None else list(there.split([n for n in counts if n >= 0], dim=1))
@@ -148,22 +150,25 @@ class CachedEncoder:
         rows = torch.cat([next(parts[count < 0]).to(dtype) for count in counts], dim=1)
         return EncodedRows(rows_NH=rows[0], levels=tuple(rows[1:])).simplest()
 
-    def _run(
-        self, name: str, encoder: nn.Module, encode: Any, inputs: Mapping[str, Any]
-    ) -> Encoded:
-        if self._divided is None:
-            return encode(inputs)
-        return self._divided(name, encoder, encode, inputs)
-
     def _computed(
         self, name: str, encoder: Any, encode: Any, inputs: Mapping[str, Any]
     ) -> list[Tensor]:
         """Rows [tensors, n, H] of each medium that is missing, rounded as the cache keeps them."""
-        missing = {key: value for key, value in inputs.items() if key not in (COUNTS, KEYS, ROWS)}
-        with torch.no_grad():
-            encoded = EncodedRows.of(self._run(name, encoder, encode, missing))
+        aside = (COUNTS, KEYS, ROWS, SHARED)
+        missing = {key: value for key, value in inputs.items() if key not in aside}
         counts = list(encoder.rows_per_item(**missing))
-        rows = torch.stack(encoded.tensors)
+        shared = list(inputs.get(SHARED, ()))
+        alone = [item for item in range(len(counts)) if item not in set(shared)]
+        parts: dict[int, Tensor] = {}
+        for items, divided in ((shared, self._divided), (alone, self._divided_here)):
+            if not items:
+                continue
+            with torch.no_grad():
+                some = take_items(missing, items)
+                encoded = EncodedRows.of(_run(divided, name, encoder, encode, some))
+            sizes = [counts[item] for item in items]
+            parts |= zip(items, torch.stack(encoded.tensors).split(sizes, dim=1), strict=True)
+        rows = torch.cat([parts[item] for item in range(len(counts))], dim=1)
         rounded = rows.bfloat16()
         self.computed += len(counts)
         self._write(inputs[KEYS], rounded, counts)
@@ -195,6 +200,16 @@ class CachedEncoder:
             keys, rows, counts = waiting
             parts = rows.cpu().split(counts, dim=1)
             self.written += self._cache.put(dict(zip(keys, parts, strict=True)))
+
+
+def _run(
+    divided: EncoderCall | None,
+    name: str,
+    encoder: nn.Module,
+    encode: Any,
+    inputs: Mapping[str, Any],
+) -> Encoded:
+    return encode(inputs) if divided is None else divided(name, encoder, encode, inputs)
 
 
 def _among_tensor_parallel(call: EncoderCall | None) -> EncoderSplit | None:
