@@ -83,8 +83,8 @@ def encode_what_all_miss(folder: Path) -> tuple[int, bool]:
 def test_context_parallel_ranks_divide_what_they_all_miss(ranks: RankPool, tmp_path: Path) -> None:
     seen = ranks(2)(encode_what_all_miss, tmp_path)
     assert all(right for _, right in seen)
-    # both miss items 1, 3, 4 and 5 and divide these; the first misses item 2 as well
-    assert [items for items, _ in seen] == [3, 2]
+    # both miss items 1, 3, 4 and 5, of 1, 2, 4 and 3 rows, and divide these; the first item 2, too
+    assert [items for items, _ in seen] == [3 + 1, 1]
 
 
 def read_where_one_fails() -> str:
