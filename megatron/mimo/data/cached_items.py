@@ -16,13 +16,24 @@ from torch.utils.data import Dataset
 from megatron.mimo.data.batch import Batch
 from megatron.mimo.data.row_cache import KEY_BYTES, RowCache
 
-__all__ = ["COUNTS", "KEYS", "ROWS", "SHARED", "Caches", "look_up", "take_items", "with_rows"]
+__all__ = [
+    "BESIDE",
+    "COUNTS",
+    "KEYS",
+    "ROWS",
+    "SHARED",
+    "Caches",
+    "look_up",
+    "take_items",
+    "with_rows",
+]
 
 # Beside the arguments of an encoder in a batch:
 ROWS = "cached_rows"  # bfloat16 [tensors, N, H] of all media that were found, in order
 COUNTS = "cached_counts"  # rows of each medium that was found, -1 of the others
 KEYS = "cached_keys"  # of the media that were not
 SHARED = "cached_shared"  # numbers of those, among them, that no context-parallel rank has found
+BESIDE = (ROWS, COUNTS, KEYS, SHARED)  # none of which an encoder takes
 
 Caches = Mapping[tuple[str, str], RowCache]  # of a modality's encoder
 

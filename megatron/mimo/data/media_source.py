@@ -98,8 +98,8 @@ def require_file(
         real = Path(path).resolve() if limits.root is not None else None
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
-            f"{what} {shown(path)} does not exist; correct the path (--media-folder says what those "
-            "in data files are relative to)"
+            f"{what} {shown(path)} does not exist; correct the path (--media-folder says what "
+            "those in data files are relative to)"
         ) from error
     except (OSError, ValueError) as error:  # too long, a loop of links, no access, a NUL in it
         reason = getattr(error, "strerror", None) or error

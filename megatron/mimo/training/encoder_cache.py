@@ -27,7 +27,7 @@ from megatron.core.models.mimo.alignment import Encoded, EncodedRows
 from megatron.core.models.mimo.comm.encoder_split import EncoderSplit
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.models.mimo.submodules.base import EncoderCall
-from megatron.mimo.data.cached_items import COUNTS, KEYS, ROWS, SHARED, take_items
+from megatron.mimo.data.cached_items import BESIDE, COUNTS, KEYS, ROWS, SHARED, take_items
 from megatron.mimo.data.row_cache import RowCache
 
 __all__ = ["CachedEncoder", "EncoderCaches", "refuse_trained", "weights_name"]
@@ -154,8 +154,7 @@ class CachedEncoder:
         self, name: str, encoder: Any, encode: Any, inputs: Mapping[str, Any]
     ) -> list[Tensor]:
         """Rows [tensors, n, H] of each medium that is missing, rounded as the cache keeps them."""
-        aside = (COUNTS, KEYS, ROWS, SHARED)
-        missing = {key: value for key, value in inputs.items() if key not in aside}
+        missing = {key: value for key, value in inputs.items() if key not in BESIDE}
         counts = list(encoder.rows_per_item(**missing))
         shared = list(inputs.get(SHARED, ()))
         alone = [item for item in range(len(counts)) if item not in set(shared)]

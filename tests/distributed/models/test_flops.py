@@ -88,6 +88,7 @@ def counts(name: str) -> dict[str, tuple[float, float]]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from megatron.mimo.arguments.standalone import build_model, model_settings
+    from megatron.mimo.data.cached_items import BESIDE
     from megatron.mimo.models import load_family
     from megatron.mimo.models.common.family import sample_collator
     from megatron.mimo.models.common.flops import (
@@ -108,7 +109,13 @@ def counts(name: str) -> dict[str, tuple[float, float]]:
     length = len(sample.token_ids)
     vocab_size = config.get_text_config().vocab_size
     collate = sample_collator(family, config, seq_length=length, vocab_size=vocab_size)
-    media = media_amounts(model, collate([sample])["modality_inputs"])
+    inputs = collate([sample])["modality_inputs"]
+    media = media_amounts(model, inputs)
+    looked_up = {
+        modality: {name: one | dict.fromkeys(BESIDE, ()) for name, one in encoders.items()}
+        for modality, encoders in inputs.items()
+    }
+    assert media_amounts(model, looked_up) == media  # whatever a cache has put beside
     found = {}
     for title, (parts, words) in FROZEN.items():
         model.requires_grad_(True)

@@ -26,7 +26,7 @@ from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.utils import unwrap_model
 from megatron.mimo.data.batch import Batch
-from megatron.mimo.data.cached_items import COUNTS, KEYS, ROWS
+from megatron.mimo.data.cached_items import BESIDE, COUNTS
 from megatron.mimo.encoders.work import EncoderWork
 from megatron.mimo.layers.gated_delta_net.kernels import DeltaRule
 from megatron.mimo.models.common.vocabulary import real_tokens
@@ -52,7 +52,7 @@ Costs = dict[str, float]
 _VECTORS, _PAIRS, _WITHIN = "language vectors", "language pairs", " within "
 _LABELS = "language labels"  # positions whose logits are computed
 # Arguments that encoders do not see: of any-resolution images, and of media whose rows are cached.
-_NOT_ENCODED = ("row_sources", ROWS, COUNTS, KEYS)
+_NOT_ENCODED = ("row_sources", *BESIDE)
 _CORE = "core_attention"
 # Within an attention they are registered before the projections that come first.
 _COME_LAST = (_CORE, "linear_proj")
