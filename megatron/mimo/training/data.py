@@ -202,9 +202,7 @@ def dataset_provider(
         last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         collate = recipe.build_collator(args)
         group = host_group(mpu.get_data_parallel_group())  # collective over the whole job
-        sharers = None
-        if getattr(args, "cache_encoder", None):
-            sharers = host_group(mpu.get_context_parallel_group())  # likewise
+        sharers = _cache_sharers(args)  # likewise
         encodes = bool(args.component) and not vp_stage
         if encodes_alone(args):
             found = split_datasets(recipe, args, (counts[0], counts[1] or 0, counts[2] or 0))
@@ -246,6 +244,18 @@ def dataset_provider(
 
     provide.is_distributed = True  # type: ignore[attr-defined]
     return provide
+
+
+def _cache_sharers(args: Namespace) -> torch.distributed.ProcessGroup | None:
+    """The context-parallel ranks, each of which looks in the encoders' caches; None without one.
+
+    Collective over the whole job.
+    """
+    from megatron.core import mpu
+
+    if not getattr(args, "cache_encoder", None):
+        return None
+    return host_group(mpu.get_context_parallel_group())
 
 
 def _elsewhere(dataset: Any) -> Iterator[Batch] | None:
