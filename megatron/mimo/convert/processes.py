@@ -25,10 +25,16 @@ __all__ = ["compare_on_processes", "main"]
 _JOB, _REFUSAL, _TIMEOUT = "job.pickle", ".refusal", 1800.0
 
 # the backend before Megatron is imported, as in megatron.mimo.training
-_START = (
-    "from megatron.mimo.backend import select_backend; select_backend(); "
-    f"from {__name__} import main; main()"
-)
+_START = f"""
+from megatron.mimo.process.collector import uncollected
+
+with uncollected():
+    from megatron.mimo.backend import select_backend
+
+    select_backend()
+    from {__name__} import main
+main()
+"""
 
 
 def compare_on_processes(

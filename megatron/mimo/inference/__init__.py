@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from megatron.mimo.process.collector import uncollected
 from megatron.mimo.process.quiet import quiet_imports
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _MODULES = {"Generator": "generator", "SamplingOptions": "sampling"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Ask a checkpoint; see ``megatron.mimo.inference.command.main``."""
-    with quiet_imports():
+    with quiet_imports(), uncollected():
         # while warnings are off
         from megatron.mimo.backend import select_backend
 

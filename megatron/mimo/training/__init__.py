@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron.mimo.arguments.early import asks_for_recipes, list_recipes
+from megatron.mimo.process.collector import uncollected
 from megatron.mimo.process.launcher import LaunchError, join_job, set_threads
 from megatron.mimo.process.quiet import quiet_imports
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return _REFUSED
     set_threads()
-    with quiet_imports():
+    with quiet_imports(), uncollected():
         # after the threads are set, and while warnings are off
         from megatron.mimo.backend import select_backend
 

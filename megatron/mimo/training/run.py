@@ -21,6 +21,7 @@ from megatron.mimo.backend import capabilities
 from megatron.mimo.backend.job import end_job
 from megatron.mimo.checkpoints.folders import write_text
 from megatron.mimo.process import failure, presence
+from megatron.mimo.process.collector import uncollected
 from megatron.mimo.process.console import Console, format_count, format_duration
 from megatron.mimo.process.ownership import Ownership, claim_folders
 from megatron.mimo.process.quiet import quiet_imports, stdout, warnings_shown
@@ -65,7 +66,7 @@ def _main(argv: Sequence[str] | None, rank: int) -> int:
     try:
         early = _early(argv)
         locate_recipe(early.recipe)
-        with quiet_imports():
+        with quiet_imports(), uncollected():
             recipe, args = _arguments(early, argv, rank)
         console = Console(active=rank == 0)
         if args.show_layout:
