@@ -120,6 +120,12 @@ ZERO_STATE = Patch(
     "TypeError on loading a checkpoint",
     scope=Scope.OBJECT,
 )
+EXPERTS_STATE = Patch(
+    name="state of experts",
+    target="megatron.core.optimizer.optimizer:ChainedOptimizer.load_state_dict",
+    reason="experts that are divided over ranks have an optimizer of their own, others have not",
+    scope=Scope.OBJECT,
+)
 EXIT = Patch(
     name="os._exit",
     target="os:_exit",
@@ -175,6 +181,6 @@ HOOKS = (
     *(TRAIN, TRAINING_LOG, EVALUATION, EVALUATE, SAVE, LOAD, OPTIMIZER, WRAP, SCHEDULE),
     *(MODEL_PARALLEL, LOADERS, RANDOM_STATE, RERUN_MACHINE, FINALIZE, BACKWARD, PROFILER),
     *(TRACKER_NAME, ASYNC_SAVE, RESULTS_QUEUE, ARGUMENTS, PIXELS),
-    *(LAYERS_APART, ZERO_STATE, PARSER_ERROR, ADAPTED, STEP, EXIT),
+    *(LAYERS_APART, ZERO_STATE, EXPERTS_STATE, PARSER_ERROR, ADAPTED, STEP, EXIT),
 )
 """What is in place for the time of a run or a call, or in one object."""

@@ -201,7 +201,7 @@ def _check_optimizer(args: Namespace, saved: Namespace, folder: Path) -> list[st
         ]
     own = _OF_OPTIMIZER.get(args.optimizer, ()) if args.optimizer == saved.optimizer else ()
     flags = _OPTIMIZER | {name: "--" + name.replace("_", "-") for name in own}
-    if args.num_experts:
+    if args.num_experts and not _reshards(args, saved):
         flags |= {"expert_model_parallel_size": "--expert-model-parallel-size"}
     differing = _differences(args, saved, flags)
     if differing:
@@ -211,6 +211,14 @@ def _check_optimizer(args: Namespace, saved: Namespace, folder: Path) -> list[st
             f"another run that begins at step 0: --finetune --load {args.load} --output ..."
         )
     return []
+
+
+def _reshards(args: Namespace, saved: Namespace) -> bool:
+    """True where the state of the optimizer is by parameter, and so that of any layout."""
+    by_buckets = saved.use_distributed_optimizer and not getattr(
+        saved, "dist_ckpt_optim_fully_reshardable", False
+    )
+    return args.ckpt_format != "torch" and not by_buckets
 
 
 def _sentence(differing: Sequence[tuple[str, str, Any, Any]], what: str) -> str:

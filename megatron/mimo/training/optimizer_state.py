@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from megatron.mimo.backend.hooks import ZERO_STATE
+from megatron.core.models.mimo.optimizer.told_once import into_links
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.mimo.backend.hooks import EXPERTS_STATE, ZERO_STATE
 from megatron.mimo.backend.patching import replace_in
 
-__all__ = ["fill_state"]
+__all__ = ["fill_state", "load_into_any_chain"]
 
 
 def fill_state(optimizer: Any) -> None:
@@ -44,6 +47,23 @@ def _precise_state(optimizer: Any, _config: Any = None) -> None:
             if not optimizer.state[param]:
                 remainders = optimizer.store_param_remainders and param.dtype == torch.bfloat16
                 optimizer.initialize_state(param, remainders)
+
+
+def load_into_any_chain(optimizer: Any) -> None:
+    """Let a run whose experts are divided over other numbers of ranks go on from a checkpoint.
+
+    Args:
+        optimizer: Megatron's, of the whole model.
+    """
+
+    def around(load: Callable[[Any], None]) -> Callable[[Any], None]:
+        def loaded(state_dict: Any) -> None:
+            load(into_links(state_dict, optimizer.chained_optimizers))
+
+        return loaded
+
+    if type(optimizer) is ChainedOptimizer and len(optimizer.chained_optimizers):
+        replace_in(optimizer, EXPERTS_STATE, around)
 
 
 def _zero_momentum(optimizer: torch.optim.Optimizer, _config: Any = None) -> None:

@@ -13,7 +13,7 @@ from megatron.mimo.backend.hooks import OPTIMIZER
 from megatron.mimo.backend.patching import replaced
 from megatron.mimo.training.frozen_layers import keep_layers_apart
 from megatron.mimo.training.module_grids import build_optimizer
-from megatron.mimo.training.optimizer_state import fill_state
+from megatron.mimo.training.optimizer_state import fill_state, load_into_any_chain
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
@@ -46,6 +46,7 @@ def part_optimizer(args: Namespace, builder: ModelBuilder) -> Iterator[None]:
             else:
                 optimizer = make(config, model, config_overrides=overrides, **keywords)
             fill_state(optimizer)
+            load_into_any_chain(optimizer)
             assert builder.trained is not None, "the model is built first"
             if builder.trained.has_gaps:
                 keep_layers_apart(optimizer)

@@ -91,9 +91,27 @@ def test_settings_count_for_the_optimizer_that_reads_them() -> None:
     assert check_command(*both, FOLDER, goes_on=True) is None
     with pytest.raises(ConfigError, match=r"--sgd-momentum is 0\.9 and .* was made with 0\.5"):
         check_command(both[0], arguments(optimizer="sgd", sgd_momentum=0.5), FOLDER, goes_on=True)
-    experts = arguments(num_experts=4, expert_model_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, False),
+        ({"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}, False),
+        ({"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": False}, True),
+        ({"ckpt_format": "torch"}, True),
+    ],
+)
+def test_experts_are_divided_otherwise_where_state_is_by_parameter(
+    changes: dict[str, Any], refused: bool
+) -> None:
+    saved = arguments(num_experts=4, **changes)
+    experts = arguments(num_experts=4, expert_model_parallel_size=2, **changes)
+    if not refused:
+        assert check_command(experts, saved, FOLDER, goes_on=True) is None
+        return
     with pytest.raises(ConfigError, match="--expert-model-parallel-size is 2 and"):
-        check_command(experts, arguments(num_experts=4), FOLDER, goes_on=True)
+        check_command(experts, saved, FOLDER, goes_on=True)
 
 
 @pytest.mark.parametrize("goes_on", [True, False])

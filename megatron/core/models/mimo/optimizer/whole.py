@@ -17,12 +17,16 @@ import torch.distributed as dist
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
 from megatron.core.models.mimo.optimizer.combined import MimoOptimizer, links_of
 from megatron.core.models.mimo.optimizer.state import prime
+from megatron.core.models.mimo.optimizer.told_once import (
+    GROUPS,
+    TOLD_ONCE,
+    ToldOnce,
+    identifier,
+    inner_state,
+)
 from megatron.core.optimizer import FP32Optimizer
-from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
-_MODULES, _GROUPS = "modules", "param_groups"
-_SHARDING = "param_state_sharding_type"
-_TOLD_ONCE = ("grad_scaler", _SHARDING)
+_MODULES = "modules"
 
 
 class WholeModelOptimizer(MimoOptimizer):
@@ -72,27 +76,27 @@ class WholeModelOptimizer(MimoOptimizer):
         Raises:
             ConfigError: (a ``ValueError``) a module that is trained here has no state in it.
         """
-        links = [state_dict]
-        if _MODULES not in state_dict:
-            links = [state_dict[number] for number in sorted(state_dict)]
+        numbers = sorted(key for key in state_dict if isinstance(key, int))
+        tensors = [state_dict] if _MODULES in state_dict else [state_dict[n] for n in numbers]
         for name in self._replica:
             for number, link in enumerate(links_of(self.module_infos[name].optimizer)):
-                if number >= len(links) or name not in links[number].get(_MODULES, {}):
+                if number >= len(tensors) or name not in tensors[number].get(_MODULES, {}):
                     raise ConfigError(
                         f"the checkpoint holds no optimizer state of module {name!r}; load the "
                         "model without the optimizer (--no-load-optim), or freeze the modules that "
                         "were frozen then"
                     )
-                link.load_state_dict(_own(links[number], name, link))
+                once, own = ToldOnce.of(state_dict, link), tensors[number][_MODULES][name]
+                link.load_state_dict(once.given_to(link, own, f"module {name!r}"))
 
 
 def _join(
     whole: dict[str, Any], name: str, link: Any, state: dict[str, Any], *, is_loading: bool
 ) -> None:
     """Put one module's state into the whole, its parameter groups among those of others."""
-    inner = _inner(link, state)
-    groups = inner.pop(_GROUPS)
-    told = {key: state.pop(key) for key in _TOLD_ONCE if key in state}
+    inner = inner_state(link, state)
+    groups = inner.pop(GROUPS)
+    told = {key: state.pop(key) for key in TOLD_ONCE if key in state}
     step = inner["state"].pop("common_step", None) if "state" in inner else None
     whole[_MODULES][name] = state
     if is_loading:
@@ -105,11 +109,11 @@ def _join(
 
 
 def _add_groups(common: dict[str, Any], groups: Iterable[Mapping[str, Any]]) -> None:
-    known = common.setdefault(_GROUPS, [])
-    identifiers = [_identifier(group) for group in known]
+    known = common.setdefault(GROUPS, [])
+    identifiers = [identifier(group) for group in known]
     for group in groups:
         plain = {key: value for key, value in group.items() if key != "params"}
-        if _identifier(plain) not in identifiers:
+        if identifier(plain) not in identifiers:
             known.append(deepcopy(plain))
 
 
@@ -123,45 +127,10 @@ def _share(links: list[dict[str, Any]]) -> None:
             links.append({_MODULES: {}})
         for theirs in (one[number] for one in heard if len(one) > number):
             own, common = links[number], theirs.get("optimizer", theirs)
-            for key in _TOLD_ONCE:
+            for key in TOLD_ONCE:
                 if key in theirs:
                     own.setdefault(key, theirs[key])
             inner = own.setdefault("optimizer", {}) if "optimizer" in theirs else own
             for name, value in common.get("state", {}).items():
                 inner.setdefault("state", {}).setdefault(name, value)
-            _add_groups(inner, common.get(_GROUPS, []))
-
-
-def _own(whole: Mapping[str, Any], name: str, link: Any) -> dict[str, Any]:
-    """What one module's optimizer loads, from the loaded whole."""
-    state: dict[str, Any] = dict(whole[_MODULES][name])
-    common = whole if isinstance(link, FP32Optimizer) else whole["optimizer"]
-    state |= {key: whole[key] for key in _TOLD_ONCE if key in whole}
-    is_flat = isinstance(link, FP32Optimizer)
-    inner = state if is_flat else state.setdefault("optimizer", {})
-    by_identifier = {_identifier(group): group for group in common[_GROUPS]}
-    inner[_GROUPS] = []
-    for group in link.optimizer.state_dict()[_GROUPS]:
-        found = by_identifier.get(_identifier(group))
-        if found is None:
-            raise ConfigError(
-                f"the checkpoint has no parameter group of module {name!r} with "
-                f"{dict(zip(param_group_identifier_keys, _identifier(group), strict=True))}; train "
-                "with the learning rates and weight decays it was saved with"
-            )
-        inner[_GROUPS].append({**deepcopy(found), "params": group["params"]})
-    step = common.get("state", {}).get("common_step")
-    if "state" in inner and step is not None:
-        inner["state"] = {**inner["state"], "common_step": step}
-    return state
-
-
-def _inner(link: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """Where Megatron keeps the parameter groups in a state."""
-    inner: dict[str, Any] = state if isinstance(link, FP32Optimizer) else state["optimizer"]
-    return inner
-
-
-def _identifier(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells parameter groups apart, as Megatron does."""
-    return tuple(group.get(key) for key in param_group_identifier_keys)
+            _add_groups(inner, common.get(GROUPS, []))
