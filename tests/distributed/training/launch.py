@@ -21,6 +21,7 @@ LAYOUTS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "dp2": (2, ()),
     "dp2-zero": (2, ("--use-distributed-optimizer",)),
     "apart": (2, ("--component", "images=dp=1", "language=rank_offset=1")),
+    "apart-pp2": (3, ("--component", "images=dp=1", "language=pp=2,rank_offset=1")),
 }
 # layouts that cut sequences, or have a stage between the first and the last
 SEQUENCE_LAYOUTS: Mapping[str, tuple[int, tuple[str, ...]]] = {

@@ -35,19 +35,24 @@ def test_a_sample_that_cannot_be_read_ends_every_rank(
     assert "Traceback" not in printed(exits)
 
 
-@pytest.mark.parametrize("layout", some(["tp2", "pp2", "dp2", "apart"], "tp2", "apart"))
+# The rank that is killed; of modules apart, that of the encoder or that of the language model.
+KILLED = {"tp2": 1, "pp2": 1, "dp2": 1, "apart": 1, "apart, encoder": 0}
+
+
+@pytest.mark.parametrize("name", some(KILLED, "tp2", "apart, encoder"))
 def test_a_rank_that_dies_takes_the_others_with_it(
-    ranks: RankPool, tmp_path: Path, layout: str
+    ranks: RankPool, tmp_path: Path, name: str
 ) -> None:
+    layout, killed = name.partition(",")[0], KILLED[name]
     run = start(ranks, tmp_path, layout, *LONG)
     wait_for(run, lambda: (tmp_path / "loss.csv").is_file() and len(losses(tmp_path)) >= 2)
-    run.signal(signal.SIGKILL, rank=1)
+    run.signal(signal.SIGKILL, rank=killed)
     begin = time.monotonic()
     exits = run.wait()
     assert time.monotonic() - begin < SOON
-    assert exits[1].exit_code == -signal.SIGKILL
-    assert exits[0].exit_code != 0
-    assert exits[0].stopped != "timeout"
+    assert exits[killed].exit_code == -signal.SIGKILL
+    assert exits[1 - killed].exit_code != 0
+    assert exits[1 - killed].stopped != "timeout"
 
 
 @pytest.mark.parametrize(
@@ -118,16 +123,25 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(ranks: RankPool, tmp_p
     shutil.rmtree(folder)
 
 
-def test_an_error_names_the_module_and_the_stage(ranks: RankPool, tmp_path: Path) -> None:
-    """An encoder on a rank of its own fails; the language model waits for its rows."""
-    exits = train(ranks, tmp_path, "apart", "--tiny-fault", "encoder:17")
+# at a sample, at a forward pass of the last stage -> rank, error, module, what the rank does
+FAILING = {
+    "encoder:17": (0, "the encoder fails", "images", "encoding"),
+    "language:10": (2, "the language model fails", "language stage 1", "forward"),
+}
+
+
+@pytest.mark.parametrize("fault", FAILING)
+def test_an_error_names_the_module_and_the_stage(
+    ranks: RankPool, tmp_path: Path, fault: str
+) -> None:
+    """On a rank of one of modules apart; those of the others wait for it."""
+    rank, error, module, does = FAILING[fault]
+    exits = train(ranks, tmp_path, "apart-pp2", "--tiny-fault", fault)
     assert all(exit_.exit_code != 0 for exit_ in exits)
     assert all(exit_.stopped != "timeout" for exit_ in exits)
     text = printed(exits)
-    assert text.index("Traceback") < text.index(
-        "[rank 0] error: ArithmeticError: the encoder fails"
-    )
-    assert re.search(r"rank 0 on .*, images, iteration 3, encoding, at ", text)
+    assert text.index("Traceback") < text.index(f"[rank {rank}] error: ArithmeticError: {error}")
+    assert re.search(rf"rank {rank} on .*, {module}, iteration 3, {does}, at ", text), text
 
 
 def test_wrong_arguments_are_reported_once_by_all_ranks(ranks: RankPool, tmp_path: Path) -> None:

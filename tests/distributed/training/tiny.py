@@ -117,6 +117,21 @@ class _Layers(nn.Module):
         return EncoderWork(vectors={"layers": len(pixels)}, pairs={}, rows=len(pixels))
 
 
+class _Failing(GPTModel):
+    """A language model whose last stage fails in a forward pass."""
+
+    def __init__(self, *args: Any, at: int, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._left = at
+        if self.post_process:
+            self.register_forward_pre_hook(self._count_down)
+
+    def _count_down(self, *_: object) -> None:
+        self._left -= 1
+        if not self._left:
+            raise ArithmeticError("the language model fails")
+
+
 class _Colours(torch.utils.data.Dataset[Sample]):
     """0 to 3 images, then what they show: the index of the brightest pixel."""
 
@@ -160,7 +175,7 @@ class _Colours(torch.utils.data.Dataset[Sample]):
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--tiny-bad-sample", type=int, default=-1)
     parser.add_argument("--tiny-disk-full-from", type=int, default=-1)
-    parser.add_argument("--tiny-fault", default="", metavar="KIND:SAMPLE")
+    parser.add_argument("--tiny-fault", default="", metavar="KIND:NUMBER")
     parser.add_argument("--tiny-end", default="", metavar="HOW:SAMPLE")
     parser.add_argument("--tiny-die-at-finish", action="store_true")
     parser.add_argument("--tiny-two-layers", action="store_true")
@@ -172,10 +187,13 @@ def _build_model(args: Namespace, places: Places) -> MimoModelConfig:
     encoder = ModuleSpec(module=_Linear, params=sizes)
     if args.tiny_two_layers:
         encoder = ModuleSpec(module=_Layers, params=sizes | {"place": places["images"]})
+    kind, _, at = args.tiny_fault.partition(":")
+    fails = kind == "language"
     return MimoModelConfig(
         language_model_spec=ModuleSpec(
-            module=GPTModel,
+            module=_Failing if fails else GPTModel,
             params={
+                **({"at": int(at)} if fails else {}),
                 "config": config,
                 "transformer_layer_spec": language_layer_spec(config, vp_stage=place.chunk),
                 "vp_stage": place.chunk,
