@@ -236,9 +236,10 @@ def _finish(
     if recipe.finish is not None and apart:
         console.say(
             f"not evaluated by generation: the ranks of {', '.join(apart)} are not all on one "
-            "stage of one replica of the language model; examples/mimo/generate.py runs from the "
-            "checkpoint"
+            "stage of one replica of the language model; the same command in another layout, "
+            "without --component say, evaluates this checkpoint"
         )
+        metrics["evaluated"] = False
     elif recipe.finish is not None:
         console.say("evaluating ...")
         run = FinishedRun(
@@ -285,7 +286,7 @@ def _already_finished(args: Namespace, start: int | None, console: Console) -> b
         metrics = json.loads((Path(args.output) / METRICS).read_text())
     except (OSError, ValueError):
         return False
-    if metrics.get("iteration") != start:
+    if metrics.get("iteration") != start or not metrics.get("evaluated", True):
         return False
     console.say(
         f"already trained {start} iterations; pass {_longer(args, start)} to continue, or another "

@@ -107,6 +107,8 @@ def test_a_run_moves_between_disjoint_and_other_layouts(ranks: RankPool, tmp_pat
     printed = run(ranks, found, "apart-images pp2", 3)
     assert "iteration 3/3" in printed
     assert "not evaluated by generation" in printed
+    assert "evaluating ..." in succeed(ranks, found, "one", *begin, "--train-iters", "3")
+    assert "answers" in json.loads((found / "metrics.json").read_text())
     run(ranks, found, "apart-vpp2", 5)
     assert _operations(found) == _operations(expected)
     succeed(ranks, found, "pp2", *begin, "--train-iters", "6")
