@@ -4,12 +4,15 @@
     python benchmarks/layouts.py --json   # one JSON object
 
 Four processes train a step of a small vision-language model whose encoder is about half of the
-work, with the language model in two tensor-parallel ranks and two pipeline stages: in the uniform
-layout, where the encoder runs on the first stage, and colocated, where it runs on every rank.
+work: in the uniform layout, where the encoder runs on the first of two pipeline stages; colocated,
+where it runs on every rank; and disjoint, with two ranks for the encoder and two for the language
+model.
 
-- ``busiest_rank_ratio``: processor time of the busiest rank, uniform over colocated: how much
-  faster a step can be where every rank has a core. ``step_ratio`` is the same of wall-clock time,
-  which says nothing where ranks share cores.
+- ``encoder_share``: of the model's floating-point operations, those of the encoder.
+- ``step_ratio``: wall-clock time of a step, uniform over each layout. ``allowed`` is the same as
+  the ranks' processor times allow with a number of cores: a step takes as long as its busiest rank,
+  and as all ranks' work divided by the cores. Where cores are fewer than ranks, spreading work over
+  ranks gains nothing.
 - ``bytes_ratio``: bytes that rows and their gradients take between ranks over the least there can
   be: every row that its reader has not encoded itself, once there and its gradient once back.
 - ``balance``: for areas of photographs, cost of the busiest owner over the mean.
@@ -23,6 +26,8 @@ import os
 import random
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +35,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD, SEQUENCE, IMAGE, PATCHES = 4, 128, 99, 16
+# Layout -> sizes of its modules; readers are the ranks of the first stage, each of which gets rows.
+LAYOUTS: dict[str, dict[str, dict[str, int]]] = {
+    "uniform": {"language": {"tp": 2, "pp": 2}},
+    "colocated": {"images": {"dp": WORLD}, "language": {"tp": 2, "pp": 2}},
+    "disjoint": {"images": {"dp": 2}, "language": {"pp": 2, "rank_offset": 2}},
+}
+GRIDS = ("colocated", "disjoint")
+Figures = dict[str, float]
 
 
 def balance(owners: int, items: int, seed: int) -> float:
@@ -44,8 +57,8 @@ def balance(owners: int, items: int, seed: int) -> float:
     return max(loads) * owners / sum(loads)
 
 
-def language_config(hidden: int) -> Any:
-    """Of the language model."""
+def language_config(hidden: int, tp: int) -> Any:
+    """Of the language model, in two stages."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -53,7 +66,7 @@ def language_config(hidden: int) -> Any:
         num_layers=4,
         hidden_size=hidden,
         num_attention_heads=4,
-        tensor_model_parallel_size=2,
+        tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=2,
         pipeline_dtype=torch.float32,
         calculate_per_token_loss=True,
@@ -91,7 +104,7 @@ def encoder_spec(config: Any, layers: int, place: Any) -> Any:
     return ModuleSpec(VisionTransformer, params)
 
 
-def model_on(args: argparse.Namespace, groups: Any, grids: Any) -> Any:
+def model_on(args: argparse.Namespace, tp: int, groups: Any, grids: Any) -> Any:
     """The model of one rank, wrapped."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -101,7 +114,7 @@ def model_on(args: argparse.Namespace, groups: Any, grids: Any) -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.mimo.layers import language_layer_spec
 
-    config = language_config(args.hidden)
+    config = language_config(args.hidden, tp)
     place = groups if grids is None else grids.groups["images"]
     encoders = {"vit": encoder_spec(config, args.encoder_layers, place)}
     language = {
@@ -128,10 +141,12 @@ def model_on(args: argparse.Namespace, groups: Any, grids: Any) -> Any:
     ddp = DistributedDataParallelConfig()
     if grids is None:
         return DistributedDataParallel(config, ddp, model)
-    model.language_model = DistributedDataParallel(config, ddp, model.language_model)
-    model.modality_submodules["images"] = DistributedDataParallel(
-        config, ddp, model.modality_submodules["images"], pg_collection=place
-    )
+    if model.language_model is not None:
+        model.language_model = DistributedDataParallel(config, ddp, model.language_model)
+    for name, module in model.modality_submodules.items():
+        model.modality_submodules[name] = DistributedDataParallel(
+            config, ddp, module, pg_collection=place
+        )
     return model
 
 
@@ -169,33 +184,33 @@ def forward_step(batches: Any, model: Any) -> tuple[Any, Any]:
     )
 
 
-def measure(layout: str, args: argparse.Namespace) -> dict[str, float]:
+def measure(layout: str, args: argparse.Namespace) -> Figures:
     """Seconds of a step, of this rank's processor, and bytes that this rank sends."""
     from megatron.core import parallel_state
-    from megatron.core.models.mimo.comm import exchange
     from megatron.core.models.mimo.model.encode_first import EncodeFirst
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.mimo.topology import Component, build_grids
+    from megatron.mimo.training.module_ranks import are_apart, global_groups
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=2, pipeline_model_parallel_size=2
-    )
+    components = {name: Component(name=name, **own) for name, own in LAYOUTS[layout].items()}
+    initialize = parallel_state.initialize_model_parallel
+    if are_apart(components):
+        initialize = global_groups(components)(initialize)
+    tp = components["language"].tp
+    initialize(tensor_model_parallel_size=tp, pipeline_model_parallel_size=2)
     model_parallel_cuda_manual_seed(1)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    grids = None
-    if layout == "colocated":
-        components = {
-            "images": Component(name="images", dp=WORLD),
-            "language": Component(name="language", tp=2, pp=2),
-        }
-        grids = build_grids(components)
-    model = model_on(args, groups, grids)
+    grids = build_grids(components) if layout in GRIDS else None
+    model = model_on(args, tp, groups, grids)
     schedule = get_forward_backward_func() if grids is None else EncodeFirst([model])
-    sent = count_bytes(exchange)
     first = parallel_state.is_pipeline_first_stage()
-    best = timed(model, schedule, sent, args, encodes=first or grids is not None)
+    with counted_bytes() as sent:
+        best = timed(model, schedule, sent, args, encodes=first or grids is not None)
+    if grids is not None:
+        schedule.destroy()
+        grids.destroy()
     parallel_state.destroy_model_parallel()
     return {**best, "sent": float(sum(sent))}
 
@@ -229,21 +244,29 @@ def timed(
     return best
 
 
-def count_bytes(exchange: Any) -> list[int]:
-    """Bytes that this rank sends to others, exchange by exchange, from now on."""
+@contextmanager
+def counted_bytes() -> Iterator[list[int]]:
+    """Bytes that this rank sends to others within the context, exchange by exchange."""
+    from megatron.core.models.mimo.model import modality_pass, row_stream
+
     sent: list[int] = []
-    given = exchange.Routes.rows_sent
+    originals = modality_pass.exchange_rows, row_stream._send
 
-    def counting(rows_NH: Any, routes: Any, group: Any) -> Any:
+    def exchanged(rows_NH: Any, routes: Any, group: Any) -> Any:
         rank = 0 if group is None else dist.get_rank(group)
-        sent.append(given(routes, rank) * rows_NH.size(1) * rows_NH.element_size())
-        return original(rows_NH, routes, group)
+        sent.append(routes.rows_sent(rank) * rows_NH.size(1) * rows_NH.element_size())
+        return originals[0](rows_NH, routes, group)
 
-    from megatron.core.models.mimo.model import modality_pass
+    def streamed(messages: Any, rows_NW: Any, routes: Any, pool: Any, number: int) -> None:
+        rows = sum(index_n.numel() for index_n in routes.give)
+        sent.append(rows * rows_NW.size(1) * rows_NW.element_size())
+        originals[1](messages, rows_NW, routes, pool, number)
 
-    original = modality_pass.exchange_rows
-    modality_pass.exchange_rows = counting
-    return sent
+    modality_pass.exchange_rows, row_stream._send = exchanged, streamed
+    try:
+        yield sent
+    finally:
+        modality_pass.exchange_rows, row_stream._send = originals
 
 
 def run_rank(rank: int, port: int, args: argparse.Namespace, results: Any) -> None:
@@ -255,7 +278,7 @@ def run_rank(rank: int, port: int, args: argparse.Namespace, results: Any) -> No
 
     select_backend("cpu")
     dist.init_process_group("gloo")
-    found = {layout: measure(layout, args) for layout in ("uniform", "colocated")}
+    found = {layout: measure(layout, args) for layout in LAYOUTS}
     everyone: list[Any] = [None] * WORLD
     dist.all_gather_object(everyone, found)
     if rank == 0:
@@ -264,16 +287,33 @@ def run_rank(rank: int, port: int, args: argparse.Namespace, results: Any) -> No
     dist.destroy_process_group()
 
 
-def least_bytes(args: argparse.Namespace) -> int:
-    """Every row once to each of the two ranks that place it, and its gradient once back.
+def least_bytes(layout: str, args: argparse.Namespace) -> int:
+    """Every row once to each of the ranks that place it, and its gradient once back.
 
-    A quarter of the rows is encoded by each of the readers, who then need not receive it.
+    Where each rank encodes a quarter of the rows, a reader need not receive its own.
     """
     rows = sum(PATCHES * (1 + number % 6) for number in range(args.micro_batches))
-    width = args.hidden * 4
-    there = 2 * rows - rows // 2
-    back = rows - rows // 2
-    return (there + back) * width
+    readers = LAYOUTS[layout]["language"].get("tp", 1)
+    own = rows * readers // WORLD if layout == "colocated" else 0
+    return (readers * rows - own + rows - own) * args.hidden * 4
+
+
+def encoder_share(args: argparse.Namespace) -> float:
+    """Of the model's operations: products and attention of its layers, and the logits."""
+
+    def of_layers(layers: int, length: int) -> int:
+        return layers * length * (24 * args.hidden**2 + 4 * length * args.hidden)
+
+    images = sum(1 + number % 6 for number in range(args.micro_batches)) / args.micro_batches
+    encoder = images * of_layers(args.encoder_layers, PATCHES + 1)
+    language = of_layers(4, SEQUENCE) + 2 * SEQUENCE * 128 * args.hidden
+    return encoder / (encoder + language)
+
+
+def allowed(ranks: list[Figures], cores: int) -> float:
+    """Seconds of a step that the ranks' processor times allow."""
+    times = [one["processor"] for one in ranks]
+    return max(max(times), sum(times) / cores)
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
@@ -291,17 +331,26 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     everyone = results.get()
     for one in ranks:
         one.join()
-    busiest = {
-        layout: {key: max(one[layout][key] for one in everyone) for key in ("wall", "processor")}
-        for layout in ("uniform", "colocated")
-    }
-    moved = sum(one["colocated"]["sent"] for one in everyone)
+    of = {layout: [one[layout] for one in everyone] for layout in LAYOUTS}
+    wall = {layout: max(one["wall"] for one in ranks) for layout, ranks in of.items()}
     return {
-        "busiest_rank_ratio": busiest["uniform"]["processor"] / busiest["colocated"]["processor"],
-        "step_ratio": busiest["uniform"]["wall"] / busiest["colocated"]["wall"],
-        "seconds": busiest,
-        "bytes_moved": moved,
-        "bytes_ratio": moved / least_bytes(args),
+        "encoder_share": encoder_share(args),
+        "step_ratio": {layout: wall["uniform"] / wall[layout] for layout in GRIDS},
+        "allowed": {
+            f"{cores} cores": {
+                layout: allowed(of["uniform"], cores) / allowed(of[layout], cores)
+                for layout in GRIDS
+            }
+            for cores in (2, 4)
+        },
+        "seconds": wall,
+        "processor_seconds": {
+            layout: [round(one["processor"], 3) for one in ranks] for layout, ranks in of.items()
+        },
+        "bytes_ratio": {
+            layout: sum(one["sent"] for one in of[layout]) / least_bytes(layout, args)
+            for layout in GRIDS
+        },
         "balance": {
             str(owners): max(balance(owners, 16, seed) for seed in range(20))
             for owners in (2, 4, 8, 16)
@@ -315,7 +364,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--encoder-layers", type=int, default=8)
+    parser.add_argument("--encoder-layers", type=int, default=10)
     parser.add_argument("--micro-batches", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
