@@ -68,10 +68,9 @@ def run_schedule(
         forward_only=False,
     )
     total = torch.zeros(2, dtype=torch.float64)
-    if parallel_state.is_pipeline_last_stage():
+    if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
         total += torch.stack([report[SUM_AND_COUNT] for report in reports]).double().sum(dim=0)
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    dist.all_reduce(total)
     return (total[0] / total[1]).item()
 
 

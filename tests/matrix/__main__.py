@@ -9,10 +9,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.matrix.cells import Values, all_cells, deepstack_cells, name_of, pair_cells
+from tests.matrix.cells import Values, all_cells, name_of, pair_cells, ranks_of
+from tests.matrix.deepstack_cells import deepstack_cells
 from tests.matrix.grid_cells import grid_cells
+from tests.matrix.grids_page import GRIDS, grids_section
 from tests.matrix.linear_cells import linear_cells
-from tests.matrix.page import page, with_section
+from tests.matrix.page import layers_section, page, section_of, with_section
 from tests.matrix.refusals import messages_of_flags, messages_of_library
 from tests.matrix.runner import Verdict, run
 from tests.rank_pool import RankPool
@@ -42,14 +44,15 @@ def main() -> int:
         "--write-docs",
         type=Path,
         metavar="FILE",
-        help="write the page, if all cells passed; with --deepstack or --linear, that table alone",
+        help="write the page, if all cells passed; with --deepstack, --linear or --grids, its "
+        "section of these alone",
     )
     asked = parser.parse_args()
     cells = [
         values
         for values in _chosen(asked)
         if all(part in name_of(values) for part in asked.filter)
-        and values["tp"] * values["cp"] * values["pp"] * values["dp"] <= asked.max_ranks
+        and ranks_of(values) <= asked.max_ranks
     ]
     if asked.list:
         print("\n".join(name_of(values) for values in cells))
@@ -84,12 +87,17 @@ def _chosen(asked: argparse.Namespace) -> list[Values]:
 
 
 def _write(asked: argparse.Namespace, verdicts: list[Verdict]) -> None:
-    alone = "deepstack" if asked.deepstack else "linear" if asked.linear else None
     path: Path = asked.write_docs
-    if alone is None:
-        path.write_text(page(verdicts, all_refusals()))
+    before = path.read_text()
+    if asked.grids:
+        written = with_section(before, grids_section(verdicts))
+    elif asked.deepstack or asked.linear:
+        layers = "deepstack" if asked.deepstack else "linear"
+        written = with_section(before, layers_section(layers, verdicts))
     else:
-        path.write_text(with_section(path.read_text(), alone, verdicts))
+        of_grids = [GRIDS, *section_of(before, GRIDS).split("\n")]
+        written = with_section(page(verdicts, all_refusals()), of_grids)
+    path.write_text(written)
 
 
 def all_refusals() -> dict[str, str]:
@@ -136,7 +144,7 @@ def run_with_progress(cells: list[Values]) -> list[Verdict]:
 
 
 def _cost(values: Values) -> float:
-    return 1.0 + float(values["tp"] * values["cp"] * values["pp"] * values["dp"])
+    return 1.0 + ranks_of(values)
 
 
 if __name__ == "__main__":

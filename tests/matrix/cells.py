@@ -8,11 +8,11 @@ its size allows (``all_cells``). Both are the same on every machine.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate, combinations
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,7 +28,6 @@ MAX_RANKS = 8
 _DRAWN = 312
 _CANDIDATES = 24  # drawn for each cell that is chosen
 _DRY = 60
-_SAMPLES = len(MEDIA[0])
 _EXPERTS = 4
 
 _BOTH = {
@@ -51,7 +50,7 @@ FROZEN: dict[str, Values] = {
 }
 
 # Of cells whose modules have grids of their own.
-ENCODER_AXES = ("images_tp", "sounds_tp", "activations")
+ENCODER_AXES = ("images_tp", "sounds_tp", "images_dp", "sounds_dp", "encoders", "activations")
 # Kinds of layers that only the listed cells have.
 LAYERS: dict[str, Values] = {
     "plain": {},
@@ -110,38 +109,13 @@ _MODULES: tuple[Values, ...] = (
     {"recompute": "mla-modules", "layers": "latent", "pp": 2, "embeddings": "tied"},
 )
 FULL_SIZE = _DRAWN + len(_MODULES)
-# Levels of image rows, whose layers are on any pipeline stage; each on top of the first values.
-_LEVELS: tuple[Values, ...] = (
-    {},
-    {"tp": 2, "sp": True},
-    {"cp": 2, "packing": "packed"},
-    {"tp": 2, "sp": True, "cp": 2, "positions": "mrope", "packing": "packed"},
-    {"pp": 2},
-    {"pp": 2, "media": "none"},
-    {"pp": 4, "recompute": "uniform", "positions": "mrope"},
-    {"pp": 4, "stages": "embedding-alone", "embeddings": "tied"},
-    {"pp": 2, "vpp": 2, "stages": "uneven", "recompute": "block"},
-    {"pp": 2, "vpp": 2, "tp": 2, "sp": True, "packing": "packed", "micro_batch": 1},
-    {"pp": 2, "vpp": 2, "dp": 2, "reduction": "distributed-overlap"},
-    {"pp": 2, "cp": 2, "dp": 2, "reduction": "overlap", "attention": "spans"},
-    {"pp": 4, "tp": 2, "sp": True, "recompute": "projections", "stages": "uneven"},
-    {"pp": 2, "frozen": "encoders"},
-    {"pp": 2, "frozen": "language", "recompute": "uniform"},
-    {"pp": 2, "frozen": "first-half", "vpp": 2},
-    {"pp": 2, "frozen": "all-but-projection", "dp": 2, "reduction": "overlap"},
-    {"pp": 2, "precision": "bf16", "vpp": 2},
-    {"experts": "alltoall", "ep": 2, "dp": 2, "recompute": "uniform"},
-    {"experts": "allgather", "ep": 2, "pp": 2, "vpp": 2, "dp": 2, "recompute": "moe"},
-    {"experts": "alltoall", "ep": 2, "cp": 2, "pp": 2, "vpp": 2, "packing": "packed"},
-)
 
 
 def is_valid(v: Values) -> bool:
     """Whether the values go together; those that do not are refused, or say the same twice."""
-    ranks = v["tp"] * v["cp"] * v["pp"] * v["dp"]
-    micro_batches, rest = divmod(_SAMPLES, v["micro_batch"] * v["dp"])
+    micro_batches, rest = divmod(_samples(v), v["micro_batch"] * v["dp"])
     rules = (
-        ranks <= MAX_RANKS,
+        ranks_of(v) <= MAX_RANKS,
         not rest and micro_batches >= 1,
         not v["sp"] or v["tp"] > 1,
         v["vpp"] is None or (v["pp"] > 1 and micro_batches % v["pp"] == 0),
@@ -150,6 +124,21 @@ def is_valid(v: Values) -> bool:
         v["reduction"] == "plain" or v["dp"] * v["cp"] > 1,
     )
     return all(rules)
+
+
+def ranks_of(v: Values) -> int:
+    """Processes that a cell takes."""
+    ranks: int = v["tp"] * v["cp"] * v["pp"] * v["dp"]
+    if v.get("encoders", "language") != "language":
+        ranks += v["images_tp"] * v["images_dp"]
+        if v["encoders"] == "apart":
+            ranks += v["sounds_tp"] * v["sounds_dp"]
+    return ranks
+
+
+def _samples(v: Values) -> int:
+    """Of a global batch: as many as divide among its replicas, and its stages."""
+    return 6 if 3 in (v["dp"], v["pp"]) else len(MEDIA[0])
 
 
 def _fits_experts(v: Values) -> bool:
@@ -201,11 +190,12 @@ def make_cell(v: Values) -> Cell:
         mrope=v["positions"] == "mrope",
         spans=v["attention"] == "spans",
         media=v["media"] == "some",
+        samples=_samples(v),
         **FROZEN[v["frozen"]],
         **LAYERS[v["layers"]],
     )
     if "images_tp" in v:
-        own = {axis: v[axis] for axis in ENCODER_AXES}
+        own = {axis: v[axis] for axis in ENCODER_AXES if axis in v}
         layout = GridLayout(
             **{one.name: getattr(layout, one.name) for one in fields(layout)}, **own
         )
@@ -221,8 +211,14 @@ def features(v: Values) -> list[str]:
     """One word for each value that is not the first of its axis."""
     words = [_word(axis, v[axis]) for axis, values in AXES.items() if v[axis] != values[0]]
     if "images_tp" in v:
-        words += [f"images:tp{v['images_tp']}", f"sounds:tp{v['sounds_tp']}", v["activations"]]
+        words += [f"images:{_sizes(v, 'images')}", f"sounds:{_sizes(v, 'sounds')}"]
+        words += [v["activations"], *([v["encoders"]] if "encoders" in v else [])]
     return words
+
+
+def _sizes(v: Values, modality: str) -> str:
+    dp = v.get(f"{modality}_dp")
+    return f"tp{v[f'{modality}_tp']}" + ("" if dp is None else f":dp{dp}")
 
 
 def _word(axis: str, value: Any) -> str:
@@ -266,21 +262,15 @@ def listed_cells() -> list[Values]:
     return [first | values for values in _MODULES]
 
 
-def deepstack_cells() -> list[Values]:
-    """Cells with levels of image rows, listed and not drawn."""
-    first = {axis: values[0] for axis, values in AXES.items()} | {"layers": "deepstack"}
-    return [first | values for values in _LEVELS]
-
-
 @cache
 def _drawn_pairs() -> tuple[Values, ...]:
-    return tuple(_cover(2, _SMALL, limit=None))
+    return tuple(cover(partial(draw, _SMALL), Covered(2)))
 
 
 @cache
 def _all_cells() -> tuple[Values, ...]:
     pairs = _drawn_pairs()
-    drawn = list(_cover(3, AXES, limit=_DRAWN))
+    drawn = list(cover(partial(draw, AXES), Covered(3), first=pairs, limit=_DRAWN))
     return (*pairs, *listed_cells(), *drawn[len(pairs) :])
 
 
@@ -308,12 +298,34 @@ _WEIGHTS: dict[str, tuple[int, ...]] = {
 _CUMULATED = {axis: tuple(accumulate(weights)) for axis, weights in _WEIGHTS.items()}
 
 
-def _cover(strength: int, axes: dict[str, tuple[Any, ...]], limit: int | None) -> Iterator[Values]:
-    """Greedily: each time the candidate with most combinations that are new, per rank."""
+class Cover(Protocol):
+    """What stands in cells already."""
+
+    def add(self, cell: Values) -> None:
+        """Take note of a cell."""
+
+    def missing(self, cell: Values) -> int:
+        """How much of a cell is new."""
+
+
+def cover(
+    drawn: Callable[[random.Random], Values],
+    covered: Cover,
+    *,
+    first: Iterable[Values] = (),
+    limit: int | None = None,
+) -> Iterator[Values]:
+    """Greedily: each time the candidate with most that is new, per rank.
+
+    Args:
+        drawn: gives a candidate.
+        covered: what there is of it.
+        first: cells that are there already, and come first.
+        limit: cells in all; None for as many as cover what can be.
+    """
     generator = random.Random(20)
-    covered = _Covered(strength)
     names: set[str] = set()
-    for cell in _drawn_pairs() if limit else ():
+    for cell in first:
         covered.add(cell)
         names.add(name_of(cell))
         yield cell
@@ -321,8 +333,8 @@ def _cover(strength: int, axes: dict[str, tuple[Any, ...]], limit: int | None) -
     while dry < _DRY and (limit is None or len(names) < limit):
         best, gain = None, 0.0
         for _ in range(_CANDIDATES):
-            candidate = _draw(axes, generator)
-            ranks = candidate["tp"] * candidate["cp"] * candidate["pp"] * candidate["dp"]
+            candidate = drawn(generator)
+            ranks = ranks_of(candidate)
             new = covered.missing(candidate)
             if new / ranks**1.5 > gain and name_of(candidate) not in names:
                 best, gain = candidate, new / ranks**1.5
@@ -333,7 +345,8 @@ def _cover(strength: int, axes: dict[str, tuple[Any, ...]], limit: int | None) -
             yield best
 
 
-def _draw(axes: dict[str, tuple[Any, ...]], generator: random.Random) -> Values:
+def draw(axes: dict[str, tuple[Any, ...]], generator: random.Random) -> Values:
+    """A valid cell."""
     while True:
         values: Values = {}
         for axis, choices in axes.items():
@@ -352,7 +365,7 @@ def _draw(axes: dict[str, tuple[Any, ...]], generator: random.Random) -> Values:
             return values
 
 
-class _Covered:
+class Covered:
     """Which combinations of so many values stand in a cell already, whatever the layers."""
 
     def __init__(self, strength: int) -> None:

@@ -20,7 +20,7 @@ def run_grid_cell(
     optimizer = make_optimizer(built, layout)
     gradients: dict[str, float] = {}
     losses, norms = [], []
-    for number, batch in enumerate(make_batches(media=design.media)):
+    for number, batch in enumerate(make_batches(design)):
         optimizer.zero_grad()
         losses.append(step(layout, design, built, batch))
         if number == 0:

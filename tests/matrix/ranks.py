@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.distributed.core.grids import GridLayout
+from tests.distributed.core.grids import GridLayout, language_groups
 from tests.distributed.core.layouts import (
     CLIP,
     EPSILON,
@@ -69,17 +69,27 @@ BIAS = 0.05  # standard deviation of the biases that a run begins with
 
 
 def run_references(designs: list[Design]) -> list[Expected]:
-    """One process, plain loops over tokens, plain AdamW on fp32 weights."""
+    """``run_reference`` of each."""
     groups = model_parallel()
-    return [_run_reference(design, groups) for design in designs]
+    return [run_reference(design, groups) for design in designs]
 
 
-def _run_reference(design: Design, groups: Any) -> Expected:
+def run_reference(design: Design, groups: Any, moved: int = 0) -> Expected:
+    """One process, plain loops over tokens, plain AdamW on fp32 weights.
+
+    Args:
+        design: what is run.
+        groups: of this rank alone.
+        moved: a seed, by which weights in bf16 are first moved by at most a rounding each; 0
+            leaves them.
+    """
     torch.manual_seed(0)
     config = transformer_config(design)
     model = build_model(config, design, groups, first=True, last=True)
     if design.bf16:
         model.bfloat16()
+        if moved:
+            _move_by_a_rounding(model, moved)
     else:
         _move_biases(model)
     weights = whole(model, lambda parameter: parameter.data)
@@ -93,7 +103,7 @@ def _run_reference(design: Design, groups: Any) -> Expected:
     )
     first: Tensors = {}
     losses, norms = [], []
-    for batch in make_batches(media=design.media):
+    for batch in make_batches(design):
         loss, gradients = _sum_gradients(model, batch, design)
         losses.append(loss)
         first = first or whole(model, gradients.get)
@@ -121,6 +131,14 @@ def _move_biases(model: Any) -> None:
                 parameter.sub_(2.0)
 
 
+def _move_by_a_rounding(model: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            share = 2 * torch.rand(parameter.shape, generator=generator) - 1
+            parameter.mul_(1 + share.bfloat16() * torch.finfo(torch.bfloat16).eps / 2)
+
+
 def _sum_gradients(
     model: Any, batch: list[Sample], design: Design
 ) -> tuple[float, dict[torch.nn.Parameter, torch.Tensor]]:
@@ -145,11 +163,6 @@ def _sum_gradients(
     return total, gradients
 
 
-def group_sizes(layout: Layout) -> dict[str, Any]:
-    """What the process groups depend on."""
-    return {name: getattr(layout, name) for name in ("tp", "pp", "cp", "ep", "etp", "vpp")}
-
-
 def run_cells(cells: list[tuple[Layout, Design, Expected]]) -> list[Seen]:
     """Cells of one world size, one after the other; the first that fails ends them.
 
@@ -162,12 +175,12 @@ def run_cells(cells: list[tuple[Layout, Design, Expected]]) -> list[Seen]:
     groups: Any = None
     for layout, design, expected in cells:
         start = time.perf_counter()
-        asked = group_sizes(layout)
+        asked = layout.group_sizes
         if asked != sizes:
             if sizes is not None:
                 dist.barrier()  # nobody destroys a group that another still uses
                 parallel_state.destroy_model_parallel()
-            groups = model_parallel(**asked)
+            groups = language_groups(layout)
             sizes = asked
         seen.append(_run_cell(layout, design, expected, groups, start))
     return seen
@@ -203,7 +216,7 @@ def _run_cell(
     )
     gradients: dict[str, float] = {}
     losses, norms = [], []
-    for step, batch in enumerate(make_batches(media=design.media)):
+    for step, batch in enumerate(make_batches(design)):
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tests.distributed.core.reference import Design
 from tests.matrix.cells import Values, make_cell, name_of
-from tests.matrix.ranks import Expected, Seen, group_sizes, run_cells, run_references
+from tests.matrix.ranks import Expected, Seen, run_cells, run_references
 from tests.rank_pool import RankPool, RanksFailedError
 
 BATCH = 12  # cells that share one set of rank processes
@@ -17,17 +17,26 @@ _SECONDS = 300.0  # for each cell: a time-out, not an expectation
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """Relative: to the norm of each parameter's gradient or weights; to losses and norms."""
+    """Relative: to the norm of each parameter's gradient or weights; to losses and whole norms.
+
+    Attributes:
+        scalar: for losses, and the norm of the first step.
+        later_norm: for those of the steps behind it.
+    """
 
     gradient: float
     weights: float
     scalar: float
+    later_norm: float
 
 
-FP32 = Tolerance(gradient=1e-5, weights=1e-5, scalar=1e-5)
+FP32 = Tolerance(gradient=1e-5, weights=1e-5, scalar=1e-5, later_norm=1e-5)
 # bf16 has 8 bits: 4e-3 for each rounding. Compared with one process in bf16, whose sums are
-# rounded elsewhere.
-BF16 = Tolerance(gradient=1e-1, weights=1e-1, scalar=2e-2)
+# rounded elsewhere. Of two of one process that differ by a rounding of each weight (test_rounding),
+# norms of the first step lie within 1 %, and of the third within 7 % where only projections are
+# trained; behind a frozen language model gradients of an encoder's norms lie within 13 %, and their
+# biases, which hold nothing but what Adam has divided, within 20 %.
+BF16 = Tolerance(gradient=2e-1, weights=3e-1, scalar=2e-2, later_norm=1e-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +62,7 @@ def run(cells: Iterable[Values], pool: RankPool) -> Iterator[Verdict]:
 
     def order(values: Values) -> tuple[int, str]:
         layout, _ = make_cell(values)
-        return layout.world_size, str(group_sizes(layout))
+        return layout.world_size, str(layout.group_sizes)
 
     left = sorted(cells, key=order)
     while left:
@@ -111,12 +120,13 @@ def deviations(seen: list[Seen], expected: Expected, tolerance: Tolerance) -> It
             for name, error in errors.items():
                 if not error <= bound:
                     yield f"rank {rank}: {what} of {name} off by {error:.1e}"
-        for what, got, wanted in (
-            ("loss", one.losses, expected.losses),
-            ("norm", one.norms, expected.norms),
+        for what, got, wanted, later in (
+            ("loss", one.losses, expected.losses, tolerance.scalar),
+            ("norm", one.norms, expected.norms, tolerance.later_norm),
         ):
             for step, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
-                if not math.isclose(mine, theirs, rel_tol=tolerance.scalar, abs_tol=1e-12):
+                bound = tolerance.scalar if step == 0 else later
+                if not math.isclose(mine, theirs, rel_tol=bound, abs_tol=1e-12):
                     yield f"rank {rank}: {what} of step {step} is {mine}, expected {theirs}"
     for key, tensor in expected.trained.items():
         spans = set().union(*(one.covered.get(key, set()) for one in seen))

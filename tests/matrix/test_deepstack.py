@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.matrix.asked import asked_verdicts
-from tests.matrix.cells import deepstack_cells, is_valid, name_of
+from tests.matrix.cells import is_valid, name_of
+from tests.matrix.deepstack_cells import deepstack_cells
 from tests.matrix.runner import Verdict
 from tests.rank_pool import RankPool
 from tests.tiers import some

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.matrix.cells import AXES, FULL_SIZE, all_cells, deepstack_cells, name_of
+from tests.matrix.cells import AXES, FULL_SIZE, all_cells, name_of
+from tests.matrix.deepstack_cells import deepstack_cells
 from tests.matrix.linear_cells import linear_cells
-from tests.matrix.page import FEATURES, MEANING, SECTIONS
+from tests.matrix.page import FEATURES, MEANING, SECTIONS, section_of
 from tests.matrix.refusals import messages_of_flags, messages_of_library
 from tests.rank_pool import RankPool
 
@@ -35,8 +36,7 @@ def test_page_is_of_the_full_set() -> None:
 @pytest.mark.parametrize("layers", SECTIONS)
 def test_every_cell_of_a_section_is_told(layers: str) -> None:
     title, words = SECTIONS[layers]
-    _, _, section = PAGE.partition(f"{title}\n")
-    section, _, _ = section.partition("\n## ")
+    section = section_of(PAGE, title)
     assert section.startswith("\n" + "\n".join(words))
     cells = {"deepstack": deepstack_cells, "linear": linear_cells}[layers]()
     assert f"**{len(cells)} cells passed, 0 failed**" in section

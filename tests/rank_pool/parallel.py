@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -17,11 +18,15 @@ def model_parallel(
     etp: int | None = None,
     vpp: int | None = None,
     seed: int = 1234,
+    around: Callable[[Any], Any] = lambda initialize: initialize,
 ) -> ProcessGroupCollection:
     """Initialises ``parallel_state`` and seeds the model-parallel generators; collective.
 
     Every rank of the default group calls it once (again after ``destroy_model_parallel``), with
     equal arguments. What is left of the world size is data parallel.
+
+    Args:
+        around: takes Megatron's ``initialize_model_parallel`` and gives what is called.
 
     Returns:
         The process groups, as Megatron's builders take them.
@@ -30,7 +35,7 @@ def model_parallel(
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    parallel_state.initialize_model_parallel(
+    around(parallel_state.initialize_model_parallel)(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         context_parallel_size=cp,

@@ -135,18 +135,18 @@ def global_groups(components: Mapping[str, Component]) -> Callable[..., Any]:
 
             language = components[LANGUAGE]
             before = _globals(parallel_state)
+            of_any_module = {
+                name: keywords[name]
+                for name in ("distributed_timeout_minutes", "create_gloo_process_groups")
+                if name in keywords
+            }
             initialize(
                 *sizes, **keywords, rank_offset=language.rank_offset, local_world_size=language.size
             )
             found = _globals(parallel_state)
             for ranks in sorted({c.ranks for c in components.values()} - {language.ranks}, key=min):
                 vars(parallel_state).update(before)
-                initialize(
-                    rank_offset=ranks.start,
-                    local_world_size=len(ranks),
-                    distributed_timeout_minutes=keywords["distributed_timeout_minutes"],
-                    create_gloo_process_groups=keywords["create_gloo_process_groups"],
-                )
+                initialize(rank_offset=ranks.start, local_world_size=len(ranks), **of_any_module)
                 if dist.get_rank() in ranks:
                     found = _globals(parallel_state)
                     found["_MPU_DATA_PARALLEL_WORLD_SIZE"] = language.dp

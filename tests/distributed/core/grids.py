@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
 
 from tests.distributed.core.layouts import (
     CLIP,
@@ -30,19 +33,66 @@ from tests.distributed.core.whole import Part, parts
 from tests.distributed.schedule import loss_of_labels, run_schedule
 from tests.rank_pool import model_parallel
 
+if TYPE_CHECKING:
+    from megatron.mimo.topology import Component
+
 
 @dataclass(frozen=True, kw_only=True)
 class GridLayout(Layout):
-    """The language model's layout, and the encoders' tensor-parallel sizes on the same ranks.
+    """The language model's layout, and what its encoders have.
 
     Attributes:
-        images_tp, sounds_tp: the rest of the ranks is data parallel.
+        images_tp, sounds_tp: tensor-parallel sizes.
+        images_dp, sounds_dp: data-parallel sizes of encoders on ranks of their own; on those of
+            the language model, what is left is data parallel.
+        encoders: where they are: on the ranks of the "language" model, each on ranks of its own
+            before these ("apart"), or both on the same ones before these ("together").
         activations: as ``EncodeFirst`` takes it.
     """
 
     images_tp: int = 1
     sounds_tp: int = 1
+    images_dp: int = 1
+    sounds_dp: int = 1
+    encoders: str = "language"
     activations: str = "keep"
+
+    @property
+    def modules(self) -> dict[str, dict[str, int]]:
+        """Sizes and first rank of each, the language model's last."""
+        sizes = {
+            "images": {"tp": self.images_tp, "dp": self.images_dp},
+            "sounds": {"tp": self.sounds_tp, "dp": self.sounds_dp},
+            "language": {name: getattr(self, name) for name in ("tp", "cp", "dp", "pp")},
+        }
+        of = {name: math.prod(own.values()) for name, own in sizes.items()}
+        offsets = dict.fromkeys(sizes, 0)
+        if self.encoders == "language":
+            sizes["images"]["dp"] = of["language"] // self.images_tp
+            sizes["sounds"]["dp"] = of["language"] // self.sounds_tp
+        elif self.encoders == "together":
+            offsets["language"] = of["images"]
+        else:
+            offsets |= {"sounds": of["images"], "language": of["images"] + of["sounds"]}
+        return {name: {**own, "rank_offset": offsets[name]} for name, own in sizes.items()}
+
+    @property
+    def components(self) -> dict[str, Component]:
+        """The modules as a run describes them."""
+        from megatron.mimo.topology import Component
+
+        return {name: Component(name=name, **own) for name, own in self.modules.items()}
+
+    @property
+    def group_sizes(self) -> dict[str, Any]:
+        """What the global groups depend on; with the modules where they are apart."""
+        apart = {} if self.encoders == "language" else {"modules": self.modules}
+        return super().group_sizes | apart
+
+    @property
+    def world_size(self) -> int:
+        language = self.modules["language"]  # behind all encoders, or on their ranks
+        return language["rank_offset"] + super().world_size
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,21 +122,17 @@ class Built:
         return [module for module in every if hasattr(module, "bucket_groups")]
 
 
-def components(layout: GridLayout) -> dict[str, Any]:
-    from megatron.mimo.topology import Component, check_components
+def language_groups(layout: Layout) -> Any:
+    """Megatron's global groups of a layout, made anew; beside encoders apart, as runs have them.
 
-    world = layout.world_size
-    return dict(
-        check_components(
-            [
-                Component(name="images", tp=layout.images_tp, dp=world // layout.images_tp),
-                Component(name="sounds", tp=layout.sounds_tp, dp=world // layout.sounds_tp),
-                Component(name="language", tp=layout.tp, cp=layout.cp, dp=layout.dp, pp=layout.pp),
-            ],
-            world_size=world,
-            modalities=["images", "sounds"],
-        )
-    )
+    Collective.
+    """
+    from megatron.mimo.training.module_ranks import global_groups
+
+    sizes = layout.group_sizes
+    if isinstance(layout, GridLayout) and sizes.pop("modules", None):
+        return model_parallel(**sizes, around=global_groups(layout.components))
+    return model_parallel(**sizes)
 
 
 def build(layout: GridLayout, design: Design, weights: Any, groups: Any = None) -> Built:
@@ -94,16 +140,21 @@ def build(layout: GridLayout, design: Design, weights: Any, groups: Any = None) 
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.models.mimo.model.encode_first import EncodeFirst
-    from megatron.mimo.topology import build_grids
+    from megatron.mimo.topology import build_grids, check_components
 
     if groups is None:
-        sizes = {name: getattr(layout, name) for name in ("tp", "pp", "cp", "ep", "vpp")}
-        groups = model_parallel(**sizes)
-    grids = build_grids(components(layout))
+        groups = language_groups(layout)
+    components = check_components(
+        [*layout.components.values()],
+        world_size=dist.get_world_size(),
+        modalities=["images", "sounds"],
+    )
+    grids = build_grids(components)
     config = transformer_config(
         design, finalize_model_grads_func=finalize_model_grads, **config_changes(layout)
     )
-    count = layout.vpp or 1
+    encodes_alone = dist.get_rank() not in components["language"].ranks
+    count = 1 if encodes_alone else layout.vpp or 1
     chunks = [
         build_model(
             config,
@@ -168,7 +219,8 @@ def step(layout: GridLayout, design: Design, built: Built, batch: list[Sample]) 
     """Forward and backward of a global batch by ``EncodeFirst``; the loss on every rank."""
     from megatron.core import parallel_state
 
-    dp_rank, size = parallel_state.get_data_parallel_rank(), layout.micro_batch
+    # Ranks of encoders alone have a data-parallel group of their own, and as many micro-batches.
+    dp_rank, size = parallel_state.get_data_parallel_rank() % layout.dp, layout.micro_batch
     mine = [batch[i : i + size] for i in range(0, len(batch), size)][dp_rank :: layout.dp]
     dtype = built.chunks[0].config.params_dtype
     batches = [
@@ -198,7 +250,7 @@ def run_gradients(layout: GridLayout, design: Design, reference: Outcome) -> Dev
     losses: list[float] = []
     errors: dict[str, float] = {}
     covered: dict[str, set[tuple[Any, ...]]] = {}
-    batches = make_batches(media=design.media)
+    batches = make_batches(design)
     for batch, gradients in zip(batches, reference.gradients, strict=True):
         losses.append(step(layout, design, built, batch))
         for part in built.held:
@@ -216,7 +268,7 @@ def run_training(layout: GridLayout, design: Design, reference: Outcome) -> Devi
     built = build(layout, design, reference.weights)
     optimizer = make_optimizer(built, layout)
     losses, norms = [], []
-    for batch in make_batches(media=design.media):
+    for batch in make_batches(design):
         optimizer.zero_grad()
         losses.append(step(layout, design, built, batch))
         success, norm, _ = optimizer.step()

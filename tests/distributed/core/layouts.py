@@ -75,6 +75,11 @@ class Layout(Sizes):
     overlap_param_gather: bool = False
     distributed_optimizer: bool = False
 
+    @property
+    def group_sizes(self) -> dict[str, Any]:
+        """What the process groups depend on."""
+        return {name: getattr(self, name) for name in ("tp", "pp", "cp", "ep", "etp", "vpp")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -103,7 +108,7 @@ def run_reference(design: Design) -> Outcome:
     groups = model_parallel()
     model = build_model(transformer_config(design), design, groups, first=True, last=True)
     losses, gradients = [], []
-    for batch in make_batches(media=design.media):
+    for batch in make_batches(design):
         model.zero_grad()
         losses.append(reference_step(model, batch).item())
         gradients.append(whole(model, lambda parameter: parameter.grad))
@@ -113,7 +118,7 @@ def run_reference(design: Design) -> Outcome:
         trainable, lr=LEARNING_RATE, eps=EPSILON, betas=(0.9, 0.99), weight_decay=0.0
     )
     norms, trained_losses = [], []
-    for batch in make_batches(media=design.media):
+    for batch in make_batches(design):
         optimizer.zero_grad()
         trained_losses.append(reference_step(model, batch).item())
         norms.append(torch.nn.utils.clip_grad_norm_(trainable, CLIP).item())

@@ -68,6 +68,7 @@ class Design:
         spans: an image's tokens see each other in both directions.
         heads: two further heads, of ``tests/distributed/core/heads.py``.
         levels: of image rows that the first decoder layers add (deepstack).
+        samples: of each global batch, at most eight.
         linear: every other layer, the first among them, has a gated delta net in place of
             attention; the others' attention has an output gate.
     """
@@ -87,14 +88,19 @@ class Design:
     spans: bool = False
     heads: bool = False
     levels: int = 0
+    samples: int = len(MEDIA[0])
     linear: bool = False
 
 
-def make_batches(*, media: bool = True) -> list[list[Sample]]:
+def make_batches(design: Design | None = None) -> list[list[Sample]]:
     """The global batches: lists of samples, always the same; without media, text only."""
+    design = design or Design()
     generator = torch.Generator().manual_seed(7)
     return [
-        [_make_sample(*(counts if media else (0, 0)), generator) for counts in batch]
+        [
+            _make_sample(*(counts if design.media else (0, 0)), generator)
+            for counts in batch[: design.samples]
+        ]
         for batch in MEDIA
     ]
 
@@ -261,6 +267,8 @@ def _freeze(model: Any, design: Design) -> None:
     model.freeze(*design.frozen)
     if design.frozen_start:
         model.freeze("images", "sounds")
+        if model.language_model is None:
+            return
         decoder = model.language_model.decoder
         start = [layer for layer in decoder.layers if 2 * layer.layer_number <= design.layers]
         for module in [*start, *([model.language_model.embedding] if model.pre_process else [])]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.distributed.core.example_script import assert_gives_what_stock_gives
-from tests.distributed.core.grids import GridLayout, components, wrap
+from tests.distributed.core.grids import GridLayout, wrap
 from tests.distributed.core.layouts import copy_weights, model_inputs
 from tests.distributed.core.reference import (
     SEQUENCE,
@@ -61,7 +61,7 @@ CASES = {name: (sizes, Design()) for name, sizes in RATIOS.items()} | {
 
 def samples_of(design: Design, count: int) -> list[Sample]:
     """Their images and sounds differ in number; some samples have none."""
-    batches = make_batches(media=design.media)
+    batches = make_batches(design)
     return [sample for batch in batches for sample in batch][:count]
 
 
@@ -101,7 +101,7 @@ def run_gradients(
     from megatron.mimo.topology import build_grids
 
     groups = model_parallel(tp=layout.tp)
-    grids = build_grids(components(layout))
+    grids = build_grids(layout.components)
 
     def finalize(_: Any, num_tokens: torch.Tensor, **keywords: Any) -> None:
         wrapped = [model.language_model, *model.modality_submodules.values()]
