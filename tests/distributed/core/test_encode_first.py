@@ -37,6 +37,11 @@ CELLS = {
         Design(frozen=("images.encoders", "language")),
     ),
     "no media": (GridLayout(pp=2), Design(media=False)),
+    # One of two ranks between which experts are divided has no media in a step.
+    "apart, ep2, frozen language": (
+        GridLayout(dp=2, ep=2, encoders="together"),
+        Design(experts=4, frozen=("language",)),
+    ),
     "packed-cp2": (GridLayout(cp=2, packed=True), Design()),
     "mrope-pp2": (GridLayout(pp=2), Design(mrope=True)),
 }
@@ -63,7 +68,7 @@ def reference(ranks: RankPool) -> Callable[[Design], Outcome]:
         "pp2-vpp2-overlap",
         "sounds tp4 over two replicas",
         "frozen language",
-        "no media",
+        "apart, ep2, frozen language",
         "packed-cp2",
     ),
 )

@@ -250,8 +250,9 @@ class ArrivingRows:
             self._expect(one)
         every, routes, coming = self._coming.pop(number)
         leaf = _taken(coming, self._empty(routes.size), routes)
+        if self._modality.trains:
+            leaf.requires_grad_()  # empty ones too: all ranks enter what collectives backward has
         if self._modality.trains and routes.size:
-            leaf.requires_grad_()
             self._back[number] = every.backward(), leaf
             give_back = partial(self._give_back, number)
             leaf.register_post_accumulate_grad_hook(give_back)  # type: ignore[no-untyped-call]
