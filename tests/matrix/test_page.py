@@ -9,6 +9,9 @@ import pytest
 
 from tests.matrix.cells import AXES, FULL_SIZE, all_cells, name_of
 from tests.matrix.deepstack_cells import deepstack_cells
+from tests.matrix.grid_cells import FEATURES as GRID_FEATURES
+from tests.matrix.grid_cells import grid_cells, grid_features, is_apart
+from tests.matrix.grids_page import GRIDS
 from tests.matrix.linear_cells import linear_cells
 from tests.matrix.page import FEATURES, MEANING, SECTIONS, section_of
 from tests.matrix.refusals import messages_of_flags, messages_of_library
@@ -44,6 +47,16 @@ def test_every_cell_of_a_section_is_told(layers: str) -> None:
     names = {f"{one}-layers:{layers}".removeprefix("one rank-") for one in told}
     assert len(told) == len(cells)
     assert names == {name_of(values) for values in cells}
+
+
+def test_every_grid_is_told() -> None:
+    section = section_of(PAGE, GRIDS)
+    cells = grid_cells()
+    assert f"**{len(cells)} cells passed, 0 failed**" in section
+    told = dict(re.findall(r"^\| \*\*(.+?)\*\* \| (\d+ \+ \d+) \|", section, re.MULTILINE))
+    having = {name: [v for v in cells if name in grid_features(v)] for name in GRID_FEATURES}
+    apart = {name: sum(map(is_apart, found)) for name, found in having.items()}
+    assert told == {n: f"{len(having[n]) - apart[n]} + {apart[n]}" for n in GRID_FEATURES}
 
 
 def test_every_value_is_told() -> None:
