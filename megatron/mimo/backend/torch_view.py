@@ -32,10 +32,12 @@ _HOST_GENERATOR = torch.Generator()
 def build_view() -> ModuleType:
     """This process's copy of torch's namespace, in which patches have ``VIEW`` for their module.
 
-    A name that it lacks (a submodule imported later) is torch's.
+    A name that it lacks (a submodule imported later; ``compile``, which is replaced in torch
+    itself) is torch's.
     """
     view = ModuleType("torch", torch.__doc__)
     vars(view).update(vars(torch))
+    del vars(view)["compile"]
     vars(view)["__getattr__"] = functools.partial(getattr, torch)
     cuda = ModuleType("torch.cuda", torch.cuda.__doc__)
     vars(cuda).update(vars(torch.cuda))
