@@ -124,12 +124,13 @@ class BatchIterator:
         group: torch.distributed.ProcessGroup,
         device: torch.device,
         keep: Callable[[Batch], Batch],
+        meter: ThroughputMeter | None = None,
     ) -> None:
-        self._open = batches
+        self._open = batches if meter is None else meter.watched(batches)
         self._batches: Iterator[Batch] | None = None
         self._group = group
         self._device = device
-        self._keep = keep
+        self._keep, self._meter = keep, meter
         self._ahead: Ahead | None = None
         self._peeked: deque[Callable[[], Batch]] = deque()
         if group.size() == 1 and device.type != "cpu":
@@ -139,7 +140,10 @@ class BatchIterator:
         return self
 
     def __next__(self) -> Batch:
-        return self._peeked.popleft()() if self._peeked else self._read()
+        batch = self._peeked.popleft()() if self._peeked else self._read()
+        if self._meter is not None:
+            self._meter.take()
+        return batch
 
     def peek(self, count: int) -> list[Batch]:
         """What ``next`` will give, collective as it is; fewer where reading fails before."""
@@ -231,10 +235,9 @@ def dataset_provider(
                 opened = range_batches(args, split, dataset, fill, samples, known)
             if split == "training" and known and sharers is not None:
                 opened = agreed(opened, sharers)
-            if split == "training" and meter is not None and not vp_stage:
-                opened = meter.watched(opened)
-            tp_group = mpu.get_tensor_model_parallel_group()
-            return BatchIterator(opened, group=tp_group, device=batch_device(), keep=keep)
+            tp_group, device = mpu.get_tensor_model_parallel_group(), batch_device()
+            counting = meter if split == "training" and not vp_stage else None
+            return BatchIterator(opened, group=tp_group, device=device, keep=keep, meter=counting)
 
         return (
             stream("training", datasets.train),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -110,12 +110,13 @@ class ThroughputMeter:
         self._spans: Counter[int] = Counter()  # by length
         self._positions = self._iterations = self._labels = 0
         self._waited = 0.0
+        self._ahead: deque[Batch] = deque()  # read, and not yet taken
         self._since = time.monotonic()
         self._costs: Mapping[str, float] | None = None
         self._uncounted = False
 
     def watched(self, batches: Callable[[], Iterator[Batch]]) -> Callable[[], Iterator[Batch]]:
-        """The same micro-batches, counted as they are read, with the time that it takes."""
+        """The same micro-batches, with the time that reading takes; ``take`` counts them."""
 
         def opened() -> Iterator[Batch]:
             inner = batches()
@@ -126,10 +127,18 @@ class ThroughputMeter:
                 except StopIteration:
                     return
                 self._waited += time.monotonic() - begun
-                self._see(batch)
+                self._ahead.append(batch)
                 yield batch
 
         return opened
+
+    def take(self) -> None:
+        """Count the next of the micro-batches that were read here: its step has come.
+
+        It may have been read in the step before, for a copy to the device or frozen encoders.
+        """
+        if self._ahead:
+            self._see(self._ahead.popleft())
 
     def step(self) -> None:
         """An iteration has ended."""

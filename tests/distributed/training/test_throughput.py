@@ -48,8 +48,11 @@ def measured(name: str, layout: Layout, frozen: tuple[str, ...] = (), rank: int 
     own = samples[parallel_state.get_data_parallel_rank() :: layout.dp]
     batches = [collate_and_count(collate, [sample]) for sample in own]
     meter = ThroughputMeter([model])
-    for _ in meter.watched(lambda: iter(batches))():
-        pass
+    reading = meter.watched(lambda: iter(batches))()
+    for _ in batches:
+        next(reading)
+    for _ in batches:
+        meter.take()
     meter.step()
     return meter.read(), sum(len(sample.token_ids) for sample in samples)
 

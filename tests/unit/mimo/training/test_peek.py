@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.mimo.training.data import BatchIterator
+from megatron.mimo.training.throughput import ThroughputMeter
 
 
 class Numbers(Iterator[Any]):
@@ -42,3 +43,20 @@ def test_what_is_seen_is_what_is_taken_and_an_error_waits_for_its_turn() -> None
     with pytest.raises(OSError, match="the third"):
         next(batches)
     assert next(batches)["number"] == 4
+
+
+def test_what_is_seen_is_counted_when_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    meter = ThroughputMeter([])
+    monkeypatch.setattr(meter, "_see", lambda batch: counted.append(batch["number"]))
+    batches = BatchIterator(
+        lambda: iter([{"number": 1}, {"number": 2}]),
+        group=dist.ProcessGroup(0, 1),
+        device=torch.device("cpu"),
+        keep=lambda batch: batch,
+        meter=meter,
+    )
+    assert len(batches.peek(2)) == 2
+    assert counted == []
+    next(batches)
+    assert counted == [1]
