@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron.mimo.process.collector import uncollected
+from megatron.mimo.process.importing import importing_megatron
 from megatron.mimo.process.quiet import quiet_imports, stdout, warnings_shown
 
 __all__ = ["main"]
@@ -47,11 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], tuple[str, int]] = given.run
-    with quiet_imports(), uncollected():
-        # before Megatron is imported, as in megatron.mimo.training
-        from megatron.mimo.backend import select_backend
-
-        select_backend()
+    with importing_megatron():
         from megatron.core.models.mimo.errors import MimoError
 
     try:

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from megatron.mimo.process.collector import uncollected
-from megatron.mimo.process.quiet import quiet_imports
+from megatron.mimo.process.importing import importing_megatron
 
 if TYPE_CHECKING:
     from megatron.mimo.inference.generator import Generator
@@ -24,12 +23,8 @@ _MODULES = {"Generator": "generator", "SamplingOptions": "sampling"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Ask a checkpoint; see ``megatron.mimo.inference.command.main``."""
-    with quiet_imports(), uncollected():
-        # while warnings are off
-        from megatron.mimo.backend import select_backend
-
-        select_backend()
-        # once the backend is selected, as in megatron.mimo.training
+    with importing_megatron():
+        # while warnings are off, and once the backend is selected
         from megatron.mimo.inference import command
 
     return command.main(argv)

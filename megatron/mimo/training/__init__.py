@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from megatron.mimo.arguments.early import asks_for_recipes, list_recipes
-from megatron.mimo.process.collector import uncollected
+from megatron.mimo.process.importing import importing_megatron
 from megatron.mimo.process.launcher import LaunchError, join_job, set_threads
-from megatron.mimo.process.quiet import quiet_imports
 
 __all__ = ["main"]
 
@@ -32,12 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return _REFUSED
     set_threads()
-    with quiet_imports(), uncollected():
-        # after the threads are set, and while warnings are off
-        from megatron.mimo.backend import select_backend
-
-        select_backend()
-        # once the backend is selected: on a CPU Megatron leaves torch's compiler out, two seconds
+    with importing_megatron():
+        # after the threads are set, and once the backend is selected
         from megatron.mimo.training import run
 
     return run.main(argv)

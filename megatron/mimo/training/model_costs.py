@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.utils import unwrap_model
 from megatron.mimo.models.common.flops import Costs, modality_costs, training_costs
+from megatron.mimo.topology import LANGUAGE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["are_apart", "model_costs"]
 
-_LANGUAGE = "language"
 _Part = tuple[str, int]  # module, and its place in the order of the data
 
 
@@ -45,7 +45,7 @@ def model_costs(chunks: Sequence[MimoModel]) -> Mapping[str, float] | None:
     parts: dict[_Part, tuple[nn.Module, Callable[[bool], Costs]]] = {}
     for number, chunk in enumerate(chunks):
         if chunk.language_model is not None:
-            parts[_LANGUAGE, number * stages + stage] = chunk, _costs_of(chunk)
+            parts[LANGUAGE, number * stages + stage] = chunk, _costs_of(chunk)
         for name, submodules in chunk.modality_submodules.items() if group is None else ():
             at = unwrap_model(submodules).pg_collection.pp.rank()
             parts[name, at] = submodules, _costs_of_modality(name, submodules)
@@ -71,7 +71,7 @@ def _is_before(one: _Part, part: _Part) -> bool:
     """Data pass one part before another: encoders, then the language model."""
     if one[0] == part[0]:
         return one[1] < part[1]
-    return part[0] == _LANGUAGE
+    return part[0] == LANGUAGE
 
 
 def _is_trained(module: nn.Module) -> bool:
