@@ -95,7 +95,13 @@ def _impostor(path: Path, random: Random) -> None:
 def media() -> Iterator[Case]:
     """Cases: a picture, a recording or a clip, damaged or another thing altogether, in a file or in
     memory."""
-    from megatron.mimo.data.media_files import EncodedMedium, load_audio, load_image, load_video
+    from megatron.mimo.data.media_files import (
+        EncodedMedium,
+        FrameSampling,
+        load_audio,
+        load_image,
+        load_video,
+    )
 
     sources = {
         "a.png": _picture("PNG", "RGBA"),
@@ -118,7 +124,7 @@ def media() -> Iterator[Case]:
     readers = {
         "image": lambda path: load_image(path),
         "audio": lambda path: load_audio(path, sampling_rate=16000),
-        "video": lambda path: load_video(path, fps=4.0),
+        "video": lambda path: load_video(path, FrameSampling(fps=4.0)),
     }
     fitting = {
         **dict.fromkeys((".wav", ".flac", ".ogg"), "audio"),

@@ -15,6 +15,7 @@ from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversation import ContentPart
 from megatron.mimo.data.media_files import (
     EncodedMedium,
+    FrameSampling,
     MediaLimits,
     Video,
     as_rgb,
@@ -102,7 +103,7 @@ def _video(part: ContentPart, video_fps: float, limits: MediaLimits) -> Video:
     value, settings = part.value, dict[str, Any](part.settings)
     is_list = isinstance(value, list | tuple) and bool(value)
     if _is_undecoded(value):
-        return load_video(value, **_reading(part, video_fps, limits))
+        return load_video(value, _sampling(part, video_fps), limits=limits)
     if settings:
         raise InputError(
             f"a video that is decoded has {sorted(settings)}, which choose frames of a file; give "
@@ -144,7 +145,7 @@ def shape_of_video(
     """
     if not _is_undecoded(part.value):
         return None
-    return video_shape(part.value, **_reading(part, video_fps, limits))
+    return video_shape(part.value, _sampling(part, video_fps), limits=limits)
 
 
 def _is_undecoded(value: Any) -> bool:
@@ -153,12 +154,12 @@ def _is_undecoded(value: Any) -> bool:
     return bool(several) and all(isinstance(one, Path | EncodedMedium) for one in several)
 
 
-def _reading(part: ContentPart, video_fps: float, limits: MediaLimits) -> dict[str, Any]:
-    """How ``load_video`` reads a part."""
+def _sampling(part: ContentPart, video_fps: float) -> FrameSampling:
+    """Which frames of a part are kept."""
     settings = dict[str, Any](part.settings)
     if "nframes" not in settings:
         settings.setdefault("fps", video_fps)
-    return {**settings, "folder_fps": video_fps, "limits": limits}
+    return FrameSampling(**settings, folder_fps=video_fps)
 
 
 def _is_picture(value: Any) -> bool:

@@ -28,10 +28,32 @@ from megatron.mimo.data.media_source import (
     undecodable,
 )
 
-__all__ = ["FOLDER_FPS", "Video", "choose", "load_video", "video_shape"]
+__all__ = ["FrameSampling", "Video", "choose", "load_video", "video_shape"]
 
-FOLDER_FPS = 24.0
+_FOLDER_FPS = 24.0
 _BLUR = 1e-6  # of times, which are sums of fractions
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameSampling:
+    """Which frames of a video are kept.
+
+    Attributes:
+        fps: this many frames per second at most, evenly spread in time; None keeps all.
+        nframes: this many, evenly spread in time, whatever ``fps``.
+        video_start: nothing before this second.
+        video_end: nothing behind it.
+        folder_fps: frames per second that a folder or list holds; ``fps``, if None, or 24.
+    """
+
+    fps: float | None = None
+    nframes: int | None = None
+    video_start: float = 0.0
+    video_end: float = math.inf
+    folder_fps: float | None = None
+
+
+_EVERY_FRAME = FrameSampling()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,12 +71,8 @@ class Video:
 
 def load_video(
     path: MediaSource | Sequence[MediaSource],
+    sampling: FrameSampling = _EVERY_FRAME,
     *,
-    fps: float | None = None,
-    nframes: int | None = None,
-    video_start: float = 0.0,
-    video_end: float = math.inf,
-    folder_fps: float | None = None,
     limits: MediaLimits | None = None,
 ) -> Video:
     """Read a video: an animated image (GIF, WebP), a folder of frames in the order of their names
@@ -62,11 +80,7 @@ def load_video(
 
     Args:
         path: the file, folder or list of images.
-        fps: keep this many frames per second at most, evenly spread in time; None keeps all.
-        nframes: keep this many, evenly spread in time.
-        video_start: nothing before this second.
-        video_end: nothing behind it.
-        folder_fps: frames per second that a folder or list holds; ``fps``, if None, or 24.
+        sampling: which frames are kept.
         limits: how large, and where it may lie.
 
     Raises:
@@ -74,9 +88,7 @@ def load_video(
             such frames.
     """
     with _named(path) as name:
-        frames, picked, kept_fps = _kept(
-            path, name, fps, nframes, (video_start, video_end), folder_fps, limits or MediaLimits()
-        )
+        frames, picked, kept_fps = _kept(path, name, sampling, limits or MediaLimits())
         frames_THWC = np.empty((0, 0, 0, 3), dtype=np.uint8)
         for number, frame_HWC in enumerate(frames.read(picked)):
             if not number:
@@ -93,12 +105,8 @@ def load_video(
 
 def video_shape(
     path: MediaSource | Sequence[MediaSource],
+    sampling: FrameSampling = _EVERY_FRAME,
     *,
-    fps: float | None = None,
-    nframes: int | None = None,
-    video_start: float = 0.0,
-    video_end: float = math.inf,
-    folder_fps: float | None = None,
     limits: MediaLimits | None = None,
 ) -> tuple[int, int, int, float]:
     """T, H, W and frames per second of what ``load_video`` reads; one frame is decoded.
@@ -107,9 +115,7 @@ def video_shape(
         InputError: as ``load_video``, as far as that is seen.
     """
     with _named(path) as name:
-        frames, picked, kept_fps = _kept(
-            path, name, fps, nframes, (video_start, video_end), folder_fps, limits or MediaLimits()
-        )
+        frames, picked, kept_fps = _kept(path, name, sampling, limits or MediaLimits())
         first_HWC = next(iter(frames.read(picked[:1])))
         return len(picked), first_HWC.shape[0], first_HWC.shape[1], kept_fps
 
@@ -117,17 +123,12 @@ def video_shape(
 def _kept(
     path: MediaSource | Sequence[MediaSource],
     name: MediaSource,
-    fps: float | None,
-    nframes: int | None,
-    span: tuple[float, float],
-    folder_fps: float | None,
+    sampling: FrameSampling,
     limits: MediaLimits,
 ) -> tuple[Frames, list[int], float]:
     """A video's frames, the numbers of those that are kept, and these per second."""
-    frames = _open(path, folder_fps or fps or FOLDER_FPS, limits)
-    picked, kept_fps = choose(
-        frames.times, frames.end, fps=fps, nframes=nframes, start=span[0], stop=span[1]
-    )
+    frames = _open(path, sampling.folder_fps or sampling.fps or _FOLDER_FPS, limits)
+    picked, kept_fps = choose(frames.times, frames.end, sampling)
     require_seconds(name, "video", frames.end, limits)
     if len(picked) > limits.video_frames:
         raise InputError(
@@ -159,15 +160,7 @@ def _named(path: MediaSource | Sequence[MediaSource]) -> Iterator[MediaSource]:
         raise undecodable(named, "a video", error) from error
 
 
-def choose(
-    times: Sequence[float],
-    end: float,
-    *,
-    fps: float | None = None,
-    nframes: int | None = None,
-    start: float = 0.0,
-    stop: float = math.inf,
-) -> tuple[list[int], float]:
+def choose(times: Sequence[float], end: float, sampling: FrameSampling) -> tuple[list[int], float]:
     """Which frames are kept, and how many per second that is.
 
     Kept frames are those nearest to moments that are evenly spread from the first to the last: a
@@ -176,14 +169,13 @@ def choose(
     Args:
         times: at which each frame appears, rising.
         end: when the last one goes.
-        fps: as ``load_video`` takes it.
-        nframes: likewise.
-        start: ``video_start``.
-        stop: ``video_end``.
+        sampling: what is asked for.
 
     Raises:
         InputError: there are no such frames.
     """
+    fps, nframes = sampling.fps, sampling.nframes
+    start, stop = sampling.video_start, sampling.video_end
     times_T = np.asarray(times)
     inside_T = np.flatnonzero((times_T >= start - _BLUR) & (times_T <= stop + _BLUR))
     if not len(inside_T):
@@ -200,7 +192,7 @@ def choose(
         count = int(nframes)
     elif fps is not None:
         count = min(count, max(1, round(seconds * fps)))
-    rate = round(count / seconds, 6) if seconds > 0 else fps or FOLDER_FPS
+    rate = round(count / seconds, 6) if seconds > 0 else fps or _FOLDER_FPS
     if fps is None and count == len(inside_T):
         return inside_T.tolist(), rate
     moments = np.linspace(times_T[first], times_T[last], count)

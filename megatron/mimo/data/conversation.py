@@ -20,7 +20,7 @@ class ContentPart:
         value: the text, the path of a media file, an ``EncodedMedium``, a list or tuple of these
             (a video's frames), or a decoded medium (a Pillow image, float32 [samples] at the
             processor's rate, a ``Video``, a list of Pillow images).
-        settings: of a video's file, which frames are taken: ``load_video``'s arguments.
+        settings: of a video's file, which frames are kept: attributes of ``FrameSampling``.
     """
 
     kind: str

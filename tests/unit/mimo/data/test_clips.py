@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.clips import choose
+from megatron.mimo.data.clips import FrameSampling, choose
 from megatron.mimo.data.media_files import MediaLimits, Video, load_video
 
 av = pytest.importorskip("av")
@@ -78,7 +78,7 @@ def test_animations_go_as_fast_as_they_say(
     whole = load_video(path)
     assert shades(whole) == list(range(12))
     assert whole.fps == pytest.approx(12 / seconds, abs=1e-5)
-    kept = load_video(path, fps=fps)
+    kept = load_video(path, FrameSampling(fps=fps))
     assert shades(kept) == expected
     assert kept.fps == pytest.approx(len(expected) / seconds, abs=1e-5)
 
@@ -86,7 +86,7 @@ def test_animations_go_as_fast_as_they_say(
 def test_a_variable_rate_is_kept_by_time(tmp_path: Path) -> None:
     stamps = [0, 100, 200, 210, 220, 230, 240, 250, 260, 270, 280, 290]
     path = encoded(tmp_path / "a.mp4", stamps)
-    kept = load_video(path, fps=2.0)
+    kept = load_video(path, FrameSampling(fps=2.0))
     moments = np.linspace(0, 290, 6)
     assert shades(kept) == [int(np.abs(np.array(stamps) - at).argmin()) for at in moments]
     assert shades(load_video(path)) == list(range(12))
@@ -94,14 +94,15 @@ def test_a_variable_rate_is_kept_by_time(tmp_path: Path) -> None:
 
 def test_what_a_part_asks_for() -> None:
     times, end = [number / 2 for number in range(12)], 6.0
-    assert choose(times, end, nframes=4) == ([0, 4, 7, 11], pytest.approx(4 / 6, abs=1e-6))
-    assert choose(times, end, fps=0.5)[0] == [0, 6, 11]
-    assert choose(times, end, start=0.0, stop=1.0) == ([0, 1, 2], 2.0)
-    assert choose(times, end, start=5.0) == ([10, 11], 2.0)
+    four, fps = choose(times, end, FrameSampling(nframes=4))
+    assert (four, fps) == ([0, 4, 7, 11], pytest.approx(4 / 6, abs=1e-6))
+    assert choose(times, end, FrameSampling(fps=0.5))[0] == [0, 6, 11]
+    assert choose(times, end, FrameSampling(video_start=0.0, video_end=1.0)) == ([0, 1, 2], 2.0)
+    assert choose(times, end, FrameSampling(video_start=5.0)) == ([10, 11], 2.0)
     with pytest.raises(InputError, match=r"no frame appears between 7 s and inf s of 6 s"):
-        choose(times, end, start=7.0)
+        choose(times, end, FrameSampling(video_start=7.0))
     with pytest.raises(InputError, match=r"nframes is 13 and there are 12 frames"):
-        choose(times, end, nframes=13)
+        choose(times, end, FrameSampling(nframes=13))
 
 
 @pytest.mark.parametrize(
@@ -139,24 +140,24 @@ def test_only_what_is_kept_is_held(tmp_path: Path) -> None:
     path = encoded(tmp_path / "a.mp4", [4 * number for number in range(200)], size=(320, 240))
     whole = 200 * 320 * 240 * 3
     tracemalloc.start()
-    kept = load_video(path, fps=1.0)
+    kept = load_video(path, FrameSampling(fps=1.0))
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(kept.frames_THWC) == 8
     assert most < whole / 8
     with pytest.raises(InputError, match=r"8 frames of 320 x 240 pixels .*--max-video-pixels 600"):
-        load_video(path, fps=1.0, limits=MediaLimits(video_pixels=600_000))
+        load_video(path, FrameSampling(fps=1.0), limits=MediaLimits(video_pixels=600_000))
     with pytest.raises(InputError, match="more than --max-image-pixels 76799"):
-        load_video(path, fps=1.0, limits=MediaLimits(image_pixels=76_799))
+        load_video(path, FrameSampling(fps=1.0), limits=MediaLimits(image_pixels=76_799))
 
 
 def test_lists_of_frames_and_frames_of_other_sizes(tmp_path: Path) -> None:
     for number in range(3):
         SHADES[number].save(tmp_path / f"{number}.png")
     files = tuple(tmp_path / f"{number}.png" for number in (2, 0, 1))
-    video = load_video(files, folder_fps=2.0)
+    video = load_video(files, FrameSampling(folder_fps=2.0))
     assert (shades(video), video.fps) == ([2, 0, 1], 2.0)
-    assert shades(load_video(files, folder_fps=2.0, fps=1.0)) == [2, 1]
+    assert shades(load_video(files, FrameSampling(folder_fps=2.0, fps=1.0))) == [2, 1]
     Image.new("RGB", (8, 16)).save(tmp_path / "3.png")
     with pytest.raises(InputError, match=r"frame 3 is 8 x 16 pixels and the first 16 x 16"):
         load_video(tmp_path)

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.io import wavfile
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.media_files import load_audio, load_image, load_video
+from megatron.mimo.data.media_files import FrameSampling, load_audio, load_image, load_video
 
 av = pytest.importorskip("av")
 soundfile = pytest.importorskip("soundfile")
@@ -60,7 +60,7 @@ def test_videos_of_every_kind(tmp_path: Path) -> None:
         assert video.frames_THWC.shape == (8, 32, 32, 3), name
         assert np.abs(red_T - np.arange(8) * 30).max() <= tolerance, name
         assert video.fps == (24 if name == "frames" else 4), name
-    half = load_video(tmp_path / "a.gif", fps=2.0)
+    half = load_video(tmp_path / "a.gif", FrameSampling(fps=2.0))
     assert half.fps == 2
     red_T = half.frames_THWC[..., 0].mean(axis=(1, 2))
     assert np.abs(red_T - np.array([0, 60, 150, 210])).max() <= 8  # first and last are kept

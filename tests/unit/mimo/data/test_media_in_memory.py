@@ -12,6 +12,7 @@ from PIL import Image
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.media_files import (
     EncodedMedium,
+    FrameSampling,
     MediaLimits,
     load_audio,
     load_image,
@@ -59,14 +60,14 @@ def test_videos_in_memory(tmp_path: Path) -> None:
         one, two = load_video(held(path)), load_video(path)
         assert np.array_equal(one.frames_THWC, two.frames_THWC)
         assert one.fps == two.fps
-    frames = load_video([held(MEDIA / "cat.png"), MEDIA / "cat.png"], folder_fps=2.0)
+    frames = load_video([held(MEDIA / "cat.png"), MEDIA / "cat.png"], FrameSampling(folder_fps=2.0))
     assert np.array_equal(frames.frames_THWC[0], frames.frames_THWC[1])
     disguised = EncodedMedium(data=(MEDIA / "clip.gif").read_bytes(), name="clip.mp4")
     assert len(load_video(disguised).frames_THWC) == 4  # what it is counts, not its name
 
 
 def test_a_variable_rate_in_a_container_is_kept_by_time(tmp_path: Path) -> None:
-    video = load_video(mp4(tmp_path / "a.mp4", [0, 3, 9, 10]), nframes=3)
+    video = load_video(mp4(tmp_path / "a.mp4", [0, 3, 9, 10]), FrameSampling(nframes=3))
     shades = video.frames_THWC[:, 0, 0, 0].astype(int)
     assert np.abs(shades - [0, 40, 120]).max() <= 12  # at 0, 0.5 (nearest: 0.3) and 1 s
 
@@ -96,4 +97,5 @@ def test_limits_are_looked_at_before_decoding(tmp_path: Path) -> None:
             load_video(path, limits=MediaLimits(seconds=0.2))
         with pytest.raises(InputError, match=r"4 frames would be kept, more than --max-video-fr"):
             load_video(path, limits=MediaLimits(video_frames=3))
-        assert len(load_video(path, nframes=3, limits=MediaLimits(video_frames=3)).frames_THWC) == 3
+        three = load_video(path, FrameSampling(nframes=3), limits=MediaLimits(video_frames=3))
+        assert len(three.frames_THWC) == 3
