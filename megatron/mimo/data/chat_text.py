@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
+from megatron.mimo.data.chat_outlines import Beginning, Outlines
 from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
 from megatron.mimo.data.spans import Span, without_thinking
 
@@ -34,6 +35,7 @@ class ChatText:
     end_tokens: Sequence[int]
     marks: Iterable[str]
     _tails: dict[tuple[Any, ...], str] = field(default_factory=dict, init=False, repr=False)
+    _outlines: Outlines = field(default_factory=Outlines, init=False, repr=False)
 
     def asked(self, conversation: Conversation) -> str:
         """A conversation up to where the assistant begins to speak.
@@ -55,13 +57,13 @@ class ChatText:
         """
         messages = self._messages(conversation)
         self._refuse_unwritten(conversation, messages)
+        beginning = self._beginnings(conversation, messages)
         text, raw, added = "", "", ""
         spans: list[Span] = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked = self.rendered(conversation, messages[:number], asks=True)
-            answered = self.rendered(conversation, messages[: number + 1], asks=False)
+            asked, answered = beginning(number, True), beginning(number + 1, False)
             is_rewritten = not asked.startswith(raw)
             if not answered.startswith(asked) or (is_rewritten and (spans or added)):
                 raise InputError(
@@ -100,6 +102,18 @@ class ChatText:
                 spans += [span] if turn.learns_thinking else without_thinking(text, span)
             raw = answered
         return text, spans
+
+    def _beginnings(
+        self, conversation: Conversation, messages: Sequence[Mapping[str, Any]]
+    ) -> Beginning:
+        """The text of the first so many messages, up to where the assistant begins or not."""
+
+        def render(some: Sequence[Mapping[str, Any]], asks: bool) -> str:
+            return self.rendered(conversation, some, asks=asks)
+
+        if conversation.tools or any(turn.fields for turn in conversation.turns):
+            return lambda many, asks: render(messages[:many], asks)
+        return self._outlines.beginnings(messages, render)
 
     @cached_property
     def turn_end(self) -> int | None:
