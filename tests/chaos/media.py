@@ -95,13 +95,7 @@ def _impostor(path: Path, random: Random) -> None:
 def media() -> Iterator[Case]:
     """Cases: a picture, a recording or a clip, damaged or another thing altogether, in a file or in
     memory."""
-    from megatron.mimo.data.media_files import (
-        EncodedMedium,
-        FrameSampling,
-        load_audio,
-        load_image,
-        load_video,
-    )
+    from megatron.mimo.data import media_files
 
     sources = {
         "a.png": _picture("PNG", "RGBA"),
@@ -122,9 +116,9 @@ def media() -> Iterator[Case]:
     with contextlib.suppress(ImportError):  # without soundfile there is WAV alone
         sources |= {"p.flac": _coded_recording("FLAC"), "q.ogg": _coded_recording("OGG")}
     readers = {
-        "image": lambda path: load_image(path),
-        "audio": lambda path: load_audio(path, sampling_rate=16000),
-        "video": lambda path: load_video(path, FrameSampling(fps=4.0)),
+        "image": lambda path: media_files.load_image(path),
+        "audio": lambda path: media_files.load_audio(path, sampling_rate=16000),
+        "video": lambda path: media_files.load_video(path, media_files.FrameSampling(fps=4.0)),
     }
     fitting = {
         **dict.fromkeys((".wav", ".flac", ".ogg"), "audio"),
@@ -145,7 +139,7 @@ def media() -> Iterator[Case]:
                 else:
                     data = scramble(sources[source], random)
                     if random.random() < 0.3:  # as it lies in a table or a tar
-                        readers[reader](EncodedMedium(data=data, name=source))
+                        readers[reader](media_files.EncodedMedium(data=data, name=source))
                         return
                     path.write_bytes(data)
                 readers[reader](path)
