@@ -10,19 +10,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 from megatron.core.models.mimo.errors import InputError
 
-__all__ = ["Beginning", "Outlines"]
+__all__ = ["Outlines"]
 
 _Messages = Sequence[Mapping[str, Any]]
-_Render = Callable[[_Messages, bool], str]
-Beginning = Callable[[int, bool], str]
 
 _SHAPES = 1024  # that are remembered
 _PROBE = "Probe{}Text"  # for a text; templates leave it as it is
 _GAP = re.compile(r"Probe(\d+)Text")
+
+
+class _Render(Protocol):
+    def __call__(self, messages: _Messages, /, *, asks: bool) -> str: ...
 
 
 class Outlines:
@@ -31,7 +33,9 @@ class Outlines:
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], _Outline | None] = {}
 
-    def beginnings(self, messages: _Messages, render: _Render) -> Beginning:
+    def beginnings(
+        self, messages: _Messages, render: _Render, *, uses_tools: bool
+    ) -> Callable[[int, bool], str]:
         """The text of the first so many of these messages, up to where the assistant begins to
         speak or not, each as it would be rendered.
 
@@ -39,20 +43,24 @@ class Outlines:
         white space around them, so are its beginnings; else each is rendered when it is asked for.
 
         Args:
-            messages: roles and contents, without tools, calls and reasoning.
-            render: has the template write messages; True up to where the assistant begins.
+            messages: roles and contents; with more, as calls and reasoning, no outline is used.
+            render: has the template write messages; ``asks`` up to where the assistant begins.
+            uses_tools: tools are offered, which are written as they are; likewise.
         """
+        has_more = uses_tools or any(len(message) > 2 for message in messages)
         shapes = [(one["role"], *(part["type"] for part in one["content"])) for one in messages]
 
         def outline(many: int, asks: bool) -> _Outline | None:
             key = (asks, *shapes[:many])
+            if has_more:
+                return None
             if key not in self._known:
                 if len(self._known) == _SHAPES:
                     return None
                 self._known[key] = _outline(messages[:many], asks, render)
             return self._known[key]
 
-        whole, known = render(messages, False), outline(len(messages), False)
+        whole, known = render(messages, asks=False), outline(len(messages), False)
         given = [part["text"] for message in messages for part in _texts(message)]
         fitting = given
         if known is not None and known.filled(given) != whole:
@@ -63,7 +71,7 @@ class Outlines:
             if many == len(messages) and not asks:
                 return whole
             found = known and outline(many, asks)
-            return found.filled(fitting) if found else render(messages[:many], asks)
+            return found.filled(fitting) if found else render(messages[:many], asks=asks)
 
         return beginning
 
@@ -100,7 +108,7 @@ def _outline(messages: _Messages, asks: bool, render: _Render) -> _Outline | Non
         for message in messages
     ]
     try:
-        return _Outline(render(probes, asks))
+        return _Outline(render(probes, asks=asks))
     except InputError:
         return None
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from megatron.core.models.mimo.errors import ConfigError, InputError
-from megatron.mimo.data.chat_outlines import Beginning, Outlines
+from megatron.mimo.data.chat_outlines import Outlines
 from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
 from megatron.mimo.data.spans import Span, without_thinking
 
@@ -57,7 +57,8 @@ class ChatText:
         """
         messages = self._messages(conversation)
         self._refuse_unwritten(conversation, messages)
-        beginning = self._beginnings(conversation, messages)
+        render = partial(self.rendered, conversation)
+        beginning = self._outlines.beginnings(messages, render, uses_tools=bool(conversation.tools))
         text, raw, added = "", "", ""
         spans: list[Span] = []
         for number, message in enumerate(messages):
@@ -102,18 +103,6 @@ class ChatText:
                 spans += [span] if turn.learns_thinking else without_thinking(text, span)
             raw = answered
         return text, spans
-
-    def _beginnings(
-        self, conversation: Conversation, messages: Sequence[Mapping[str, Any]]
-    ) -> Beginning:
-        """The text of the first so many messages, up to where the assistant begins or not."""
-
-        def render(some: Sequence[Mapping[str, Any]], asks: bool) -> str:
-            return self.rendered(conversation, some, asks=asks)
-
-        if conversation.tools or any(turn.fields for turn in conversation.turns):
-            return lambda many, asks: render(messages[:many], asks)
-        return self._outlines.beginnings(messages, render)
 
     @cached_property
     def turn_end(self) -> int | None:

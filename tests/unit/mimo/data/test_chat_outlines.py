@@ -43,7 +43,7 @@ class Counted:
     def __init__(self, chat: Any) -> None:
         self._chat, self.times = chat, 0
 
-    def __call__(self, messages: Sequence[Mapping[str, Any]], asks: bool) -> str:
+    def __call__(self, messages: Sequence[Mapping[str, Any]], /, *, asks: bool) -> str:
         self.times += 1
         text: str = self._chat.text.rendered(talk(), messages, asks=asks)
         return text
@@ -53,11 +53,11 @@ def renderings(chat: Any, outlines: Outlines, messages: list[dict[str, Any]]) ->
     """How often the template is asked for the beginnings of which answers are told; each is as
     the template writes it."""
     render, plain = Counted(chat), Counted(chat)
-    beginning = outlines.beginnings(messages, render)
+    beginning = outlines.beginnings(messages, render, uses_tools=False)
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            assert beginning(number, True) == plain(messages[:number], True)
-            assert beginning(number + 1, False) == plain(messages[: number + 1], False)
+            assert beginning(number, True) == plain(messages[:number], asks=True)
+            assert beginning(number + 1, False) == plain(messages[: number + 1], asks=False)
     return render.times
 
 
@@ -88,4 +88,14 @@ def test_templates_that_do_more_with_texts_are_asked_each_time(name: str) -> Non
 def test_what_is_refused_is_refused() -> None:
     chat, outlines = with_template("{{ raise_exception('no roles') }}"), Outlines()
     with pytest.raises(InputError, match="the chat template refuses it: TemplateError: no roles"):
-        outlines.beginnings(told("a", "b", "c"), Counted(chat))
+        outlines.beginnings(told("a", "b", "c"), Counted(chat), uses_tools=False)
+
+
+def test_tools_and_calls_are_rendered() -> None:
+    template = LOOP.replace("TEXT", "p['text'] + (m.reasoning_content or '')")
+    chat, outlines = with_template(template), Outlines()
+    messages = told("Be brief.", "What?", "A cat.", "Where?", "Here.")
+    assert renderings(chat, outlines, messages) > 4
+    assert renderings(chat, outlines, messages) == 1
+    messages[2]["reasoning_content"] = "I see fur."
+    assert renderings(chat, outlines, messages) == 4
