@@ -6,6 +6,8 @@ import gzip
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.distributed.training.launch import succeed
 from tests.rank_pool import RankPool
 
@@ -51,3 +53,19 @@ def test_a_trace_and_what_it_says(ranks: RankPool, tmp_path: Path) -> None:
     more = ("--train-iters", "9", "--profile-step-start", "3", "--profile-step-end", "5")
     printed = succeed(ranks, tmp_path, "one", "--profile", *more)
     assert "nothing is profiled: --profile-step-start is 3, and this run has the" in printed
+
+
+@pytest.mark.parametrize(
+    "components",
+    [("images=tp=2", "language=dp=2"), ("images=dp=1", "language=rank_offset=1")],
+    ids=["colocated", "disjoint"],
+)
+def test_grids_have_the_same_ranges(
+    ranks: RankPool, tmp_path: Path, components: tuple[str, ...]
+) -> None:
+    flags = ("--component", *components, "--profile", "--profile-ranks", "0", "1")
+    steps = ("--train-iters", "2", "--profile-step-start", "2", "--profile-step-end", "3")
+    succeed(ranks, tmp_path, "dp2", *flags, *steps)
+    encoders, language = (traced(tmp_path, rank)[0] for rank in (0, 1))
+    assert encoders >= {"encode images", "backward", "gradients", "optimizer"}
+    assert language >= {*EVERYWHERE, "merge", "loss"}

@@ -40,6 +40,7 @@ from megatron.core.models.mimo.model.encode_ahead import NextStep, peeked
 from megatron.core.models.mimo.model.encoder_calls import Modality
 from megatron.core.models.mimo.model.modality_pass import ModalityPass
 from megatron.core.models.mimo.model.modality_pools import ModalityPools
+from megatron.core.models.mimo.model.ranges import named_range
 from megatron.core.models.mimo.model.run_beside import RunBeside
 from megatron.core.models.mimo.model.step_batches import MicroBatch, StepBatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -146,7 +147,8 @@ class EncodeFirst:
                 begin = None if forward_only else self._keep_next
                 reports = self._beside.language(step, run_language, begin, iterators[0])
         if self._finalizes:
-            self._finalize_encoders(bool(force_all_reduce))
+            with named_range("gradients"):
+                self._finalize_encoders(bool(force_all_reduce))
         return reports
 
     def _begun(self, given: list[MicroBatch], *, forward_only: bool) -> NextStep:
@@ -238,12 +240,13 @@ class EncodeFirst:
         ]
         self._encode_ahead()
         assert num_tokens is not None, "a loss that is not averaged has its tokens counted"
-        if wrapped:
-            finalize_model_grads(wrapped, num_tokens, pg_collection, force_all_reduce)
-        else:
-            last = dist.get_process_group_ranks(pg_collection.pp)[-1]
-            dist.broadcast(num_tokens, src=last, group=pg_collection.pp)
-            dist.all_reduce(num_tokens, group=pg_collection.dp_cp)
+        with named_range("gradients"):
+            if wrapped:
+                finalize_model_grads(wrapped, num_tokens, pg_collection, force_all_reduce)
+            else:
+                last = dist.get_process_group_ranks(pg_collection.pp)[-1]
+                dist.broadcast(num_tokens, src=last, group=pg_collection.pp)
+                dist.all_reduce(num_tokens, group=pg_collection.dp_cp)
         self._num_tokens = num_tokens
 
     def _finalize_encoders(self, force_all_reduce: bool) -> None:
