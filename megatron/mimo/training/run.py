@@ -34,6 +34,9 @@ from megatron.mimo.training.starting_point import choose_start
 __all__ = ["main"]
 
 METRICS = "metrics.json"
+_ELSEWHERE = (
+    "the same command in another layout, without --component say, evaluates this checkpoint"
+)
 _BACKENDS = {"nccl": "NCCL"}
 
 
@@ -236,10 +239,9 @@ def _finish(
     if recipe.finish is not None and apart:
         console.say(
             f"not evaluated by generation: the ranks of {', '.join(apart)} are not all on one "
-            "stage of one replica of the language model; the same command in another layout, "
-            "without --component say, evaluates this checkpoint"
+            f"stage of one replica of the language model; {_ELSEWHERE}"
         )
-        metrics["evaluated"] = False
+        metrics |= {"evaluated": False, "components": args.component}
     elif recipe.finish is not None:
         console.say("evaluating ...")
         run = FinishedRun(
@@ -286,11 +288,14 @@ def _already_finished(args: Namespace, start: int | None, console: Console) -> b
         metrics = json.loads((Path(args.output) / METRICS).read_text())
     except (OSError, ValueError):
         return False
-    if metrics.get("iteration") != start or not metrics.get("evaluated", True):
+    is_evaluated = metrics.get("evaluated", True)
+    if metrics.get("iteration") != start:
         return False
+    if not is_evaluated and metrics.get("components") != args.component:
+        return False  # this layout may evaluate it
     console.say(
         f"already trained {start} iterations; pass {_longer(args, start)} to continue, or another "
-        "--output to start anew"
+        f"--output to start anew{'' if is_evaluated else f'; {_ELSEWHERE}'}"
     )
     console.say(_figures(metrics))
     console.say(f"run directory: {args.output}/")

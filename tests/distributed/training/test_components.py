@@ -107,6 +107,10 @@ def test_a_run_moves_between_disjoint_and_other_layouts(ranks: RankPool, tmp_pat
     printed = run(ranks, found, "apart-images pp2", 3)
     assert "iteration 3/3" in printed
     assert "not evaluated by generation" in printed
+    printed = run(ranks, found, "apart-images pp2", 3)
+    assert "already trained 3 iterations; pass --train-iters larger than 3" in printed
+    assert "without --component say, evaluates this checkpoint" in printed
+    assert "recipe tiny" not in printed  # nothing is built or loaded
     assert "evaluating ..." in succeed(ranks, found, "one", *begin, "--train-iters", "3")
     assert "answers" in json.loads((found / "metrics.json").read_text())
     run(ranks, found, "apart-vpp2", 5)
