@@ -44,6 +44,7 @@ _ORIGINS = frozenset(
         *("question_type", "image_id", "video_id", "audio_id", "sample_id", "conversation_id"),
         *("message_id", "num_turns", "length", "duration", "parallel_tool_calls"),
         *("prompt_id", "answer_type", "width_list", "height_list", "hash", "md5", "sha256"),
+        "human_or_machine",  # who has asked, of ChartQA
         *("speaker_id", "chapter_id", "client_id", "gender", "age", "accent", "locale"),
         # img2dataset's
         *("status", "error_message", "original_width", "original_height", "exif", "similarity"),

@@ -1,19 +1,25 @@
-"""Media under other names than ``image``, ``video`` and ``audio``: paths, names of files."""
+"""Media under other names than ``image``, ``video`` and ``audio``: paths, names of files, marks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversation import MEDIA_KINDS
+from megatron.mimo.data.formats.keys import short
+from megatron.mimo.data.formats.record import RawRecord
 from megatron.mimo.data.formats.record_media import kind_of_name
 
-__all__ = ["with_columns"]
+__all__ = ["with_columns", "with_plain_marks"]
 
 _PATHS = {
     **{f"{kind}_{what}": kind for kind in MEDIA_KINDS for what in ("path", "file")},
-    **dict.fromkeys(("img", "img_path"), "image"),
+    **dict.fromkeys(("img", "img_path", "imgname"), "image"),
 }
+_MARK = re.compile(r"<image(?:_\d+)?>")
 _FILE_NAME = "file_name"  # of ``metadata.jsonl`` in folders of images or recordings
 
 
@@ -32,3 +38,38 @@ def with_columns(value: Mapping[str, Any]) -> Mapping[str, Any]:
         return value
     kept = {key: one for key, one in value.items() if key not in moved}
     return kept | {kind: value[key] for key, kind in moved.items()}
+
+
+def with_plain_marks(record: RawRecord, turns: Sequence[Any]) -> tuple[RawRecord, Sequence[Any]]:
+    """Images by the marks that stand for them, ``{"<image_00>": "a.png"}`` (MiniCPM-V), as a list
+    in the order of the marks, which become ``<image>``; another record and its turns as they are.
+
+    Raises:
+        InputError: a mark has no image.
+    """
+    images = record.value.get("image")
+    if not isinstance(images, Mapping) or not all(map(_MARK.fullmatch, map(str, images))):
+        return record, turns
+    found: list[Any] = []
+    named = set()
+
+    def plain(mark: re.Match[str]) -> str:
+        if mark[0] not in images:
+            raise InputError(
+                f"{record.name}: {mark[0]} without a file; 'image' has {short(list(images))}"
+            )
+        found.append(images[mark[0]])
+        named.add(mark[0])
+        return "<image>"
+
+    written = [
+        {
+            key: _MARK.sub(plain, text) if key in ("value", "content") else text
+            for key, text in turn.items()
+        }
+        if isinstance(turn, Mapping)
+        else turn
+        for turn in turns
+    ]
+    left = [image for mark, image in images.items() if mark not in named]
+    return replace(record, value={**record.value, "image": [*found, *left]}), written

@@ -2,15 +2,18 @@
 
 {"image": "a.png", "context": "What is this?", "answers": ["A cat.", "cat"]}
 {"image": "a.png", "question": "What is this?", "answer": "A cat."}
-{"image": "a.png", "question": "What is this?", "answers": [{"answer": "A cat.", "answer_id": 1}]}
+{"image": "a.png", "question": "What is this?", "answers": [{"answer": "A cat.", "answer_id": 1}],
+ "multiple_choice_answer": "A cat."}
+{"image": "a.png", "query": "What is this?", "label": ["A cat."], "human_or_machine": 0}
 
-Of several answers the first is learned, or that with the largest of ``answer_weights``.
+Of several answers the first is learned, or that with the largest of ``answer_weights``, or VQAv2's
+``multiple_choice_answer``, which most have given. The last is ChartQA's form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversation import Conversation
@@ -24,46 +27,51 @@ from megatron.mimo.data.formats.record_media import RecordMedia
 __all__ = ["VISUAL_QUESTIONS"]
 
 _ASKED = ("question", "context", "problem")
-_ANSWERED = ("answer", "answers")
+_MOST_GIVEN = "multiple_choice_answer"  # one of ``answers``
 
 
 def _recognises(record: RawRecord) -> bool:
-    keys = set(record.value)
-    return bool(keys & set(_ASKED)) and bool(keys & set(_ANSWERED))
+    asked, answered = _names(record.value)
+    return any(key in record.value for key in asked) and any(
+        key in record.value for key in answered
+    )
+
+
+def _names(value: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Under which keys question and answer may stand."""
+    if "query" in value and "label" in value:
+        return ("query",), ("label",)
+    return _ASKED, ("answer", _MOST_GIVEN if value.get(_MOST_GIVEN) else "answers")
 
 
 def _read(record: RawRecord, options: ReadingOptions) -> Conversation:
-    read = {*_ASKED, *_ANSWERED, "answer_weights", "system", *COLUMNS}
-    given = known_keys(object_of(record), read, record.name, options.ignored)
+    asked, answered = _names(object_of(record))
+    read = {*asked, *answered, "answer_weights", "system", *COLUMNS}
+    read |= {"answers"} if _MOST_GIVEN in answered else set()
+    given = known_keys(record.value, read, record.name, options.ignored)
     media = RecordMedia(record, COLUMNS)
-    asked = one_of(_ASKED, given, record.name)
-    pair = text_of(given, asked, record.name), _answer(given, record, options)
-    return conversation(record, given, question_turns([pair], media, record.name), media, options)
+    question = text_of(given, one_of(asked, given, record.name), record.name)
+    answer = _answer(given, one_of(answered, given, record.name), record, options)
+    turns = question_turns([(question, answer)], media, record.name)
+    return conversation(record, given, turns, media, options)
 
 
-def _answer(given: Mapping[str, Any], record: RawRecord, options: ReadingOptions) -> str:
-    key = one_of(_ANSWERED, given, record.name)
+def _answer(given: Mapping[str, Any], key: str, record: RawRecord, options: ReadingOptions) -> str:
     answers = given.get(key)
-    if isinstance(answers, list | tuple):
-        answers = [_text(one, record, options) for one in answers]
     if isinstance(answers, str):
-        return text_of(given, key, record.name)
-    if (
-        not isinstance(answers, list | tuple)
-        or not answers
-        or not all(isinstance(one, str) for one in answers)
-    ):
+        answers = [answers]
+    elif _is_list(answers):
+        answers = [_text(one, record, options) for one in answers]
+    if not _is_list(answers) or not answers or not all(isinstance(one, str) for one in answers):
         raise InputError(f"{record.name}: {key!r} is {short(answers)}; expected text or a list")
-    weights = given.get("answer_weights")
-    if weights is None:
-        return str(answers[0])
+    weights = given.get("answer_weights", [1] * len(answers))
     numbers = [one for one in weights if isinstance(one, int | float)] if _is_list(weights) else []
     if len(numbers) != len(answers):
         raise InputError(
             f"{record.name}: 'answer_weights' is {short(weights)}; expected a number for each of "
             f"{len(answers)} answers"
         )
-    return str(answers[numbers.index(max(numbers))])
+    return text_of({key: answers[numbers.index(max(numbers))]}, key, record.name)
 
 
 def _text(answer: Any, record: RawRecord, options: ReadingOptions) -> Any:
@@ -74,13 +82,13 @@ def _text(answer: Any, record: RawRecord, options: ReadingOptions) -> Any:
     return known_keys(answer, read, record.name, options.ignored).get("answer")
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, list | tuple)
 
 
 VISUAL_QUESTIONS = Format(
     name="visual-questions",
-    summary="question (context) and answer (answers) + image (Energon's VQASample)",
+    summary="question (context) and answer (answers) + image (Energon's VQASample, VQAv2, ChartQA)",
     recognises=_recognises,
     read=_read,
 )

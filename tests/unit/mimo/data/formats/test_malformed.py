@@ -22,6 +22,7 @@ from megatron.mimo.data.formats import (
 ASK, TELL = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
 CHAT = [ASK, TELL]
 SPOKEN = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+NUMBERED = [{"from": "human", "value": "<image_01>?"}, SPOKEN[1]]
 SEEN = [{"role": "user", "content": "<image>?"}, TELL]
 
 
@@ -148,6 +149,28 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "weights": (
         {"question": "a", "answers": ["b"], "answer_weights": [1, 2]},
         r"'answer_weights' is \[1, 2\]; expected a number for each of 1 answers",
+    ),
+    "weights of one": (
+        {"question": "a", "answer": "b", "answer_weights": [1, 2]},
+        r"'answer_weights' is \[1, 2\]; expected a number for each of 1 answers",
+    ),
+    "no answer": ({"question": "a", "answers": ["", "b"]}, r"'answers' is \"\"; expected text"),
+    "two beside": (
+        {"question": "a", "answer": "b", "multiple_choice_answer": "c"},
+        r"has \['answer', 'multiple_choice_answer'\], and one of them would not be read",
+    ),
+    "chart and question": (
+        {"query": "a", "question": "b", "label": ["c"]},
+        r"\['question'\] would not be read",
+    ),
+    "class": ({"query": "a", "label": 1}, r"'label' is 1; expected text or a list"),
+    "image without a name": (
+        {"image": {"<image_00>": "a"}, "conversations": NUMBERED},
+        r"<image_01> without a file; 'image' has \[\"<image_00>\"\]",
+    ),
+    "image without a mark": (
+        {"image": {"<image_01>": "a", "<image_02>": "b"}, "conversations": NUMBERED},
+        r"no turn has a place for \{'image': \['.*b'\]\}",
     ),
     "two answers": (
         {"question": "?", "answer": "a", "answers": ["b"]},

@@ -71,6 +71,37 @@ VARIANTS: dict[str, tuple[Any, list[str]]] = {
         },
         ASKED,
     ),
+    "VQAv2 with the most frequent answer": (
+        {
+            "image": "a.jpg",
+            "question": "what?",
+            "question_type": "what",
+            "answers": [{"answer": "8", "answer_id": 1}, {"answer": "7", "answer_id": 2}],
+            "multiple_choice_answer": "7",
+            "question_id": 12,
+        },
+        ASKED,
+    ),
+    "ChartQA": (
+        {"image": STORED, "query": "what?", "label": ["7"], "human_or_machine": 1},
+        ASKED,
+    ),
+    "ChartQA's JSON": ({"imgname": "a.jpg", "query": "what?", "label": "7"}, ASKED),
+    "MiniCPM-V with several images": (
+        {
+            "id": "0",
+            "image": {"<image_00>": "a.jpg", "<image_01>": "b.jpg"},
+            "conversations": [
+                {"role": "user", "content": "<image_01>\nor <image_00>?"},
+                {"role": "assistant", "content": "7"},
+            ],
+        },
+        ["user: [d/b.jpg] or  [d/a.jpg] ?", "assistant: 7"],
+    ),
+    "MiniCPM-V without a mark": (
+        {"image": {"<image>": "a.jpg"}, "conversations": SAID},
+        ASKED,
+    ),
     "Geometry3K": ({"images": ["a.jpg"], "problem": "<image>what?", "answer": "7"}, ASKED),
     "a folder of images": ({"file_name": "a.jpg", "text": "7"}, ["[d/a.jpg] 7"]),
     "a path under its own name": ({"image_path": "a.jpg", "caption": "7"}, ["[d/a.jpg] 7"]),
