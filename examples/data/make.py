@@ -242,7 +242,13 @@ def make_documents() -> None:
     import zstandard
 
     (HERE / "text.jsonl.zst").write_bytes(zstandard.compress(text))
-    lines("captions.jsonl", [{"image": "media/cat.png", "caption": "An orange disc."}])
+    lines(
+        "captions.jsonl",
+        [
+            {"image": "media/cat.png", "caption": "An orange disc."},
+            {"image": "media/dog.jpg", "captions": ["A blue disc.", "A disc."]},
+        ],
+    )
     lines(
         "interleaved.jsonl",
         [

@@ -158,10 +158,10 @@ class GlobalBatches:
         self._formed, self._ended = int(state["formed"]), bool(state["ended"])
         self._known = [
             Planned(
-                Draw(source, file, record),
+                Draw(*draw),
                 Measure(length, tuple((name, rows) for name, rows in media)),
             )
-            for source, file, record, length, media in state["known"]
+            for *draw, length, media in state["known"]
         ]
         self._asked = [Draw(*draw) for draw in state["asked"]]
         self._measures.submit(self._asked)

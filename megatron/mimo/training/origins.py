@@ -65,7 +65,7 @@ class PlannedOrigins:
             except Exception:  # noqa: BLE001 - it was read before; its numbers are all there is
                 found = [None] * len(item)
             for planned, sample in zip(item, found, strict=True):
-                yield "record {} of file {} of source {}".format(*planned.draw[::-1]), sample
+                yield "record {} of file {} of source {}".format(*planned.draw[2::-1]), sample
 
 
 class SampleFinder:

@@ -2,8 +2,11 @@
 
 {"text": "A long article ..."}
 {"image": "a.png", "caption": "A cat on a mat."}
+{"image": "a.png", "captions": ["A cat on a mat.", "A cat."]}
+{"image": "a.png", "sentences": [{"raw": "A cat on a mat.", "tokens": ["a", "cat", ...]}]}
 
-In a tar, ``000012.jpg`` and ``000012.txt`` are such a record. Media stand before the text.
+In a tar, ``000012.jpg`` and ``000012.txt`` are such a record. Media stand before the text. Of
+several captions, as COCO and Flickr have them, each epoch learns the next one.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from megatron.mimo.data.formats.record_media import RecordMedia
 
 __all__ = ["CAPTIONS", "TEXT"]
 
-_CAPTIONS = ("caption", "text")
+_CAPTIONS = ("caption", "captions", "sentences", "text")
+_NAMES = ("filename", "filepath")  # of the image, which is there
 
 
 def _recognises_text(record: RawRecord) -> bool:
@@ -43,7 +47,8 @@ def _recognises_captions(record: RawRecord) -> bool:
 
 
 def _read_captions(record: RawRecord, options: ReadingOptions) -> Document:
-    given = known_keys(object_of(record), {*_CAPTIONS, *COLUMNS}, record.name, options.ignored)
+    read = {*_CAPTIONS, *_NAMES, *COLUMNS}
+    given = known_keys(object_of(record), read, record.name, options.ignored)
     found = [key for key in _CAPTIONS if given.get(key)]
     if any(given[key] != given[found[0]] for key in found):
         raise InputError(
@@ -55,7 +60,7 @@ def _read_captions(record: RawRecord, options: ReadingOptions) -> Document:
         raise InputError(f"{record.name}: has no medium; expected one under 'image' or 'images'")
     parts = media_first(media, record.name)
     media.refuse_left()
-    text = text_of(given, found[0] if found else "caption", record.name)
+    text = _caption(given, found[0] if found else "caption", record, options)
     return Document(name=record.name, content=(*parts, ContentPart(kind="text", value=text)))
 
 
@@ -64,7 +69,19 @@ def _has_media(record: RawRecord) -> bool:
 
 
 def _caption_key(value: Mapping[str, Any]) -> str | None:
-    return next((key for key in _CAPTIONS if isinstance(value.get(key), str)), None)
+    kinds = str | list | tuple | Mapping
+    return next((key for key in _CAPTIONS if isinstance(value.get(key), kinds)), None)
+
+
+def _caption(given: Mapping[str, Any], key: str, record: RawRecord, options: ReadingOptions) -> str:
+    """The caption, or the one of several whose turn it is."""
+    value, name = given.get(key), record.name
+    captions = []
+    for one in value if isinstance(value, list | tuple) and value else [value]:
+        if isinstance(one, Mapping):
+            one = known_keys(one, {"raw", "tokens"}, name, options.ignored).get("raw")
+        captions.append(text_of({key: one}, key, name))
+    return captions[record.epoch % len(captions)]
 
 
 TEXT = Format(
@@ -75,7 +92,7 @@ TEXT = Format(
 )
 CAPTIONS = Format(
     name="captions",
-    summary="caption (or text) + image, for pretraining",
+    summary="caption, captions, sentences (or text) + image, for pretraining",
     recognises=_recognises_captions,
     read=_read_captions,
 )

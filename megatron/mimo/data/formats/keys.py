@@ -45,6 +45,7 @@ _ORIGINS = frozenset(
         *("message_id", "num_turns", "length", "duration", "parallel_tool_calls"),
         *("prompt_id", "answer_type", "width_list", "height_list", "hash", "md5", "sha256"),
         "human_or_machine",  # who has asked, of ChartQA
+        *("imgid", "img_id", "cocoid", "sentid", "sentids"),  # of COCO's and Flickr's captions
         *("speaker_id", "chapter_id", "client_id", "gender", "age", "accent", "locale"),
         # img2dataset's
         *("status", "error_message", "original_width", "original_height", "exif", "similarity"),

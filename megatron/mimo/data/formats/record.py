@@ -26,6 +26,7 @@ class RawRecord:
         members: files that lie beside the record in a tar, by what follows the key in their
             names ("jpg", "1.png"). ``tar_record`` makes the record of such a group.
         media_folder: what paths in the record are relative to; None for the folder of ``file``.
+        epoch: passes over its source before this one.
     """
 
     value: Any
@@ -33,6 +34,7 @@ class RawRecord:
     place: str
     members: Mapping[str, bytes] = field(default_factory=dict)
     media_folder: Path | None = None
+    epoch: int = 0
 
     @property
     def name(self) -> str:

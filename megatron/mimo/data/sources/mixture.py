@@ -24,11 +24,12 @@ _OPEN_FILES = 64  # that a process keeps open for each source
 
 
 class Draw(NamedTuple):
-    """Which record: numbers of a source, of one of its files, of a record in it."""
+    """Which record: numbers of a source, of one of its files, of a record in it, of the epoch."""
 
     source: int
     file: int
     record: int
+    epoch: int = 0
 
 
 class SourceFiles(Sequence[RecordFile]):
@@ -187,6 +188,8 @@ class Mixture:
         """
         source = self.sources[draw.source]
         record = source.files[draw.file][draw.record]
+        if draw.epoch:
+            record = replace(record, epoch=draw.epoch)
         if source.spec.media_folder is None:
             return record
         return replace(record, media_folder=Path(source.spec.media_folder))

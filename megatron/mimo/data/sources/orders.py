@@ -17,7 +17,7 @@ from megatron.mimo.data.sources.record_file import RecordFile
 
 __all__ = ["IndexedOrder", "Order", "Place", "StreamingOrder"]
 
-Place = tuple[int, int]  # a file of the source, a record of the file
+Place = tuple[int, int, int]  # a file of the source, a record of the file, the epoch
 
 
 class Order(Protocol):
@@ -62,7 +62,7 @@ class IndexedOrder:
         if self._seed is not None:
             number = Permutation(self._ends[-1], self._seed, epoch)[number]
         file = bisect_right(self._ends, number)
-        return file, number - (self._ends[file - 1] if file else 0)
+        return file, number - (self._ends[file - 1] if file else 0), epoch
 
     def state_dict(self) -> dict[str, Any]:
         """How many were drawn."""
@@ -105,7 +105,7 @@ class StreamingOrder:
         self._epoch = 0
         self._turn = 0  # how many files of the epoch are read or being read
         self._at = 0  # records of the current file that have gone into the buffer
-        self._buffer: list[Place] = []
+        self._buffer: list[tuple[int, int]] = []  # places of this epoch
         self._given = 0  # of this epoch
         self._open: tuple[int, int, list[int]] | None = None  # epoch, turn, starts of its shards
 
@@ -130,7 +130,7 @@ class StreamingOrder:
             self._buffer[number] = last
         self._drawn += 1
         self._given += 1
-        return place
+        return *place, self._epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Position, and what the buffer holds."""

@@ -80,7 +80,10 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
     ],
     "text.jsonl.gz": [("text", "<s>«Cats are small.</s>»"), ("text", "<s>«Dogs bark.</s>»")],
     "text.jsonl.zst": [("text", "<s>«Cats are small.</s>»"), ("text", "<s>«Dogs bark.</s>»")],
-    "captions.jsonl": [("captions", "<s>▣«An orange disc.</s>»")],
+    "captions.jsonl": [
+        ("captions", "<s>▣«An orange disc.</s>»"),
+        ("captions", "<s>▣«A blue disc.</s>»"),
+    ],
     "interleaved.jsonl": [
         ("interleaved", "<s>«A cat:»▣«and no dog.</s>»"),
         ("interleaved", "<s>«Two animals.»▣«This one barks.</s>»"),

@@ -182,6 +182,15 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "quality": ({"texts": [{"user": "?", "assistant": "!", "a": 1}]}, r"text 0: \['a'\] would not"),
     # captions, text, interleaved
     "two captions": ({"image": "a", "caption": "b", "text": "c"}, r"has \['caption', 'text'\]"),
+    "a caption of several": (
+        {"image": "a", "captions": ["b", 7]},
+        r"'captions' is 7; expected text",
+    ),
+    "no caption": ({"image": "a", "captions": []}, r"'caption' is null; expected text"),
+    "an unknown key": (
+        {"image": "a", "sentences": [{"raw": "b", "c": 1}]},
+        r"\['c'\] would not be read",
+    ),
     "blank": ({"text": " "}, r"'text' is \" \"; expected text"),
     "title": ({"text": "a", "title": "b"}, r"\['title'\] would not be read"),
     "places": ({"texts": ["a"], "images": []}, r"'images' is \[\]; expected a list"),

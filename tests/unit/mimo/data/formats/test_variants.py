@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,33 @@ VARIANTS: dict[str, tuple[Any, list[str]]] = {
     ),
     "Geometry3K": ({"images": ["a.jpg"], "problem": "<image>what?", "answer": "7"}, ASKED),
     "a folder of images": ({"file_name": "a.jpg", "text": "7"}, ["[d/a.jpg] 7"]),
+    "Flickr30k": (
+        {
+            "image": STORED,
+            "caption": ["7", "8"],
+            "sentids": [0, 1],
+            "split": "train",
+            "img_id": "0",
+            "filename": "a.jpg",
+        },
+        ["[d/a.jpg] 7"],
+    ),
+    "COCO of Karpathy": (
+        {
+            "image": STORED,
+            "filepath": "train2014",
+            "filename": "a.jpg",
+            "sentids": [3],
+            "imgid": 1,
+            "cocoid": 2,
+            "sentences": [{"raw": "7", "tokens": ["7"], "imgid": 1, "sentid": 3}],
+        },
+        ["[d/a.jpg] 7"],
+    ),
+    "a caption of COCO in a row": (
+        {"image": STORED, "sentences": {"raw": "7", "tokens": ["7"]}},
+        ["[d/a.jpg] 7"],
+    ),
     "a path under its own name": ({"image_path": "a.jpg", "caption": "7"}, ["[d/a.jpg] 7"]),
     "a column that is null": ({"image": None, "img": "a.jpg", "caption": "7"}, ["[d/a.jpg] 7"]),
 }
@@ -138,6 +166,14 @@ def test_paths_are_relative_to_the_folder_that_is_named() -> None:
     elsewhere = ReadingOptions(media_folder=Path("media"))
     value, _ = VARIANTS["MiniCPM-V"]
     assert told(read_record(record(value), elsewhere))[0] == "user: [media/a.jpg] what?"
+
+
+def test_each_epoch_learns_the_next_caption() -> None:
+    several = record({"image": "a.jpg", "captions": ["a cat", "a mat", "a hat"]})
+    found = [
+        told(read_record(replace(several, epoch=epoch), ReadingOptions())) for epoch in range(4)
+    ]
+    assert found == [[f"[d/a.jpg] a {what}"] for what in ("cat", "mat", "hat", "cat")]
 
 
 def test_shards_of_img2dataset_are_captions() -> None:

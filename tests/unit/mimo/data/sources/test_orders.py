@@ -63,7 +63,9 @@ def indexed(**changes: Any) -> IndexedOrder:
 @pytest.mark.parametrize("kind", ["indexed", "streaming"])
 def test_every_epoch_has_every_record_once_in_another_order(kind: str, tmp_path: Path) -> None:
     order: Any = indexed() if kind == "indexed" else streaming(tmp_path)
-    epochs = [draw(order, 46) for _ in range(3)]
+    drawn = [draw(order, 46) for _ in range(3)]
+    assert [{epoch for *_, epoch in one} for one in drawn] == [{0}, {1}, {2}]
+    epochs = [[place[:2] for place in one] for one in drawn]
     assert [len(set(one)) for one in epochs] == [46, 46, 46]
     assert {tuple(sorted(one)) for one in epochs} == {tuple(sorted(epochs[0]))}
     assert len({tuple(one) for one in epochs}) == 3
@@ -86,14 +88,14 @@ def test_an_order_goes_on_from_its_state(kind: str, seed: int | None, tmp_path: 
 
 
 def test_without_a_seed_the_files_order_is_kept(tmp_path: Path) -> None:
-    expected = [(file, record) for file in range(4) for record in range(10 + file)]
+    expected = [(file, record, 0) for file in range(4) for record in range(10 + file)]
     assert draw(streaming(tmp_path, seed=None), 46) == expected
 
 
 def test_streaming_opens_one_file_after_the_other(tmp_path: Path) -> None:
     order = streaming(tmp_path)
     drawn = draw(order, 10)
-    assert len({file for file, _ in drawn}) <= 2  # a buffer of 8, files of at least 10
+    assert len({file for file, *_ in drawn}) <= 2  # a buffer of 8, files of at least 10
     assert len(order._files._opened) <= 2  # type: ignore[attr-defined]
 
 
@@ -179,6 +181,15 @@ def test_a_mixture_is_read_from_its_file(tmp_path: Path) -> None:
     assert spec.sources[0].paths == [str(tmp_path / "a.jsonl"), str(tmp_path / "b/*.tar")]
     assert (spec.sources[0].epochs, spec.sources[1].weight) == (2, 1)
     assert [spec.weights(step) for step in (1, 99, 100, 500)] == [[3, 1]] * 2 + [[3, 4]] * 2
+
+
+def test_a_record_knows_its_epoch(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", numbered(3))
+    path = tmp_path / "mix.yaml"
+    path.write_text("sources: {a: a.jsonl}")
+    mixture = Mixture(read_mixture(path), index_folder=tmp_path / "index", seed=1, buffer=2)
+    draws = [mixture.draw(1) for _ in range(7)]
+    assert [mixture.read(one).epoch for one in draws if one] == [0, 0, 0, 1, 1, 1, 2]
 
 
 def test_a_source_says_where_its_media_lie(tmp_path: Path) -> None:
