@@ -8,6 +8,7 @@ its size allows (``all_cells``). Both are the same on every machine.
 from __future__ import annotations
 
 import random
+from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import cache, partial
@@ -113,17 +114,17 @@ FULL_SIZE = _DRAWN + len(_MODULES)
 
 def is_valid(v: Values) -> bool:
     """Whether the values go together; those that do not are refused, or say the same twice."""
+    if ranks_of(v) > MAX_RANKS:
+        return False
     micro_batches, rest = divmod(_samples(v), v["micro_batch"] * v["dp"])
-    rules = (
-        ranks_of(v) <= MAX_RANKS,
-        not rest and micro_batches >= 1,
-        not v["sp"] or v["tp"] > 1,
-        v["vpp"] is None or (v["pp"] > 1 and micro_batches % v["pp"] == 0),
-        v["stages"] == "even" or v["pp"] > 1,
-        _fits_experts(v),
-        v["reduction"] == "plain" or v["dp"] * v["cp"] > 1,
+    return (
+        (not rest and micro_batches >= 1)
+        and (not v["sp"] or v["tp"] > 1)
+        and (v["vpp"] is None or (v["pp"] > 1 and micro_batches % v["pp"] == 0))
+        and (v["stages"] == "even" or v["pp"] > 1)
+        and _fits_experts(v)
+        and (v["reduction"] == "plain" or v["dp"] * v["cp"] > 1)
     )
-    return all(rules)
 
 
 def ranks_of(v: Values) -> int:
@@ -244,15 +245,13 @@ def pair_cells() -> list[Values]:
 
 
 def value_cells() -> list[Values]:
-    """Fewer of these, in which every value stands that stands in any, in two cells where it can."""
-    chosen: list[Values] = []
-    for _ in range(2):
-        left = [values for values in pair_cells() if values not in chosen]
-        wanted = {item for values in left for item in values.items()}
-        while wanted:
-            best = max(left, key=lambda values: len(values.items() & wanted))
-            wanted -= best.items()
-            chosen.append(best)
+    """Fewer of these, in which every value stands that stands in any."""
+    cells, chosen = pair_cells(), list[Values]()
+    wanted = {item for values in cells for item in values.items()}
+    while wanted:
+        best = max(cells, key=lambda values: len(values.items() & wanted))
+        wanted -= best.items()
+        chosen.append(best)
     return chosen
 
 
@@ -359,10 +358,18 @@ def draw(axes: dict[str, tuple[Any, ...]], generator: random.Random) -> Values:
                 or (axis == "ep" and values["experts"] == "none")
                 or (axis == "etp" and (values["experts"] == "none" or values["tp"] == 1))
             )
-            drawn = generator.choices(choices, cum_weights=_CUMULATED.get(axis))[0]
-            values[axis] = choices[0] if only_first else drawn
+            at = generator.random()  # drawn in any case, so that the next axis has the same
+            values[axis] = choices[0] if only_first else _chosen(axis, choices, at)
         if is_valid(values):
             return values
+
+
+def _chosen(axis: str, choices: tuple[Any, ...], at: float) -> Any:
+    """One of an axis's values, by its weight; ``at`` is in [0, 1)."""
+    cumulated = _CUMULATED.get(axis)
+    if cumulated is None:
+        return choices[int(at * len(choices))]
+    return choices[bisect(cumulated, at * cumulated[-1])]
 
 
 class Covered:

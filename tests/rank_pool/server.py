@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib
+import importlib.metadata
 import json
 import os
 import socket
@@ -23,13 +25,17 @@ PRELOAD = (
     "torch.nn.attention.varlen",  # a fifth of a second: it registers operators
     "torch.utils.serialization.config",
     "torch.utils.tensorboard",
+    "megatron.core.datasets.helpers_cpp",
     "megatron.core.datasets.utils",
     "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
     "megatron.core.distributed",
     "megatron.core.models.gpt",
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.models.mimo",
+    "megatron.core.models.mimo.comm.bridge_grid",
     "megatron.core.models.mimo.model.encode_first",
+    "megatron.core.models.mimo.optimizer.whole",
     "megatron.core.models.vision.multimodal_projector",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
@@ -46,20 +52,28 @@ PRELOAD = (
             *("qwen3_5", "qwen3_5_moe", "siglip", "whisper"),
         )
     ),
+    "transformers.models.clip.image_processing_clip",
+    "transformers.models.llava.processing_llava",
     # Half a second in every rank. llava_avlm is left out: it makes itself known to transformers as
     # it is imported, and tests have to see where that is forgotten.
     *(
         f"megatron.mimo.{name}"
         for name in (
-            *("convert.verify", "data.formats", "inference", "layers.deepstack", "lora"),
-            *("models.common.flops", "process.children"),
+            *("backend.host_sync", "convert.verify", "layers.deepstack", "lora"),
+            *("data.chat_dataset", "data.formats", "data.record_dataset"),
+            *("inference", "inference.assistant", "inference.command", "inference.text_stream"),
+            *("models.common.flops", "models.common.templates", "process.children"),
             *(
                 f"training.{job}"
                 for job in (
                     *("curve", "encoder_cache", "forward_step", "generate", "model", "run"),
                     *("data", "module_grids", "nonfinite", "part_optimizer", "planned_data"),
-                    *("watch", "workers"),
+                    *("profile_summary", "profiling", "watch", "workers"),
                 )
+            ),
+            *(
+                f"recipes.{name}"
+                for name in ("digits", "language", "pretrained", "report", "tiny.twin")
             ),
             *(
                 f"models.{name}.model"
@@ -162,6 +176,9 @@ def _preload(imports: list[str]) -> list[str]:
         _remember_docstrings()
     if "sklearn.datasets" in sys.modules:
         _remember_digits()
+    if "megatron.mimo.convert.verify" in sys.modules:
+        _remember_transformers()
+    _remember_distributions()
     try:
         left = come_to_rest()
     except BusyThreadsError as error:
@@ -200,6 +217,25 @@ def _remember_digits() -> None:
 
     for held_out in (False, True):
         load_images(held_out=held_out)
+
+
+def _remember_transformers() -> None:
+    """Lets ranks have what is made once a process: old checkpoints' names, configurations."""
+    from transformers import CONFIG_MAPPING
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from megatron.mimo.models.common.config_fields import FIELDS, defaults_of
+
+    get_checkpoint_conversion_mapping("llava")
+    for kind in FIELDS:
+        if kind in CONFIG_MAPPING:
+            defaults_of(CONFIG_MAPPING[kind])
+
+
+def _remember_distributions() -> None:
+    """Lets ranks know what is installed: torch looks for backends of others in every process."""
+    importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
+    importlib.metadata.entry_points(group="torch.distributed.backends")
 
 
 def _reap_supervisors() -> None:

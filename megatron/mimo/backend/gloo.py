@@ -62,9 +62,9 @@ def sharing_one_device(original: Any) -> Any:
 def connected_on_return(original: Callable[..., Any]) -> Callable[..., Any]:
     """A ``new_group`` that reads "nccl" as gloo and returns once every member is connected.
 
-    Collective over all ranks, as ``new_group`` is; the barrier is among the group's members. gloo
-    connects while it constructs the group: without the barrier a fast member can use and destroy
-    the group while another is still connecting to it.
+    Collective over all ranks, as ``new_group`` is; the barrier is among the members of a group that
+    has several. gloo connects while it constructs the group: without the barrier a fast member can
+    use and destroy the group while another is still connecting to it.
     """
 
     @functools.wraps(original)
@@ -74,7 +74,8 @@ def connected_on_return(original: Callable[..., Any]) -> Callable[..., Any]:
         if keywords.get("backend") == "nccl":
             keywords["backend"] = "gloo"
         group = original(*args, **keywords)
-        if isinstance(group, dist.ProcessGroup) and dist.get_backend(group) == "gloo":
+        is_member = isinstance(group, dist.ProcessGroup)
+        if is_member and group.size() > 1 and dist.get_backend(group) == "gloo":
             dist.barrier(group=group)
         return group
 

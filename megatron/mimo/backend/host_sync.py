@@ -64,13 +64,17 @@ class HostSyncCounter(TorchDispatchMode):
     ) -> Any:
         name = func.name().split(".")[0]
         if name in _WAITING or self._waits_for_operands(name, args):
-            self.counts[name] += 1
+            self.note(name)
         result = func(*args, **(kwargs or {}))
         if _is_number(name, result):
             self._numbers[id(result)] = result
         if name in ("aten::_to_copy", "aten::copy_") and _leaves_device(args, result):
-            self.counts[f"{name} to host"] += 1
+            self.note(f"{name} to host")
         return result
+
+    def note(self, wait: str) -> None:
+        """One wait is seen, while the operation that waits runs."""
+        self.counts[wait] += 1
 
     def _waits_for_operands(self, name: str, args: tuple[Any, ...]) -> bool:
         if name in _FILLING:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
-__all__ = ["quiet_imports", "stdout", "warnings_shown"]
+__all__ = ["at_level", "quiet_imports", "stdout", "warnings_shown"]
 
 
 @contextmanager
@@ -29,13 +29,28 @@ class _Nowhere(io.TextIOBase):
 @contextmanager
 def quiet_imports() -> Iterator[None]:
     """Importing Megatron without Transformer Engine warns in a dozen places."""
-    logger = logging.getLogger("torch.utils.cpp_extension")  # "No CUDA runtime is found"
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    name = "torch.utils.cpp_extension"  # "No CUDA runtime is found"
+    with at_level(name, logging.ERROR), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-    logger.setLevel(level)
+
+
+@contextmanager
+def at_level(name: str, level: int) -> Iterator[None]:
+    """A logger's own level is ``level`` meanwhile."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    _set_level(logger, level)
+    try:
+        yield
+    finally:
+        _set_level(logger, before)
+
+
+def _set_level(logger: logging.Logger, level: int) -> None:
+    """Where it differs: setting one makes all loggers forget what they log, thousands of them."""
+    if logger.level != level:
+        logger.setLevel(level)
 
 
 @contextmanager
@@ -47,15 +62,9 @@ def warnings_shown(*, shown: bool) -> Iterator[None]:
     if shown:
         yield
         return
-    logger = logging.getLogger("megatron")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    logging.getLogger("megatron.mimo").setLevel(logging.WARNING)
-    with warnings.catch_warnings():
+    with at_level("megatron", logging.ERROR), warnings.catch_warnings():
+        _set_level(logging.getLogger("megatron.mimo"), logging.WARNING)
         warnings.filterwarnings("ignore", module=r"megatron\.(core|training)\b")
         warnings.filterwarnings("ignore", module=r"torch\b")
         warnings.filterwarnings("ignore", module=r"transformer_engine\b")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
+        yield

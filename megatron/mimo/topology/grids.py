@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.config.grids import groups_of, is_on
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.mimo.process.quiet import at_level
 from megatron.mimo.topology.components import AXES, LANGUAGE, Component
 
 __all__ = ["Grids", "build_grids"]
@@ -64,22 +64,10 @@ def build_grids(components: Mapping[str, Component]) -> Grids:
 def _encoder_grid(component: Component) -> HyperCommGrid:
     sizes, axes = [component.tp, component.dp, component.pp], ["tp", "dp", "pp"]
     grid = HyperCommGrid(sizes, axes, component.rank_offset)
-    with _without_messages():
+    with at_level("absl", logging.WARNING):  # megatron-core tells it of every group of a grid
         for of in (*axes, ["tp", "dp"], ["tp", "pp"], axes):
             grid.create_pg(of)
     return grid
-
-
-@contextmanager
-def _without_messages() -> Iterator[None]:
-    """megatron-core tells of every group that a grid creates, by absl's logger."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _encoder_groups(

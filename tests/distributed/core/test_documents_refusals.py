@@ -3,7 +3,6 @@ done without waiting for the device."""
 
 from __future__ import annotations
 
-import traceback
 from dataclasses import replace
 from typing import Any
 
@@ -156,11 +155,10 @@ def waits(kind: Kind, sizes: Sizes) -> dict[str, int]:
     """What waits for the device in forward and backward, with a plan cut on the host."""
     from megatron.core.models.mimo.partition.packing import packed_params
     from megatron.core.models.mimo.partition.utils import sequence_cut
-    from megatron.mimo.backend.host_sync import HostSyncCounter
+    from tests.distributed.core.device_waits import DeviceWaits
 
-    class Counter(HostSyncCounter):
-        """Leaves out what is on the host with a GPU too: borders of documents, and the state of
-        the CPU's generator, which Megatron compares in ``fork``."""
+    class Counter(DeviceWaits):
+        """Leaves out borders of documents too: they are on the host with a GPU too."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -169,14 +167,11 @@ def waits(kind: Kind, sizes: Sizes) -> dict[str, int]:
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            tensors = [value for value in args[:1] if isinstance(value, torch.Tensor)]
-            on_host = any(
-                value.untyped_storage().data_ptr() in self.borders for value in tensors
-            ) or any(
-                frame.name == "fork" and frame.filename.endswith("tensor_parallel/random.py")
-                for frame in traceback.extract_stack(limit=12)
-            )
-            if on_host:
+            first = args[0] if args else None
+            if (
+                isinstance(first, torch.Tensor)
+                and first.untyped_storage().data_ptr() in self.borders
+            ):
                 return func(*args, **(kwargs or {}))
             return super().__torch_dispatch__(func, types, args, kwargs)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections import Counter
 from typing import Any
 
@@ -32,19 +31,7 @@ FAMILIES = {
 def waits(layout: Layout, design: Design) -> list[Counter[str]]:
     """What waits in forward and backward of micro-batches with images, sounds, both, neither."""
     from megatron.core.models.mimo.partition.utils import sequence_cut
-    from megatron.mimo.backend.host_sync import HostSyncCounter
-
-    class WaitsOfDevice(HostSyncCounter):
-        """Leaves out the state of the CPU's generator, which Megatron compares in ``fork``: it is
-        on the host with a GPU too."""
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            for frame in traceback.extract_stack(limit=12):
-                if frame.name == "fork" and frame.filename.endswith("tensor_parallel/random.py"):
-                    return func(*args, **(kwargs or {}))
-            return super().__torch_dispatch__(func, types, args, kwargs)
+    from tests.distributed.core.device_waits import DeviceWaits
 
     groups = model_parallel(tp=layout.tp, cp=layout.cp)
     (model,) = build_chunks(layout, design, groups)
@@ -63,7 +50,7 @@ def waits(layout: Layout, design: Design) -> list[Counter[str]]:
             inputs["alignment_plan"] = sequence_cut(model.partition_adapter, None).share_of_plan(
                 inputs["alignment_plan"]
             )
-        with WaitsOfDevice() as counter:
+        with DeviceWaits() as counter:
             losses_BS, mask_BS = wrapped(**inputs)
             total = (losses_BS * mask_BS).sum()
             if total.requires_grad:
