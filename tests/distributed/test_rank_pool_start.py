@@ -38,11 +38,11 @@ PARKED = """
     torch.set_num_threads(1)
 """
 SPINNING = """
-    import threading
+    import threading, time
 
     def spin():
         while True:
-            pass
+            time.sleep(0.0005)
 
     threading.Thread(target=spin, name="spinner", daemon=True).start()
 """

@@ -15,6 +15,7 @@ import torch.distributed
 from megatron.mimo.backend import torch_view
 from megatron.mimo.backend.capabilities import hide_cuda_packages
 from megatron.mimo.backend.defects import DEFECTS
+from megatron.mimo.backend.memory import keep_freed_memory
 from megatron.mimo.backend.patch import Patch
 from megatron.mimo.backend.patching import PROCESS
 from megatron.mimo.backend.table import PATCHES
@@ -43,6 +44,7 @@ def apply() -> None:
         return
     _refuse_live_cuda()
     hide_cuda_packages()
+    keep_freed_memory()
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     PROCESS.apply(PATCHES, torch_view.build_view())
     _applied = True

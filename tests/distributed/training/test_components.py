@@ -14,7 +14,7 @@ from tests.tiers import some
 from tests.time_limits import HANG
 
 TWO_LAYERS = ("--tiny-two-layers",)  # of the encoder
-FOUR_LAYERS = ("--num-layers", "4", "--micro-batch-size", "1")
+FOUR_LAYERS = ("--num-layers", "4", "--micro-batch-size", "1", "--global-batch-size", "4")
 # name -> processes, components, further flags
 LAYOUTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "pp2": (2, ("images=dp=2", "language=pp=2"), ()),

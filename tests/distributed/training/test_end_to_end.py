@@ -74,7 +74,7 @@ def test_packed_runs_agree_in_every_layout(ranks: RankPool, tmp_path: Path) -> N
     """Several samples in each sequence; the middle pipeline stage reads where they end."""
     packed = (
         *("--pack", "--seq-length", "48", "--max-position-embeddings", "48"),
-        *("--micro-batch-size", "1", "--num-layers", "3"),
+        *("--micro-batch-size", "1", "--global-batch-size", "4", "--num-layers", "3"),
     )
     start, found, answers = tmp_path / "start", {}, {}
     succeed(ranks, start, "one", *COMPARABLE, *packed, "--train-iters", "1")

@@ -12,7 +12,7 @@ from tests.distributed.training.launch import COMPARABLE, RECIPE, SCRIPT, losses
 from tests.rank_pool import RankPool
 from tests.tiers import some
 
-FOUR_LAYERS = ("--num-layers", "4", "--micro-batch-size", "1")
+FOUR_LAYERS = ("--num-layers", "4", "--micro-batch-size", "1", "--global-batch-size", "4")
 # model -> flags of a layout of two processes
 RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "interleaved": (
