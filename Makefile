@@ -35,14 +35,17 @@ train: setup
 # replaced: pytest-xdist would wait for it for ever; the run ends, and names the test.
 PROCESSES = -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
+# With this variable each of some hundred processes would compile the sources anew.
+PYTEST = env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -m pytest
+
 test: setup
-	.venv/bin/python -m pytest $(PROCESSES) $(ARGS)
+	$(PYTEST) $(PROCESSES) $(ARGS)
 
 test-all: setup
-	.venv/bin/python -m pytest $(PROCESSES) --wide $(ARGS)
+	$(PYTEST) $(PROCESSES) --wide $(ARGS)
 
 test-fast: setup
-	.venv/bin/python -m pytest -n auto --dist worksteal --max-worker-restart 0 -m "not slow" tests/structure tests/unit $(ARGS)
+	$(PYTEST) -n auto --dist worksteal --max-worker-restart 0 -m "not slow" tests/structure tests/unit $(ARGS)
 
 matrix: setup
 	.venv/bin/python -m tests.matrix $(ARGS)

@@ -130,9 +130,9 @@ class _TensorPickler(pickle.Pickler):
 
 def load_storage(data: bytes, dtype: torch.dtype) -> torch.storage.TypedStorage:
     """The other half of a pickled tensor, which is on the CPU."""
-    untyped = torch.UntypedStorage(len(data))
+    untyped = torch.UntypedStorage(0)
     if data:
-        _octets(untyped).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        untyped = torch.frombuffer(bytearray(data), dtype=torch.uint8).untyped_storage()
     return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
 
 
