@@ -132,16 +132,22 @@ def import_to(folder: Path) -> None:
     import_model(folder / "hf", folder / "mimo", shown=False)
 
 
+@pytest.fixture(scope="module")
+def stacked(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stacked")
+    ranks(1)(import_to, folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "sizes",
     [{"ep": 2}, {"tp": 2, "ep": 2, "etp": 1}, {"tp": 2, "etp": 2}, {"pp": 2}],
     ids=str,
 )
 def test_a_checkpoint_loads_under_any_layout(
-    ranks: RankPool, tmp_path: Path, sizes: dict[str, Any]
+    ranks: RankPool, stacked: Path, sizes: dict[str, Any]
 ) -> None:
-    ranks(1)(import_to, tmp_path)
-    found = ranks(2)(load, tmp_path, sizes)
+    found = ranks(2)(load, stacked, sizes)
     held = set().union(*(one.keys() for one in found))
     assert any("local_experts.0" in name for name in held)
     assert {name: error for one in found for name, error in one.items() if error} == {}

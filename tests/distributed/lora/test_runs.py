@@ -40,7 +40,7 @@ def base(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("layouts", "optimizer"),
     [
-        ({"tp2-cp2": 2, "one": 3, "tp2": 4, "pp2": 5}, ()),
+        ({"tp2-cp2": 2, "one": 3, "pp2": 4}, ()),
         pytest.param(
             {"dp2": 2, "tp2": 4}, ("--use-distributed-optimizer",), marks=pytest.mark.wide
         ),

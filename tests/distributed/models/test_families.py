@@ -116,7 +116,7 @@ def test_a_packed_row_has_the_logits_of_its_samples(
         assert max(distances) < LOGITS
 
 
-@pytest.mark.parametrize("name", some(family_names(), "llava_avlm", "qwen3_vl_moe"))
+@pytest.mark.parametrize("name", some(family_names(), "llava_avlm"))
 def test_trains_as_a_plain_loop_does(ranks: RankPool, name: str) -> None:
     """The tiny twins of all families learn, in layouts too: ``recipes/test_tiny_twins``."""
     (wanted,) = ranks(1)(

@@ -68,9 +68,15 @@ def match_on_meta(recipe: str, change: Callable[[Any], None] | None = None) -> t
     return sum(one.numel() for one in theirs.values()), len(match.given)
 
 
-@pytest.mark.parametrize(
-    "recipe", some(RECIPES, *(name for name in RECIPES if not name.endswith("_a3b")))
+# of each family, and of each kind of its encoders and language models, one size
+KINDS = (
+    *("gemma3_4b", "internvl3_5_1b", "internvl3_5_38b", "internvl3_8b", "llava_1_5_7b"),
+    *("llava_next", "llava_avlm", "qwen2_audio_7b", "qwen2_5_vl_3b", "qwen3_vl_2b", "qwen3_vl_8b"),
+    "qwen3_5_4b",
 )
+
+
+@pytest.mark.parametrize("recipe", some(RECIPES, *KINDS))
 def test_every_weight_has_its_place(ranks: RankPool, recipe: str) -> None:
     ranks(1, timeout=HANG)(match_on_meta, recipe)
 

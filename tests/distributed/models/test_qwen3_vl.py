@@ -78,7 +78,7 @@ def test_with_experts_on_ranks(
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        ("qwen3_vl", Layout(pp=2)),
+        pytest.param("qwen3_vl", Layout(pp=2), marks=pytest.mark.wide),
         pytest.param("qwen3_vl", Layout(cp=2), marks=pytest.mark.wide),
         ("qwen3_vl_moe", Layout(dp=2, ep=2)),
         pytest.param("qwen3_vl_moe", Layout(pp=2), marks=pytest.mark.wide),

@@ -87,7 +87,7 @@ def export_and_verify(checkpoint: Path, target: Path) -> list[str]:
     return [str(one) for one in findings if not one.equal]
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", some(TINY, *TINY[::3]))
 def test_what_was_trained_says_the_same_in_transformers(
     ranks: RankPool, twins: Twins, tmp_path: Path, name: str
 ) -> None:
@@ -97,7 +97,10 @@ def test_what_was_trained_says_the_same_in_transformers(
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *(pytest.param(name, "tp2", marks=WIDE if at % 3 else ()) for at, name in enumerate(TINY)),
+        *(
+            pytest.param(name, "tp2", marks=WIDE if at % 4 != 1 else ())
+            for at, name in enumerate(TINY)
+        ),
         pytest.param("qwen2_5_vl_tiny", "pp2", marks=pytest.mark.wide),
         ("qwen3_vl_tiny", "pp2"),
     ],
@@ -127,7 +130,7 @@ def test_layouts_give_the_same_losses(
 MODALITIES = {"qwen2_audio_tiny": ["audio"], "llava_avlm_tiny": ["images", "audio"]}
 
 
-@pytest.mark.parametrize("name", some(TINY, *TINY[1::4]))
+@pytest.mark.parametrize("name", some(TINY, "internvl_tiny", "qwen3_vl_moe_tiny"))
 def test_grids_give_the_same_losses_and_a_checkpoint_as_any(
     ranks: RankPool, twins: Twins, tmp_path: Path, name: str
 ) -> None:

@@ -44,7 +44,6 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "name",
     some(
         RUNS,
-        "torch, distributed optimizer",
         "torch, sgd, TP2",
         "bf16, distributed optimizer",
         "fp16 without a step, PP2",
