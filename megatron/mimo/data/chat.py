@@ -20,6 +20,7 @@ from megatron.core.models.mimo.errors import ConfigError, InputError, MimoError
 from megatron.mimo.data.chat_document import document_text
 from megatron.mimo.data.chat_expanded import ExpandedText, Replaced, split_text
 from megatron.mimo.data.chat_media import as_planes, read_medium
+from megatron.mimo.data.chat_outlines import Outlines
 from megatron.mimo.data.chat_text import ChatText
 from megatron.mimo.data.conversation import MEDIA_KINDS, ContentPart, Conversation, Document
 from megatron.mimo.data.media_files import MediaLimits, Video
@@ -67,7 +68,7 @@ class Chat:
                 f"the processor is a {kind} without a fast tokenizer, whose offsets tell which "
                 "tokens the assistant says; give a directory with tokenizer.json"
             )
-        if not (getattr(self.processor, "chat_template", None) or tokenizer.chat_template):
+        if not _template_of(self.processor):
             raise ConfigError(
                 f"the {kind} has no chat template, which says how a conversation is written; put "
                 "a chat_template.jinja beside its tokenizer"
@@ -94,7 +95,12 @@ class Chat:
     @cached_property
     def text(self) -> ChatText:
         """How conversations are written."""
-        return ChatText(processor=self.processor, end_tokens=self.end_tokens, marks=self._marks)
+        return ChatText(
+            processor=self.processor,
+            end_tokens=self.end_tokens,
+            marks=self._marks,
+            outlines=Outlines(_template_of(self.processor)),
+        )
 
     def sample(self, conversation: Conversation | Document) -> Sample:
         """Read the media and translate: a conversation as the chat template writes it, a document
@@ -221,6 +227,12 @@ class Chat:
             **given,
         )
         return split_text(features)
+
+
+def _template_of(processor: Any) -> str:
+    """The source of the chat template, or of all where there are several; empty without one."""
+    found = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template or ""
+    return "".join(found.values()) if isinstance(found, Mapping) else str(found)
 
 
 def _takes_planes(processor: Any) -> bool:

@@ -2,7 +2,9 @@
 
 Where an answer begins follows from how the template writes what stands before it, which would take
 two renderings for each answer. Templates depend on roles and kinds of parts and put texts where
-they belong as they are, so that what is written for others of the same shape tells the rest.
+they belong as they are, so that what is written for others of the same shape tells the rest. Some
+look for a mark in a text, such as ``/no_think``, and write something else where an answer begins:
+conversations with what a template looks for are rendered each time.
 """
 
 from __future__ import annotations
@@ -20,6 +22,10 @@ _Messages = Sequence[Mapping[str, Any]]
 
 _SHAPES = 1024  # that are remembered
 _PROBE = "Probe{}Text"  # for a text; templates leave it as it is
+_SOUGHT = re.compile(
+    r"""(['"])((?:(?!\1).)+)\1\s+(?:not\s+)?in\b"""
+    r"""|\.(?:startswith|endswith|r?split|r?partition|r?find|count)\(\s*(['"])((?:(?!\3).)+)\3"""
+)
 _GAP = re.compile(r"Probe(\d+)Text")
 
 
@@ -28,9 +34,15 @@ class _Render(Protocol):
 
 
 class Outlines:
-    """What one template writes for messages, by their roles and the kinds of their parts."""
+    """What one template writes for messages, by their roles and the kinds of their parts.
 
-    def __init__(self) -> None:
+    Args:
+        template: its source.
+    """
+
+    def __init__(self, template: str) -> None:
+        found = {one[2] or one[4] for one in _SOUGHT.finditer(template)}
+        self._sought = [one for one in found if not one.isidentifier()]  # those are keys
         self._known: dict[tuple[Any, ...], _Outline | None] = {}
 
     def beginnings(
@@ -47,7 +59,9 @@ class Outlines:
             render: has the template write messages; ``asks`` up to where the assistant begins.
             uses_tools: tools are offered, which are written as they are; likewise.
         """
+        given = [part["text"] for message in messages for part in _texts(message)]
         has_more = uses_tools or any(len(message) > 2 for message in messages)
+        has_more = has_more or any(one in text for text in given for one in self._sought)
         shapes = [(one["role"], *(part["type"] for part in one["content"])) for one in messages]
 
         def outline(many: int, asks: bool) -> _Outline | None:
@@ -61,7 +75,6 @@ class Outlines:
             return self._known[key]
 
         whole, known = render(messages, asks=False), outline(len(messages), False)
-        given = [part["text"] for message in messages for part in _texts(message)]
         fitting = given
         if known is not None and known.filled(given) != whole:
             fitting = [text.strip() for text in given]

@@ -29,13 +29,14 @@ class ChatText:
         processor: of Hugging Face, with a fast tokenizer.
         end_tokens: ids that end an answer as the model's generation configuration says.
         marks: texts of the tokens that stand for media; other text may not hold them.
+        outlines: of its template.
     """
 
     processor: Any
     end_tokens: Sequence[int]
     marks: Iterable[str]
+    outlines: Outlines
     _tails: dict[tuple[Any, ...], str] = field(default_factory=dict, init=False, repr=False)
-    _outlines: Outlines = field(default_factory=Outlines, init=False, repr=False)
 
     def asked(self, conversation: Conversation) -> str:
         """A conversation up to where the assistant begins to speak.
@@ -58,7 +59,7 @@ class ChatText:
         messages = self._messages(conversation)
         self._refuse_unwritten(conversation, messages)
         render = partial(self.rendered, conversation)
-        beginning = self._outlines.beginnings(messages, render, uses_tools=bool(conversation.tools))
+        beginning = self.outlines.beginnings(messages, render, uses_tools=bool(conversation.tools))
         text, raw, added = "", "", ""
         spans: list[Span] = []
         for number, message in enumerate(messages):

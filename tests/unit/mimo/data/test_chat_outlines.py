@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron.core.models.mimo.errors import InputError
+from megatron.mimo.data.chat import Chat
 from megatron.mimo.data.chat_outlines import Outlines
 from megatron.mimo.recipes.tiny import processors
 from tests.unit.mimo.data.chats import chat_of, talk, with_template
@@ -16,7 +17,9 @@ FAMILIES = [name.removesuffix("_processor") for name in processors.__all__]
 BOUND = "<turn>{{ m['role'] }}:{% for p in m['content'] %}"
 ASKED = "{% if add_generation_prompt %}<turn>assistant:{% endif %}"
 LOOP = f"{{% for m in messages %}}{BOUND}{{{{ TEXT }}}}{{% endfor %}}</turn>{{% endfor %}}{ASKED}"
+HINT = "{% if '/no_think' in messages[-1].content[0].text %}<think>{% endif %}"
 TEMPLATES = {
+    "looks for a mark": (LOOP.replace("TEXT", "p['text']") + HINT, 4),
     "plain": (LOOP.replace("TEXT", "p['text']"), 1),
     "trims": (LOOP.replace("TEXT", "p['text'] | trim"), 1),
     "changes": (LOOP.replace("TEXT", "p['text'] | upper"), 4),
@@ -40,7 +43,7 @@ def told(*texts: str, media: Sequence[str] = ()) -> list[dict[str, Any]]:
 class Counted:
     """Has a template write messages, and counts."""
 
-    def __init__(self, chat: Any) -> None:
+    def __init__(self, chat: Chat) -> None:
         self._chat, self.times = chat, 0
 
     def __call__(self, messages: Sequence[Mapping[str, Any]], /, *, asks: bool) -> str:
@@ -49,7 +52,11 @@ class Counted:
         return text
 
 
-def renderings(chat: Any, outlines: Outlines, messages: list[dict[str, Any]]) -> int:
+def fresh(chat: Chat) -> tuple[Chat, Outlines]:
+    return chat, Outlines(chat.processor.chat_template)
+
+
+def renderings(chat: Chat, outlines: Outlines, messages: list[dict[str, Any]]) -> int:
     """How often the template is asked for the beginnings of which answers are told; each is as
     the template writes it."""
     render, plain = Counted(chat), Counted(chat)
@@ -63,7 +70,7 @@ def renderings(chat: Any, outlines: Outlines, messages: list[dict[str, Any]]) ->
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_templates_of_families_are_asked_once(name: str) -> None:
-    chat, outlines = chat_of(name), Outlines()
+    chat, outlines = fresh(chat_of(name))
     media = [
         kind for kind in ("image", "video", "audio") if hasattr(chat.processor, f"{kind}_token")
     ]
@@ -79,21 +86,21 @@ def test_templates_of_families_are_asked_once(name: str) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_that_do_more_with_texts_are_asked_each_time(name: str) -> None:
     template, times = TEMPLATES[name]
-    chat, outlines = with_template(template), Outlines()
+    chat, outlines = fresh(with_template(template))
     renderings(chat, outlines, told("Be brief .", "Why not ?", "A cat .", "Where ?", "Here ."))
-    texts = ("Be good .", "Is it not ?", " It is a dog .\n", "And here ?", " It is not .")
+    texts = ("Be good .", "Is it not /no_think ?", " It is a dog .\n", "And here ?", " It is not .")
     assert renderings(chat, outlines, told(*texts)) == times
 
 
 def test_what_is_refused_is_refused() -> None:
-    chat, outlines = with_template("{{ raise_exception('no roles') }}"), Outlines()
+    chat, outlines = fresh(with_template("{{ raise_exception('no roles') }}"))
     with pytest.raises(InputError, match="the chat template refuses it: TemplateError: no roles"):
         outlines.beginnings(told("a", "b", "c"), Counted(chat), uses_tools=False)
 
 
 def test_tools_and_calls_are_rendered() -> None:
     template = LOOP.replace("TEXT", "p['text'] + (m.reasoning_content or '')")
-    chat, outlines = with_template(template), Outlines()
+    chat, outlines = fresh(with_template(template))
     messages = told("Be brief.", "What?", "A cat.", "Where?", "Here.")
     assert renderings(chat, outlines, messages) > 4
     assert renderings(chat, outlines, messages) == 1
