@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -119,6 +120,26 @@ def test_equals_megatron_core(ranks: RankPool, kind: str) -> None:
     assert max(errors.values()) < 2e-6, errors
 
 
+def nodes(kind: str) -> Counter[str]:
+    """Of the graph of a layer's gradients, by name."""
+    layer, given = build(kind, model_parallel()), arguments(kind)
+    out, _ = layer(**given | {"hidden_states": given["hidden_states"].requires_grad_()})
+    found, left = set(), [out.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left += [following for following, _ in node.next_functions]
+    return Counter(node.name() for node in found)
+
+
+def test_takes_no_views_that_change_nothing(ranks: RankPool) -> None:
+    (found,) = ranks(1)(nodes, "plain")
+    assert found["AddmmBackward0"] == 4
+    assert found["AliasBackward0"] == found["ReshapeAliasBackward0"] == 0
+    assert found["ViewBackward0"] <= 3  # to vectors, to heads and back
+
+
 def gives_way() -> dict[str, bool]:
     """What leaves a layer to megatron-core, and that what hangs on a module is then called."""
     from megatron.mimo.lora.adapter import adapt
@@ -128,11 +149,12 @@ def gives_way() -> dict[str, bool]:
     given, found = arguments("plain"), {}
     layer = build("plain", groups)
     found["plain"] = layer._lean_reading(given) is None
-    called: list[Any] = []
-    hook = layer.mlp.linear_fc1.register_forward_hook(lambda *_: called.append(1))
-    layer(**given)
-    found["hook"] = bool(called)
-    hook.remove()
+    for module in (layer.mlp.linear_fc1, layer.self_attention.core_attention):
+        called: list[Any] = []
+        hook = module.register_forward_hook(lambda *_, called=called: called.append(1))
+        layer(**given)
+        found[f"hook on {type(module).__name__}"] = bool(called)
+        hook.remove()
     found["hook removed"] = layer._lean_reading(given) is None
     found["cache"] = layer._lean_reading({**given, "inference_context": object()}) is None
     for name, changes in {

@@ -34,6 +34,7 @@ from megatron.mimo.layers.attention.visibility import Visibility
 __all__ = ["CoreAttention", "serves"]
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+_NO_FORK = contextlib.nullcontext()
 _SUPPORTED_MASKS = (*_CAUSAL, AttnMaskType.no_mask, AttnMaskType.padding, AttnMaskType.arbitrary)
 
 
@@ -96,7 +97,7 @@ class CoreAttention(MegatronModule):
             config.window_size, config.window_attn_skip_freq, self.layer_number
         )
         self.window = config.window_size if windowed else None
-        self._rules: dict[tuple[Any, ...], Rule] = {}  # those without tensors and groups
+        self._last: tuple[Any, Rule | None] = (None, None)  # what was asked without tensors
         self.cp_group: dist.ProcessGroup | None = None
         if config.context_parallel_size > 1:
             if attention_type != "self":
@@ -147,23 +148,42 @@ class CoreAttention(MegatronModule):
             InputError: shapes that do not fit each other, the group or the documents.
             UnsupportedError: arguments that cannot be combined.
         """
+        heads = self.attend(
+            query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
+        )
+        return heads.flatten(-2)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """As ``forward``, which calls it: [S, B, H, D of value], or [T, H, D of value]."""
         packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
         group = context_group(self.cp_group, packed_seq_params)
-        mask, spans_BS = _mask_or_spans(attention_mask, query, packed=packed)
+        mask, spans_BS = None, None
+        if attention_mask is not None:
+            mask, spans_BS = _mask_or_spans(attention_mask, query, packed=packed)
         if packed or group is not None:
             _refuse_dense(mask, attention_bias, packed=packed)
         rule = self._rule(attn_mask_type, mask, spans_BS, group)
         _check_shapes(query, key, value, packed=packed)
-        D_value = value.size(-1)
-        query, key, value = _same_head_size(query, key, value)
+        D, D_value = query.size(-1), value.size(-1)
+        if D_value != D:
+            query, key, value = _same_head_size(query, key, value)
         fork = rule.dropout > 0 and not self.config.sequence_parallel
-        with get_cuda_rng_tracker().fork() if fork else contextlib.nullcontext():
+        with get_cuda_rng_tracker().fork() if fork else _NO_FORK:
             if packed:
                 assert packed_seq_params is not None
                 out = packed_attention(query, key, value, rule, packed_seq_params)
             else:
                 out = dense_attention(query, key, value, rule, mask, attention_bias)
-        return out[..., :D_value].flatten(-2)
+        return out[..., :D_value] if D_value < D else out
 
     def _rule(
         self,
@@ -175,8 +195,9 @@ class CoreAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         usual = mask is None and spans_BS is None and group is None
         asked = (mask_type, dropout, self.softmax_scale, self.window)
-        if usual and asked in self._rules:
-            return self._rules[asked]
+        before, last = self._last
+        if usual and last is not None and asked == before:
+            return last
         rule = Rule(
             visibility=self._visibility(mask_type, mask, spans_BS),
             scale=self.softmax_scale,
@@ -185,7 +206,7 @@ class CoreAttention(MegatronModule):
             spans_BS=spans_BS,
         )
         if usual:
-            self._rules[asked] = rule
+            self._last = (asked, rule)
         return rule
 
     def _visibility(
@@ -238,11 +259,9 @@ def _check_settings(config: TransformerConfig, cp_comm_type: str | None) -> None
 
 
 def _mask_or_spans(
-    mask: Tensor | None, query: Tensor, *, packed: bool
+    mask: Tensor, query: Tensor, *, packed: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """What is in Megatron's one argument: a mask (bool) or span numbers (integer)."""
-    if mask is None:
-        return None, None
     if mask.is_floating_point() or mask.dim() < 2:
         raise InputError(
             f"attention_mask is {mask.dtype} of shape {list(mask.shape)}; expected a bool mask, "
@@ -271,16 +290,19 @@ def _refuse_dense(mask: Tensor | None, bias: Tensor | None, *, packed: bool) -> 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, *, packed: bool) -> None:
     dims, layout = (3, "[T, heads, D]") if packed else (4, "[S, B, heads, D]")
+    q, k, v = query.shape, key.shape, value.shape
+    if len(q) == dims and q == k == v:
+        return
     fits = (
-        query.dim() == key.dim() == value.dim() == dims
-        and key.shape[:-1] == value.shape[:-1]
-        and query.shape[-1] == key.shape[-1]
-        and query.shape[1:-2] == key.shape[1:-2]
-        and query.size(-2) % key.size(-2) == 0
+        len(q) == len(k) == len(v) == dims
+        and k[:-1] == v[:-1]
+        and q[-1] == k[-1]
+        and q[1:-2] == k[1:-2]
+        and q[-2] % k[-2] == 0
     )
     if not fits:
         raise InputError(
-            f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}; "
+            f"query {list(q)}, key {list(k)}, value {list(v)}; "
             f"expected {layout} with the query's heads a multiple of the others'"
         )
 
@@ -288,7 +310,5 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, *, packed: bool) ->
 def _same_head_size(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Zeros behind the smaller head, which change no score: fused kernels want one size."""
     D = max(query.size(-1), value.size(-1))
-    if query.size(-1) == value.size(-1):
-        return query, key, value
     query, key, value = (F.pad(tensor, (0, D - tensor.size(-1))) for tensor in (query, key, value))
     return query, key, value

@@ -14,12 +14,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.mimo.layers.attention.self_attention import CachingSelfAttention
 from megatron.mimo.layers.fused import rotate, turn_heads
-from megatron.mimo.layers.layer_scale import ScaledAdd
 from megatron.mimo.layers.lean.reading import Reading, read_layer
 
 __all__ = ["LeanLayer"]
@@ -29,6 +28,7 @@ _TAKEN = frozenset(
     {"hidden_states", "attention_mask", "rotary_pos_emb", "packed_seq_params", "padding_mask"}
 )
 _UNREAD = object()
+_shaped = torch.ops.aten._unsafe_view.default
 _ENGINE = "TEDotProductAttention"
 
 
@@ -47,6 +47,12 @@ class LeanLayer(TransformerLayer):
         super().__init__(*arguments, **named)
         self._reading: Any = _UNREAD
 
+    def __call__(self, *arguments: Any, **given: Any) -> Any:
+        """As megatron-core's, which asks four times for CUDA graphs that were never made."""
+        if self.config.cuda_graph_impl == "none":
+            return nn.Module.__call__(self, *arguments, **given)
+        return super().__call__(*arguments, **given)
+
     def forward(self, *arguments: Any, **given: Any) -> Any:
         """As megatron-core's: hidden states [S, B, E] and ``context``."""
         reading = None if arguments else self._lean_reading(given)
@@ -63,9 +69,9 @@ class LeanLayer(TransformerLayer):
         )
         first, second = reading.mlp
         added_TE = second(reading.act(first(reading.second_norm(hidden_TE))))
-        # Not a view of the sum: a pipeline stage frees its output once it is sent.
-        shape = hidden_SBE.shape
-        return _add(hidden_TE.view(shape), added_TE.view(shape), self.mlp_bda), None
+        # Not a view to autograd: a pipeline stage frees its output once it is sent.
+        out_TE = reading.adds[1](hidden_TE, added_TE)
+        return _shaped(out_TE, hidden_SBE.shape), None
 
     @property
     def is_lean(self) -> bool:
@@ -102,9 +108,9 @@ class LeanLayer(TransformerLayer):
         mixed = reading.qkv(reading.first_norm(hidden_TE)).view(*rows, G, -1)
         turns = None if rotary is None else attention.turns(rotary, packed, S)
         query, key, value = _heads(mixed, D, turns, reading.head_norms)
-        if turns is not None and type(attention.core_attention).__name__ == _ENGINE:
+        if turns is not None and type(reading.attend).__name__ == _ENGINE:
             value = value.contiguous()  # else it looks twice at strides, and copies all three
-        out = attention.core_attention(
+        out = reading.attend(
             query,
             key,
             value,
@@ -112,11 +118,12 @@ class LeanLayer(TransformerLayer):
             attn_mask_type=attention.attn_mask_type,
             packed_seq_params=packed,
         )
+        add = reading.adds[0]
         if packed is not None or out.is_contiguous():
-            return _add(hidden_TE, reading.proj(out.reshape(S * B, -1)), self.self_attn_bda)
+            return add(hidden_TE, reading.proj(out.reshape(S * B, -1)))
         # A fused attention may leave samples behind each other, [B, S, E] in memory.
         added_BSE = reading.proj(out.transpose(0, 1).reshape(S * B, -1)).view(B, S, -1)
-        return _add(hidden_SBE, added_BSE.transpose(0, 1), self.self_attn_bda).reshape(-1, E)
+        return add(hidden_SBE, added_BSE.transpose(0, 1)).reshape(-1, E)
 
 
 def _heads(
@@ -127,15 +134,10 @@ def _heads(
         return turn_heads(mixed, turns[0], D, scale=turns[1])
     *rows, _, W = mixed.shape
     query, key, value = torch.split_with_sizes(mixed, (W - 2 * D, D, D), dim=-1)
-    query = query.reshape(*rows, -1, D)
+    if W > 3 * D:
+        query = query.reshape(*rows, -1, D)
     if norms:
         query, key = norms[0](query), norms[1](key)
         if turns is not None:
             query, key = rotate(query, key, turns[0], scale=turns[1])
     return query, key, value
-
-
-def _add(residual: Tensor, added: Tensor, how: Any) -> Tensor:
-    if type(how) is ScaledAdd:
-        return torch.addcmul(residual, added, how.scale)
-    return residual + added

@@ -6,6 +6,7 @@ that changes what a layer does: each leaves the layer to megatron-core.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
+from megatron.mimo.layers.attention.core_attention import CoreAttention
 from megatron.mimo.layers.attention.self_attention import CachingSelfAttention
 from megatron.mimo.layers.fused import activate
 from megatron.mimo.layers.layer_scale import ScaledAdd
@@ -29,6 +31,7 @@ from megatron.mimo.layers.norm import Norm
 __all__ = ["Reading", "read_layer"]
 
 Function = Callable[[Tensor], Tensor]
+Addition = Callable[[Tensor, Tensor], Tensor]
 
 # Classes of Transformer Engine's and megatron-core's layers on it, by name: they may be absent.
 _ENGINE_LINEAR = {
@@ -78,9 +81,9 @@ class Linear:
 
     def __call__(self, hidden_TE: Tensor) -> Tensor:
         """The product, [T, F]."""
+        weight, bias = self.parameters["weight"], self.parameters.get("bias")
         # Transformer Engine may have an empty tensor where there is no bias.
-        bias = self.parameters.get("bias")
-        return F.linear(hidden_TE, self.weight, bias if bias is not None and bias.numel() else None)
+        return F.linear(hidden_TE, weight, bias if bias is not None and bias.numel() else None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,12 +94,14 @@ class Reading:
         first_norm: before attention, of a module that holds its weight as ``weight``, or of the
             linear layer behind it, as ``layer_norm_weight``.
         attention: the module.
+        attend: its ``core_attention``, or what that computes, without calling it.
         sizes: key heads, and the size of a head.
         head_norms: of queries and of keys, or none.
         qkv, proj: the linear layers of attention.
         second_norm: before the feed-forward.
         mlp: the linear layers of the feed-forward.
         act: between them.
+        adds: what adds to the residual the outputs of attention and of the feed-forward.
         watched: modules that have to stay what they are: name, where it is named, class.
         hooks: those of the modules, which have to stay empty.
         waits: those before the modules are called, which may wait for weights.
@@ -104,6 +109,7 @@ class Reading:
 
     first_norm: Function
     attention: Any
+    attend: Callable[..., Tensor]
     sizes: tuple[int, int]
     head_norms: tuple[Function, ...]
     qkv: Linear
@@ -111,6 +117,7 @@ class Reading:
     second_norm: Function
     mlp: tuple[Linear, Linear]
     act: Function
+    adds: tuple[Addition, Addition]
     watched: tuple[tuple[dict[str, Any], str, nn.Module, type], ...]
     hooks: tuple[dict[int, Any], ...]
     waits: tuple[tuple[nn.Module, dict[int, Any]], ...]
@@ -172,6 +179,7 @@ def read_layer(layer: Any) -> Reading | None:
     return Reading(
         first_norm=first_norm,
         attention=attention,
+        attend=_attend(attention.core_attention),
         sizes=(
             attention.num_query_groups_per_partition,
             attention.hidden_size_per_attention_head,
@@ -182,6 +190,7 @@ def read_layer(layer: Any) -> Reading | None:
         second_norm=second_norm,
         mlp=(first, second),
         act=act,
+        adds=(_add(layer.self_attn_bda), _add(layer.mlp_bda)),
         watched=watched,
         hooks=tuple(hooks for module in modules for hooks in _hooks(module)),
         waits=tuple((module, module._forward_pre_hooks) for module in modules),
@@ -195,6 +204,18 @@ def _is_plain(layer: Any) -> bool:
     return all(isinstance(one, IdentityOp) for one in absent) and all(
         one is get_bias_dropout_add or type(one) is ScaledAdd for one in adds
     )
+
+
+def _attend(core: Any) -> Callable[..., Tensor]:
+    return core.attend if type(core) is CoreAttention else cast(Callable[..., Tensor], core)
+
+
+def _add(how: Any) -> Addition:
+    return partial(_scaled, how._parameters) if type(how) is ScaledAdd else operator.add
+
+
+def _scaled(parameters: Mapping[str, Tensor], residual: Tensor, added: Tensor) -> Tensor:
+    return torch.addcmul(residual, added, parameters["scale"])
 
 
 def _is_linear(linear: Any) -> bool:
@@ -285,10 +306,10 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _watched(layer: Any) -> tuple[tuple[dict[str, Any], str, nn.Module, type], ...]:
-    """The modules below a layer that a lean pass does not call, or reads the weights of."""
+    """The modules of a layer: a lean pass calls few of them."""
     found = []
     for parent in (layer, layer.self_attention, layer.mlp):
         for name, module in parent._modules.items():
-            if module is not None and name != "core_attention":
+            if module is not None:
                 found.append((parent._modules, name, module, type(module)))
     return tuple(found)
