@@ -10,8 +10,8 @@ tensor-parallel rank, D head size.
 
 from __future__ import annotations
 
-import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +34,6 @@ from megatron.mimo.layers.attention.visibility import Visibility
 __all__ = ["CoreAttention", "serves"]
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
-_NO_FORK = contextlib.nullcontext()
 _SUPPORTED_MASKS = (*_CAUSAL, AttnMaskType.no_mask, AttnMaskType.padding, AttnMaskType.arbitrary)
 
 
@@ -176,13 +175,13 @@ class CoreAttention(MegatronModule):
         D, D_value = query.size(-1), value.size(-1)
         if D_value != D:
             query, key, value = _same_head_size(query, key, value)
-        fork = rule.dropout > 0 and not self.config.sequence_parallel
-        with get_cuda_rng_tracker().fork() if fork else _NO_FORK:
-            if packed:
-                assert packed_seq_params is not None
-                out = packed_attention(query, key, value, rule, packed_seq_params)
-            else:
-                out = dense_attention(query, key, value, rule, mask, attention_bias)
+        attention: Callable[..., Tensor] = packed_attention if packed else dense_attention
+        others = (packed_seq_params,) if packed else (mask, attention_bias)
+        if rule.dropout > 0 and not self.config.sequence_parallel:
+            with get_cuda_rng_tracker().fork():
+                out = attention(query, key, value, rule, *others)
+        else:
+            out = attention(query, key, value, rule, *others)
         return out[..., :D_value] if D_value < D else out
 
     def _rule(

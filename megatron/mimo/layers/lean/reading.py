@@ -129,7 +129,10 @@ class Reading:
                 return False
         if any(self.hooks):
             return False
-        return all(_gathers(hook) for _, hooks in self.waits if hooks for hook in hooks.values())
+        for _, hooks in self.waits:
+            if hooks and not all(map(_gathers, hooks.values())):
+                return False
+        return True
 
     def await_weights(self) -> None:
         """Wait for the weights that data-parallel ranks gather, as calls of the modules would."""
