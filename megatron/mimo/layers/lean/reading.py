@@ -217,7 +217,7 @@ def _add(how: Any) -> Addition:
     return partial(_scaled, how._parameters) if type(how) is ScaledAdd else operator.add
 
 
-def _scaled(parameters: Mapping[str, Tensor], residual: Tensor, added: Tensor) -> Tensor:
+def _scaled(parameters: Mapping[str, Any], residual: Tensor, added: Tensor) -> Tensor:
     return torch.addcmul(residual, added, parameters["scale"])
 
 
