@@ -57,8 +57,10 @@ def test_a_trace_and_what_it_says(ranks: RankPool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "components",
-    [("images=tp=2", "language=dp=2"), ("images=dp=1", "language=rank_offset=1")],
-    ids=["colocated", "disjoint"],
+    [
+        pytest.param(("images=tp=2", "language=dp=2"), id="colocated", marks=pytest.mark.wide),
+        pytest.param(("images=dp=1", "language=rank_offset=1"), id="disjoint"),
+    ],
 )
 def test_grids_have_the_same_ranges(
     ranks: RankPool, tmp_path: Path, components: tuple[str, ...]
