@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 KERNELS = "megatron.core.models.mimo.alignment.row_kernels"
@@ -22,6 +23,7 @@ def interpreted_kernels() -> Iterator[Any]:
     before, loaded = os.environ.get("TRITON_INTERPRET"), sys.modules.pop(KERNELS, None)
     row_index._kernels.cache_clear()
     os.environ["TRITON_INTERPRET"] = "1"
+    take_numbers_for_bounds()
     try:
         kernels = row_index._kernels()
         assert kernels is not None
@@ -35,3 +37,20 @@ def interpreted_kernels() -> Iterator[Any]:
         if loaded is not None:
             sys.modules[KERNELS] = loaded
         row_index._kernels.cache_clear()
+
+
+@cache
+def take_numbers_for_bounds() -> None:
+    """Let the interpreter count a loop whose bound is no constant, whatever Triton's version.
+
+    Triton 3.6, of torch 2.11, takes `int` of an array of one element, which numpy 2.5 refuses.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched

@@ -18,6 +18,8 @@ KERNELS = "megatron/mimo/layers/fused/kernels.py"
 # Runs the kernels in Triton's interpreter, which has to be chosen before Triton is imported.
 INTERPRETED = """
 import importlib.util, sys, torch
+from tests.unit.core.mimo.interpreted import take_numbers_for_bounds
+take_numbers_for_bounds()
 spec = importlib.util.spec_from_file_location("kernels", sys.argv[1])
 kernels = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kernels)
