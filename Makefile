@@ -17,7 +17,7 @@ help:
 	@echo 'make test    run the test suite on up to four cores (ARGS="...")'
 	@echo 'make test-all   with the wide tables, of which make test runs each kind of row'
 	@echo 'make test-fast  its quick part, for the loop of a developer'
-	@echo 'make matrix  hold 300 parallel layouts against one process (ARGS="tp2 cp2", "--list", "--help")'
+	@echo 'make matrix  hold 423 parallel layouts against one process (ARGS="tp2 cp2", "--list", "--help")'
 	@echo 'make cards   prove model families and write docs/models (ARGS="llava", ARGS="llava --number 2", "--help")'
 	@echo 'make chaos   try to break the promises of docs/reliability.md for ten minutes (ARGS="--minutes 60 --seed 1")'
 	@echo 'make check   format, lint, types and structure: what CI checks besides the tests'

@@ -67,7 +67,9 @@ def run(name: str, asked: argparse.Namespace) -> int:
             (asked.folder / f"{name}.md").write_text(text)
     finally:
         pool.close()
-    print(f"{name}: {len(kept.verdicts) - wrong} passed, {wrong} failed", flush=True)
+    refused = sum(bool(one.refused) for one in kept.verdicts)
+    passed = len(kept.verdicts) - wrong - refused
+    print(f"{name}: {passed} passed, {wrong} failed, {refused} refused by name", flush=True)
     return wrong
 
 

@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument(
         "filter", nargs="*", help="parts of cell names, all of which have to occur: tp2 cp2 packed"
     )
-    parser.add_argument("--pairs", action="store_true", help="the set that make test runs")
+    parser.add_argument("--pairs", action="store_true", help="the set that make test-all runs")
     parser.add_argument(
         "--grids", action="store_true", help="the set whose modules have grids of their own"
     )
