@@ -64,7 +64,9 @@ def with_plain_marks(record: RawRecord, turns: Sequence[Any]) -> tuple[RawRecord
 
     written = [
         {
-            key: _MARK.sub(plain, text) if key in ("value", "content") else text
+            key: _MARK.sub(plain, text)
+            if key in ("value", "content") and isinstance(text, str)
+            else text
             for key, text in turn.items()
         }
         if isinstance(turn, Mapping)

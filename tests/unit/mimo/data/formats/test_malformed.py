@@ -168,6 +168,10 @@ MALFORMED: dict[str, tuple[Any, str]] = {
         {"image": {"<image_00>": "a"}, "conversations": NUMBERED},
         r"<image_01> without a file; 'image' has \[\"<image_00>\"\]",
     ),
+    "marks in no text": (
+        {"image": {"<image_00>": "a"}, "conversations": [{"from": "human", "value": 5}]},
+        r"message 0: expected an object with from .* got \{\"from\": \"human\", \"value\": 5\}",
+    ),
     "image without a mark": (
         {"image": {"<image_01>": "a", "<image_02>": "b"}, "conversations": NUMBERED},
         r"no turn has a place for \{'image': \['.*b'\]\}",
