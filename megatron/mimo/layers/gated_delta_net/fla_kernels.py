@@ -30,17 +30,43 @@ _PARTS = {
 
 @functools.cache
 def is_usable() -> bool:
-    """Whether the installed package has what is called here; warns where it does not load."""
+    """Whether the installed package has what is called here, and does not refuse this machine.
+
+    Warns where it does not load, or refuses.
+    """
     try:
-        return all(hasattr(importlib.import_module(part), name) for part, name in _PARTS.items())
+        if not all(hasattr(importlib.import_module(part), name) for part, name in _PARTS.items()):
+            return False
+        reason = _refusal()
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if reason is not None:
         warnings.warn(
             f"flash-linear-attention is installed and cannot be used ({reason}): gated delta nets "
             "run on PyTorch's kernels",
             stacklevel=2,
         )
-        return False
+    return reason is None
+
+
+def _refusal() -> str | None:
+    """Why the package refuses a step of its backward pass here, which it says first of all.
+
+    In a backward pass it would say so behind minutes in which the steps before are compiled.
+    """
+    try:
+        step = importlib.import_module("fla.ops.common.chunk_o").chunk_bwd_dqkwg
+    except (ImportError, AttributeError):
+        return None
+    nothing = torch.empty(0)
+    try:
+        step(*[nothing] * 6, g=nothing)
+    except RuntimeError as error:
+        message = str(error).strip().splitlines()
+        return message[0] if message and "Triton" in message[0] else None
+    except Exception:  # noqa: BLE001 - it went on, and found nothing to work on
+        return None
+    return None
 
 
 class FlaKernels:

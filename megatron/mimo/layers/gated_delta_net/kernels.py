@@ -6,11 +6,13 @@ Legend: as ``delta_rule`` and ``token_functions``.
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.mimo.backend import capabilities
@@ -21,6 +23,8 @@ from megatron.mimo.layers.gated_delta_net.fla_kernels import FlaKernels, is_usab
 from megatron.mimo.layers.gated_delta_net.kernel_trial import why_not_equal
 from megatron.mimo.layers.gated_delta_net.sizes import Sizes
 from megatron.mimo.layers.gated_delta_net.token_functions import causal_convolution, gated_norm
+
+_LOG = logging.getLogger(__name__)
 
 __all__ = ["DeltaRule", "Kernels", "PyTorchKernels", "fast_kernels"]
 
@@ -153,6 +157,11 @@ def fast_kernels(
 
 @functools.cache
 def _trial(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> bool:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _LOG.warning(
+            "flash-linear-attention's kernels are tried; a machine that has not run them compiles "
+            "them first, for some minutes"
+        )
     reason = why_not_equal(FlaKernels(), PyTorchKernels(), sizes=sizes, dtype=dtype, device=device)
     if reason is not None:
         warnings.warn(

@@ -29,7 +29,6 @@ _TAKEN = frozenset(
 )
 _UNREAD = object()
 _shaped = torch.ops.aten._unsafe_view.default
-_ENGINE = "TEDotProductAttention"
 
 
 class LeanLayer(TransformerLayer):
@@ -108,8 +107,6 @@ class LeanLayer(TransformerLayer):
         mixed = reading.qkv(reading.first_norm(hidden_TE)).view(*rows, G, -1)
         turns = None if rotary is None else attention.turns(rotary, packed, S)
         query, key, value = _heads(mixed, D, turns, reading.head_norms)
-        if turns is not None and type(reading.attend).__name__ == _ENGINE:
-            value = value.contiguous()  # else it looks twice at strides, and copies all three
         out = reading.attend(
             query,
             key,

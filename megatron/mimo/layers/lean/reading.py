@@ -23,6 +23,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.mimo.layers.attention.core_attention import CoreAttention
+from megatron.mimo.layers.attention.engine import EngineAttention, is_engine
 from megatron.mimo.layers.attention.self_attention import CachingSelfAttention
 from megatron.mimo.layers.fused import activate
 from megatron.mimo.layers.layer_scale import ScaledAdd
@@ -210,6 +211,8 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _attend(core: Any) -> Callable[..., Tensor]:
+    if is_engine(core):
+        return EngineAttention(core)
     return core.attend if type(core) is CoreAttention else cast(Callable[..., Tensor], core)
 
 

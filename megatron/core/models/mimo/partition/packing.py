@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -34,10 +34,15 @@ class PackedRow(PackedSeqParams):
         bounds_q: int32, boundaries of queries in which padding makes documents of its own, none of
             them longer than ``max_seqlen_q``; None where they are not known on the host.
         bounds_kv: of keys.
+        kernel_calls: what the first layer learned about the kernels that serve this row, for the
+            others; its keys and values are the attention's.
     """
 
     bounds_q: torch.Tensor | None = None
     bounds_kv: torch.Tensor | None = None
+    kernel_calls: dict[Any, Any] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
 
 
 def packed_params(

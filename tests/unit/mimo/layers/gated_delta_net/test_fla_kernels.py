@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,21 +60,25 @@ def run(kernels: Any, lengths: list[int] | None, device: str) -> dict[str, Tenso
     return {"output": out.detach(), **{name: one.grad for name, one in leaves.items()}}
 
 
+def skip_without_kernels() -> None:
+    from megatron.mimo.layers.gated_delta_net.fla_kernels import _refusal, is_usable
+
+    pytest.importorskip("fla", reason="flash-linear-attention is not installed")
+    refusal = _refusal()
+    if refusal is not None:
+        pytest.skip(f"the package refuses this machine: {refusal}")
+    assert is_usable()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [None, [64, 1, 0, 100, 30]], ids=["row", "packed"])
 def test_equals_pytorch(lengths: list[int] | None) -> None:
-    from megatron.mimo.layers.gated_delta_net.fla_kernels import FlaKernels, is_usable
+    from megatron.mimo.layers.gated_delta_net.fla_kernels import FlaKernels
     from megatron.mimo.layers.gated_delta_net.kernels import PyTorchKernels
 
-    pytest.importorskip("fla", reason="flash-linear-attention is not installed")
-    assert is_usable()
+    skip_without_kernels()
     expected = run(PyTorchKernels(), lengths, "cuda")
-    try:
-        found = run(FlaKernels(), lengths, "cuda")
-    except RuntimeError as error:
-        if "install tilelang" in str(error):
-            pytest.skip(f"the package refuses this machine's Triton: {error}")
-        raise
+    found = run(FlaKernels(), lengths, "cuda")
     for name, got in found.items():
         error = (got.float() - expected[name].float()).norm() / expected[name].float().norm()
         assert error < 2e-2, f"{name}: relative error {error:.1e}"
@@ -85,7 +91,7 @@ def test_passes_its_trial() -> None:
     from megatron.mimo.layers.gated_delta_net.kernel_trial import why_not_equal
     from megatron.mimo.layers.gated_delta_net.kernels import PyTorchKernels
 
-    pytest.importorskip("fla", reason="flash-linear-attention is not installed")
+    skip_without_kernels()
     reason = why_not_equal(
         FlaKernels(),
         PyTorchKernels(),
@@ -93,8 +99,6 @@ def test_passes_its_trial() -> None:
         dtype=torch.bfloat16,
         device=torch.device("cuda"),
     )
-    if reason is not None and "install tilelang" in reason:
-        pytest.skip(reason)
     assert reason is None
 
 
@@ -129,6 +133,35 @@ def test_who_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen = kernels.fast_kernels(torch.bfloat16, CPU, sizes=SIZES, deterministic=False)
     assert type(chosen).__name__ == "PyTorchKernels"
     kernels._trial.cache_clear()
+
+
+def test_a_refusal_is_known_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.mimo.layers.gated_delta_net import fla_kernels
+
+    def refusing(*_: Tensor, g: Tensor) -> None:
+        raise RuntimeError(f"Triton 3.6 is wrong here, {g.numel()}\nmore")
+
+    def going_on(q: Tensor, *_: Tensor, g: Tensor) -> int:
+        return q.shape[3] + g.numel()
+
+    def wrong(*_: Tensor, g: Tensor) -> None:
+        raise RuntimeError(f"CUDA: {g.numel()}")
+
+    for name, part in fla_kernels._PARTS.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**{part: None}))
+    parents = ("fla", "fla.modules", "fla.modules.norm", "fla.ops", "fla.ops.common")
+    for name in parents:
+        monkeypatch.setitem(sys.modules, name, sys.modules.get(name, ModuleType(name)))
+    for step, expected in ((going_on, None), (wrong, None), (refusing, "Triton 3.6 is wrong here")):
+        part = SimpleNamespace(chunk_bwd_dqkwg=step)
+        monkeypatch.setitem(sys.modules, "fla.ops.common.chunk_o", part)
+        fla_kernels.is_usable.cache_clear()
+        if expected is None:
+            assert fla_kernels.is_usable()
+        else:
+            with pytest.warns(UserWarning, match=expected):
+                assert not fla_kernels.is_usable()
+    fla_kernels.is_usable.cache_clear()
 
 
 def test_the_trial_tells_right_from_wrong() -> None:
