@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-__all__ = ["Norm"]
+__all__ = ["Norm", "normed", "widened"]
 
 
 class Norm(nn.Module):
@@ -80,21 +80,45 @@ class Norm(nn.Module):
         Returns:
             The same shape, in the weight's dtype. Sums are taken in fp32.
         """
-        dtype = torch.promote_types(hidden.dtype, self.weight.dtype)
-        if self.zero_centered:
-            # In bf16, 1 + weight would lose the weight's low bits.
-            dtype = torch.promote_types(dtype, torch.float32)
-            weight = self.weight.to(dtype) + 1
-        else:
-            weight = self.weight.to(dtype)
-        if self.bias is None:
-            normed = F.rms_norm(hidden.to(dtype), self.shape, weight, self.eps)
-        else:
-            normed = F.layer_norm(
-                hidden.to(dtype), self.shape, weight, self.bias.to(dtype), self.eps
-            )
-        return normed.to(self.weight.dtype)
+        result = normed(
+            hidden,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            rms=self.normalization == "RMSNorm",
+            zero_centered=self.zero_centered,
+        )
+        return result.to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"{self.normalization}, {self.shape[0]}, eps={self.eps}"
+
+
+def normed(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    rms: bool,
+    zero_centered: bool,
+) -> Tensor:
+    """The norm over the last dimension, in the dtype of :func:`widened`; see :class:`Norm`."""
+    hidden, weight, bias = widened(hidden, weight, bias, zero_centered=zero_centered)
+    if rms:
+        return F.rms_norm(hidden, weight.shape, weight, eps)
+    return torch.layer_norm(hidden, weight.shape, weight, bias, eps)
+
+
+def widened(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, zero_centered: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a norm is computed of, in one dtype that holds them; 1 + a zero-centred weight."""
+    if hidden.dtype == weight.dtype and not zero_centered:
+        return hidden, weight, bias
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if zero_centered:  # in bf16, 1 + weight would lose the weight's low bits
+        dtype = torch.promote_types(dtype, torch.float32)
+    weight = weight.to(dtype) + 1 if zero_centered else weight.to(dtype)
+    return hidden.to(dtype), weight, None if bias is None else bias.to(dtype)

@@ -97,18 +97,27 @@ def compare(kind: str) -> dict[str, float]:
     """Relative distances from megatron-core's pass, whose rotation goes document by document."""
     from megatron.core.transformer.transformer_layer import TransformerLayer
     from megatron.mimo.layers.fused import activate
+    from megatron.mimo.layers.lean import norms
+    from megatron.mimo.layers.lean.reading import read_layer
 
     layer, given = build(kind, model_parallel()), arguments(kind)
     assert layer._lean_reading(given) is not None
     assert getattr(layer._reading.act, "func", None) in (F.gelu, activate)  # in one launch
     lean = run(layer, given, layer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norms, "_on_a_gpu", lambda _: True)  # norms with the addition before them
+        layer._reading = read_layer(layer)
+        in_one = run(layer, given, layer)
     if kind in _TURNED:
         layer.self_attention.turns_itself = False
     assert layer._lean_reading(given) is None or kind not in _TURNED
     theirs = run(layer, given, lambda **named: TransformerLayer.forward(layer, **named))
-    assert lean.keys() == theirs.keys()
+    assert lean.keys() == in_one.keys() == theirs.keys()
     return {
-        name: ((lean[name] - value).norm() / value.norm().clamp(min=1e-6)).item()
+        name: max(
+            ((one[name] - value).norm() / value.norm().clamp(min=1e-6)).item()
+            for one in (lean, in_one)
+        )
         for name, value in theirs.items()
     }
 
@@ -137,7 +146,7 @@ def test_takes_no_views_that_change_nothing(ranks: RankPool) -> None:
     (found,) = ranks(1)(nodes, "plain")
     assert found["AddmmBackward0"] == 4
     assert found["AliasBackward0"] == found["ReshapeAliasBackward0"] == 0
-    assert found["ViewBackward0"] <= 3  # to vectors, to heads and back
+    assert found["ViewBackward0"] <= 4  # to vectors, to heads and back, to samples
 
 
 def gives_way() -> dict[str, bool]:

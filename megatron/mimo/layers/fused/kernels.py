@@ -5,7 +5,7 @@ Numbers are computed in fp32 and rounded once. Sizes that change from micro-batc
 not specialised: a kernel is compiled once for a model.
 
 Legend: T tokens, H query heads, G key heads, D head size, R half of what turns of a head, W what is
-projected for a key head, F features.
+projected for a key head, F features, E hidden, K parameters of a norm.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ __all__ = [
     "launch_activation_backward",
     "launch_heads",
     "launch_heads_back",
+    "launch_norm_backward",
     "launch_rotation",
 ]
 
 _BLOCK = 1024  # features of a program
 _HEADS = 8  # heads that a program turns at a time
+_AT_A_TIME = 1 << 20  # features of the rows that programs of a norm have at a time: a GPU's full
 
 
 @triton.jit
@@ -265,3 +267,74 @@ def launch_activation_backward(grad_TF: Tensor, inner_TF: Tensor, kind: int, gat
         grid = (T, triton.cdiv(F, _BLOCK))
         _activation_backward[grid](grad_TF.contiguous(), inner_TF, out, F, kind, gated, _BLOCK)
     return out
+
+
+@triton.jit(do_not_specialize=["T"])
+def _norm_backward(
+    of_normed, of_total, total, weight, mean, rstd, out, sums, T, base,
+    E: tl.constexpr, RMS: tl.constexpr, ADDS: tl.constexpr, WANTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows of one program, and their sums for the weight's gradient and the bias's."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    feature = tl.arange(0, BLOCK)
+    here = feature < E
+    scale = tl.load(weight + feature, mask=here, other=0.0).to(tl.float32) + base
+    of_weight = tl.zeros([BLOCK], dtype=tl.float32)
+    of_bias = tl.zeros([BLOCK], dtype=tl.float32)
+    start = program.to(tl.int64) * E
+    step = programs.to(tl.int64) * E
+    for row in range(program, T, programs):
+        even = tl.load(total + start + feature, mask=here, other=0.0).to(tl.float32)
+        grad = tl.load(of_normed + start + feature, mask=here, other=0.0).to(tl.float32)
+        factor = tl.load(rstd + row)
+        if not RMS:
+            even -= tl.load(mean + row)
+        even *= factor  # beyond the row it may be anything: there the gradient is zero
+        if WANTED > 0:
+            of_weight += grad * even
+        if WANTED > 1:
+            of_bias += grad
+        grad *= scale
+        found = grad - even * (tl.sum(grad * even, axis=0) / E)
+        if not RMS:
+            found -= tl.sum(grad, axis=0) / E
+        found *= factor
+        if ADDS:
+            found += tl.load(of_total + start + feature, mask=here, other=0.0).to(tl.float32)
+        tl.store(out + start + feature, found, mask=here)
+        start += step
+    at = sums + program * WANTED * E + feature
+    if WANTED > 0:
+        tl.store(at, of_weight, mask=here)
+    if WANTED > 1:
+        tl.store(at + E, of_bias, mask=here)
+
+
+def launch_norm_backward(
+    of_normed_TE: Tensor,
+    of_total_TE: Tensor | None,
+    total_TE: Tensor,
+    weight: Tensor,
+    mean_T1: Tensor | None,
+    rstd_T1: Tensor,
+    zero_centered: bool,
+    wanted: int,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of what is normed, and [K, E] of the norm's ``wanted`` parameters."""
+    T, E = total_TE.shape
+    block = triton.next_power_of_2(E)
+    programs = min(T, max(_AT_A_TIME // block, 1), 1024)
+    of_normed_TE = of_normed_TE.contiguous()
+    out_TE = torch.empty((T, E), dtype=total_TE.dtype, device=total_TE.device)
+    sums = torch.empty((programs, wanted, E), dtype=torch.float32, device=total_TE.device)
+    if T:
+        _norm_backward[(programs,)](
+            of_normed_TE, of_normed_TE if of_total_TE is None else of_total_TE.contiguous(),
+            total_TE.contiguous(), weight, rstd_T1 if mean_T1 is None else mean_T1, rstd_T1,
+            out_TE, sums, T, float(zero_centered),
+            E, mean_T1 is None, of_total_TE is not None, wanted, block,
+            num_warps=min(max(block // 256, 1), 16),
+        )  # fmt: skip
+    return out_TE, sums.sum(0).to(weight.dtype)

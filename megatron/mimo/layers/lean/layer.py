@@ -59,17 +59,19 @@ class LeanLayer(TransformerLayer):
             return super().forward(*arguments, **given)
         reading.await_weights()
         hidden_SBE = given["hidden_states"]
-        hidden_TE = self._attend(
+        hidden_TE, normed_TE = reading.first_norm(hidden_SBE, None)
+        attended = self._attend(
             reading,
-            hidden_SBE,
+            normed_TE,
+            hidden_SBE.shape,
             given.get("attention_mask"),
             given.get("rotary_pos_emb"),
             given.get("packed_seq_params"),
         )
+        hidden_TE, normed_TE = reading.second_norm(hidden_TE, attended)
         first, second = reading.mlp
-        added_TE = second(reading.act(first(reading.second_norm(hidden_TE))))
         # Not a view to autograd: a pipeline stage frees its output once it is sent.
-        out_TE = reading.adds[1](hidden_TE, added_TE)
+        out_TE = reading.add(hidden_TE, second(reading.act(first(normed_TE))))
         return _shaped(out_TE, hidden_SBE.shape), None
 
     @property
@@ -98,13 +100,19 @@ class LeanLayer(TransformerLayer):
         return reading if same else None
 
     def _attend(
-        self, reading: Reading, hidden_SBE: Tensor, mask: Any, rotary: Tensor | None, packed: Any
+        self,
+        reading: Reading,
+        normed_TE: Tensor,
+        shape: torch.Size,
+        mask: Any,
+        rotary: Tensor | None,
+        packed: Any,
     ) -> Tensor:
+        """What is added to the residual: [T, E], or [S, B, E] where that is no copy."""
         attention, (G, D) = reading.attention, reading.sizes
-        S, B, E = hidden_SBE.shape
-        hidden_TE = hidden_SBE.reshape(-1, E)
+        S, B, _ = shape
         rows = (S * B,) if packed is not None and packed.qkv_format == "thd" else (S, B)
-        mixed = reading.qkv(reading.first_norm(hidden_TE)).view(*rows, G, -1)
+        mixed = reading.qkv(normed_TE).view(*rows, G, -1)
         turns = None if rotary is None else attention.turns(rotary, packed, S)
         query, key, value = _heads(mixed, D, turns, reading.head_norms)
         out = reading.attend(
@@ -115,12 +123,10 @@ class LeanLayer(TransformerLayer):
             attn_mask_type=attention.attn_mask_type,
             packed_seq_params=packed,
         )
-        add = reading.adds[0]
         if packed is not None or out.is_contiguous():
-            return add(hidden_TE, reading.proj(out.reshape(S * B, -1)))
+            return reading.proj(out.reshape(S * B, -1))
         # A fused attention may leave samples behind each other, [B, S, E] in memory.
-        added_BSE = reading.proj(out.transpose(0, 1).reshape(S * B, -1)).view(B, S, -1)
-        return add(hidden_SBE, added_BSE.transpose(0, 1)).reshape(-1, E)
+        return reading.proj(out.transpose(0, 1).reshape(S * B, -1)).view(B, S, -1).transpose(0, 1)
 
 
 def _heads(

@@ -6,13 +6,11 @@ that changes what a layer does: each leaves the layer to megatron-core.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,12 +25,18 @@ from megatron.mimo.layers.attention.engine import EngineAttention, is_engine
 from megatron.mimo.layers.attention.self_attention import CachingSelfAttention
 from megatron.mimo.layers.fused import activate
 from megatron.mimo.layers.layer_scale import ScaledAdd
-from megatron.mimo.layers.norm import Norm
+from megatron.mimo.layers.lean.norms import (
+    Addition,
+    AddNorm,
+    Function,
+    addition,
+    called,
+    is_norm,
+    known_norm,
+    with_norm,
+)
 
 __all__ = ["Reading", "read_layer"]
-
-Function = Callable[[Tensor], Tensor]
-Addition = Callable[[Tensor, Tensor], Tensor]
 
 # Classes of Transformer Engine's and megatron-core's layers on it, by name: they may be absent.
 _ENGINE_LINEAR = {
@@ -40,7 +44,6 @@ _ENGINE_LINEAR = {
     "TEColumnParallelLinear",
     "TERowParallelLinear",
 }
-_ENGINE_NORM = {"RMSNorm", "LayerNorm"}
 _OFF = (  # settings of a configuration that change what is computed, or when
     "fp8",
     "fp4",
@@ -92,33 +95,32 @@ class Reading:
     """A layer as its modules and functions.
 
     Attributes:
-        first_norm: before attention, of a module that holds its weight as ``weight``, or of the
-            linear layer behind it, as ``layer_norm_weight``.
+        first_norm: before attention: of the residual and nothing to add, both as vectors.
         attention: the module.
         attend: its ``core_attention``, or what that computes, without calling it.
         sizes: key heads, and the size of a head.
         head_norms: of queries and of keys, or none.
         qkv, proj: the linear layers of attention.
-        second_norm: before the feed-forward.
+        second_norm: adds to the residual the output of attention, and the norm of that.
         mlp: the linear layers of the feed-forward.
         act: between them.
-        adds: what adds to the residual the outputs of attention and of the feed-forward.
+        add: adds to the residual the output of the feed-forward.
         watched: modules that have to stay what they are: name, where it is named, class.
         hooks: those of the modules, which have to stay empty.
         waits: those before the modules are called, which may wait for weights.
     """
 
-    first_norm: Function
+    first_norm: AddNorm
     attention: Any
     attend: Callable[..., Tensor]
     sizes: tuple[int, int]
     head_norms: tuple[Function, ...]
     qkv: Linear
     proj: Linear
-    second_norm: Function
+    second_norm: AddNorm
     mlp: tuple[Linear, Linear]
     act: Function
-    adds: tuple[Addition, Addition]
+    add: Addition
     watched: tuple[tuple[dict[str, Any], str, nn.Module, type], ...]
     hooks: tuple[dict[int, Any], ...]
     waits: tuple[tuple[nn.Module, dict[int, Any]], ...]
@@ -168,33 +170,34 @@ def read_layer(layer: Any) -> Reading | None:
     linears = (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
     if not all(_is_linear(linear) for linear in linears):
         return None
-    norms = (_norm(layer.input_layernorm, linears[0]), _norm(layer.pre_mlp_layernorm, linears[2]))
+    first_norm = known_norm(layer.input_layernorm, linears[0])
+    second_norm = known_norm(layer.pre_mlp_layernorm, linears[2])
     heads = (attention.q_layernorm, attention.k_layernorm)
     act = _act(config)
     has_norms = any(one is not None for one in heads)
-    if None in norms or act is None or (has_norms and not all(map(_is_norm, heads))):
+    if first_norm is None or second_norm is None or act is None:
         return None
-    first_norm, second_norm = norms
-    assert first_norm is not None
-    assert second_norm is not None
+    if has_norms and not all(map(is_norm, heads)):
+        return None
+    adds = addition(layer.self_attn_bda), addition(layer.mlp_bda)
     qkv, proj, first, second = (Linear(linear._parameters) for linear in linears)
     watched = _watched(layer)
     modules = [module for _, _, module, _ in watched]
     return Reading(
-        first_norm=first_norm,
+        first_norm=with_norm(adds[0], first_norm),
         attention=attention,
         attend=_attend(attention.core_attention),
         sizes=(
             attention.num_query_groups_per_partition,
             attention.hidden_size_per_attention_head,
         ),
-        head_norms=tuple(map(_called, heads)) if has_norms else (),
+        head_norms=tuple(map(called, heads)) if has_norms else (),
         qkv=qkv,
         proj=proj,
-        second_norm=second_norm,
+        second_norm=with_norm(adds[0], second_norm),
         mlp=(first, second),
         act=act,
-        adds=(_add(layer.self_attn_bda), _add(layer.mlp_bda)),
+        add=adds[1],
         watched=watched,
         hooks=tuple(hooks for module in modules for hooks in _hooks(module)),
         waits=tuple((module, module._forward_pre_hooks) for module in modules),
@@ -216,14 +219,6 @@ def _attend(core: Any) -> Callable[..., Tensor]:
     return core.attend if type(core) is CoreAttention else cast(Callable[..., Tensor], core)
 
 
-def _add(how: Any) -> Addition:
-    return partial(_scaled, how._parameters) if type(how) is ScaledAdd else operator.add
-
-
-def _scaled(parameters: Mapping[str, Any], residual: Tensor, added: Tensor) -> Tensor:
-    return torch.addcmul(residual, added, parameters["scale"])
-
-
 def _is_linear(linear: Any) -> bool:
     known = type(linear) in (ColumnParallelLinear, RowParallelLinear)
     if not known and type(linear).__name__ not in _ENGINE_LINEAR:
@@ -231,53 +226,6 @@ def _is_linear(linear: Any) -> bool:
     return (
         getattr(linear, "gtp_remat_size", 1) == 1 and linear._parameters.get("weight") is not None
     )
-
-
-def _is_norm(norm: Any) -> bool:
-    kind = type(norm)
-    is_engine = kind.__name__ in _ENGINE_NORM and kind.__module__.startswith("transformer_engine")
-    return kind is Norm or is_engine
-
-
-def _norm(norm: Any, linear: Any) -> Function | None:
-    """The norm before a product: a module's, or that of the linear layer that has it in itself."""
-    fused = getattr(linear, "layer_norm_weight", None) is not None
-    if fused == (not isinstance(norm, IdentityOp)):
-        return None
-    if fused:
-        return partial(_fused_norm, linear)
-    return _called(norm) if _is_norm(norm) else None
-
-
-def _called(norm: Any) -> Function:
-    """What a module computes, without calling it where that is one function."""
-    if type(norm) is not Norm or norm.zero_centered:
-        return cast(Function, norm)
-    return partial(_plain_norm, norm, norm._parameters)
-
-
-def _plain_norm(norm: Norm, parameters: Mapping[str, Tensor | None], hidden: Tensor) -> Tensor:
-    weight, bias = parameters["weight"], parameters.get("bias")
-    assert weight is not None
-    if hidden.dtype != weight.dtype:
-        result: Tensor = norm.forward(hidden)
-        return result
-    if bias is None:
-        return F.rms_norm(hidden, norm.shape, weight, norm.eps)
-    return torch.layer_norm(hidden, norm.shape, weight, bias, norm.eps)
-
-
-def _fused_norm(linear: Any, hidden: Tensor) -> Tensor:
-    weight, eps = linear.layer_norm_weight, linear.eps
-    if linear.zero_centered_gamma:
-        wide, weight = hidden.float(), weight.float() + 1
-        if linear.normalization == "RMSNorm":
-            return F.rms_norm(wide, weight.shape, weight, eps).to(hidden.dtype)
-        bias = linear.layer_norm_bias.float()
-        return F.layer_norm(wide, weight.shape, weight, bias, eps).to(hidden.dtype)
-    if linear.normalization == "RMSNorm":
-        return F.rms_norm(hidden, weight.shape, weight, eps)
-    return F.layer_norm(hidden, weight.shape, weight, linear.layer_norm_bias, eps)
 
 
 def _act(config: Any) -> Function | None:

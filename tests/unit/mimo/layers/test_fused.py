@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 KERNELS = "megatron/mimo/layers/fused/kernels.py"
 
@@ -35,6 +37,9 @@ for kind in range(4):
         grad, inner = given["activation"][gated]
         found.append(kernels.launch_activation(inner, kind, gated))
         found.append(kernels.launch_activation_backward(grad, inner, kind, gated))
+kernels._AT_A_TIME = 256  # features: two programs of a norm for five rows
+for given in given["norm"]:
+    found += kernels.launch_norm_backward(*given)
 torch.save(found, sys.argv[3])
 """
 
@@ -122,10 +127,117 @@ def check_activation(device: str, tolerance: float, dtype: torch.dtype = torch.f
             torch.testing.assert_close(gradient.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
+def norm_by_torch(
+    residual: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor | None, how: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    total = residual if added is None else residual.view(added.shape) + added
+    total = total.reshape(-1, len(weight))
+    weight = weight + 1 if how["zero_centered"] else weight
+    if how["rms"]:
+        return total, F.rms_norm(total, weight.shape, weight, how["eps"])
+    return total, F.layer_norm(total, weight.shape, weight, bias, how["eps"])
+
+
+def check_norm(
+    device: str,
+    tolerance: float,
+    dtype: torch.dtype,
+    sizes: tuple[int, int] = (6, 24),
+    *,
+    rms: bool = False,
+    zero_centered: bool = False,
+    has_bias: bool = False,
+    adds: bool = True,
+    frozen: bool = False,
+    uses: tuple[bool, bool] = (True, True),
+) -> None:
+    """Against torch in fp32 at least: results, and gradients by those of the results in use."""
+    from megatron.mimo.layers.fused import add_norm
+
+    T, E = sizes
+    given: list[Tensor | None] = [
+        torch.randn(T, E, dtype=dtype, device=device, requires_grad=True),
+        # As a fused attention leaves samples: [B, S, E] in memory.
+        torch.randn(2, T // 2, E, dtype=dtype, device=device, requires_grad=True),
+        torch.randn(E, dtype=dtype, device=device, requires_grad=not frozen),
+        torch.randn(E, dtype=dtype, device=device, requires_grad=not frozen),
+    ]
+    given[1] = given[1] if adds else None
+    given[3] = given[3] if has_bias else None
+    wide_dtype = torch.promote_types(dtype, torch.float32)
+    wide = [None if one is None else one.detach().to(wide_dtype) for one in given]
+    for one, other in zip(wide, given, strict=True):
+        if one is not None and other is not None:
+            one.requires_grad_(other.requires_grad)
+    how = {"eps": 1e-5, "rms": rms, "zero_centered": zero_centered}
+
+    def results_and_gradients(inputs: list[Any], function: Any) -> list[Tensor]:
+        residual, added, *parameters = inputs
+        added = None if added is None else added.transpose(0, 1)
+        results = function(residual, added, *parameters)
+        torch.manual_seed(2)
+        seeds = [torch.randn(T, E, dtype=dtype, device=device) for _ in range(2)]
+        pairs = [(one, seed) for one, seed, use in zip(results, seeds, uses, strict=True) if use]
+        wanted = [one for one in inputs if one is not None and one.requires_grad]
+        outputs, ours = zip(*((one, seed.to(one.dtype)) for one, seed in pairs), strict=True)
+        gradients = torch.autograd.grad(outputs, wanted, ours, allow_unused=True)
+        return [*results, *(one for one in gradients if one is not None)]
+
+    found = results_and_gradients(given, lambda *four: add_norm(*four, **how))
+    expected = results_and_gradients(wide, lambda *four: norm_by_torch(*four, how))
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        error = (one - other).norm() / other.norm().clamp(min=1e-6)
+        assert error < tolerance, f"{error:.1e}"
+
+
+NORMS: tuple[dict[str, Any], ...] = (
+    {"rms": True},
+    {"rms": True, "zero_centered": True, "adds": False},
+    {"rms": True, "frozen": True},
+    {"has_bias": True},
+    {"has_bias": True, "zero_centered": True},
+    {"has_bias": True, "adds": False, "frozen": True},
+    {"has_bias": False},
+    {"rms": True, "uses": (False, True)},
+    {"has_bias": True, "uses": (False, True), "adds": False},
+    {"rms": True, "uses": (True, False)},
+    {"rms": True, "sizes": (0, 24)},
+)
+
+
 def test_values_and_gradients() -> None:
     check_rotation("cpu", 1e-6)
     check_heads("cpu")
     check_activation("cpu", 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_norm_and_the_addition_before_it(dtype: torch.dtype) -> None:
+    for case in NORMS:
+        check_norm("cpu", 2e-6, dtype, **case)
+
+
+class Wanted(TorchDispatchMode):
+    """How many gradients of parameters each backward pass of a norm is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.megatron_mimo.norm_backward.default:
+            self.counts.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_of_frozen_norms_are_not_computed() -> None:
+    with Wanted() as wanted:
+        check_norm("cpu", 2e-6, torch.float32, has_bias=True)
+        check_norm("cpu", 2e-6, torch.float32, rms=True)
+        check_norm("cpu", 2e-6, torch.float32, has_bias=True, frozen=True)
+    assert wanted.counts == [2, 1, 0]
 
 
 def test_in_bfloat16_only_the_result_is_rounded() -> None:
@@ -140,11 +252,36 @@ def test_on_a_gpu() -> None:
     check_activation("cuda", 5e-6)
     check_rotation("cuda", 2**-7, torch.bfloat16)
     check_activation("cuda", 2**-7, torch.bfloat16)
+    for case in NORMS:
+        check_norm("cuda", 2e-6, torch.float32, **case)
+        check_norm("cuda", 2**-7, torch.bfloat16, **case)
+    check_norm("cuda", 2e-6, torch.float64, has_bias=True)
+    check_norm("cuda", 2**-7, torch.bfloat16, (7936, 2048), rms=True)
+    check_norm("cuda", 2**-7, torch.bfloat16, (4616, 1024), has_bias=True)
+    check_norm("cuda", 2**-7, torch.float16, (300, 7000), has_bias=True)
+
+
+def norm_gradients() -> Iterator[tuple[Any, ...]]:
+    """What a kernel is given: RMSNorm and LayerNorm, gradients that are wanted or there or not."""
+    for rms, adds, zero_centered, wanted, dtype, rows in (
+        (True, True, False, 1, torch.float32, 5),
+        (True, False, True, 1, torch.bfloat16, 5),
+        (True, True, False, 0, torch.float32, 1),
+        (False, True, True, 2, torch.float32, 5),
+        (False, False, False, 1, torch.float32, 3),
+        (False, True, False, 0, torch.bfloat16, 2),
+        (True, False, False, 1, torch.float32, 0),
+    ):
+        of_normed, of_total, total = (torch.randn(rows, 70, dtype=dtype) for _ in range(3))
+        mean, rstd = torch.randn(rows, 1), torch.rand(rows, 1) + 0.5
+        weight = torch.randn(70, dtype=dtype)
+        added, mean = (of_total if adds else None), (None if rms else mean)
+        yield of_normed, added, total, weight, mean, rstd, zero_centered, wanted
 
 
 def test_kernels_compute_what_plain_torch_does(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    from megatron.mimo.layers.fused import activation, rotation
+    from megatron.mimo.layers.fused import activation, norm, rotation
 
     given: dict[str, Any] = {
         "rotation": rotation_inputs(),
@@ -152,6 +289,7 @@ def test_kernels_compute_what_plain_torch_does(tmp_path: Path) -> None:
         # Strided in tokens and heads, as slices of what an attention gives.
         "heads": torch.randn(6, 20, 10)[:, ::2].split((6, 2, 2), dim=1),
         "activation": [(torch.randn(3, 1030), torch.randn(3, 1030 * width)) for width in (1, 2)],
+        "norm": list(norm_gradients()),
     }
     source, target = tmp_path / "given.pt", tmp_path / "found.pt"
     torch.save(given, source)
@@ -173,26 +311,36 @@ def test_kernels_compute_what_plain_torch_does(tmp_path: Path) -> None:
             grad, inner = given["activation"][gated]
             expected.append(activation._plain_forward(inner, kind, gated))
             expected.append(activation._plain_backward(grad, inner, kind, gated))
+    for one in given["norm"]:
+        expected += norm._plain_backward(*one)
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        tolerance = 1e-5 if one.dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("back", [False, True])
-def test_the_kernel_of_heads_compiles_for_a_card(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: bool
+@pytest.mark.parametrize("name", ["_mixed_heads", "_mixed_heads back", "_norm_backward"])
+def test_kernels_compile_for_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Down to its machine code, which needs no card: the interpreter takes more than a compiler."""
     triton = pytest.importorskip("triton")
     from megatron.mimo.layers.fused import kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    sizes = {"SHARE": 7, "D": 80, "R": 20, "BACK": back}  # of a head some features stay
-    sizes |= {"BLOCK_H": 8, "BLOCK_R": 32, "BLOCK_D": 64, "BLOCK": 128}
-    types = dict.fromkeys(("mixed", "q", "k", "v"), "*bf16")
-    types |= {"turns": "*fp32", "scale": "fp32"} | dict.fromkeys(sizes, "constexpr")
-    function = kernels._mixed_heads
+    sizes: dict[str, Any]
+    if name == "_norm_backward":
+        sizes = {"E": 1152, "RMS": False, "ADDS": True, "WANTED": 2, "BLOCK": 2048}
+        types = dict.fromkeys(("of_normed", "of_total", "total", "weight", "out"), "*bf16")
+        types |= dict.fromkeys(("mean", "rstd", "sums"), "*fp32") | {"base": "fp32"}
+    else:
+        sizes = {"SHARE": 7, "D": 80, "R": 20, "BACK": "back" in name}  # some features stay
+        sizes |= {"BLOCK_H": 8, "BLOCK_R": 32, "BLOCK_D": 64, "BLOCK": 128}
+        types = dict.fromkeys(("mixed", "q", "k", "v"), "*bf16")
+        types |= {"turns": "*fp32", "scale": "fp32"}
+    types |= dict.fromkeys(sizes, "constexpr")
+    function = getattr(kernels, name.split()[0])
     signature = {one.name: types.get(one.name, "i32") for one in function.params}
     source = triton.compiler.ASTSource(function, signature, sizes)
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
