@@ -17,6 +17,7 @@ from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.mimo.encoders.work import EncoderWork
+from megatron.mimo.layers.vocabulary_loss import PIECE
 from megatron.mimo.planner.saved import (
     Kernels,
     Load,
@@ -29,7 +30,6 @@ from megatron.mimo.planner.saved import (
 __all__ = ["Activations", "MicroBatch", "Recomputation", "kept_by_chunk"]
 
 _FP32 = 4
-_PIECE = 128 * 2**20  # bytes of logits at a time, where the loss is computed piece by piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,8 +249,9 @@ def _language(
     logits = rows * weight.size(0) * _FP32
     in_pieces = logits > getattr(language, "_whole_logits", float("inf"))
     if in_pieces:
-        found.ends += rows * (hidden + 28)  # labels, places, and a number each
-        loss = 3 * _PIECE + weight.numel() * (_FP32 + size) * weight.requires_grad
+        found.ends += rows * (hidden + 24)  # labels, places, and two numbers each
+        piece = min(PIECE, rows * weight.size(0) * size)
+        loss = piece + rows * hidden + weight.numel() * size * weight.requires_grad
     else:
         keeps = weight.requires_grad or hasattr(output, "adapter")
         found.ends += rows * hidden * keeps

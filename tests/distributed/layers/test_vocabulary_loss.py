@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron.mimo.layers.vocabulary_loss import _pieces
 from tests.rank_pool import RankPool
@@ -54,7 +55,7 @@ def in_pieces(rows: int, borders: list[int], dtype: torch.dtype = torch.float32)
         labels_T,
         first=borders[rank],
         group=dist.group.WORLD,
-        piece=4 * rows * max(len(own_VH), 1),
+        piece=own_VH.element_size() * rows * max(len(own_VH), 1),
     )
     (losses_T * weights_T).sum().backward()
     assert hidden_TH.grad is not None
@@ -131,8 +132,9 @@ def test_the_logits_are_never_whole(ranks: RankPool) -> None:
 def test_pieces_are_of_sizes_that_products_like() -> None:
     """Multiples of 64, where a piece has more than 64 rows."""
     for rows, width, piece, steps in (
-        (300, 100, 80_000, [192, 108]),
-        (9, 900, 7_200, [2, 2, 2, 2, 1]),
+        (300, 400, 80_000, [192, 108]),
+        (100, 800, 80_000, [100]),
+        (9, 3600, 7_200, [2, 2, 2, 2, 1]),
     ):
         pieces = [range(rows)[at] for at in _pieces(rows, width, piece)]
         assert [len(one) for one in pieces] == steps
@@ -153,11 +155,42 @@ class _Casts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_pass_over_the_logits_changes_their_type_alone(ranks: RankPool) -> None:
-    assert ranks(1)(casts) == [0]
+def test_no_pass_over_the_logits_changes_their_type_alone() -> None:
+    """Neither in the fused operators' plain torch nor between them."""
+    from megatron.mimo.layers.fused import cross_entropy
 
-
-def casts() -> int:
+    hidden_TH, weight_VH, labels_T, weights_T = inputs(torch.bfloat16)
+    logits_TV, sums_2T = hidden_TH @ weight_VH.t(), torch.empty(2, TOKENS)
     with _Casts(TOKENS * WORDS) as mode:
-        in_pieces(TOKENS, [0, WORDS], torch.bfloat16)
-    return mode.found
+        cross_entropy._plain(logits_TV, labels_T, 0, WORDS, sums_2T)
+        cross_entropy._plain_backward(logits_TV, labels_T, 0, WORDS, sums_2T[0], weights_T)
+        chunked_in_one(torch.bfloat16)
+    assert mode.found == 0
+
+
+def chunked_in_one(dtype: torch.dtype, **piece: int) -> tuple[Tensor, ...]:
+    """Losses and gradients in a group of one rank."""
+    from megatron.mimo.layers.vocabulary_loss import chunked_cross_entropy
+
+    hidden_TH, weight_VH, labels_T, weights_T = inputs(dtype)
+    hidden_TH.requires_grad_()
+    weight_VH.requires_grad_()
+    losses_T = chunked_cross_entropy(
+        hidden_TH, weight_VH, labels_T, first=0, group=dist.ProcessGroup(0, 1), **piece
+    )
+    first, second = (
+        torch.autograd.grad((losses_T * weights_T).sum(), (hidden_TH, weight_VH), retain_graph=keep)
+        for keep in (True, False)
+    )
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    return losses_T.detach(), *first
+
+
+def test_logits_of_one_piece_are_computed_once() -> None:
+    """And again by a second backward pass, with an equal result: two products more, and two."""
+    product = 2 * TOKENS * WIDTH * WORDS
+    for piece, products in (({}, 6), ({"piece": 4 * WORDS * 8}, 7)):
+        with FlopCounterMode(display=False) as counter:
+            chunked_in_one(torch.float32, **piece)
+        assert counter.get_total_flops() == products * product

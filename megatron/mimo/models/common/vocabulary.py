@@ -97,10 +97,11 @@ class UnpaddedGPT(TurningGPT):
         first = get_pg_rank(group) * len(weight_VH)
         losses_T = chunked_cross_entropy(
             hidden_SBH.flatten(0, 1) if rows is None else rows.hidden(hidden_SBH),
-            weight_VH[: max(self._tokens - first, 0)],
+            weight_VH,
             labels_BS.t().flatten() if rows is None else rows.labels(labels_BS),
             first=first,
             group=group,
+            words=min(max(self._tokens - first, 0), len(weight_VH)),
         )
         if rows is not None:
             return rows.losses(losses_T, labels_BS)

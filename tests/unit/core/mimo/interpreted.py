@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -13,29 +14,45 @@ KERNELS = "megatron.core.models.mimo.alignment.row_kernels"
 
 
 @contextmanager
-def interpreted_kernels() -> Iterator[Any]:
-    """The row kernels, interpreted while the block runs; as they were before it afterwards.
+def interpreted(module: str) -> Iterator[Any]:
+    """A module of kernels, interpreted while the block runs; as it was before it afterwards.
 
-    Triton decides when a kernel is decorated, so their module is imported anew.
+    Triton decides when a kernel is decorated, so the module is imported anew; Triton's own
+    functions that kernels call were decorated when Triton was imported.
     """
-    from megatron.core.models.mimo.alignment import row_index
+    import triton.language
+    from triton.runtime import JITFunction
+    from triton.runtime.interpreter import InterpretedFunction
 
-    before, loaded = os.environ.get("TRITON_INTERPRET"), sys.modules.pop(KERNELS, None)
-    row_index._kernels.cache_clear()
+    before, loaded = os.environ.get("TRITON_INTERPRET"), sys.modules.pop(module, None)
+    own = {name: one for name, one in vars(triton.language).items() if isinstance(one, JITFunction)}
     os.environ["TRITON_INTERPRET"] = "1"
     take_numbers_for_bounds()
+    vars(triton.language).update({name: InterpretedFunction(one.fn) for name, one in own.items()})
     try:
-        kernels = row_index._kernels()
-        assert kernels is not None
-        assert kernels.INTERPRETED
-        yield kernels
+        yield importlib.import_module(module)
     finally:
+        vars(triton.language).update(own)
         del os.environ["TRITON_INTERPRET"]
         if before is not None:
             os.environ["TRITON_INTERPRET"] = before
-        sys.modules.pop(KERNELS, None)
+        sys.modules.pop(module, None)
         if loaded is not None:
-            sys.modules[KERNELS] = loaded
+            sys.modules[module] = loaded
+
+
+@contextmanager
+def interpreted_kernels() -> Iterator[Any]:
+    """The row kernels, interpreted while the block runs."""
+    from megatron.core.models.mimo.alignment import row_index
+
+    row_index._kernels.cache_clear()
+    try:
+        with interpreted(KERNELS) as kernels:
+            assert row_index._kernels() is kernels
+            assert kernels.INTERPRETED
+            yield kernels
+    finally:
         row_index._kernels.cache_clear()
 
 

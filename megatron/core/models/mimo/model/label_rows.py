@@ -25,7 +25,7 @@ class LabelRows:
     """Where a loss is computed.
 
     Attributes:
-        rows_K: long [K], rows ``s * B + b`` of the hidden states [S, B, H].
+        rows_K: long [K], rows ``s * B + b`` of the hidden states [S, B, H], each once.
     """
 
     rows_K: torch.Tensor
@@ -36,13 +36,29 @@ class LabelRows:
 
     def hidden(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
         """Their hidden states [K, H]; the gradient of all others is zero."""
-        return hidden_SBH.flatten(0, 1).index_select(0, self.rows_K)
+        hidden_KH: torch.Tensor = _TakeRows.apply(hidden_SBH.flatten(0, 1), self.rows_K)
+        return hidden_KH
 
     def losses(self, losses_K: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
         """The losses [B, S] of all positions: zeros where none was computed."""
         batch, sequence = labels_BS.shape
-        losses_L = losses_K.new_zeros(batch * sequence).index_copy(0, self.rows_K, losses_K)
+        losses_L = losses_K.new_zeros(batch * sequence).index_copy_(0, self.rows_K, losses_K)
         return losses_L.view(sequence, batch).t().contiguous()
+
+
+class _TakeRows(torch.autograd.Function):
+    """``index_select`` of rows none of which is taken twice: their gradients are no sums."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_LH: torch.Tensor, rows_K: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows_K)
+        ctx.shape = hidden_LH.shape
+        return hidden_LH.index_select(0, rows_K)
+
+    @staticmethod
+    def backward(ctx: Any, grad_KH: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (rows_K,) = ctx.saved_tensors
+        return grad_KH.new_zeros(ctx.shape).index_copy_(0, rows_K, grad_KH), None
 
 
 def find_label_rows(labels_BS: torch.Tensor, loss_mask_BS: torch.Tensor | None) -> torch.Tensor:
