@@ -15,30 +15,48 @@ KERNELS = "megatron.core.models.mimo.alignment.row_kernels"
 
 @contextmanager
 def interpreted(module: str) -> Iterator[Any]:
-    """A module of kernels, interpreted while the block runs; as it was before it afterwards.
+    """A module of kernels, interpreted while the block runs; all is as it was before it afterwards.
 
-    Triton decides when a kernel is decorated, so the module is imported anew; Triton's own
-    functions that kernels call were decorated when Triton was imported.
+    Triton decides when a kernel is decorated, so the module is imported anew. Triton's own
+    functions that kernels call were decorated when Triton was imported; where they are called in
+    the interpreter, it leaves Triton's language as it needs it itself.
     """
-    import triton.language
+    import triton.language as tl
     from triton.runtime import JITFunction
     from triton.runtime.interpreter import InterpretedFunction
 
+    package = importlib.import_module(module.rpartition(".")[0])
     before, loaded = os.environ.get("TRITON_INTERPRET"), sys.modules.pop(module, None)
-    own = {name: one for name, one in vars(triton.language).items() if isinstance(one, JITFunction)}
-    os.environ["TRITON_INTERPRET"] = "1"
-    take_numbers_for_bounds()
-    vars(triton.language).update({name: InterpretedFunction(one.fn) for name, one in own.items()})
+    language = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
+    with _attributes_kept(package, *language):
+        take_numbers_for_bounds()
+        own = {name: one for name, one in vars(tl).items() if isinstance(one, JITFunction)}
+        vars(tl).update({name: InterpretedFunction(one.fn) for name, one in own.items()})
+        os.environ["TRITON_INTERPRET"] = "1"
+        try:
+            yield importlib.import_module(module)
+        finally:
+            del os.environ["TRITON_INTERPRET"]
+            if before is not None:
+                os.environ["TRITON_INTERPRET"] = before
+            sys.modules.pop(module, None)
+            if loaded is not None:
+                sys.modules[module] = loaded
+
+
+@contextmanager
+def _attributes_kept(*owners: Any) -> Iterator[None]:
+    """Modules and classes have the attributes afterwards that they have now."""
+    kept = [(one, dict(vars(one))) for one in owners]
     try:
-        yield importlib.import_module(module)
+        yield
     finally:
-        vars(triton.language).update(own)
-        del os.environ["TRITON_INTERPRET"]
-        if before is not None:
-            os.environ["TRITON_INTERPRET"] = before
-        sys.modules.pop(module, None)
-        if loaded is not None:
-            sys.modules[module] = loaded
+        for owner, attributes in kept:
+            for name, value in list(vars(owner).items()):
+                if name not in attributes:
+                    delattr(owner, name)
+                elif value is not attributes[name]:
+                    setattr(owner, name, attributes[name])
 
 
 @contextmanager

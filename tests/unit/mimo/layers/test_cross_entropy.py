@@ -3,6 +3,7 @@ one: in Triton's interpreter, and on a GPU at the size of a run."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,16 @@ def test_kernels_compute_what_plain_torch_does(words: int, width: int, first: in
                 back(there_CV, labels_C, first, words, scale_C, grad_C)
             close(logits_CV, other_CV)
             assert not logits_CV[:, words:].any()
+
+
+def test_triton_compiles_after_it_has_interpreted() -> None:
+    tl = pytest.importorskip("triton.language")
+    before = [dict(vars(one)) for one in (tl, tl.core, tl.tensor)]
+    with interpreted(KERNELS):
+        sums_2T = torch.empty(2, 1)
+        cross_entropy._kernel(torch.zeros(1, 8), torch.zeros(1).long(), 0, 8, sums_2T)
+        assert float(sums_2T[0]) == pytest.approx(math.log(8))
+    assert [dict(vars(one)) for one in (tl, tl.core, tl.tensor)] == before
 
 
 def inputs(
