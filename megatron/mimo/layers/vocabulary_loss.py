@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.mimo.layers.fused.cross_entropy import gradient_of_logits_, sums_of_logits_
+from megatron.mimo.layers.fused.cross_entropy import gradient_of_logits_, sums_of_logits
 
 __all__ = ["PIECE", "chunked_cross_entropy"]
 
@@ -98,7 +98,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for at in pieces:
             logits_CV = place_CV[: at.stop - at.start]
             torch.mm(hidden_TH[at], weight_VH.t(), out=logits_CV)
-            sums_of_logits_(logits_CV, labels_T[at], first, words, sums_2T[:, at])
+            sums_of_logits(logits_CV, labels_T[at], first, words, sums_2T[:, at])
         if group.size() > 1:
             largest_T = sums_2T[0].clone()
             dist.all_reduce(largest_T, op=dist.ReduceOp.MAX, group=group)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron.mimo.layers.fused.operators import define
 
-__all__ = ["gradient_of_logits_", "sums_of_logits_"]
+__all__ = ["gradient_of_logits_", "sums_of_logits"]
 
 _BLOCK = 2**20  # logits at a time, where their exponentials are made by a pass of their own
 
@@ -84,8 +84,8 @@ def _empty(*_: Any) -> None:
     """What is written has no values."""
 
 
-sums_of_logits_ = define(
-    "sums_of_logits_(Tensor logits, Tensor labels, int first, int words, Tensor(a!) sums) -> ()",
+sums_of_logits = define(
+    "sums_of_logits(Tensor logits, Tensor labels, int first, int words, Tensor(a!) sums) -> ()",
     plain=_plain,
     kernel=_kernel,
     empty=_empty,

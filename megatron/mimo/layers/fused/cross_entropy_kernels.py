@@ -58,7 +58,7 @@ def _gradient(logits, labels, scale, grad, first, words, V, BLOCK: tl.constexpr)
 def launch_sums(
     logits_CV: Tensor, labels_C: Tensor, first: int, words: int, sums_2C: Tensor
 ) -> None:
-    """See :data:`megatron.mimo.layers.fused.cross_entropy.sums_of_logits_`."""
+    """See :data:`megatron.mimo.layers.fused.cross_entropy.sums_of_logits`."""
     C, V = logits_CV.shape
     if C:
         with torch.cuda.device_of(logits_CV):

@@ -126,7 +126,7 @@ def check(given: tuple[Tensor, ...], words: int, piece: int, exact: torch.dtype)
 def test_the_loss_by_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one piece and in several; the last words are padding."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(vocabulary_loss, "sums_of_logits_", cross_entropy._kernel)
+    monkeypatch.setattr(vocabulary_loss, "sums_of_logits", cross_entropy._kernel)
     monkeypatch.setattr(vocabulary_loss, "gradient_of_logits_", cross_entropy._kernel_backward)
     given = inputs(37, 300, 16, dtype)
     given[2].clamp_(max=289)
