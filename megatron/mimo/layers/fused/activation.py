@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron.mimo.layers.fused.operators import define
+from megatron.mimo.layers.fused.operators import define, launched
 
 __all__ = ["KINDS", "activate"]
 
@@ -90,20 +90,6 @@ def _plain_backward(grad_TF: Tensor, inner_TF: Tensor, kind: int, gated: bool) -
     return torch.cat(parts, dim=-1).to(inner_TF.dtype)
 
 
-def _kernel_forward(inner_TF: Tensor, kind: int, gated: bool) -> Tensor:
-    # Triton is needed on a GPU alone.
-    from megatron.mimo.layers.fused.kernels import launch_activation
-
-    return launch_activation(inner_TF, kind, gated)
-
-
-def _kernel_backward(grad_TF: Tensor, inner_TF: Tensor, kind: int, gated: bool) -> Tensor:
-    # Triton is needed on a GPU alone.
-    from megatron.mimo.layers.fused.kernels import launch_activation_backward
-
-    return launch_activation_backward(grad_TF, inner_TF, kind, gated)
-
-
 def _empty_forward(inner_TF: Tensor, kind: int, gated: bool) -> Tensor:  # noqa: ARG001
     rows, width = inner_TF.shape
     return inner_TF.new_empty((rows, width // 2 if gated else width))
@@ -116,12 +102,12 @@ def _empty_backward(grad_TF: Tensor, inner_TF: Tensor, *_: Any) -> Tensor:  # no
 _forward = define(
     "activate(Tensor inner, int kind, bool gated) -> Tensor",
     plain=_plain_forward,
-    kernel=_kernel_forward,
+    kernel=launched("launch_activation"),
     empty=_empty_forward,
 )
 _backward = define(
     "activate_backward(Tensor grad, Tensor inner, int kind, bool gated) -> Tensor",
     plain=_plain_backward,
-    kernel=_kernel_backward,
+    kernel=launched("launch_activation_backward"),
     empty=_empty_backward,
 )

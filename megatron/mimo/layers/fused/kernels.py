@@ -10,10 +10,14 @@ projected for a key head, F features, E hidden, K parameters of a norm.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from megatron.mimo.layers.fused.launching import Launcher
 
 __all__ = [
     "launch_activation",
@@ -75,8 +79,8 @@ def _turns_of(turns, token, share, stride, scale, R: tl.constexpr, BLOCK_R: tl.c
 
 @triton.jit(do_not_specialize=["share"])
 def _rotation(
-    q, k, q_out, k_out, turns, q_stride_t, q_stride_h, k_stride_t, k_stride_h, turn_stride,
-    share, scale, sign,
+    q, k, q_out, k_out, turns, share, scale, sign,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, turn_stride,
     H, G, D: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +99,7 @@ def _rotation(
 
 @triton.jit(do_not_specialize=["share"])
 def _mixed_heads(
-    mixed, q, k, v, turns, turn_stride, share, scale,
+    mixed, q, k, v, turns, share, scale, turn_stride,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     G, SHARE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BACK: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
@@ -135,29 +139,27 @@ def launch_rotation(
     """See :func:`megatron.mimo.layers.fused.rotation.rotate`; ``back`` turns the other way."""
     T, H, D = q_THD.shape
     G, half = k_TGD.size(1), turns_NR.size(1) // 2
-    q_out, k_out = (
-        torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in (q_THD, k_TGD)
-    )
-    if T == 0:
-        return q_out, k_out
-    _rotation[(T,)](
-        q_THD, k_TGD, q_out, k_out, turns_NR,
-        q_THD.stride(0), q_THD.stride(1), k_TGD.stride(0), k_TGD.stride(1), turns_NR.stride(0),
-        T // len(turns_NR), scale, -1.0 if back else 1.0,
-        H, G, D, half, _HEADS, triton.next_power_of_2(half),
-        triton.next_power_of_2(max(D - 2 * half, 1)),
-    )  # fmt: skip
+    q_out, k_out = q_THD.new_empty((T, H, D)), k_TGD.new_empty((T, G, D))
+    if T:
+        strides = q_THD.stride()[:2] + k_TGD.stride()[:2]
+        _ROTATION(
+            (T, 1, 1),
+            (q_THD, k_TGD, q_out, k_out, turns_NR),
+            (T // len(turns_NR), float(scale), -1.0 if back else 1.0),
+            (*strides, turns_NR.stride(0), H, G, D, half, *_blocks_of_a_head(D, half)[:3]),
+        )
     return q_out, k_out
 
 
 def launch_heads(
-    mixed_TGW: Tensor, turns_NR: Tensor, scale: float, D: int
+    mixed: Tensor, turns_NR: Tensor, scale: float, D: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`megatron.mimo.layers.fused.rotation.turn_heads`."""
-    T, G, W = mixed_TGW.shape
-    sizes = ((T, G * (W // D - 2), D), (T, G, D), (T, G, D))
-    q, k, v = (torch.empty(size, dtype=mixed_TGW.dtype, device=mixed_TGW.device) for size in sizes)
-    _launch_mixed(mixed_TGW, (q, k, v), turns_NR, scale, back=False)
+    *rows, G, W = mixed.shape
+    H = G * (W // D - 2)
+    q, k, v = (mixed.new_empty((*rows, heads, D)) for heads in (H, G, G))
+    strides = (H * D, D, G * D, D, G * D, D)
+    _launch_mixed(mixed.contiguous(), (q, k, v), strides, turns_NR, scale, False)
     return q, k, v
 
 
@@ -166,30 +168,42 @@ def launch_heads_back(
 ) -> Tensor:
     """See :func:`megatron.mimo.layers.fused.rotation.turn_heads_back`."""
     T, G, D = k_TGD.shape
-    size = (T, G, (q_THD.size(1) // G + 2) * D)
-    mixed_TGW = torch.empty(size, dtype=k_TGD.dtype, device=k_TGD.device)
-    _launch_mixed(mixed_TGW, (q_THD, k_TGD, v_TGD), turns_NR, scale, back=True)
+    mixed_TGW = k_TGD.new_empty((T, G, (q_THD.size(1) // G + 2) * D))
+    heads = q_THD, k_TGD, v_TGD
+    strides = tuple(stride for one in heads for stride in one.stride()[:2])
+    _launch_mixed(mixed_TGW, heads, strides, turns_NR, scale, True)
     return mixed_TGW
 
 
 def _launch_mixed(
-    mixed_TGW: Tensor,
+    mixed: Tensor,
     heads: tuple[Tensor, Tensor, Tensor],
+    strides: tuple[int, ...],
     turns_NR: Tensor,
     scale: float,
-    *,
     back: bool,
 ) -> None:
-    T, G, W = mixed_TGW.shape
-    D, half = heads[0].size(2), turns_NR.size(1) // 2
-    if T == 0:
-        return
-    _mixed_heads[(T,)](
-        mixed_TGW.contiguous(), *heads, turns_NR, turns_NR.stride(0), T // len(turns_NR), scale,
-        *(stride for one in heads for stride in one.stride()[:2]),
-        G, W // D - 2, D, half, back, _HEADS, triton.next_power_of_2(half),
-        triton.next_power_of_2(max(D - 2 * half, 1)), triton.next_power_of_2(D),
-    )  # fmt: skip
+    G, W = mixed.shape[-2:]
+    D, (N, turned) = heads[0].size(-1), turns_NR.shape
+    T = mixed.numel() // (G * W)
+    if T:
+        sizes = (G, W // D - 2, D, turned // 2, back, *_blocks_of_a_head(D, turned // 2))
+        _MIXED_HEADS(
+            (T, 1, 1),
+            (mixed, *heads, turns_NR),
+            (T // N, float(scale)),
+            (turns_NR.stride(0), *strides, *sizes),
+        )
+
+
+@cache
+def _blocks_of_a_head(D: int, half: int) -> tuple[int, int, int, int]:
+    """Heads of a block, and features: of half of what turns, of what does not, and of all."""
+    power = triton.next_power_of_2
+    return _HEADS, power(half), power(max(D - 2 * half, 1)), power(D)
+
+
+_ROTATION, _MIXED_HEADS = Launcher(_rotation), Launcher(_mixed_heads)
 
 
 @triton.jit
@@ -251,10 +265,10 @@ def launch_activation(inner_TF: Tensor, kind: int, gated: bool) -> Tensor:
     """See :func:`megatron.mimo.layers.fused.activation.activate`."""
     T, width = inner_TF.shape
     F = width // 2 if gated else width
-    out_TF = torch.empty((T, F), dtype=inner_TF.dtype, device=inner_TF.device)
+    out_TF = inner_TF.new_empty((T, F))
     if T:
-        grid = (T, triton.cdiv(F, _BLOCK))
-        _activation[grid](inner_TF.contiguous(), out_TF, F, kind, gated, _BLOCK)
+        fixed = (F, kind, gated, _BLOCK)
+        _ACTIVATION((T, -(-F // _BLOCK), 1), (inner_TF.contiguous(), out_TF), (), fixed)
     return out_TF
 
 
@@ -264,9 +278,13 @@ def launch_activation_backward(grad_TF: Tensor, inner_TF: Tensor, kind: int, gat
     out = torch.empty_like(inner_TF)
     T, F = grad_TF.shape
     if T:
-        grid = (T, triton.cdiv(F, _BLOCK))
-        _activation_backward[grid](grad_TF.contiguous(), inner_TF, out, F, kind, gated, _BLOCK)
+        tensors = (grad_TF.contiguous(), inner_TF, out)
+        fixed = (F, kind, gated, _BLOCK)
+        _ACTIVATION_BACKWARD((T, -(-F // _BLOCK), 1), tensors, (), fixed)
     return out
+
+
+_ACTIVATION, _ACTIVATION_BACKWARD = Launcher(_activation), Launcher(_activation_backward)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -330,11 +348,23 @@ def launch_norm_backward(
     out_TE = torch.empty((T, E), dtype=total_TE.dtype, device=total_TE.device)
     sums = torch.empty((programs, wanted, E), dtype=torch.float32, device=total_TE.device)
     if T:
-        _norm_backward[(programs,)](
-            of_normed_TE, of_normed_TE if of_total_TE is None else of_total_TE.contiguous(),
-            total_TE.contiguous(), weight, rstd_T1 if mean_T1 is None else mean_T1, rstd_T1,
-            out_TE, sums, T, float(zero_centered),
-            E, mean_T1 is None, of_total_TE is not None, wanted, block,
+        _NORM_BACKWARD(
+            (programs, 1, 1),
+            (
+                of_normed_TE,
+                of_normed_TE if of_total_TE is None else of_total_TE.contiguous(),
+                total_TE.contiguous(),
+                weight,
+                rstd_T1 if mean_T1 is None else mean_T1,
+                rstd_T1,
+                out_TE,
+                sums,
+            ),
+            (T, float(zero_centered)),
+            (E, mean_T1 is None, of_total_TE is not None, wanted, block),
             num_warps=min(max(block // 256, 1), 16),
-        )  # fmt: skip
+        )
     return out_TE, sums.sum(0).to(weight.dtype)
+
+
+_NORM_BACKWARD = Launcher(_norm_backward)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.mimo.layers.fused.operators import define
+from megatron.mimo.layers.fused.operators import define, launched
 from megatron.mimo.layers.norm import widened
 
 __all__ = ["add_norm"]
@@ -102,7 +102,7 @@ def _normed(
     total_TE, weight, bias = widened(total_TE, weight, bias, zero_centered=zero_centered)
     mean_T1 = None
     if rms:
-        normed_TE, rstd_T1 = torch.ops.aten._fused_rms_norm(total_TE, weight.shape, weight, eps)
+        normed_TE, rstd_T1 = torch._fused_rms_norm(total_TE, weight.shape, weight, eps)
     else:
         normed_TE, mean_T1, rstd_T1 = torch.native_layer_norm(
             total_TE, weight.shape, weight, bias, eps
@@ -152,10 +152,8 @@ def _kernel_backward(
     given = of_normed_TE, of_total_TE, total_TE, weight, mean_T1, rstd_T1, zero_centered, wanted
     if total_TE.dtype == torch.float64 or len(weight) > _WIDEST:
         return _plain_backward(*given)
-    # Triton is needed on a GPU alone.
-    from megatron.mimo.layers.fused.kernels import launch_norm_backward
-
-    return launch_norm_backward(*given)
+    found: tuple[Tensor, Tensor] = _launch_backward(*given)
+    return found
 
 
 def _empty_backward(
@@ -171,6 +169,7 @@ def _empty_backward(
     return total_TE.new_empty(total_TE.shape), weight.new_empty((wanted, len(weight)))
 
 
+_launch_backward = launched("launch_norm_backward")
 _backward = define(
     "norm_backward(Tensor of_normed, Tensor? of_total, Tensor total, Tensor weight, Tensor? mean, "
     "Tensor rstd, bool zero_centered, int wanted) -> (Tensor, Tensor)",

@@ -13,8 +13,10 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-__all__ = ["define", "has_triton"]
+__all__ = ["define", "has_triton", "launched"]
 
 _LIBRARY = torch.library.Library("megatron_mimo", "DEF")
 
@@ -23,6 +25,20 @@ _LIBRARY = torch.library.Library("megatron_mimo", "DEF")
 def has_triton() -> bool:
     """Whether kernels can be compiled for a GPU."""
     return importlib.util.find_spec("triton") is not None
+
+
+def launched(name: str) -> Callable[..., Any]:
+    """A function of :mod:`~megatron.mimo.layers.fused.kernels`, imported when it is called."""
+
+    @cache
+    def imported() -> Callable[..., Any]:
+        # Triton is needed on a GPU alone.
+        from megatron.mimo.layers.fused import kernels
+
+        function: Callable[..., Any] = getattr(kernels, name)
+        return function
+
+    return lambda *given: imported()(*given)
 
 
 def define(
@@ -46,4 +62,18 @@ def define(
     _LIBRARY.impl(name, kernel if has_triton() else plain, "CUDA")
     _LIBRARY.impl(name, empty, "Meta")
     operator: Callable[..., Any] = getattr(torch.ops.megatron_mimo, name).default
-    return operator
+    if not has_triton():
+        return operator
+
+    def call(first: Tensor, *others: Any) -> Any:
+        # torch's dispatch costs as much of the host's time as a launch; here nobody looks on.
+        if (
+            first.is_cuda
+            and type(first) is Tensor
+            and _get_current_dispatch_mode() is None
+            and not torch.compiler.is_compiling()
+        ):
+            return kernel(first, *others)
+        return operator(first, *others)
+
+    return call

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.mimo.layers.fused.operators import define
+from megatron.mimo.layers.fused.operators import define, launched
 
 __all__ = ["rotate", "turn_heads"]
 
@@ -73,9 +73,8 @@ class _TurnHeads(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(turns_NR)
         ctx.shape, ctx.scale = mixed.shape, scale
-        found = _heads(mixed.view(-1, *mixed.shape[-2:]), turns_NR, scale, head_size)
-        q, k, v = (one.view(*mixed.shape[:-2], -1, head_size) for one in found)
-        return q, k, v
+        found: tuple[Tensor, Tensor, Tensor] = _heads(mixed, turns_NR, scale, head_size)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,10 +114,13 @@ def _plain(
 
 
 def _plain_heads(
-    mixed_TGW: Tensor, turns_NR: Tensor, scale: float, D: int
+    mixed: Tensor, turns_NR: Tensor, scale: float, D: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = mixed_TGW.split((mixed_TGW.size(-1) - 2 * D, D, D), dim=-1)
-    return *_plain(q.reshape(len(q), -1, D), k, turns_NR, scale, False), v.contiguous()
+    *rows, G, W = mixed.shape
+    q, k, v = mixed.view(-1, G, W).split((W - 2 * D, D, D), dim=-1)
+    q, k = _plain(q.reshape(len(q), -1, D), k, turns_NR, scale, False)
+    q, k, v = (one.reshape(*rows, -1, D) for one in (q, k, v))
+    return q, k, v.contiguous()
 
 
 def _plain_heads_back(
@@ -128,41 +130,14 @@ def _plain_heads_back(
     return torch.cat([q.view(*k.shape[:2], -1), k, v_TGD], dim=-1)
 
 
-def _kernel(
-    q_THD: Tensor, k_TGD: Tensor, turns_NR: Tensor, scale: float, back: bool
-) -> tuple[Tensor, Tensor]:
-    # Triton is needed on a GPU alone.
-    from megatron.mimo.layers.fused.kernels import launch_rotation
-
-    return launch_rotation(q_THD, k_TGD, turns_NR, scale, back)
-
-
-def _kernel_heads(
-    mixed_TGW: Tensor, turns_NR: Tensor, scale: float, D: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    # Triton is needed on a GPU alone.
-    from megatron.mimo.layers.fused.kernels import launch_heads
-
-    return launch_heads(mixed_TGW, turns_NR, scale, D)
-
-
-def _kernel_heads_back(
-    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, turns_NR: Tensor, scale: float
-) -> Tensor:
-    # Triton is needed on a GPU alone.
-    from megatron.mimo.layers.fused.kernels import launch_heads_back
-
-    return launch_heads_back(q_THD, k_TGD, v_TGD, turns_NR, scale)
-
-
 def _empty_heads(
-    mixed_TGW: Tensor,
+    mixed: Tensor,
     turns_NR: Tensor,  # noqa: ARG001
     scale: float,  # noqa: ARG001
     D: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    T, G, W = mixed_TGW.shape
-    q, k, v = (mixed_TGW.new_empty((T, heads, D)) for heads in (G * (W // D - 2), G, G))
+    *rows, G, W = mixed.shape
+    q, k, v = (mixed.new_empty((*rows, heads, D)) for heads in (G * (W // D - 2), G, G))
     return q, k, v
 
 
@@ -178,18 +153,18 @@ def _empty(q_THD: Tensor, k_TGD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 _rotate = define(
     "rotate(Tensor q, Tensor k, Tensor turns, float scale, bool back) -> (Tensor, Tensor)",
     plain=_plain,
-    kernel=_kernel,
+    kernel=launched("launch_rotation"),
     empty=_empty,
 )
 _heads = define(
     "turn_heads(Tensor mixed, Tensor turns, float scale, int size) -> (Tensor, Tensor, Tensor)",
     plain=_plain_heads,
-    kernel=_kernel_heads,
+    kernel=launched("launch_heads"),
     empty=_empty_heads,
 )
 _heads_back = define(
     "turn_heads_back(Tensor q, Tensor k, Tensor v, Tensor turns, float scale) -> Tensor",
     plain=_plain_heads_back,
-    kernel=_kernel_heads_back,
+    kernel=launched("launch_heads_back"),
     empty=_empty_heads_back,
 )
