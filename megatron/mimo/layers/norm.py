@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,7 +11,21 @@ from torch.nn import functional as F
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-__all__ = ["Norm", "normed", "widened"]
+__all__ = ["Kind", "Norm", "normed", "widened"]
+
+
+class Kind(NamedTuple):
+    """What a norm computes.
+
+    Attributes:
+        eps: added under the root.
+        rms: RMSNorm; else LayerNorm.
+        zero_centered: whether the weight is what is added to 1.
+    """
+
+    eps: float
+    rms: bool
+    zero_centered: bool = False
 
 
 class Norm(nn.Module):
@@ -53,8 +69,11 @@ class Norm(nn.Module):
             )
         self.normalization = config.normalization
         self.shape = (hidden_size,)
-        self.eps = config.layernorm_epsilon if eps is None else eps
-        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.kind = Kind(
+            eps=config.layernorm_epsilon if eps is None else eps,
+            rms=config.normalization == "RMSNorm",
+            zero_centered=config.layernorm_zero_centered_gamma,
+        )
         self.weight = nn.Parameter(torch.empty(self.shape, dtype=config.params_dtype))
         self.bias = (
             nn.Parameter(torch.empty(self.shape, dtype=config.params_dtype))
@@ -67,7 +86,7 @@ class Norm(nn.Module):
 
     def reset_parameters(self) -> None:
         """Makes the norm scale by one and shift by nothing."""
-        nn.init.constant_(self.weight, 0.0 if self.zero_centered else 1.0)
+        nn.init.constant_(self.weight, 0.0 if self.kind.zero_centered else 1.0)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -80,45 +99,29 @@ class Norm(nn.Module):
         Returns:
             The same shape, in the weight's dtype. Sums are taken in fp32.
         """
-        result = normed(
-            hidden,
-            self.weight,
-            self.bias,
-            eps=self.eps,
-            rms=self.normalization == "RMSNorm",
-            zero_centered=self.zero_centered,
-        )
+        result = normed(hidden, self.weight, self.bias, self.kind)
         return result.to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        return f"{self.normalization}, {self.shape[0]}, eps={self.eps}"
+        return f"{self.normalization}, {self.shape[0]}, eps={self.kind.eps}"
 
 
-def normed(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    eps: float,
-    rms: bool,
-    zero_centered: bool,
-) -> Tensor:
-    """The norm over the last dimension, in the dtype of :func:`widened`; see :class:`Norm`."""
-    hidden, weight, bias = widened(hidden, weight, bias, zero_centered=zero_centered)
-    if rms:
-        return F.rms_norm(hidden, weight.shape, weight, eps)
-    return torch.layer_norm(hidden, weight.shape, weight, bias, eps)
+def normed(hidden: Tensor, weight: Tensor, bias: Tensor | None, kind: Kind) -> Tensor:
+    """The norm over the last dimension, in the widest dtype of what is given; see :class:`Norm`."""
+    if kind.zero_centered or hidden.dtype != weight.dtype:
+        hidden, weight, bias = widened(hidden, weight, bias, kind)
+    if kind.rms:
+        return F.rms_norm(hidden, weight.shape, weight, kind.eps)
+    return torch.layer_norm(hidden, weight.shape, weight, bias, kind.eps)
 
 
 def widened(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, zero_centered: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, kind: Kind
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What a norm is computed of, in one dtype that holds them; 1 + a zero-centred weight."""
-    if hidden.dtype == weight.dtype and not zero_centered:
-        return hidden, weight, bias
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if zero_centered:  # in bf16, 1 + weight would lose the weight's low bits
+    if kind.zero_centered:  # in bf16, 1 + weight would lose the weight's low bits
         dtype = torch.promote_types(dtype, torch.float32)
-    weight = weight.to(dtype) + 1 if zero_centered else weight.to(dtype)
+    weight = weight.to(dtype) + 1 if kind.zero_centered else weight.to(dtype)
     return hidden.to(dtype), weight, None if bias is None else bias.to(dtype)

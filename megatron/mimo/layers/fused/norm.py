@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.mimo.layers.fused.operators import define, launched
-from megatron.mimo.layers.norm import widened
+from megatron.mimo.layers.norm import Kind, widened
 
 __all__ = ["add_norm"]
 
@@ -23,14 +23,7 @@ _WIDEST = 8192  # features of a row that a kernel holds in registers
 
 
 def add_norm(
-    residual: Tensor,
-    added: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    eps: float,
-    rms: bool,
-    zero_centered: bool = False,
+    residual: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor | None, kind: Kind
 ) -> tuple[Tensor, Tensor]:
     """``residual + added``, or the residual as it is, and the norm of that; both [T, E].
 
@@ -39,13 +32,9 @@ def add_norm(
         added: as many rows, in any shape; or None.
         weight: [E].
         bias: [E]; or None.
-        eps: added under the root.
-        rms: RMSNorm; else LayerNorm.
-        zero_centered: whether the weight is what is added to 1.
+        kind: of the norm.
     """
-    found: tuple[Tensor, Tensor] = _AddNorm.apply(
-        residual, added, weight, bias, eps, rms, zero_centered
-    )
+    found: tuple[Tensor, Tensor] = _AddNorm.apply(residual, added, weight, bias, kind)
     return found
 
 
@@ -57,57 +46,51 @@ class _AddNorm(torch.autograd.Function):
         added: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-        eps: float,
-        rms: bool,
-        zero_centered: bool,
+        kind: Kind,
     ) -> tuple[Tensor, Tensor]:
-        total = residual if added is None else residual.reshape(added.shape) + added
-        total_TE = total.reshape(-1, weight.size(0))
-        normed_TE, mean_T1, rstd_T1 = _normed(total_TE, weight, bias, eps, rms, zero_centered)
+        total = residual
+        if added is not None:
+            alike = residual.dim() == added.dim()
+            total = (residual if alike else residual.reshape(added.shape)) + added
+        total_TE = total if total.dim() == 2 else total.reshape(-1, total.size(-1))
+        normed_TE, mean_T1, rstd_T1 = _normed(total_TE, weight, bias, kind)
         ctx.save_for_backward(total_TE, weight, mean_T1, rstd_T1)
         ctx.set_materialize_grads(False)
-        ctx.shapes = residual.shape, None if added is None else added.shape
-        ctx.has_bias, ctx.zero_centered = bias is not None, zero_centered
+        shapes = residual.shape, None if added is None else added.shape
+        ctx.given = *shapes, bias is not None, kind
         return total_TE, normed_TE
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         of_total, of_normed = grads
+        residual, added, has_bias, kind = ctx.given
         of_weight = of_bias = None
         if of_normed is not None:
             total_TE, weight, mean_T1, rstd_T1 = ctx.saved_tensors
-            wanted = 1 + ctx.has_bias if any(ctx.needs_input_grad[2:4]) else 0
+            wanted = 1 + has_bias if any(ctx.needs_input_grad[2:4]) else 0
             given = of_normed, of_total, total_TE, weight, mean_T1, rstd_T1
-            of_total, of_parameters_KE = _backward(*given, ctx.zero_centered, wanted)
+            of_total, of_parameters_KE = _backward(*given, kind.zero_centered, wanted)
             of_weight, of_bias = (*of_parameters_KE.unbind(), None, None)[:2]
         assert of_total is not None
-        residual, added = ctx.shapes
         of_total = of_total.reshape(residual)
         of_added = None
         if added is not None:
             of_added = of_total if added == residual else of_total.reshape(added)
-        return of_total, of_added, of_weight, of_bias, None, None, None
+        return of_total, of_added, of_weight, of_bias, None
 
 
 def _normed(
-    total_TE: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-    zero_centered: bool,
+    total_TE: Tensor, weight: Tensor, bias: Tensor | None, kind: Kind
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The norm, and what it was made with: LayerNorm's mean, and the factor of a row."""
-    dtype = total_TE.dtype
-    total_TE, weight, bias = widened(total_TE, weight, bias, zero_centered=zero_centered)
-    mean_T1 = None
-    if rms:
-        normed_TE, rstd_T1 = torch._fused_rms_norm(total_TE, weight.shape, weight, eps)
-    else:
-        normed_TE, mean_T1, rstd_T1 = torch.native_layer_norm(
-            total_TE, weight.shape, weight, bias, eps
-        )
-    return normed_TE.to(dtype), mean_T1, rstd_T1
+    if kind.zero_centered or total_TE.dtype != weight.dtype:
+        wide = widened(total_TE, weight, bias, kind)
+        normed_TE, mean_T1, rstd_T1 = _normed(*wide, Kind(kind.eps, kind.rms))
+        return normed_TE.to(total_TE.dtype), mean_T1, rstd_T1
+    if kind.rms:
+        normed_TE, rstd_T1 = torch._fused_rms_norm(total_TE, weight.shape, weight, kind.eps)
+        return normed_TE, None, rstd_T1
+    return torch.native_layer_norm(total_TE, weight.shape, weight, bias, kind.eps)
 
 
 def _plain_backward(

@@ -18,7 +18,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.mimo.layers.fused import add_norm
 from megatron.mimo.layers.fused.operators import has_triton
 from megatron.mimo.layers.layer_scale import ScaledAdd
-from megatron.mimo.layers.norm import Norm, normed
+from megatron.mimo.layers.norm import Kind, Norm, normed
 
 __all__ = [
     "AddNorm",
@@ -45,24 +45,18 @@ class KnownNorm:
     Attributes:
         parameters: of the module.
         weight, bias: their names.
-        eps: added under the root.
-        rms: RMSNorm; else LayerNorm.
-        zero_centered: whether the weight is what is added to 1.
+        kind: what it computes.
     """
 
     parameters: Mapping[str, Tensor | None]
     weight: str
     bias: str
-    eps: float
-    rms: bool
-    zero_centered: bool
+    kind: Kind
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The norm over the last dimension, in the dtype of ``hidden``."""
         weight, bias = self.tensors()
-        result = normed(
-            hidden, weight, bias, eps=self.eps, rms=self.rms, zero_centered=self.zero_centered
-        )
+        result = normed(hidden, weight, bias, self.kind)
         return result if result.dtype == hidden.dtype else result.to(hidden.dtype)
 
     def tensors(self) -> tuple[Tensor, Tensor | None]:
@@ -80,9 +74,7 @@ def known_norm(norm: Any, linear: Any) -> Function | None:
             parameters=linear._parameters,
             weight="layer_norm_weight",
             bias="layer_norm_bias",
-            eps=linear.eps,
-            rms=linear.normalization == "RMSNorm",
-            zero_centered=linear.zero_centered_gamma,
+            kind=Kind(linear.eps, linear.normalization == "RMSNorm", linear.zero_centered_gamma),
         )
     return called(norm) if is_norm(norm) else None
 
@@ -102,9 +94,7 @@ def called(norm: Any) -> Function:
         parameters=norm._parameters,
         weight="weight",
         bias="bias",
-        eps=norm.eps,
-        rms=norm.normalization == "RMSNorm",
-        zero_centered=norm.zero_centered,
+        kind=norm.kind,
     )
 
 
@@ -136,16 +126,7 @@ def _in_one(
 ) -> tuple[Tensor, Tensor]:
     if add is not None and added is not None:
         residual, added = add(_as(residual, added), added), None
-    weight, bias = norm.tensors()
-    return add_norm(
-        residual,
-        added,
-        weight,
-        bias,
-        eps=norm.eps,
-        rms=norm.rms,
-        zero_centered=norm.zero_centered,
-    )
+    return add_norm(residual, added, *norm.tensors(), norm.kind)
 
 
 def _apart(

@@ -128,14 +128,14 @@ def check_activation(device: str, tolerance: float, dtype: torch.dtype = torch.f
 
 
 def norm_by_torch(
-    residual: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor | None, how: dict[str, Any]
+    residual: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor | None, kind: Any
 ) -> tuple[Tensor, Tensor]:
     total = residual if added is None else residual.view(added.shape) + added
     total = total.reshape(-1, len(weight))
-    weight = weight + 1 if how["zero_centered"] else weight
-    if how["rms"]:
-        return total, F.rms_norm(total, weight.shape, weight, how["eps"])
-    return total, F.layer_norm(total, weight.shape, weight, bias, how["eps"])
+    weight = weight + 1 if kind.zero_centered else weight
+    if kind.rms:
+        return total, F.rms_norm(total, weight.shape, weight, kind.eps)
+    return total, F.layer_norm(total, weight.shape, weight, bias, kind.eps)
 
 
 def check_norm(
@@ -153,6 +153,7 @@ def check_norm(
 ) -> None:
     """Against torch in fp32 at least: results, and gradients by those of the results in use."""
     from megatron.mimo.layers.fused import add_norm
+    from megatron.mimo.layers.norm import Kind
 
     T, E = sizes
     given: list[Tensor | None] = [
@@ -169,7 +170,7 @@ def check_norm(
     for one, other in zip(wide, given, strict=True):
         if one is not None and other is not None:
             one.requires_grad_(other.requires_grad)
-    how = {"eps": 1e-5, "rms": rms, "zero_centered": zero_centered}
+    kind = Kind(eps=1e-5, rms=rms, zero_centered=zero_centered)
 
     def results_and_gradients(inputs: list[Any], function: Any) -> list[Tensor]:
         residual, added, *parameters = inputs
@@ -183,8 +184,8 @@ def check_norm(
         gradients = torch.autograd.grad(outputs, wanted, ours, allow_unused=True)
         return [*results, *(one for one in gradients if one is not None)]
 
-    found = results_and_gradients(given, lambda *four: add_norm(*four, **how))
-    expected = results_and_gradients(wide, lambda *four: norm_by_torch(*four, how))
+    found = results_and_gradients(given, lambda *four: add_norm(*four, kind))
+    expected = results_and_gradients(wide, lambda *four: norm_by_torch(*four, kind))
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype
