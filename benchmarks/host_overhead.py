@@ -266,7 +266,8 @@ def _cut(value: Any, whole: int, tokens: int) -> Any:
         return value.detach()[:tokens].clone() if len(value) == whole else value.detach()
     if not isinstance(value, PackedSeqParams):
         return value
-    kept = {one.name: _cut(getattr(value, one.name), whole, tokens) for one in fields(value)}
+    given = [one.name for one in fields(value) if one.init]
+    kept = {name: _cut(getattr(value, name), whole, tokens) for name in given}
     borders = torch.arange(0, tokens + 1, _SHORT, dtype=torch.int32)
     for name in ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"):
         kept[name] = borders if kept[name] is not None else None

@@ -76,6 +76,7 @@ class Linear:
     """The parameters of a linear layer: those of its module, where others may take their place."""
 
     parameters: dict[str, Any]
+    has_bias: bool
 
     @property
     def weight(self) -> Tensor:
@@ -85,9 +86,9 @@ class Linear:
 
     def __call__(self, hidden_TE: Tensor) -> Tensor:
         """The product, [T, F]."""
-        weight, bias = self.parameters["weight"], self.parameters.get("bias")
-        # Transformer Engine may have an empty tensor where there is no bias.
-        return F.linear(hidden_TE, weight, bias if bias is not None and bias.numel() else None)
+        parameters = self.parameters
+        bias = parameters["bias"] if self.has_bias else None
+        return F.linear(hidden_TE, parameters["weight"], bias)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +106,9 @@ class Reading:
         mlp: the linear layers of the feed-forward.
         act: between them.
         add: adds to the residual the output of the feed-forward.
-        watched: modules that have to stay what they are: name, where it is named, class.
+        places: where modules are named, and those that have to stay there.
+        modules: all of them.
+        kinds: their classes, which have to stay the same.
         hooks: those of the modules, which have to stay empty.
         waits: those before the modules are called, which may wait for weights.
     """
@@ -121,26 +124,27 @@ class Reading:
     mlp: tuple[Linear, Linear]
     act: Function
     add: Addition
-    watched: tuple[tuple[dict[str, Any], str, nn.Module, type], ...]
+    places: tuple[tuple[dict[str, Any], list[nn.Module | None]], ...]
+    modules: tuple[nn.Module, ...]
+    kinds: list[type]
     hooks: tuple[dict[int, Any], ...]
-    waits: tuple[tuple[nn.Module, dict[int, Any]], ...]
+    waits: tuple[dict[int, Any], ...]
 
     def holds(self) -> bool:
         """Whether nothing was put in a module's place or hangs on one since it was read."""
-        for siblings, name, module, kind in self.watched:
-            if siblings.get(name) is not module or type(module) is not kind:
+        for named, modules in self.places:
+            if [*named.values()] != modules:
                 return False
-        if any(self.hooks):
+        if [*map(type, self.modules)] != self.kinds or any(self.hooks):
             return False
-        for _, hooks in self.waits:
-            if hooks and not all(map(_gathers, hooks.values())):
-                return False
-        return True
+        return not any(self.waits) or all(
+            _gathers(hook) for hooks in self.waits for hook in hooks.values()
+        )
 
     def await_weights(self) -> None:
         """Wait for the weights that data-parallel ranks gather, as calls of the modules would."""
-        for module, hooks in self.waits:
-            if hooks:
+        if any(self.waits):
+            for module, hooks in zip(self.modules, self.waits, strict=True):
                 for hook in hooks.values():
                     hook(module, ())
 
@@ -180,9 +184,10 @@ def read_layer(layer: Any) -> Reading | None:
     if has_norms and not all(map(is_norm, heads)):
         return None
     adds = addition(layer.self_attn_bda), addition(layer.mlp_bda)
-    qkv, proj, first, second = (Linear(linear._parameters) for linear in linears)
-    watched = _watched(layer)
-    modules = [module for _, _, module, _ in watched]
+    qkv, proj, first, second = map(_linear, linears)
+    parents = (layer, layer.self_attention, layer.mlp)
+    places = tuple((one._modules, [*one._modules.values()]) for one in parents)
+    modules = tuple(one for _, named in places for one in named if one is not None)
     return Reading(
         first_norm=with_norm(adds[0], first_norm),
         attention=attention,
@@ -198,9 +203,11 @@ def read_layer(layer: Any) -> Reading | None:
         mlp=(first, second),
         act=act,
         add=adds[1],
-        watched=watched,
+        places=places,
+        modules=modules,
+        kinds=[*map(type, modules)],
         hooks=tuple(hooks for module in modules for hooks in _hooks(module)),
-        waits=tuple((module, module._forward_pre_hooks) for module in modules),
+        waits=tuple(module._forward_pre_hooks for module in modules),
     )
 
 
@@ -226,6 +233,13 @@ def _is_linear(linear: Any) -> bool:
     return (
         getattr(linear, "gtp_remat_size", 1) == 1 and linear._parameters.get("weight") is not None
     )
+
+
+def _linear(linear: Any) -> Linear:
+    parameters = linear._parameters
+    bias = parameters.get("bias")
+    # Transformer Engine may have an empty tensor where there is no bias.
+    return Linear(parameters, bias is not None and bias.numel() > 0)
 
 
 def _act(config: Any) -> Function | None:
@@ -257,13 +271,3 @@ def _is_quick_gelu(function: Any) -> bool:
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
     return module._forward_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
-def _watched(layer: Any) -> tuple[tuple[dict[str, Any], str, nn.Module, type], ...]:
-    """The modules of a layer: a lean pass calls few of them."""
-    found = []
-    for parent in (layer, layer.self_attention, layer.mlp):
-        for name, module in parent._modules.items():
-            if module is not None:
-                found.append((parent._modules, name, module, type(module)))
-    return tuple(found)
