@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -202,6 +203,19 @@ def test_script_runs_as_main_under_torchruns_environment(ranks: RankPool, script
         assert (end.exit_code, end.stopped) == (0, None), end.stderr
         assert end.stdout == "['--flag', 'x'] 3 [9]\n"
         assert "to stderr" in end.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone can be told")
+def test_ranks_ask_no_name_server(ranks: RankPool, script: Any) -> None:
+    path = script(
+        """
+        import socket
+        print(socket.getnameinfo(("::ffff:127.0.0.1", 1234, 0, 0), socket.NI_NUMERICSERV))
+        """
+    )
+    # with no attempt at asking, whoever would ask is told to try again
+    (end,) = ranks.script(1, [path], env={"RES_OPTIONS": "attempts:0"})
+    assert end.exit_code == 0, end.stderr
 
 
 def test_failing_script_terminates_its_peers(ranks: RankPool, script: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tests.rank_pool.messages import FunctionJob, Request, ScriptJob, dumps
+from tests.rank_pool.names import ask_no_name_server
 from tests.rank_pool.outcome import RankExit, RanksFailedError, values_or_failure
 from tests.rank_pool.run import Run, ScriptRun
 from tests.rank_pool.server import PRELOAD
@@ -135,6 +136,7 @@ class RankPool:
         """Starts the server without waiting for its imports; a second call does nothing."""
         if self._server is not None:
             return
+        ask_no_name_server()  # the stores of the runs are this process's
         mine, theirs = socket.socketpair()
         arguments = f"{theirs.fileno()}, {','.join(self._imports)!r}"
         command = f"from tests.rank_pool.server import main; main({arguments})"
@@ -176,6 +178,7 @@ class RankPool:
         cwd: str | os.PathLike[str] | None,
     ) -> Run:
         _check_world_size(world_size)
+        control = self._ready_control()
         store = dist.TCPStore(_MASTER, 0, is_master=True, wait_for_workers=False)
         request = Request(
             world_size=world_size,
@@ -186,7 +189,7 @@ class RankPool:
             path=(str(_REPOSITORY), *(entry for entry in sys.path if entry)),
             cwd=os.fspath(cwd or os.getcwd()),
         )
-        return Run(self._ready_control(), request, store)
+        return Run(control, request, store)
 
     def wait_until_ready(self) -> None:
         """Starts the server if need be and waits for its imports.

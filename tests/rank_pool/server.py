@@ -14,6 +14,7 @@ import sys
 import traceback
 from multiprocessing.connection import Connection
 
+from tests.rank_pool.names import ask_no_name_server
 from tests.rank_pool.pages import use_huge_pages
 from tests.rank_pool.threads import BusyThreadsError, come_to_rest, describe, other_threads
 
@@ -96,6 +97,7 @@ def main(control_fd: int, imports: str) -> None:
         control_fd: this end of the control socket.
         imports: names of modules, with commas between.
     """
+    ask_no_name_server()
     try:
         _serve(socket.socket(fileno=control_fd), imports.split(","))
     except BrokenPipeError:
