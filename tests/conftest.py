@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -62,7 +63,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if not config.option.gpu and not gpu_session.has_driver():
         select_backend("cpu")  # before Megatron is imported, which then leaves torch's compiler out
-    config.stash[_POOL] = RankPool()
+    config.stash[_POOL] = pool = RankPool(address=_shared_address(config))
+    if hasattr(config, "workerinput"):
+        pool.start()  # while tests are collected: all processes would wait for the first ranks
     if not config.option.gpu:
         config.stash[_GPU] = GpuSession(config)
 
@@ -149,6 +152,13 @@ def ranks(pytestconfig: pytest.Config) -> RankPool:
 def _tests_elsewhere(config: pytest.Config) -> bool:
     """Whether this process hands all tests to those of pytest-xdist."""
     return getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput")
+
+
+def _shared_address(config: pytest.Config) -> str | None:
+    """Where the processes of pytest-xdist find one rank pool's server: ten seconds to start."""
+    if sys.platform != "linux" or not hasattr(config, "workerinput"):
+        return None
+    return f"\0rank-pool-{config.workerinput['testrunuid']}"
 
 
 def _needs_ranks(item: pytest.Item) -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import subprocess
 import sys
 import textwrap
 import threading
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -53,7 +57,7 @@ CONFTEST = """
     from tests.conftest import *
     from tests.rank_pool import RankPool
 
-    tests.rank_pool.RankPool = lambda: RankPool(imports=["imported_by_server"])
+    tests.rank_pool.RankPool = lambda address: RankPool(imports=["imported_by_server"])
 """
 TESTS_WITH_RANKS = """
     import os
@@ -73,6 +77,10 @@ def write(folder: Path, **sources: str) -> None:
         (folder / f"{name}.py").write_text(textwrap.dedent(source))
 
 
+def server_of_this_rank() -> int:
+    return psutil.Process(os.getppid()).ppid()
+
+
 def work_in_every_way() -> tuple[float, float, list[str]]:
     """Collectives, kernels, gradients, threads, a library that has not been loaded before."""
     import scipy.fft
@@ -88,18 +96,37 @@ def work_in_every_way() -> tuple[float, float, list[str]]:
     return weight.grad.mean().item(), float(scipy.fft.fft([1.0, 2.0])[0].real), said
 
 
-def test_ranks_work_beside_idle_threads_of_the_imports(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    write(tmp_path, imported_by_server=PARKED)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    pool = RankPool(imports=["imported_by_server"])
-    request.addfinalizer(pool.close)
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RankPool]]:
+    """Two at one address, of a server beside idle threads; on Linux alone is there such a name."""
+    folder = tmp_path_factory.mktemp("imports")
+    write(folder, imported_by_server=PARKED)
+    address = f"\0rank-pool-{uuid.uuid4()}" if sys.platform == "linux" else None
+    pools = [RankPool(imports=["imported_by_server"], address=address) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        for pool in pools:
+            stack.callback(pool.close)
+            pool.start()
+        yield pools
+
+
+def test_ranks_work_beside_idle_threads_of_the_imports(pools: list[RankPool]) -> None:
+    pool = pools[0]
     for _ in range(3):
         assert pool(2)(work_in_every_way) == [(600.0, 3.0, ["from a thread"])] * 2
     assert any("thread 'waiter' of Python" in words for words in pool.threads), pool.threads
     assert sum("native thread" in words for words in pool.threads) >= 3, pool.threads
     assert all(words.endswith("started by imported_by_server") for words in pool.threads)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="abstract names of sockets are Linux's")
+def test_a_server_serves_all_at_its_address_until_the_last_goes(pools: list[RankPool]) -> None:
+    (server,) = {psutil.Process(pool(1)(server_of_this_rank)[0]) for pool in pools}
+    pools[0].close()
+    assert pools[1](2)(server_of_this_rank) == [server.pid] * 2
+    pools[1].close()
+    server.wait(60)
 
 
 def test_a_thread_that_keeps_running_is_refused_once(

@@ -8,6 +8,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,16 +44,19 @@ class RankPool:
 
     Args:
         imports: what the server imports; each rank has it already.
+        address: abstract name of a Unix socket, of a server that several test processes share;
+            whoever takes the name first starts it, and it stops with the last. None: its own.
 
     Attributes:
         failure: why there are no ranks to be had from this pool, once that is known.
         threads: words for each idle thread beside which ranks are forked.
     """
 
-    def __init__(self, imports: Sequence[str] = PRELOAD) -> None:
+    def __init__(self, imports: Sequence[str] = PRELOAD, address: str | None = None) -> None:
         self.failure: str | None = None
         self.threads: list[str] = []
         self._imports = imports
+        self._address = address
         self._server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._ready = False
@@ -134,33 +138,33 @@ class RankPool:
 
     def start(self) -> None:
         """Starts the server without waiting for its imports; a second call does nothing."""
-        if self._server is not None:
+        if self._control is not None:
             return
         ask_no_name_server()  # the stores of the runs are this process's
-        mine, theirs = socket.socketpair()
-        arguments = f"{theirs.fileno()}, {','.join(self._imports)!r}"
-        command = f"from tests.rank_pool.server import main; main({arguments})"
-        environment = os.environ | _ALONE
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [str(_REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
-        self._server = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", command],
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for pytest, which then closes the pool
-        )
-        theirs.close()
-        self._control = mine
+        if self._address is None:
+            self._control, theirs = socket.socketpair()
+            self._server = _start_server(theirs, self._imports)
+            return
+        door = socket.socket(socket.AF_UNIX)
+        try:
+            door.bind(self._address)
+        except OSError:
+            door.close()  # another process has taken it
+        else:
+            door.listen()
+            self._server = _start_server(door, self._imports)
+        self._control = _connect(self._address)
 
     def close(self) -> None:
         """Kills the runs in flight and stops the server."""
-        if self._server is None or self._control is None:
+        if self._control is None:
             return
         for run in list(self._scripts):
             run.close()
         self._control.close()
+        self._control = None
+        if self._server is None or self._address is not None:  # others may still need it
+            return
         try:
             self._server.wait(_START_SECONDS if not self._ready else 10)
         except subprocess.TimeoutExpired:
@@ -199,13 +203,12 @@ class RankPool:
         """
         self.start()
         assert self._control is not None
-        assert self._server is not None
         if self.failure is None and not self._ready:
             answer = _first_line(self._control)
             self.failure = answer.get("failure")
             self.threads = answer.get("threads", [])
             self._ready = self.failure is None
-        if self.failure is None and self._server.poll() is not None:
+        if self.failure is None and self._server is not None and self._server.poll() is not None:
             self.failure = f"it died with code {self._server.returncode}; see its stderr"
         if self.failure is not None:
             raise RanksFailedError(f"the rank pool cannot serve: {self.failure}")
@@ -214,6 +217,36 @@ class RankPool:
         self.wait_until_ready()
         assert self._control is not None
         return self._control
+
+
+def _start_server(theirs: socket.socket, imports: Sequence[str]) -> subprocess.Popen[bytes]:
+    """A server at ``theirs``, which this process closes."""
+    command = "from tests.rank_pool.server import main; "
+    command += f"main({theirs.fileno()}, {','.join(imports)!r})"
+    environment = os.environ | _ALONE
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(_REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", command],
+        pass_fds=[theirs.fileno()],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for pytest, which then closes the pool
+    )
+    theirs.close()
+    return server
+
+
+def _connect(address: str) -> socket.socket:
+    """To a server that has taken its address, and listens at the next moment."""
+    control = socket.socket(socket.AF_UNIX)
+    deadline = time.monotonic() + _START_SECONDS
+    while control.connect_ex(address) != 0:
+        if time.monotonic() > deadline:
+            raise RanksFailedError("the rank pool cannot serve: nobody is at its address")
+        time.sleep(0.01)
+    return control
 
 
 def _first_line(control: socket.socket) -> dict[str, Any]:

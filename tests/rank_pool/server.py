@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import importlib
 import importlib.metadata
 import json
 import os
+import select
 import socket
 import sys
 import traceback
@@ -90,53 +92,67 @@ PRELOAD = (
 _MAX_DESCRIPTORS = 250  # of one message on a Unix socket
 
 
-def main(control_fd: int, imports: str) -> None:
+def main(fd: int, imports: str) -> None:
     """Serves and leaves without the interpreter's slow and chatty unloading of modules.
 
     Args:
-        control_fd: this end of the control socket.
+        fd: a socket to a test process, or one at which several connect.
         imports: names of modules, with commas between.
     """
     ask_no_name_server()
     try:
-        _serve(socket.socket(fileno=control_fd), imports.split(","))
-    except BrokenPipeError:
-        pass  # the test process went before the imports were done
+        _serve(socket.socket(fileno=fd), imports.split(","))
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(0)
 
 
-def _serve(control: socket.socket, imports: list[str]) -> None:
-    """Preloads, says so on the control socket, and serves until the test process goes.
+def _serve(first: socket.socket, imports: list[str]) -> None:
+    """Preloads, says so to each test process, and serves until the last one goes.
 
     The first message is a line of JSON: ``{"threads": [words for each idle thread]}``, or
-    ``{"failure": why}``. Each request is one message from the test process that carries
+    ``{"failure": why}``. Each request is one message from a test process that carries
     descriptors: the run's own socket, then the files of its ranks.
     """
+    greeting = _greeting(imports)
+    door = first if first.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) else None
+    clients = [door.accept()[0] if door else first]
+    _say(clients[0], greeting)
+    while clients:
+        for source in select.select([*clients, *filter(None, [door])], [], [])[0]:
+            if source is door:
+                clients.append(source.accept()[0])
+                _say(clients[-1], greeting)
+            elif not _answer(source, [*clients, *filter(None, [door])]):
+                clients.remove(source)
+                source.close()
+
+
+def _greeting(imports: list[str]) -> dict[str, object]:
     try:
-        threads = _preload(imports)
+        return {"threads": _preload(imports)}
     except BusyThreadsError as error:
-        _say(control, {"failure": str(error)})
-        return
+        return {"failure": str(error)}
     except BaseException:
-        _say(control, {"failure": traceback.format_exc()})
-        return
-    _say(control, {"threads": threads})
-    while True:
-        data, descriptors, _, _ = socket.recv_fds(control, 1, _MAX_DESCRIPTORS)
-        if not data:
-            return
-        _reap_supervisors()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        _fork_supervisor(control, descriptors)
-        for fd in descriptors:
-            os.close(fd)
+        return {"failure": traceback.format_exc()}
 
 
-def _fork_supervisor(control: socket.socket, descriptors: list[int]) -> None:
+def _answer(client: socket.socket, sockets: list[socket.socket]) -> bool:
+    """Forks a supervisor for a request, without the server's own ``sockets``; False at the end."""
+    data, descriptors, _, _ = socket.recv_fds(client, 1, _MAX_DESCRIPTORS)
+    if not data:
+        return False
+    _reap_supervisors()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _fork_supervisor(sockets, descriptors)
+    for fd in descriptors:
+        os.close(fd)
+    return True
+
+
+def _fork_supervisor(sockets: list[socket.socket], descriptors: list[int]) -> None:
     from tests.rank_pool.messages import Refusal, send
     from tests.rank_pool.supervisor import supervise
 
@@ -147,12 +163,14 @@ def _fork_supervisor(control: socket.socket, descriptors: list[int]) -> None:
             send(run, Refusal(reason=str(error)))
         return
     if os.fork() == 0:
-        control.close()
+        for own in sockets:
+            own.close()
         supervise(Connection(descriptors[0]), descriptors[1:])
 
 
-def _say(control: socket.socket, message: dict[str, object]) -> None:
-    control.sendall(json.dumps(message).encode() + b"\n")
+def _say(client: socket.socket, message: dict[str, object]) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has gone: seen next
+        client.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _preload(imports: list[str]) -> list[str]:
