@@ -156,17 +156,18 @@ class RankPool:
         self._control = _connect(self._address)
 
     def close(self) -> None:
-        """Kills the runs in flight and stops the server."""
+        """Kills the runs in flight and stops the server; waits for others that use it, too."""
         if self._control is None:
             return
         for run in list(self._scripts):
             run.close()
         self._control.close()
         self._control = None
-        if self._server is None or self._address is not None:  # others may still need it
+        if self._server is None:
             return
+        patience = None if self._address else 10 if self._ready else _START_SECONDS
         try:
-            self._server.wait(_START_SECONDS if not self._ready else 10)
+            self._server.wait(patience)
         except subprocess.TimeoutExpired:
             self._server.kill()
             self._server.wait()

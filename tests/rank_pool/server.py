@@ -88,6 +88,20 @@ PRELOAD = (
             *("models.qwen3_5.moe", "models.qwen3_vl.moe"),
         )
     ),
+    # What most tests with ranks import, which each run would import again.
+    *(
+        f"tests.{name}"
+        for name in (
+            *("distributed.convert.models", "distributed.inference.prompts"),
+            *("distributed.lora.ranks", "distributed.schedule", "matrix.ranks"),
+            *(
+                f"distributed.core.{name}"
+                for name in ("disjoint", "documents", "encoders", "grids", "heads", "split_model")
+            ),
+            *(f"distributed.models.{name}" for name in ("packed", "ranks", "text_kinds")),
+            *("unit.core.mimo.interpreted", "unit.core.mimo.test_stock"),
+        )
+    ),
 )
 _MAX_DESCRIPTORS = 250  # of one message on a Unix socket
 
@@ -140,7 +154,10 @@ def _greeting(imports: list[str]) -> dict[str, object]:
 
 def _answer(client: socket.socket, sockets: list[socket.socket]) -> bool:
     """Forks a supervisor for a request, without the server's own ``sockets``; False at the end."""
-    data, descriptors, _, _ = socket.recv_fds(client, 1, _MAX_DESCRIPTORS)
+    try:
+        data, descriptors, _, _ = socket.recv_fds(client, 1, _MAX_DESCRIPTORS)
+    except ConnectionResetError:
+        return False
     if not data:
         return False
     _reap_supervisors()

@@ -29,7 +29,7 @@ from tests.rank_pool.processes import adopt_orphans, send_signal, sweep
 from tests.rank_pool.rank import STACK_SIGNAL, run_rank
 from tests.rank_pool.threads import BusyThreadsError, come_to_rest
 
-_POLL_SECONDS = 0.005
+_POLL_SECONDS = 0.05  # between looks at the clock; what happens to a rank is told at once
 _DUMP_SECONDS = 0.2  # what a rank gets to write its stacks before it is killed
 _SWEEP_SECONDS = 1.0
 
@@ -65,14 +65,18 @@ class _Run:
         self.status = [RankStatus() for _ in range(request.world_size)]
         self.pids: list[int] = []
         self.reports, report_fd = os.pipe()
+        self.ends, end_fd = os.pipe()
+        _wake_by_ends(end_fd)
         sys.path[:] = request.path
         if isinstance(request.job, FunctionJob):
             _import_test_module(request.job)
         for rank in range(request.world_size):
             pid = os.fork()
             if pid == 0:
+                _wake_by_ends(None)
+                for fd in (self.reports, self.ends, end_fd):
+                    os.close(fd)
                 connection.close()
-                os.close(self.reports)
                 own = files[rank * FILES_PER_RANK : (rank + 1) * FILES_PER_RANK]
                 for fd in set(files) - set(own):
                     os.close(fd)
@@ -111,10 +115,14 @@ class _Run:
         return any(status.exit_code not in (None, 0) for status in self.status)
 
     def _listen(self) -> None:
-        sources: list[Connection | int] = [] if self.client_gone else [self.connection]
+        sources: list[Connection | int] = [self.ends]
+        if not self.client_gone:
+            sources.append(self.connection)
         if not self.is_script and self.reports >= 0:
             sources.append(self.reports)
         ready = select.select(sources, [], [], _POLL_SECONDS)[0]
+        if self.ends in ready:
+            os.read(self.ends, 4096)
         if self.reports in ready:
             ranks = os.read(self.reports, len(self.status))
             for rank in ranks:
@@ -159,6 +167,14 @@ class _Run:
         while self._running():
             self._collect()
             time.sleep(0.001)
+
+
+def _wake_by_ends(fd: int | None) -> None:
+    """Writes to ``fd`` whenever a child of this process ends; None: no longer."""
+    if fd is not None:
+        os.set_blocking(fd, False)
+    signal.set_wakeup_fd(-1 if fd is None else fd, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if fd is None else lambda *_: None)
 
 
 def _import_test_module(job: FunctionJob) -> None:
