@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """How many processes ``-n auto`` runs tests in; none beside this one where there is a GPU.
 
-    Each has a rank pool of its own, some 2 GB with ranks, and tests with two ranks want two cores.
+    Each takes some 1.5 GB with its ranks, and tests with two ranks want two cores.
     """
     if config.option.gpu or gpu_session.has_driver():
         return 0
