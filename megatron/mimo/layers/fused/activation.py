@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron.mimo.layers.fused.operators import define, launched
+from megatron.mimo.layers.fused.operators import apply_of, define, launched
 
 __all__ = ["KINDS", "activate"]
 
@@ -27,7 +27,7 @@ def activate(inner_TF: Tensor, kind: str, *, gated: bool) -> Tensor:
         kind: one of :data:`KINDS`.
         gated: whether there is a gate.
     """
-    out: Tensor = _Activate.apply(inner_TF, KINDS.index(kind), gated)
+    out: Tensor = _activate(inner_TF, KINDS.index(kind), gated)
     return out
 
 
@@ -43,6 +43,9 @@ class _Activate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inner_TF,) = ctx.saved_tensors
         return _backward(grads[0], inner_TF, ctx.kind, ctx.gated), None, None
+
+
+_activate = apply_of(_Activate)
 
 
 def _act(x: Tensor, kind: int) -> Tensor:

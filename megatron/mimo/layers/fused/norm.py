@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.mimo.layers.fused.operators import define, launched
+from megatron.mimo.layers.fused.operators import apply_of, define, launched
 from megatron.mimo.layers.norm import Kind, widened
 
 __all__ = ["add_norm"]
@@ -34,7 +34,7 @@ def add_norm(
         bias: [E]; or None.
         kind: of the norm.
     """
-    found: tuple[Tensor, Tensor] = _AddNorm.apply(residual, added, weight, bias, kind)
+    found: tuple[Tensor, Tensor] = _add_norm(residual, added, weight, bias, kind)
     return found
 
 
@@ -77,6 +77,9 @@ class _AddNorm(torch.autograd.Function):
         if added is not None:
             of_added = of_total if added == residual else of_total.reshape(added)
         return of_total, of_added, of_weight, of_bias, None
+
+
+_add_norm = apply_of(_AddNorm)
 
 
 def _normed(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.mimo.layers.fused.operators import define, launched
+from megatron.mimo.layers.fused.operators import apply_of, define, launched
 
 __all__ = ["rotate", "turn_heads"]
 
@@ -32,7 +32,7 @@ def rotate(
     Returns:
         Queries and keys, contiguous, in their shapes and dtypes.
     """
-    return _Rotate.apply(q_THD, k_TGD, turns_NR, scale)
+    return _rotate_both(q_THD, k_TGD, turns_NR, scale)
 
 
 def turn_heads(
@@ -46,7 +46,7 @@ def turn_heads(
         head_size: D.
         scale: of cosines and sines.
     """
-    return _TurnHeads.apply(mixed_TGW, turns_NR, head_size, scale)
+    return _turn_heads(mixed_TGW, turns_NR, head_size, scale)
 
 
 class _Rotate(torch.autograd.Function):
@@ -66,6 +66,9 @@ class _Rotate(torch.autograd.Function):
         return dq.view(grads[0].shape), dk.view(grads[1].shape), None, None
 
 
+_rotate_both = apply_of(_Rotate)
+
+
 class _TurnHeads(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -81,6 +84,9 @@ class _TurnHeads(torch.autograd.Function):
         (turns_NR,) = ctx.saved_tensors
         of_mixed = _heads_back(*(_rows(one) for one in grads), turns_NR, ctx.scale)
         return of_mixed.view(ctx.shape), None, None, None
+
+
+_turn_heads = apply_of(_TurnHeads)
 
 
 def _rows(heads: Tensor) -> Tensor:
