@@ -40,8 +40,9 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     def call(*given: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return function.apply(*given)
-        return super(torch.autograd.Function, function).apply(*given)
+        return below.apply(*given)
 
+    below: Any = super(torch.autograd.Function, function)
     return call
 
 
