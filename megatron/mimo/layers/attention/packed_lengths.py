@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron.core.models.mimo.errors import InputError
+from megatron.core.models.mimo.partition.packing import numbers_on_host
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.mimo.layers.attention.tiles import Document
 
@@ -33,13 +34,13 @@ def packed_documents(
     Raises:
         InputError: sums that do not start at 0, fall, do not fit each other or exceed T.
     """
-    queries = _documents(packed.cu_seqlens_q, packed.cu_seqlens_q_padded, query_tokens, "q")
+    queries = _documents(packed, "q", query_tokens)
     if packed.cu_seqlens_kv is None or (
         packed.cu_seqlens_kv is packed.cu_seqlens_q
         and packed.cu_seqlens_kv_padded is packed.cu_seqlens_q_padded
     ):
         return queries, queries
-    keys = _documents(packed.cu_seqlens_kv, packed.cu_seqlens_kv_padded, key_tokens, "kv")
+    keys = _documents(packed, "kv", key_tokens)
     if len(queries) != len(keys):
         raise InputError(
             f"cu_seqlens_q has {len(queries)} documents and cu_seqlens_kv {len(keys)}; "
@@ -71,13 +72,12 @@ def _bounds(sums: Tensor, padded: Tensor | None, tokens: int) -> Tensor:
     return torch.cat([torch.stack([starts, stops], dim=1).flatten(), padded[-1:].int(), end])
 
 
-def _documents(
-    sums: Tensor | None, padded: Tensor | None, tokens: int, name: str
-) -> tuple[Document, ...]:
-    if sums is None:
+def _documents(packed: PackedSeqParams, name: str, tokens: int) -> tuple[Document, ...]:
+    lengths = _lengths(packed, f"cu_seqlens_{name}")
+    if lengths is None:
         raise InputError(f"packed_seq_params.cu_seqlens_{name} is None; a packed sequence needs it")
-    lengths = _lengths(sums, f"cu_seqlens_{name}")
-    places = lengths if padded is None else _lengths(padded, f"cu_seqlens_{name}_padded")
+    places = _lengths(packed, f"cu_seqlens_{name}_padded")
+    places = lengths if places is None else places
     if len(places) != len(lengths):
         raise InputError(
             f"cu_seqlens_{name} has {len(lengths)} documents and cu_seqlens_{name}_padded "
@@ -97,17 +97,21 @@ def _documents(
     return tuple(Document(*pair) for pair in zip(lengths, places, strict=True))
 
 
-def _lengths(sums: Tensor, name: str) -> list[int]:
-    values = _host_values(sums)
+def _lengths(packed: PackedSeqParams, name: str) -> list[int] | None:
+    sums: Tensor | None = getattr(packed, name)
+    if sums is None:
+        return None
+    values = numbers_on_host(packed, name)
+    if values is None:
+        values = _read(sums)
     lengths = [stop - start for start, stop in itertools.pairwise(values)]
     if sums.dim() != 1 or not values or values[0] != 0 or min(lengths, default=0) < 0:
         raise InputError(f"{name} is {values}; expected lengths summed up from 0: [0, 5, 12]")
     return lengths
 
 
-def _host_values(sums: Tensor) -> list[int]:
-    if sums.device.type == "cpu":
-        return [int(value) for value in sums.tolist()]
+def _read(sums: Tensor) -> list[int]:
+    """The numbers of a boundary on a device; waits for it at the first call for a micro-batch."""
     version, values = _ON_HOST.get(sums, (None, []))
     if version != sums._version:
         values = [int(value) for value in sums.tolist()]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron.core.models.mimo.errors import InputError
+from megatron.core.models.mimo.partition.packing import numbers_on_host
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.mimo.layers.gated_delta_net.heads_over_ranks import Dealt, deal_places
 
@@ -36,13 +37,13 @@ class Documents:
         position_T: of each token in its document.
         sums: summed lengths of the places, integers [documents + 1] from 0 to at most T, on the
             device of the tokens.
-        given: the same where they were given, maybe on the host.
+        on_host: the same numbers, where they are known without a wait for the device.
     """
 
     number_T: Tensor
     position_T: Tensor
     sums: Tensor
-    given: Tensor
+    on_host: list[int] | None
     _dealt: dict[int, Dealt] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
@@ -50,7 +51,8 @@ class Documents:
         """Summed lengths from 0 to T of the documents that have tokens, int64: on the device of the
         tokens, and on the host (which waits for the device where only that knows the lengths).
         """
-        values = sorted({*self.given.tolist(), self.number_T.numel()})
+        known = self.sums.tolist() if self.on_host is None else self.on_host
+        values = sorted({*known, self.number_T.numel()})
         host = torch.tensor(values)
         return host.to(self.number_T.device, non_blocking=True), host
 
@@ -78,29 +80,30 @@ def documents_of(
     """
     if packed is None or packed.qkv_format != "thd":
         return None
-    padded = packed.cu_seqlens_q_padded
-    sums = packed.cu_seqlens_q if padded is None else padded
+    name = "cu_seqlens_q" if packed.cu_seqlens_q_padded is None else "cu_seqlens_q_padded"
+    sums: Tensor | None = getattr(packed, name)
     if sums is None:
         raise InputError("packed_seq_params.cu_seqlens_q is None; a packed sequence needs it")
     version, known_tokens, documents = _KNOWN.get(sums, (None, None, None))
     if documents is None or (version, known_tokens) != (sums._version, tokens):
-        _check(sums, tokens)
-        documents = _find(sums, tokens, device)
+        values = numbers_on_host(packed, name)
+        _check(values, tokens)
+        documents = _find(sums, values, tokens, device)
         _KNOWN[sums] = (sums._version, tokens, documents)
     return documents
 
 
-def _find(given: Tensor, tokens: int, device: torch.device) -> Documents:
+def _find(given: Tensor, values: list[int] | None, tokens: int, device: torch.device) -> Documents:
     sums = given.to(device, non_blocking=True)
     place_T = torch.arange(tokens, device=sums.device, dtype=sums.dtype)
     number_T = torch.searchsorted(sums[1:].contiguous(), place_T, right=True)
-    return Documents(number_T=number_T, position_T=place_T - sums[number_T], sums=sums, given=given)
+    position_T = place_T - sums[number_T]
+    return Documents(number_T=number_T, position_T=position_T, sums=sums, on_host=values)
 
 
-def _check(sums: Tensor, tokens: int) -> None:
-    if sums.device.type != "cpu":
+def _check(values: list[int] | None, tokens: int) -> None:
+    if values is None:
         return
-    values = sums.tolist()
     rising = all(first <= second for first, second in itertools.pairwise(values))
     if not values or values[0] != 0 or not rising or values[-1] > tokens:
         raise InputError(

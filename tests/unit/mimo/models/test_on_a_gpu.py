@@ -18,6 +18,9 @@ LAYERS = [
 WITHOUT_EXPERTS = [name for name in family_names() if not name.endswith("_moe")]
 
 
+_ALLOWED_IN_BF16 = 0.05  # relative, of gradients that were rounded on two ways
+
+
 def build(name: str, layers: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     """A tiny model, and the arguments of its forward pass for a packed row of four samples."""
     from megatron.mimo.arguments.standalone import build_model, model_settings
@@ -56,6 +59,7 @@ def step(model: Any, inputs: dict[str, Any]) -> Tensor:
     return loss.detach()
 
 
+@pytest.mark.filterwarnings("ignore:flash-linear-attention is installed")  # and refuses
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("name", WITHOUT_EXPERTS)
 def test_nothing_waits_for_the_device(name: str, layers: str) -> None:
@@ -81,7 +85,11 @@ def test_lean_layers_equal_megatron_cores(
     from megatron.mimo.layers.lean import LeanLayer
 
     with process_groups() as device:
-        model, inputs = build(name, layers, torch.float32, device)
+        # Transformer Engine attends to packed rows in half precision alone.
+        dtype, allowed = (
+            (torch.float32, 1e-4) if layers == "local" else (torch.bfloat16, _ALLOWED_IN_BF16)
+        )
+        model, inputs = build(name, layers, dtype, device)
         read = LeanLayer._lean_reading
         lean: list[bool] = []
 
@@ -103,7 +111,8 @@ def test_lean_layers_equal_megatron_cores(
         assert lean
         assert all(lean)
         (loss, gradients), (expected, others) = found
-        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(loss, expected, rtol=allowed / 10, atol=0)
         for key, gradient in gradients.items():
-            error = (gradient - others[key]).norm() / others[key].norm().clamp(min=1e-6)
-            assert error < 1e-4, f"{key}: {error:.1e}"
+            wide, other = gradient.float(), others[key].float()
+            error = (wide - other).norm() / other.norm().clamp(min=1e-6)
+            assert error < allowed, f"{key}: {error:.1e}"

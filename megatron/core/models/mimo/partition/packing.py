@@ -34,12 +34,14 @@ class PackedRow(PackedSeqParams):
         bounds_q: int32, boundaries of queries in which padding makes documents of its own, none of
             them longer than ``max_seqlen_q``; None where they are not known on the host.
         bounds_kv: of keys.
+        on_host: the numbers of ``cu_seqlens_*``, by name, as far as they are known on the host.
         kernel_calls: what the first layer learned about the kernels that serve this row, for the
             others; its keys and values are the attention's.
     """
 
     bounds_q: torch.Tensor | None = None
     bounds_kv: torch.Tensor | None = None
+    on_host: Mapping[str, list[int]] = field(default_factory=dict, repr=False)
     kernel_calls: dict[Any, Any] = field(
         init=False, default_factory=dict, compare=False, repr=False
     )
@@ -101,7 +103,22 @@ def packed_params(
                 f"packing_kwargs lack {name}, and the boundaries are on a device, where reading "
                 "them would wait for it; give the longest document's length, or host boundaries"
             )
-    return PackedRow(**{**arguments, "qkv_format": "thd"})
+    on_host = {name: values for name, values in boundaries.items() if values is not None}
+    return PackedRow(**{**arguments, "qkv_format": "thd"}, on_host=on_host)
+
+
+def numbers_on_host(packed: PackedSeqParams, name: str) -> list[int] | None:
+    """The numbers of a boundary, where they are known without a wait for the device.
+
+    Args:
+        packed: a packed sequence.
+        name: of the boundary: ``cu_seqlens_q`` and so on.
+    """
+    known = packed.on_host.get(name) if isinstance(packed, PackedRow) else None
+    if known is not None:
+        return known
+    boundary = getattr(packed, name)
+    return None if boundary is None else _host_values(boundary)
 
 
 def check_one_row(**tensors: torch.Tensor | None) -> int | None:

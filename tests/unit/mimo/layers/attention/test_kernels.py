@@ -84,10 +84,10 @@ def test_boundaries_are_copied_to_the_host_once() -> None:
     from megatron.mimo.layers.attention import packed_lengths
 
     sums = torch.tensor([0, 5, 9], device="cuda")
-    assert packed_lengths._host_values(sums) == [0, 5, 9]
-    assert packed_lengths._host_values(sums) is packed_lengths._host_values(sums)
+    assert packed_lengths._read(sums) == [0, 5, 9]
+    assert packed_lengths._read(sums) is packed_lengths._read(sums)
     sums[1] = 4
-    assert packed_lengths._host_values(sums) == [0, 4, 9]
+    assert packed_lengths._read(sums) == [0, 4, 9]
 
 
 KERNELS = {

@@ -95,3 +95,27 @@ def test_grouped_queries_on_every_signature(
     got = _packed_fused(q, k, v, rule, packed)
     k, v = (tensor.repeat_interleave(4 // key_heads, dim=1) for tensor in (k, v))
     torch.testing.assert_close(got, plain(q, k, v, bounds, rule.scale))
+
+
+def test_lengths_known_on_the_host_are_not_read_from_the_device() -> None:
+    """Meta tensors have no values to read, like those of a device that must not be waited for."""
+    import dataclasses
+
+    from megatron.core.models.mimo.partition.packing import packed_params
+    from megatron.mimo.layers.attention.packed_lengths import packed_documents
+    from megatron.mimo.layers.gated_delta_net.documents import documents_of
+
+    given = {"cu_seqlens_q": [0, 3, 5], "cu_seqlens_q_padded": [0, 4, 8]}
+    row = packed_params(given, tokens=8, device=torch.device("cpu"))
+    assert row is not None
+    names = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
+    moved = {name: getattr(row, name).to("meta") for name in names[::2]}
+    moved |= {names[1]: moved[names[0]], names[3]: moved[names[2]]}
+    there = dataclasses.replace(row, **moved)
+    found = packed_documents(there, query_tokens=8, key_tokens=8)
+    assert found == packed_documents(row, query_tokens=8, key_tokens=8)
+    assert [(one.length, one.padded) for one in found[0]] == [(3, 4), (2, 4)]
+    documents = documents_of(there, tokens=8, device=torch.device("meta"))
+    assert documents is not None
+    _, host = documents.filled_sums
+    assert host.tolist() == [0, 4, 8]
