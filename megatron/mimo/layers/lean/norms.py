@@ -48,20 +48,17 @@ class KnownNorm:
         kind: what it computes.
     """
 
-    parameters: Mapping[str, Tensor | None]
+    parameters: dict[str, Any]
     weight: str
     bias: str
     kind: Kind
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The norm over the last dimension, in the dtype of ``hidden``."""
-        weight, bias = self.tensors()
+        parameters = self.parameters
+        weight, bias = parameters[self.weight], parameters.get(self.bias)
         result = normed(hidden, weight, bias, self.kind)
         return result if result.dtype == hidden.dtype else result.to(hidden.dtype)
-
-    def tensors(self) -> tuple[Tensor, Tensor | None]:
-        """Its weight and bias as they are now."""
-        return cast(Tensor, self.parameters[self.weight]), self.parameters.get(self.bias)
 
 
 def known_norm(norm: Any, linear: Any) -> Function | None:
@@ -118,7 +115,8 @@ def with_norm(add: Addition, norm: Function) -> AddNorm:
 
 
 def _on_a_gpu(norm: KnownNorm) -> bool:
-    return norm.tensors()[0].is_cuda and has_triton()
+    weight: Tensor = norm.parameters[norm.weight]
+    return weight.is_cuda and has_triton()
 
 
 def _in_one(
@@ -126,7 +124,9 @@ def _in_one(
 ) -> tuple[Tensor, Tensor]:
     if add is not None and added is not None:
         residual, added = add(_as(residual, added), added), None
-    return add_norm(residual, added, *norm.tensors(), norm.kind)
+    parameters = norm.parameters
+    weight, bias = parameters[norm.weight], parameters.get(norm.bias)
+    return add_norm(residual, added, weight, bias, norm.kind)
 
 
 def _apart(
