@@ -30,8 +30,8 @@ setup:
 train: setup
 	@scripts/train $(ARGS)
 
-# A file's tests share what they prepare, so a file is one process's. Files with ranks come first, and the
-# short ones last, so that the processes end together. One that is lost (killed, or 600 s in one test) is not
+# A file's tests share what they prepare, so a file is one process's. Slow files come first, then those with
+# ranks, and the short ones last, so that the processes end together. One that is lost (killed, or 600 s in one test) is not
 # replaced: pytest-xdist would wait for it for ever; the run ends, and names the test.
 PROCESSES = -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 

@@ -76,6 +76,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = tiers.left_out(items, config.args, config.option.markexpr)
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    # They wait, when all others would for the ranks' server; and what ends a run is short.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     special = [item for item in items if gpu_session.needs_gpu(item)]
     if config.option.gpu:
         others = [item for item in items if item not in special]

@@ -346,30 +346,29 @@ def cover(
 
 def draw(axes: dict[str, tuple[Any, ...]], generator: random.Random) -> Values:
     """A valid cell."""
+    number = generator.random
     while True:
-        values: Values = {}
-        for axis, choices in axes.items():
-            if axis == "layers":
-                values[axis] = choices[0]
-                continue
-            only_first = (
-                (axis == "sp" and values["tp"] == 1)
-                or (axis in ("vpp", "stages") and values["pp"] == 1)
-                or (axis == "ep" and values["experts"] == "none")
-                or (axis == "etp" and (values["experts"] == "none" or values["tp"] == 1))
-            )
-            at = generator.random()  # drawn in any case, so that the next axis has the same
-            values[axis] = choices[0] if only_first else _chosen(axis, choices, at)
+        # Drawn for each axis in any case, so that the next one has the same.
+        values: Values = {
+            axis: choices[
+                bisect(_CUMULATED[axis], number() * _CUMULATED[axis][-1])
+                if axis in _CUMULATED
+                else int(number() * len(choices))
+            ]
+            for axis, choices in axes.items()
+            if axis != "layers"
+        }
+        settled: list[str] = ["layers"]
+        if values["tp"] == 1:
+            settled += ("sp", "etp")
+        if values["pp"] == 1:
+            settled += ("vpp", "stages")
+        if values["experts"] == "none":
+            settled += ("ep", "etp")
+        for axis in settled:
+            values[axis] = axes[axis][0]
         if is_valid(values):
             return values
-
-
-def _chosen(axis: str, choices: tuple[Any, ...], at: float) -> Any:
-    """One of an axis's values, by its weight; ``at`` is in [0, 1)."""
-    cumulated = _CUMULATED.get(axis)
-    if cumulated is None:
-        return choices[int(at * len(choices))]
-    return choices[bisect(cumulated, at * cumulated[-1])]
 
 
 class Covered:

@@ -86,8 +86,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Board]]:
 def watch(
     board: Board, monkeypatch: pytest.MonkeyPatch, *, timeout: float, until: int = 1
 ) -> tuple[StallWatch, list[str]]:
-    """Look until so many lines were said, with a warning after two seconds in place of twenty."""
-    monkeypatch.setattr(stall, "_STILL", 2.0)
+    """Look until so many lines were said, with a warning after one second in place of twenty."""
+    monkeypatch.setattr(stall, "_STILL", 1.0)
     watching = StallWatch(board, timeout, others=False)
     lines: list[str] = []
     end = time.monotonic() + HANG
@@ -101,12 +101,12 @@ def test_a_rank_that_sleeps_is_warned_of_then_ended_with_its_stacks(
     start: Callable[..., Board], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     board = start(("collective", _wait_for_others), ("reading data", _sleep))
-    watching, lines = watch(board, monkeypatch, timeout=3.0, until=2)
+    watching, lines = watch(board, monkeypatch, timeout=2.0, until=2)
     assert lines[0].startswith("warning: rank 1 on ")
     assert "has stood still for " in lines[0]
     assert "s in iteration 12, reading data, at " in lines[0]
     assert "test_stall.py:" in lines[0]
-    assert lines[0].endswith("in _sleep; it is ended after 3 s (--stall-timeout)")
+    assert lines[0].endswith("in _sleep; it is ended after 2 s (--stall-timeout)")
     assert lines[1].startswith("stacks of rank 1, which stood still:\n")
     assert "in _sleep" in lines[1]
     assert [end.rank for end in watching.ended] == [1]
@@ -124,7 +124,7 @@ def test_a_stopped_rank_is_named_and_ended(
     start: Callable[..., Board], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     board = start(("backward", _wait_for_others), ("forward", _stop))
-    _, lines = watch(board, monkeypatch, timeout=3.0, until=2)
+    _, lines = watch(board, monkeypatch, timeout=2.0, until=2)
     assert "in iteration 12, forward, stopped by a signal (kill -CONT lets it go on)" in lines[0]
     assert "rank 1" in lines[0]
     assert "in _stop" in lines[1]
@@ -136,7 +136,7 @@ def test_work_and_progress_are_signs_of_life(
     monkeypatch.setattr(stall, "_STILL", 2.0)
     board = start(("saving", _work), ("forward", _step), ("forward", _wait_for_others))
     watching = StallWatch(board, 3.0, others=False)
-    end = time.monotonic() + 6
+    end = time.monotonic() + 4
     while time.monotonic() < end:
         assert watching.look(board.slots()) == []
         time.sleep(0.1)
