@@ -19,6 +19,7 @@ from megatron.core.models.mimo.partition.packing import PackedRow
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.mimo.backend import capabilities
 from megatron.mimo.layers.attention.context_parallel import Tiling, attend_tiles
+from megatron.mimo.layers.attention.cudnn import cudnn_attention, prefers_cudnn
 from megatron.mimo.layers.attention.packed_lengths import boundaries_with_padding, packed_documents
 from megatron.mimo.layers.attention.tiles import Document, plan_tiles
 from megatron.mimo.layers.attention.visibility import Visibility
@@ -94,6 +95,9 @@ def dense_attention(
         return _in_tiles(q_SBHD, k_KBGD, v_KBGD, rule, (queries,), (keys,))
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (q_SBHD, k_KBGD, v_KBGD))
     causal = rule.visibility == Visibility(ahead=0)
+    if mask is None and bias is None and not causal and prefers_cudnn(q, k, v, rule.dropout):
+        out_BHSD: Tensor = cudnn_attention(q, k, v, rule.scale)
+        return out_BHSD.permute(2, 0, 1, 3)
     if mask is not None or bias is not None:
         mask, causal = _additive_mask(q, k, rule.visibility, mask, bias), False
     out_BHSD = F.scaled_dot_product_attention(

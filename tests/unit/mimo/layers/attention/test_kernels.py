@@ -80,6 +80,32 @@ def test_on_a_gpu(dtype: torch.dtype, window: Any, padded: Any, packed: bool) ->
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [577, 64])
+def test_cudnn_equals_another_kernel(rows: int) -> None:
+    """Where it is taken: an encoder's heads, views of what queries, keys and values share."""
+    from megatron.mimo.layers.attention.cudnn import prefers_cudnn
+    from megatron.mimo.layers.attention.paths import Rule, dense_attention
+    from megatron.mimo.layers.attention.visibility import Visibility
+
+    generator = torch.Generator("cuda").manual_seed(1)
+    drawn = torch.randn(rows, 3, 4, 3 * 64, generator=generator, device="cuda")
+    mixed = drawn.bfloat16().requires_grad_()
+    q, k, v = mixed.split(64, dim=-1)
+    rule = Rule(visibility=Visibility(), scale=0.2)
+    wide = mixed.detach().float().requires_grad_()
+    expected = dense_attention(*wide.split(64, dim=-1), rule)
+    if torch.cuda.get_device_capability()[0] in (9, 10):
+        assert prefers_cudnn(*(one.permute(1, 2, 0, 3) for one in (q, k, v)), 0.0)
+    found = dense_attention(q, k, v, rule)
+    grads = []
+    for out, leaf in ((found, mixed), (expected, wide)):
+        out.float().square().sum().backward()
+        grads.append(leaf.grad.float())
+    for got, want in ((found.float(), expected), grads):
+        assert (got - want).norm() / want.norm() < 1e-2
+
+
+@pytest.mark.gpu
 def test_boundaries_are_copied_to_the_host_once() -> None:
     from megatron.mimo.layers.attention import packed_lengths
 
@@ -107,6 +133,11 @@ KERNELS = {
         "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p "
         "is_causal philox_seed philox_offset scale",
         "grad_query grad_key grad_value",
+    ),
+    "_scaled_dot_product_cudnn_attention": (
+        "query key value attn_bias compute_log_sumexp dropout_p is_causal return_debug_mask scale",
+        "output logsumexp cum_seq_q cum_seq_k max_q max_k philox_seed philox_offset "
+        "debug_attn_mask",
     ),
 }
 
