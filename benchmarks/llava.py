@@ -8,16 +8,18 @@ three ways:
 - ``padded``: ours, one conversation per row, padded to the longest;
 - ``transformers``: theirs, padded in the same way, with ``attention_mask``.
 
-A step is forward, backward and AdamW. Times are medians over rounds in which what is measured in
-one process takes turns. ``same_loss`` says how far the losses of the first step are apart,
-relatively: the same weights, the same batch.
+A step is forward, backward and AdamW; with ``--micro-batches N``, N times forward and backward of
+the same batch. Times are medians over rounds in which what is measured in one process takes turns.
+``same_loss`` says how far the losses of the first step are apart, relatively: the same weights, the
+same batch.
 
 ``--size tiny``, the default without a GPU, is measured in one process and says nothing about a GPU.
 ``--size 2b`` (bf16; of Qwen3-VL ``4b`` too) wants a GPU, where the model is made. There
 transformers is measured in a process of its own, without Transformer Engine and with the fastest of
 PyTorch's attentions.
 ``memory_gb`` is a step's peak with weights and optimizer state, ``busy_ms`` the time in which the
-GPU works in forward and backward, ``host_waits`` how often the host waits for it in forward.
+GPU works in forward and backward, ``step_over_busy`` a step by the time in which it works at all,
+``host_waits`` how often the host waits for it in forward.
 ``tflops`` counts the arithmetic of real tokens only, and ``of_matmul`` is its share of the rate of
 a product of two matrices.
 """
@@ -33,7 +35,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +48,24 @@ _WARM_UP = 2  # steps that are not timed
 _SAME = 0.02  # losses of the first step that are further apart are of two models
 
 
-def step(loss: Loss, optimizer: torch.optim.Optimizer, device: Any) -> Any:
+class Repeats(NamedTuple):
+    """How often: rounds of steps, and micro-batches of a step."""
+
+    rounds: int
+    micro_batches: int
+
+
+def work(loss: Loss, optimizer: torch.optim.Optimizer, micro_batches: int) -> Tensor:
+    """What a step does; its last loss."""
+    for _ in range(micro_batches):
+        value = loss()
+        value.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return value.detach()
+
+
+def step(loss: Loss, optimizer: torch.optim.Optimizer, device: Any, micro_batches: int = 1) -> Any:
     """One training step: its loss, seconds, and bytes above those before it (0 on CPU)."""
     accelerated = device.type != "cpu"
     before = 0
@@ -55,10 +74,7 @@ def step(loss: Loss, optimizer: torch.optim.Optimizer, device: Any) -> Any:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
     start = time.perf_counter()
-    value = loss()
-    value.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    value = work(loss, optimizer, micro_batches)
     if accelerated:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
@@ -79,7 +95,7 @@ def adam(model: Any, device: Any) -> torch.optim.Optimizer:
 
 
 def measure_ours(
-    case: Case, size: str, rounds: int, changes: dict[str, object], *, beside: bool
+    case: Case, size: str, repeats: Repeats, changes: dict[str, object], *, beside: bool
 ) -> dict[str, Any]:
     """Our report; with ``beside``, transformers' too, measured in turn in this process."""
     from megatron.mimo.arguments.standalone import build_model, model_settings, process_groups
@@ -100,12 +116,12 @@ def measure_ours(
             losses = {"transformers": theirs(case, size, original, device)} | losses
             optimizers["transformers"] = adam(original, device)
         del original
-        return _report(case, size, losses, optimizers, rounds, device) | {
+        return _report(case, size, losses, optimizers, repeats, device) | {
             "layers": settings.transformer.transformer_impl
         }
 
 
-def measure_theirs(case: Case, size: str, rounds: int) -> dict[str, Any]:
+def measure_theirs(case: Case, size: str, repeats: Repeats) -> dict[str, Any]:
     """The report of transformers, in a process that holds nothing of Megatron."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = reference(case, case.configuration(size), device, case.sizes[size].dtype)
@@ -115,7 +131,7 @@ def measure_theirs(case: Case, size: str, rounds: int) -> dict[str, Any]:
     optimizer = adam(model, device)
     kind, loss = _fastest_attention(plain, optimizer, device)
     both = {"transformers": loss}, {"transformers": optimizer}
-    report = _report(case, size, *both, rounds, device)
+    report = _report(case, size, *both, repeats, device)
     report["transformers"] |= {"first_loss": first, "attention": kind}
     return report
 
@@ -154,7 +170,7 @@ def _fastest_attention(loss: Loss, optimizer: Any, device: Any) -> tuple[str, Lo
 
 
 def _report(
-    case: Case, size: str, losses: dict[str, Loss], optimizers: Any, rounds: int, device: Any
+    case: Case, size: str, losses: dict[str, Loss], optimizers: Any, repeats: Repeats, device: Any
 ) -> dict[str, Any]:
     given = case.given(size)
     lengths = [one["input_ids"].size(1) for one in given]
@@ -163,10 +179,11 @@ def _report(
     gc.collect()
     gc.freeze()  # a run of ours does; no side looks through its modules in a timed step
     steps: dict[str, list[Any]] = {name: [] for name in losses}
-    for _ in range(rounds + _WARM_UP):
+    for _ in range(repeats.rounds + _WARM_UP):
         for name, loss in losses.items():
-            steps[name].append(step(loss, optimizers[name], device))
+            steps[name].append(step(loss, optimizers[name], device, repeats.micro_batches))
     report: dict[str, Any] = {
+        "micro_batches": repeats.micro_batches,
         "tokens": sum(lengths),
         "padded_tokens": len(lengths) * max(lengths),
         "dtype": str(case.sizes[size].dtype).removeprefix("torch."),
@@ -179,10 +196,15 @@ def _report(
         report[name] = {"first_loss": first[name], "step_ms": round(1e3 * median, 2)}
         if device.type != "cpu":
             peak = max(peak for *_, peak in timed) + held(optimizers[name])
-            tflops = real_flops(case, case.configuration(size), given) / median / 1e12
+            flops = real_flops(case, case.configuration(size), given) * repeats.micro_batches
+            tflops = flops / median / 1e12
             report[name] |= {"memory_gb": round(peak / 1e9, 2), "tflops": round(tflops, 1)}
             report[name]["of_matmul"] = round(tflops / report["matmul_tflops"], 3)
             report[name] |= _on_device(losses[name], optimizers[name])
+            busy = on_device.busy_ms(
+                lambda name=name: work(losses[name], optimizers[name], repeats.micro_batches)
+            )
+            report[name]["step_over_busy"] = busy and round(1e3 * median / busy, 3)
     return report
 
 
@@ -219,6 +241,7 @@ def compare(report: dict[str, Any], other: dict[str, Any]) -> None:
 def _theirs_elsewhere(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--side", "transformers", "--json", "--size", size]
     command += ["--rounds", str(arguments.rounds), "--family", arguments.family]
+    command += ["--micro-batches", str(arguments.micro_batches)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
     return found
@@ -231,6 +254,7 @@ def _parse() -> argparse.Namespace:
     sizes = sorted({size for case in CASES.values() for size in case.sizes})
     parser.add_argument("--size", choices=sizes, help="tiny without a GPU, 2b with one")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--micro-batches", type=int, default=1, metavar="N", help="of a step")
     parser.add_argument("--side", choices=("both", "ours", "transformers"), default="both")
     parser.add_argument("--transformer-impl", help="layers of our model; default: as in training")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here as well")
@@ -257,12 +281,13 @@ def main() -> None:
     size = arguments.size or ("2b" if has_gpu else "tiny")
     given = arguments.transformer_impl
     changes = {"transformer_impl": given} if given else {}
+    repeats = Repeats(arguments.rounds, arguments.micro_batches)
     if arguments.side == "transformers":
-        report = measure_theirs(case, size, arguments.rounds)
+        report = measure_theirs(case, size, repeats)
     else:
         both = arguments.side == "both"
         other = _theirs_elsewhere(arguments, size) if both and has_gpu else None
-        report = measure_ours(case, size, arguments.rounds, changes, beside=both and not has_gpu)
+        report = measure_ours(case, size, repeats, changes, beside=both and not has_gpu)
         if arguments.beside is not None and arguments.beside.is_file():
             other = json.loads(arguments.beside.read_text())
         if both:
