@@ -34,6 +34,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,9 +202,8 @@ def _report(
             report[name] |= {"memory_gb": round(peak / 1e9, 2), "tflops": round(tflops, 1)}
             report[name]["of_matmul"] = round(tflops / report["matmul_tflops"], 3)
             report[name] |= _on_device(losses[name], optimizers[name])
-            busy = on_device.busy_ms(
-                lambda name=name: work(losses[name], optimizers[name], repeats.micro_batches)
-            )
+            whole = partial(work, losses[name], optimizers[name], repeats.micro_batches)
+            busy = on_device.busy_ms(whole)
             report[name]["step_over_busy"] = busy and round(1e3 * median / busy, 3)
     return report
 
