@@ -157,16 +157,22 @@ def _packed_fused(
 
     behind, ahead = rule.visibility.behind, rule.visibility.ahead
     shared = q_THD.size(1) // k_TGD.size(1)
+    known = capabilities().varlen_arguments
     gqa: dict[str, Any] = {}
-    if shared > 1 and "enable_gqa" in capabilities().varlen_arguments:
+    if shared > 1 and "enable_gqa" in known:
         gqa = {"enable_gqa": True}
     elif shared > 1:  # before torch 2.12
         k_TGD, v_TGD = (t.repeat_interleave(shared, dim=1) for t in (k_TGD, v_TGD))
+    bounds = _bounds_and_longest(packed, q_THD, k_TGD)
+    if behind is None and "num_splits" in known:
+        # A window that no document exceeds. Without one a newer torch takes cuDNN's kernel, which
+        # is compiled for every new size: of packed rows, at almost every micro-batch.
+        behind = bounds[-1]
     out = varlen_attn(
         q_THD,
         k_TGD,
         v_TGD,
-        *_bounds_and_longest(packed, q_THD, k_TGD),
+        *bounds,
         scale=rule.scale,
         window_size=(-1 if behind is None else behind, -1 if ahead is None else ahead),
         **gqa,

@@ -32,7 +32,7 @@ def of_torch_2_11(
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     assert query.size(1) == key.size(1) == value.size(1), "as the kernel of torch 2.11 wants it"
-    return plain(query, key, value, cu_seq_q, scale)
+    return plain(query, key, value, cu_seq_q, scale, causal=window_size == (-1, 0))
 
 
 def of_torch_2_14(
@@ -54,23 +54,31 @@ def of_torch_2_14(
 ) -> Tensor:
     shared = query.size(1) // key.size(1)
     assert enable_gqa or shared == 1
+    behind, ahead = window_size
+    assert behind >= max_k, "cuDNN's kernel is taken where there is no window"
+    assert ahead in (-1, 0)
     key, value = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
-    return plain(query, key, value, cu_seq_q, scale)
+    return plain(query, key, value, cu_seq_q, scale, causal=ahead == 0)
 
 
-def plain(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, bounds: Tensor, scale: Any) -> Tensor:
+def plain(
+    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, bounds: Tensor, scale: Any, *, causal: bool
+) -> Tensor:
     out = torch.empty_like(q_THD)
     for start, stop in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
         q, k, v = (tensor[start:stop].transpose(0, 1) for tensor in (q_THD, k_THD, v_THD))
         scores = (q @ k.transpose(1, 2)) * scale
+        if causal:
+            scores += torch.full_like(scores, -math.inf).triu(1)
         out[start:stop] = (scores.softmax(-1) @ v).transpose(0, 1)
     return out
 
 
 @pytest.mark.parametrize("kernel", [of_torch_2_11, of_torch_2_14])
+@pytest.mark.parametrize("ahead", [None, 0], ids=["all", "causal"])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 def test_grouped_queries_on_every_signature(
-    kernel: Any, key_heads: int, monkeypatch: pytest.MonkeyPatch
+    kernel: Any, key_heads: int, ahead: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import inspect
 
@@ -91,10 +99,10 @@ def test_grouped_queries_on_every_signature(
         max_seqlen_q=max(LENGTHS),
         max_seqlen_kv=max(LENGTHS),
     )
-    rule = Rule(visibility=Visibility(), scale=1 / math.sqrt(8))
+    rule = Rule(visibility=Visibility(ahead=ahead), scale=1 / math.sqrt(8))
     got = _packed_fused(q, k, v, rule, packed)
     k, v = (tensor.repeat_interleave(4 // key_heads, dim=1) for tensor in (k, v))
-    torch.testing.assert_close(got, plain(q, k, v, bounds, rule.scale))
+    torch.testing.assert_close(got, plain(q, k, v, bounds, rule.scale, causal=ahead == 0))
 
 
 def test_lengths_known_on_the_host_are_not_read_from_the_device() -> None:
