@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import uuid
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,3 +176,20 @@ def test_memory_keeps_its_content_in_huge_pages(ranks: RankPool) -> None:
     ((same, moved),) = ranks(1)(fill_and_move)
     assert same
     assert moved % (2 << 20) == 0  # none, where the kernel has no such pages
+
+
+def references() -> tuple[int, int, bool]:
+    """To an inherited object, before and after one more; whether a new object still goes."""
+    before = sys.getrefcount(pytest)
+    more = [pytest]
+    new = {1, 2}
+    gone = weakref.ref(new)
+    del new
+    return before, sys.getrefcount(more[0]), gone() is None
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="counts are CPython's")
+def test_references_to_what_ranks_inherit_are_not_counted(ranks: RankPool) -> None:
+    ((before, after, gone),) = ranks(1)(references)
+    assert before == after > 1 << 29
+    assert gone

@@ -16,6 +16,7 @@ import sys
 import traceback
 from multiprocessing.connection import Connection
 
+from tests.rank_pool.immortal import make_immortal
 from tests.rank_pool.names import ask_no_name_server
 from tests.rank_pool.pages import use_huge_pages
 from tests.rank_pool.threads import BusyThreadsError, come_to_rest, describe, other_threads
@@ -226,6 +227,7 @@ def _preload(imports: list[str]) -> list[str]:
             "tests/rank_pool/server.py lists all), or run the tests in an environment without it"
         ) from None
     gc.collect()
+    make_immortal()
     gc.freeze()  # the collector of a rank never touches, and so never copies, these pages
     gc.enable()
     use_huge_pages()

@@ -99,18 +99,19 @@ def describe(thread: Thread) -> str:
 
 
 def _look_at(number: int) -> Thread:
+    # Fields 14 and 15, counted from 1, are the processor's time; a name may hold blanks.
+    fields = (_TASKS / str(number) / "stat").read_text().rpartition(")")[2].split()
+    # Last, and its state beside its switches: it may run, and fall asleep, between two readings.
     status = dict(
         line.split(":\t", 1)
         for line in (_TASKS / str(number) / "status").read_text().splitlines()
         if ":\t" in line
     )
-    # Fields 14 and 15, counted from 1, are the processor's time; a name may hold blanks.
-    fields = (_TASKS / str(number) / "stat").read_text().rpartition(")")[2].split()
     switches = (status.get(f"{kind}voluntary_ctxt_switches", "") for kind in ("", "non"))
     return Thread(
         number=number,
         name=status["Name"],
-        asleep=fields[0] == "S",
+        asleep=status["State"].startswith("S"),
         activity=(*fields[11:13], *switches),
     )
 
