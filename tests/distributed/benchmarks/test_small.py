@@ -37,7 +37,9 @@ def step_small(family: str) -> dict[str, Any]:
 
     case = CASES[family]
     case = replace(case, sizes={"tiny": replace(case.sizes["tiny"], lengths=(8, 20))})
-    report = llava.measure_ours(case, "tiny", 1, {"transformer_impl": "local"}, beside=True)
+    report = llava.measure_ours(
+        case, "tiny", llava.Repeats(1, 1), {"transformer_impl": "local"}, beside=True
+    )
     llava.compare(report, report)
     return report
 
