@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.mimo.layers.fused.operators import define
+from megatron.mimo.layers.fused.operators import define, launched
 
 __all__ = ["gradient_of_logits_", "sums_of_logits"]
 
@@ -60,26 +60,6 @@ def _blocks(logits_CV: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(logits_CV), rows))
 
 
-def _kernel(logits_CV: Tensor, labels_C: Tensor, first: int, words: int, sums_2C: Tensor) -> None:
-    if logits_CV.dtype == torch.float64:
-        return _plain(logits_CV, labels_C, first, words, sums_2C)
-    # Triton is needed on a GPU alone.
-    from megatron.mimo.layers.fused.cross_entropy_kernels import launch_sums
-
-    return launch_sums(logits_CV, labels_C, first, words, sums_2C)
-
-
-def _kernel_backward(
-    logits_CV: Tensor, labels_C: Tensor, first: int, words: int, scale_C: Tensor, grad_C: Tensor
-) -> None:
-    if logits_CV.dtype == torch.float64:
-        return _plain_backward(logits_CV, labels_C, first, words, scale_C, grad_C)
-    # Triton is needed on a GPU alone.
-    from megatron.mimo.layers.fused.cross_entropy_kernels import launch_gradient
-
-    return launch_gradient(logits_CV, labels_C, first, words, scale_C, grad_C)
-
-
 def _empty(*_: Any) -> None:
     """What is written has no values."""
 
@@ -87,7 +67,7 @@ def _empty(*_: Any) -> None:
 sums_of_logits = define(
     "sums_of_logits(Tensor logits, Tensor labels, int first, int words, Tensor(a!) sums) -> ()",
     plain=_plain,
-    kernel=_kernel,
+    kernel=launched("launch_sums", "cross_entropy_kernels"),
     empty=_empty,
 )
 """Write, of each row of logits, the logarithm of the sum of their exponentials and the label's own.
@@ -104,7 +84,7 @@ gradient_of_logits_ = define(
     "gradient_of_logits_(Tensor(a!) logits, Tensor labels, int first, int words, Tensor scale, "
     "Tensor grad) -> ()",
     plain=_plain_backward,
-    kernel=_kernel_backward,
+    kernel=launched("launch_gradient", "cross_entropy_kernels"),
     empty=_empty,
 )
 """Put the gradient of logits in their place: (exp(logit - scale) - is_label) * grad, 0 of padding.

@@ -130,15 +130,10 @@ def _kernel_backward(
     of_total_TE: Tensor | None,
     total_TE: Tensor,
     weight: Tensor,
-    mean_T1: Tensor | None,
-    rstd_T1: Tensor,
-    zero_centered: bool,
-    wanted: int,
+    *others: Any,
 ) -> tuple[Tensor, Tensor]:
-    given = of_normed_TE, of_total_TE, total_TE, weight, mean_T1, rstd_T1, zero_centered, wanted
-    if total_TE.dtype == torch.float64 or len(weight) > _WIDEST:
-        return _plain_backward(*given)
-    found: tuple[Tensor, Tensor] = _launch_backward(*given)
+    compute = _plain_backward if len(weight) > _WIDEST else _launch_backward
+    found: tuple[Tensor, Tensor] = compute(of_normed_TE, of_total_TE, total_TE, weight, *others)
     return found
 
 
@@ -147,11 +142,9 @@ def _empty_backward(
     of_total_TE: Tensor | None,  # noqa: ARG001
     total_TE: Tensor,
     weight: Tensor,
-    mean_T1: Tensor | None,  # noqa: ARG001
-    rstd_T1: Tensor,  # noqa: ARG001
-    zero_centered: bool,  # noqa: ARG001
-    wanted: int,
+    *others: Any,
 ) -> tuple[Tensor, Tensor]:
+    wanted: int = others[-1]
     return total_TE.new_empty(total_TE.shape), weight.new_empty((wanted, len(weight)))
 
 

@@ -7,6 +7,7 @@ torch each is one operation, so that dispatch modes count what a GPU is asked fo
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache
@@ -46,15 +47,16 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return call
 
 
-def launched(name: str) -> Callable[..., Any]:
-    """A function of :mod:`~megatron.mimo.layers.fused.kernels`, imported when it is called."""
+def launched(name: str, module: str = "kernels") -> Callable[..., Any]:
+    """A function of a module of this folder, which is imported when the function is called.
+
+    Triton, which such a module imports, is needed on a GPU alone.
+    """
 
     @cache
     def imported() -> Callable[..., Any]:
-        # Triton is needed on a GPU alone.
-        from megatron.mimo.layers.fused import kernels
-
-        function: Callable[..., Any] = getattr(kernels, name)
+        found = importlib.import_module(f"{__package__}.{module}")
+        function: Callable[..., Any] = getattr(found, name)
         return function
 
     return lambda *given: imported()(*given)
@@ -72,13 +74,17 @@ def define(
     Args:
         schema: its name, arguments and results, as ``torch.library`` writes them.
         plain: computes it in plain torch, on any device.
-        kernel: computes it on a GPU that Triton knows.
+        kernel: computes it on a GPU that Triton knows, in fp32; in fp64 ``plain`` does.
         empty: makes its results without computing them, for tensors that have no values.
     """
+
+    def on_a_gpu(first: Tensor, *others: Any) -> Any:
+        return (plain if first.dtype == torch.float64 else kernel)(first, *others)
+
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, plain, "CPU")
-    _LIBRARY.impl(name, kernel if has_triton() else plain, "CUDA")
+    _LIBRARY.impl(name, on_a_gpu if has_triton() else plain, "CUDA")
     _LIBRARY.impl(name, empty, "Meta")
     operator: Callable[..., Any] = getattr(torch.ops.megatron_mimo, name).default
     if not has_triton():
@@ -92,7 +98,7 @@ def define(
             and _get_current_dispatch_mode() is None
             and not torch.compiler.is_compiling()
         ):
-            return kernel(first, *others)
+            return on_a_gpu(first, *others)
         return operator(first, *others)
 
     return call

@@ -42,20 +42,20 @@ def test_kernels_compute_what_plain_torch_does(words: int, width: int, first: in
     generator = torch.Generator().manual_seed(3)
     labels_C = torch.tensor([first, first + max(words - 1, 0), 0, 500, -100])
     grad_C = torch.rand(5, generator=generator)
-    with interpreted(KERNELS):
+    with interpreted(KERNELS) as kernels:
         for dtype in DTYPES:
             logits_CV = 9 * torch.randn(5, width, generator=generator).to(dtype)
             if words > 300:
                 logits_CV[0, 200] = 90  # nothing beside it
                 logits_CV[1, -2] = 90
             found, expected = torch.full((2, 2, 8), 7.0)
-            for way, sums_2T in ((cross_entropy._kernel, found), (cross_entropy._plain, expected)):
+            for way, sums_2T in ((kernels.launch_sums, found), (cross_entropy._plain, expected)):
                 way(logits_CV, labels_C, first, words, sums_2T[:, 2:7])
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
             scale_C = found[0, 2:7].clone().clamp(min=0)
             other_CV = logits_CV.clone()
             for back, there_CV in (
-                (cross_entropy._kernel_backward, logits_CV),
+                (kernels.launch_gradient, logits_CV),
                 (cross_entropy._plain_backward, other_CV),
             ):
                 back(there_CV, labels_C, first, words, scale_C, grad_C)
@@ -66,9 +66,9 @@ def test_kernels_compute_what_plain_torch_does(words: int, width: int, first: in
 def test_triton_compiles_after_it_has_interpreted() -> None:
     tl = pytest.importorskip("triton.language")
     before = [dict(vars(one)) for one in (tl, tl.core, tl.tensor)]
-    with interpreted(KERNELS):
+    with interpreted(KERNELS) as kernels:
         sums_2T = torch.empty(2, 1)
-        cross_entropy._kernel(torch.zeros(1, 8), torch.zeros(1).long(), 0, 8, sums_2T)
+        kernels.launch_sums(torch.zeros(1, 8), torch.zeros(1).long(), 0, 8, sums_2T)
         assert float(sums_2T[0]) == pytest.approx(math.log(8))
     assert [dict(vars(one)) for one in (tl, tl.core, tl.tensor)] == before
 
@@ -126,11 +126,11 @@ def check(given: tuple[Tensor, ...], words: int, piece: int, exact: torch.dtype)
 def test_the_loss_by_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one piece and in several; the last words are padding."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(vocabulary_loss, "sums_of_logits", cross_entropy._kernel)
-    monkeypatch.setattr(vocabulary_loss, "gradient_of_logits_", cross_entropy._kernel_backward)
     given = inputs(37, 300, 16, dtype)
     given[2].clamp_(max=289)
-    with interpreted(KERNELS):
+    with interpreted(KERNELS) as kernels:
+        monkeypatch.setattr(vocabulary_loss, "sums_of_logits", kernels.launch_sums)
+        monkeypatch.setattr(vocabulary_loss, "gradient_of_logits_", kernels.launch_gradient)
         for piece in (2**20, 10_000):
             check(given, 290, piece, torch.float64)
         empty = inputs(0, 300, 16, dtype)
