@@ -184,7 +184,7 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     alignment = importlib.import_module(f"{LIBRARY}.alignment")
     merge = importlib.import_module(f"{LIBRARY}.model.merge")
     embedding = ours.language_model.embedding
-    from megatron.mimo.data.broadcast import move
+    from megatron.mimo.data.micro_batches.broadcast import move
 
     ids_on_host_BS = case.input_ids_BS.cpu()
 

@@ -29,13 +29,14 @@ import torch
 
 from benchmarks.data_lengths import DISTRIBUTIONS, Distribution
 from megatron.mimo.data.bad_samples import BadSampleLog, BadSamplePolicy
-from megatron.mimo.data.balance import CostModel, Measure, busiest_over_mean, divide
-from megatron.mimo.data.best_fit import fill_sequence, packing_efficiency
-from megatron.mimo.data.global_batches import GlobalBatches, Item, Measures
-from megatron.mimo.data.measures import Unmeasured
-from megatron.mimo.data.measuring import SampleMeasurer
-from megatron.mimo.data.planned_batches import PlannedBatches, SampleSources
-from megatron.mimo.data.sample_reader import SampleReader
+from megatron.mimo.data.global_batches.balance import CostModel, busiest_over_mean, divide
+from megatron.mimo.data.global_batches.best_fit import fill_sequence, packing_efficiency
+from megatron.mimo.data.global_batches.forming import GlobalBatches, Item, Measures
+from megatron.mimo.data.global_batches.measures import Unmeasured
+from megatron.mimo.data.global_batches.planned_batches import PlannedBatches, SampleSources
+from megatron.mimo.data.measure import Measure
+from megatron.mimo.data.reading.sample_measurer import SampleMeasurer
+from megatron.mimo.data.reading.sample_reader import SampleReader
 from megatron.mimo.data.sources import Mixture, MixtureSpec, SourceSpec
 from megatron.mimo.models.common.family import sample_collator
 
@@ -54,7 +55,7 @@ GOALS = {
 
 def llava_chat(side: int = SIDE) -> Any:
     """LLaVA's processor at its real resolution, with a tokenizer of few words."""
-    from megatron.mimo.data.chat import Chat
+    from megatron.mimo.data.chat.chat import Chat
     from megatron.mimo.models import load_family
     from megatron.mimo.recipes.tiny.processors import llava_processor
 

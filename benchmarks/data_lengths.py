@@ -11,7 +11,7 @@ import random
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from megatron.mimo.data.balance import Measure
+from megatron.mimo.data.measure import Measure
 
 __all__ = ["DISTRIBUTIONS", "Distribution"]
 

@@ -125,8 +125,8 @@ def our_losses(case: Case, size: str, model: Any, device: Any) -> dict[str, Loss
 
 def _ours(model: Any, batch: dict[str, Any], device: Any, dtype: Any) -> Loss:
     """A function that gives our loss of a collated micro-batch."""
-    from megatron.mimo.data.batch import keep_for_stage
-    from megatron.mimo.data.broadcast import move
+    from megatron.mimo.data.micro_batches.batch import keep_for_stage
+    from megatron.mimo.data.micro_batches.broadcast import move
     from megatron.mimo.training.forward_step import model_inputs
 
     batch = move(keep_for_stage(batch, pre_process=True, post_process=True, dtype=dtype), device)

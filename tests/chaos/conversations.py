@@ -81,7 +81,7 @@ _ENTRIES: tuple[object, ...] = (
 @contextmanager
 def conversations() -> Iterator[Case]:
     """Cases: a file of two entries, one of which is wrong, or whose bytes are."""
-    from megatron.mimo.data.sample_reader import SampleReader
+    from megatron.mimo.data.reading.sample_reader import SampleReader
     from megatron.mimo.data.sources import open_file
     from tests.unit.mimo.data.chats import chat_of
 

@@ -95,7 +95,7 @@ def _impostor(path: Path, random: Random) -> None:
 def media() -> Iterator[Case]:
     """Cases: a picture, a recording or a clip, damaged or another thing altogether, in a file or in
     memory."""
-    from megatron.mimo.data import media_files
+    from megatron.mimo.data.media import files
 
     sources = {
         "a.png": _picture("PNG", "RGBA"),
@@ -116,9 +116,9 @@ def media() -> Iterator[Case]:
     with contextlib.suppress(ImportError):  # without soundfile there is WAV alone
         sources |= {"p.flac": _coded_recording("FLAC"), "q.ogg": _coded_recording("OGG")}
     readers = {
-        "image": lambda path: media_files.load_image(path),
-        "audio": lambda path: media_files.load_audio(path, sampling_rate=16000),
-        "video": lambda path: media_files.load_video(path, media_files.FrameSampling(fps=4.0)),
+        "image": lambda path: files.load_image(path),
+        "audio": lambda path: files.load_audio(path, sampling_rate=16000),
+        "video": lambda path: files.load_video(path, files.FrameSampling(fps=4.0)),
     }
     fitting = {
         **dict.fromkeys((".wav", ".flac", ".ogg"), "audio"),
@@ -139,7 +139,7 @@ def media() -> Iterator[Case]:
                 else:
                     data = scramble(sources[source], random)
                     if random.random() < 0.3:  # as it lies in a table or a tar
-                        readers[reader](media_files.EncodedMedium(data=data, name=source))
+                        readers[reader](files.EncodedMedium(data=data, name=source))
                         return
                     path.write_bytes(data)
                 readers[reader](path)

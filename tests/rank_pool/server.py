@@ -64,7 +64,7 @@ PRELOAD = (
         f"megatron.mimo.{name}"
         for name in (
             *("backend.host_sync", "convert.verify", "layers.deepstack", "lora"),
-            *("data.chat_dataset", "data.formats", "data.record_dataset"),
+            *("data.chat.dataset", "data.formats", "data.reading.record_dataset"),
             *("inference", "inference.assistant", "inference.command", "inference.text_stream"),
             *("models.common.flops", "models.common.templates", "process.children"),
             *(
@@ -252,7 +252,7 @@ def _remember_docstrings() -> None:
 
 def _remember_digits() -> None:
     """Lets ranks have the images of most recipes, a tenth of a second each time."""
-    from megatron.mimo.data.digits import load_images
+    from megatron.mimo.data.digits.scanned import load_images
 
     for held_out in (False, True):
         load_images(held_out=held_out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -31,6 +31,12 @@ ORDER = (
     *("backend", "process", "layers", "encoders", "data", "models", "checkpoints", "lora"),
     *("recipes", "topology", "arguments", "inference", "training", "convert", "inspection"),
     *("planner", "plan"),  # a command, and what stands behind it
+)
+# Within data: first what all of it speaks in, then its folders.
+ORDER_OF_DATA = (
+    *("sample", "conversation", "positions", "measure", "media_format", "bad_samples"),
+    *("media", "formats", "sources", "chat", "reading"),
+    *("micro_batches", "row_cache", "global_batches", "digits"),
 )
 # Within models, what families have in common knows none of them, and they do not know each other.
 COMMON = "common"
@@ -132,6 +138,8 @@ def import_direction(source: str, where: str, module: str) -> list[str]:
 def layer_order(source: str, where: str, module: str) -> list[str]:
     """Complains about imports of the training layer that go up in ``ORDER``, in functions too.
 
+    Within data they go down in ``ORDER_OF_DATA``, within models no family imports another.
+
     Args:
         source: the module's text.
         where: its path, for the complaint.
@@ -140,19 +148,29 @@ def layer_order(source: str, where: str, module: str) -> list[str]:
     own = module.removeprefix(f"{TRAINING_LAYER}.").split(".")
     if own[0] not in ORDER:
         return [] if own == ["__init__"] else [f"{where}: {own[0]} is no folder of {ORDER}"]
+    is_of_data = own[0] == "data" and own[1] not in ("__init__", "__main__")
+    if is_of_data and own[1] not in ORDER_OF_DATA:
+        return [f"{where}: {own[1]} is none of data's {ORDER_OF_DATA}"]
     complaints = []
     for line, target, _ in _imports(ast.parse(source), module):
         if not _is_within(target, TRAINING_LAYER):
             continue
         other = target.removeprefix(f"{TRAINING_LAYER}.").split(".")
-        if other[0] in ORDER and ORDER.index(other[0]) > ORDER.index(own[0]):
+        within_data = is_of_data and other[0] == "data" and len(other) > 1
+        if _goes_up(own[0], other[0], ORDER):
             complaints.append(f"{where}:{line}: {own[0]} imports {target}, which is above it")
+        if within_data and _goes_up(own[1], other[1], ORDER_OF_DATA):
+            complaints.append(f"{where}:{line}: {own[1]} imports {target}, which is above it")
         if _is_within(target, TINY) and not _is_within(module, TINY):
             complaints.append(f"{where}:{line}: imports {target}, which only tiny twins use")
         of_a_family = own[0] == other[0] == "models" and len(own) > 2 and len(other) > 2
         if of_a_family and other[1] not in (own[1], COMMON):
             complaints.append(f"{where}:{line}: {own[1]} imports {target}, another family's")
     return complaints
+
+
+def _goes_up(own: str, other: str, order: Sequence[str]) -> bool:
+    return other in order and order.index(other) > order.index(own)
 
 
 def late_imports(source: str, where: str) -> list[str]:

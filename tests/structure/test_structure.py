@@ -155,8 +155,12 @@ def test_import_rule_tells_bad_from_good(part: str, bad: str, good: str) -> None
 @pytest.mark.parametrize(
     ("module", "bad", "good"),
     [
-        ("data.chat", "from megatron.mimo.models import f", "from megatron.mimo.backend import f"),
-        ("data.chat", "if TYPE_CHECKING:\n import megatron.mimo.lora", "import megatron.core"),
+        (
+            "data.chat.text",
+            "from megatron.mimo.models import f",
+            "from megatron.mimo.data import f",
+        ),
+        ("data.chat.text", "if TYPE_CHECKING:\n import megatron.mimo.lora", "import megatron.core"),
         ("lora.peft", "def f():\n from megatron.mimo import training", "from . import adapter"),
         (
             "models.llava.model",
@@ -173,13 +177,24 @@ def test_import_rule_tells_bad_from_good(part: str, bad: str, good: str) -> None
             "from megatron.mimo.recipes.tiny.tasks import digit_image",
             "from megatron.mimo.recipes.published import vicuna",
         ),
+        (
+            "data.media.videos",
+            "from megatron.mimo.data.chat.text import ChatText",
+            "from megatron.mimo.data.sample import Sample",
+        ),
+        (
+            "data.sample",
+            "from megatron.mimo.data.media.files import Video",
+            "from megatron.mimo.backend import f",
+        ),
         ("novel.file", "import torch", "import torch"),
+        ("data.novel", "import torch", "import torch"),
     ],
 )
 def test_order_rule_tells_bad_from_good(module: str, bad: str, good: str) -> None:
     name = f"{rules.TRAINING_LAYER}.{module}"
     assert len(rules.layer_order(bad, "x.py", name)) == 1
-    assert len(rules.layer_order(good, "x.py", name)) == (1 if module == "novel.file" else 0)
+    assert len(rules.layer_order(good, "x.py", name)) == ("novel" in module)
 
 
 def test_the_reception_may_import_every_part() -> None:

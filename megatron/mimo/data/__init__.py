@@ -1,5 +1,8 @@
-"""Samples, their collation into micro-batches, and the data sets that recipes train on.
+"""From files of records to the micro-batches that a model trains on.
 
+    sources -> RawRecord -> formats -> Conversation -> chat, media -> Sample -> micro_batches
+
+``reading`` does this for one record, ``global_batches`` says which records a batch consists of.
 Torch and Megatron are imported when one of the names is asked for.
 """
 
@@ -9,10 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron.mimo.data.collate import SampleCollator
-    from megatron.mimo.data.images import decode_image
-    from megatron.mimo.data.media import MediaFormat
-    from megatron.mimo.data.packing import PackedDataset, PackingCollator, first_fit
+    from megatron.mimo.data.media.image_tensors import decode_image
+    from megatron.mimo.data.media_format import MediaFormat
+    from megatron.mimo.data.micro_batches.collate import SampleCollator
+    from megatron.mimo.data.micro_batches.packing import PackedDataset, PackingCollator, first_fit
     from megatron.mimo.data.positions import grid_positions
     from megatron.mimo.data.sample import MediaItem, Sample
 
@@ -29,11 +32,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    **dict.fromkeys(("PackedDataset", "PackingCollator", "first_fit"), "packing"),
+    **dict.fromkeys(("PackedDataset", "PackingCollator", "first_fit"), "micro_batches.packing"),
     **dict.fromkeys(("MediaItem", "Sample"), "sample"),
-    "MediaFormat": "media",
-    "SampleCollator": "collate",
-    "decode_image": "images",
+    "MediaFormat": "media_format",
+    "SampleCollator": "micro_batches.collate",
+    "decode_image": "media.image_tensors",
     "grid_positions": "positions",
 }
 

@@ -16,9 +16,9 @@ from megatron.mimo.checkpoints.folders import ASSETS
 from megatron.mimo.checkpoints.inspection import Inspector
 from megatron.mimo.checkpoints.torch_dist import locate
 from megatron.mimo.checkpoints.weights import load_weights
-from megatron.mimo.data.chat import Chat
+from megatron.mimo.data.chat.chat import Chat
 from megatron.mimo.data.conversation import Conversation
-from megatron.mimo.data.media_files import MediaLimits
+from megatron.mimo.data.media.files import MediaLimits
 from megatron.mimo.inference.generator import Generator
 from megatron.mimo.inference.sampling import SamplingOptions
 from megatron.mimo.inference.settings import read_settings

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron.core.models.mimo.errors import ConfigError, MimoError
-from megatron.mimo.data.media_source import MediaLimits, require_file
+from megatron.mimo.data.media.source import MediaLimits, require_file
 from megatron.mimo.inference.rules import Rules
 from megatron.mimo.inference.sampling import SamplingOptions
 from megatron.mimo.process.failure import refuse
@@ -129,7 +129,7 @@ def _options(arguments: argparse.Namespace, defaults: SamplingOptions) -> Sampli
 def _read_early(kind: str, path: Path, limits: MediaLimits) -> object:
     """A decoded image; the path of others, which are read as the model wants them."""
     # Pillow and torch, where there is a picture
-    from megatron.mimo.data.media_files import load_image
+    from megatron.mimo.data.media.files import load_image
 
     if kind == "image":
         return load_image(path, limits=limits)

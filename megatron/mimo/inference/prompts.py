@@ -20,8 +20,8 @@ from megatron.core.models.mimo.alignment import AlignmentPlan, Stream, build_ali
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data import SampleCollator
-from megatron.mimo.data.batch import Batch, Collator, keep_for_stage
-from megatron.mimo.data.broadcast import move
+from megatron.mimo.data.micro_batches.batch import Batch, Collator, keep_for_stage
+from megatron.mimo.data.micro_batches.broadcast import move
 from megatron.mimo.data.sample import Sample
 
 __all__ = [

@@ -11,8 +11,8 @@ from pathlib import Path
 from megatron.core.models.mimo.errors import ConfigError, InputError, MimoError
 from megatron.mimo.checkpoints.assets import end_tokens, read_processor
 from megatron.mimo.data.bad_samples import BadSample
-from megatron.mimo.data.chat import Chat
-from megatron.mimo.data.sample_reader import SampleReader
+from megatron.mimo.data.chat.chat import Chat
+from megatron.mimo.data.reading.sample_reader import SampleReader
 from megatron.mimo.data.sources import default_index_folder, files_of, open_file
 from megatron.mimo.data.sources.record_file import RecordFile
 from megatron.mimo.inspection.page import page

@@ -10,13 +10,13 @@ from typing import Any
 
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.bad_samples import BadSample
-from megatron.mimo.data.chat import Chat
-from megatron.mimo.data.chat_media import read_medium
+from megatron.mimo.data.chat.chat import Chat
+from megatron.mimo.data.chat.media import read_medium
 from megatron.mimo.data.conversation import ContentPart
 from megatron.mimo.data.formats import RawRecord, detect, read_record
-from megatron.mimo.data.media_source import EncodedMedium, shown
+from megatron.mimo.data.media.source import EncodedMedium, shown
+from megatron.mimo.data.reading.sample_reader import SampleReader
 from megatron.mimo.data.sample import Sample
-from megatron.mimo.data.sample_reader import SampleReader
 from megatron.mimo.inspection.thumbnails import Thumbnail, thumbnail
 
 __all__ = ["Piece", "Seen", "look"]

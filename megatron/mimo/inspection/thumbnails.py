@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron.mimo.data.media_files import Video
+from megatron.mimo.data.media.files import Video
 
 if TYPE_CHECKING:
     from PIL.Image import Image

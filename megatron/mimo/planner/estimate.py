@@ -13,7 +13,7 @@ from torch import nn
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.arguments.component_flags import components_of, require_components
-from megatron.mimo.data.batch import LENGTHS, Batch
+from megatron.mimo.data.micro_batches.batch import LENGTHS, Batch
 from megatron.mimo.models.common.flops import (
     language_amounts,
     media_amounts,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.data.batch import Batch
-from megatron.mimo.data.counting import collate_and_count
+from megatron.mimo.data.micro_batches.batch import Batch
+from megatron.mimo.data.micro_batches.counting import collate_and_count
 from megatron.mimo.data.sample import MediaItem, Sample
 from megatron.mimo.models import family_of
 from megatron.mimo.models.common.family import Family

@@ -9,7 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from megatron.mimo.data.balance import CostModel
+from megatron.mimo.data.global_batches.balance import CostModel
 
 __all__ = ["cost_model"]
 

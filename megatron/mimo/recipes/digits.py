@@ -25,7 +25,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.backend import capabilities
 from megatron.mimo.data import MediaFormat, Sample, SampleCollator
-from megatron.mimo.data import digits as data
+from megatron.mimo.data.digits import scanned as data
 from megatron.mimo.encoders import VisionTransformer, encoder_config
 from megatron.mimo.layers import encoder_layer_spec, language_layer_spec
 from megatron.mimo.layers.turns import TurningGPT

@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron.core.models.mimo import AudioModalitySubmodules, MimoModelConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.data import MediaFormat, SampleCollator
-from megatron.mimo.data import dialled_digits as data
-from megatron.mimo.data import digits as images
+from megatron.mimo.data.digits import dialled as data
+from megatron.mimo.data.digits import scanned as images
 from megatron.mimo.models.common.place import Places
 from megatron.mimo.recipes import digits as seen
 from megatron.mimo.recipes.recipe import Batch, Datasets, FinishedRun, Recipe

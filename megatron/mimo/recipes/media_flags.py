@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.data.media_source import MediaLimits
+from megatron.mimo.data.media.source import MediaLimits
 
 __all__ = [
     "MEDIA_FILE",

@@ -28,12 +28,12 @@ from megatron.mimo.checkpoints.assets import (
     write_assets,
 )
 from megatron.mimo.checkpoints.folders import ASSETS, TRACKER
-from megatron.mimo.data.chat import Chat
-from megatron.mimo.data.chat_dataset import ChatDataset
-from megatron.mimo.data.measuring import SampleMeasurer
-from megatron.mimo.data.planned_batches import SampleSources
-from megatron.mimo.data.record_dataset import RecordDataset
-from megatron.mimo.data.sample_reader import SampleReader
+from megatron.mimo.data.chat.chat import Chat
+from megatron.mimo.data.chat.dataset import ChatDataset
+from megatron.mimo.data.global_batches.planned_batches import SampleSources
+from megatron.mimo.data.reading.record_dataset import RecordDataset
+from megatron.mimo.data.reading.sample_measurer import SampleMeasurer
+from megatron.mimo.data.reading.sample_reader import SampleReader
 from megatron.mimo.data.sources import files_of, open_file
 from megatron.mimo.models import family_of, load_family, read_hf_config
 from megatron.mimo.models.common.family import sample_collator
@@ -65,7 +65,7 @@ from megatron.mimo.recipes.recipe import Datasets, FinishedRun, Recipe
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModelConfig
     from megatron.mimo.data import SampleCollator
-    from megatron.mimo.data.chat import Chat
+    from megatron.mimo.data.chat.chat import Chat
     from megatron.mimo.data.conversation import Conversation
     from megatron.mimo.models.common.place import Places
 

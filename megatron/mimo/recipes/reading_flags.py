@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.data.bad_samples import BadSamplePolicy
-from megatron.mimo.data.boxes import BoxWriter
-from megatron.mimo.data.chat import Chat
+from megatron.mimo.data.chat.chat import Chat
 from megatron.mimo.data.formats import FORMATS, ReadingOptions
+from megatron.mimo.data.media.boxes import BoxWriter
 
 __all__ = ["add_policy_arguments", "add_reading_arguments", "bad_sample_policy", "reading_options"]
 

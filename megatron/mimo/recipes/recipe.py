@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.mimo.data.batch import Batch, Collator
+from megatron.mimo.data.micro_batches.batch import Batch, Collator
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from megatron.core.models.mimo import MimoModel, MimoModelConfig
-    from megatron.mimo.data.planned_batches import SampleSources
+    from megatron.mimo.data.global_batches.planned_batches import SampleSources
     from megatron.mimo.data.sample import Sample
     from megatron.mimo.models.common.place import Places
 

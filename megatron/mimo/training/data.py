@@ -23,14 +23,14 @@ from torch.utils.data import Dataset
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, PartitionConfig
 from megatron.mimo.data import PackedDataset, PackingCollator, SampleCollator
-from megatron.mimo.data.batch import Batch, Collator, batch_device, keep_for_stage
-from megatron.mimo.data.broadcast import broadcast_batch
-from megatron.mimo.data.cache_agreement import agreed
-from megatron.mimo.data.cached_items import Caches, with_rows
-from megatron.mimo.data.counting import collate_and_count
-from megatron.mimo.data.device_ahead import Ahead, copying_to
-from megatron.mimo.data.packing import PACKING_MULTIPLE, packed_sequences
-from megatron.mimo.data.planned_batches import SampleSources
+from megatron.mimo.data.global_batches.planned_batches import SampleSources
+from megatron.mimo.data.micro_batches.batch import Batch, Collator, batch_device, keep_for_stage
+from megatron.mimo.data.micro_batches.broadcast import broadcast_batch
+from megatron.mimo.data.micro_batches.counting import collate_and_count
+from megatron.mimo.data.micro_batches.device_ahead import Ahead, copying_to
+from megatron.mimo.data.micro_batches.packing import PACKING_MULTIPLE, packed_sequences
+from megatron.mimo.data.row_cache.agreement import agreed
+from megatron.mimo.data.row_cache.lookup import Caches, with_rows
 from megatron.mimo.recipes.recipe import Datasets, Recipe
 from megatron.mimo.training.encoder_cache import EncoderCaches
 from megatron.mimo.training.module_ranks import encodes_alone

@@ -27,8 +27,8 @@ from megatron.core.models.mimo.alignment import Encoded, EncodedRows
 from megatron.core.models.mimo.comm.encoder_split import EncoderSplit
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.models.mimo.submodules.base import EncoderCall
-from megatron.mimo.data.cached_items import BESIDE, COUNTS, KEYS, ROWS, SHARED, take_items
-from megatron.mimo.data.row_cache import RowCache
+from megatron.mimo.data.row_cache.cache import RowCache
+from megatron.mimo.data.row_cache.lookup import BESIDE, COUNTS, KEYS, ROWS, SHARED, take_items
 
 __all__ = ["CachedEncoder", "EncoderCaches", "refuse_trained", "weights_name"]
 

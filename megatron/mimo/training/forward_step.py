@@ -23,7 +23,13 @@ from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.model.heads import Losses
 from megatron.core.models.mimo.model.ranges import named_range
 from megatron.core.utils import unwrap_model
-from megatron.mimo.data.batch import HEAD_TARGETS, LABEL_ROWS, SOURCE_IDS, SOURCE_NAMES, Batch
+from megatron.mimo.data.micro_batches.batch import (
+    HEAD_TARGETS,
+    LABEL_ROWS,
+    SOURCE_IDS,
+    SOURCE_NAMES,
+    Batch,
+)
 from megatron.mimo.process import presence
 from megatron.mimo.recipes.recipe import Recipe
 from megatron.mimo.training.losses import CountedBatches

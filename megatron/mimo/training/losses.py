@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.mimo.data.batch import HEAD_TARGETS, Batch
+from megatron.mimo.data.micro_batches.batch import HEAD_TARGETS, Batch
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo.config import HeadSpec

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from megatron.mimo.data.sample import Sample
 
 if TYPE_CHECKING:
-    from megatron.mimo.data.planned_batches import PlannedBatches
+    from megatron.mimo.data.global_batches.planned_batches import PlannedBatches
     from megatron.mimo.training.data import MicroBatches, SampleRange
     from megatron.mimo.training.plans import RankPlan
 

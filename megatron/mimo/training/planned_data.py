@@ -11,13 +11,17 @@ import torch
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.data.bad_samples import BadSample, BadSampleLog
-from megatron.mimo.data.batch import Batch, Collator
-from megatron.mimo.data.cached_items import Caches, with_rows
-from megatron.mimo.data.collate import SampleCollator
-from megatron.mimo.data.global_batches import GlobalBatches, Item, Measures, Packing
-from megatron.mimo.data.measures import Unmeasured
-from megatron.mimo.data.packing import PACKING_MULTIPLE, PackingCollator
-from megatron.mimo.data.planned_batches import LEFT_OUT, PlannedBatches, SampleSources
+from megatron.mimo.data.global_batches.forming import GlobalBatches, Item, Measures, Packing
+from megatron.mimo.data.global_batches.measures import Unmeasured
+from megatron.mimo.data.global_batches.planned_batches import (
+    LEFT_OUT,
+    PlannedBatches,
+    SampleSources,
+)
+from megatron.mimo.data.micro_batches.batch import Batch, Collator
+from megatron.mimo.data.micro_batches.collate import SampleCollator
+from megatron.mimo.data.micro_batches.packing import PACKING_MULTIPLE, PackingCollator
+from megatron.mimo.data.row_cache.lookup import Caches, with_rows
 from megatron.mimo.training.origins import PlannedOrigins, SampleFinder
 from megatron.mimo.training.plans import DataPosition, RankPlan, batch_sizes, measures_of
 from megatron.mimo.training.workers import read_batches

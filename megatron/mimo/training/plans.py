@@ -19,9 +19,14 @@ from megatron.core.models.mimo.errors import ConfigError, MimoError
 from megatron.mimo.checkpoints.folders import write_text
 from megatron.mimo.checkpoints.tracker import iteration_name
 from megatron.mimo.data.bad_samples import BadSample, BadSampleLog
-from megatron.mimo.data.balance import Measure, divide
-from megatron.mimo.data.global_batches import GlobalBatch, GlobalBatches, Item, Measures
-from megatron.mimo.data.measures import MeasuresHere, MeasuresInWorkers, SharedMeasures
+from megatron.mimo.data.global_batches.balance import divide
+from megatron.mimo.data.global_batches.forming import GlobalBatch, GlobalBatches, Item, Measures
+from megatron.mimo.data.global_batches.measures import (
+    MeasuresHere,
+    MeasuresInWorkers,
+    SharedMeasures,
+)
+from megatron.mimo.data.measure import Measure
 from megatron.mimo.data.sources import Draw
 from megatron.mimo.training.module_ranks import data_writer
 

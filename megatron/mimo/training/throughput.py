@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.mimo.backend import capabilities
 from megatron.mimo.backend.cards import dense_bf16_tflops
-from megatron.mimo.data.batch import LENGTHS, Batch, batch_device
+from megatron.mimo.data.micro_batches.batch import LENGTHS, Batch, batch_device
 from megatron.mimo.models.common.flops import (
     language_amounts,
     media_amounts,

@@ -17,7 +17,7 @@ from torch import nn
 
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.mimo.arguments.component_flags import components_of
-from megatron.mimo.data.batch import batch_device
+from megatron.mimo.data.micro_batches.batch import batch_device
 from megatron.mimo.lora import add_adapters, require_adapters, settings_from
 from megatron.mimo.models.common.flops import shards_of
 from megatron.mimo.training.frozen_layers import has_gaps

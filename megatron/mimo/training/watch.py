@@ -24,7 +24,7 @@ from megatron.mimo.backend.patching import replaced
 from megatron.mimo.checkpoints.folders import prune
 from megatron.mimo.checkpoints.hashed_saving import hash_checkpoint, hashed_by_writers
 from megatron.mimo.checkpoints.tracker import iteration_name
-from megatron.mimo.data.batch import batch_device
+from megatron.mimo.data.micro_batches.batch import batch_device
 from megatron.mimo.process import presence
 from megatron.mimo.process.children import left_to_parent
 from megatron.mimo.process.console import Console, Pace, format_progress

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from megatron.mimo.data.batch import Batch
+from megatron.mimo.data.micro_batches.batch import Batch
 from megatron.mimo.process.children import left_to_parent, start_reading
 
 __all__ = ["read_batches"]

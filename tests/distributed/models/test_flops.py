@@ -88,7 +88,7 @@ def counts(name: str) -> dict[str, tuple[float, float]]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from megatron.mimo.arguments.standalone import build_model, model_settings
-    from megatron.mimo.data.cached_items import BESIDE
+    from megatron.mimo.data.row_cache.lookup import BESIDE
     from megatron.mimo.models import load_family
     from megatron.mimo.models.common.family import sample_collator
     from megatron.mimo.models.common.flops import (

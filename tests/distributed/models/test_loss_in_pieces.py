@@ -116,7 +116,7 @@ def test_equals_the_plain_loss(ranks: RankPool, layout: str, weights: str) -> No
 def logits_of_rows(with_rows: bool) -> tuple[list[int], float]:
     """Shape of the logits, and the loss of a micro-batch in which two positions have a label."""
     from megatron.mimo.arguments.standalone import build_model, model_settings
-    from megatron.mimo.data.batch import keep_for_stage
+    from megatron.mimo.data.micro_batches.batch import keep_for_stage
     from megatron.mimo.models import load_family
 
     model_parallel()

@@ -29,7 +29,7 @@ def compared(
 ) -> dict[str, tuple[float, float]]:
     """Planned and kept bytes of the encoders, the layers and what is behind them."""
     from megatron.mimo.arguments.standalone import build_model, model_settings
-    from megatron.mimo.data.batch import LABEL_ROWS, keep_for_stage
+    from megatron.mimo.data.micro_batches.batch import LABEL_ROWS, keep_for_stage
     from megatron.mimo.models import load_family
     from megatron.mimo.models.common.family import sample_collator
     from megatron.mimo.planner.activations import Recomputation, kept_by_chunk

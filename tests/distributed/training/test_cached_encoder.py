@@ -19,8 +19,8 @@ SIZES = (3, 1, 2, 2, 4, 3)
 def encode_what_is_missing(folder: Path) -> tuple[int, bool, int]:
     """Media that this rank encoded; whether rows are right; media that lie in the cache then."""
     from megatron.core.models.mimo.comm.encoder_split import EncoderSplit, Sharers
-    from megatron.mimo.data.cached_items import look_up
-    from megatron.mimo.data.row_cache import RowCache
+    from megatron.mimo.data.row_cache.cache import RowCache
+    from megatron.mimo.data.row_cache.lookup import look_up
     from megatron.mimo.training.encoder_cache import CachedEncoder
 
     torch.manual_seed(1)
@@ -54,9 +54,9 @@ def test_ranks_divide_what_is_missing(ranks: RankPool, tmp_path: Path) -> None:
 def encode_what_all_miss(folder: Path) -> tuple[int, bool]:
     """As above, of context-parallel ranks that each look in a cache, one of them of more media."""
     from megatron.core.models.mimo.comm.encoder_split import EncoderSplit, Sharers
-    from megatron.mimo.data.cache_agreement import agreed
-    from megatron.mimo.data.cached_items import look_up
-    from megatron.mimo.data.row_cache import RowCache
+    from megatron.mimo.data.row_cache.agreement import agreed
+    from megatron.mimo.data.row_cache.cache import RowCache
+    from megatron.mimo.data.row_cache.lookup import look_up
     from megatron.mimo.training.encoder_cache import CachedEncoder
 
     torch.manual_seed(1)
@@ -88,7 +88,7 @@ def test_context_parallel_ranks_divide_what_they_all_miss(ranks: RankPool, tmp_p
 
 
 def read_where_one_fails() -> str:
-    from megatron.mimo.data.cache_agreement import agreed
+    from megatron.mimo.data.row_cache.agreement import agreed
 
     def batches() -> Iterator[dict[str, Any]]:
         yield {}

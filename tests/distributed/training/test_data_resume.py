@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron.mimo.data.balance import Measure
-from megatron.mimo.data.measures import MeasuresHere, SharedMeasures
+from megatron.mimo.data.global_batches.measures import MeasuresHere, SharedMeasures
+from megatron.mimo.data.measure import Measure
 from megatron.mimo.data.sources import Draw
 from megatron.mimo.training.plans import host_group
 from tests.distributed.training.launch import SCRIPT, losses

@@ -26,7 +26,7 @@ def measured(name: str, layout: Layout, frozen: tuple[str, ...] = (), rank: int 
     """Sums over one iteration of four micro-batches; runs on every rank."""
     from megatron.core import parallel_state
     from megatron.mimo.arguments.standalone import build_model, model_settings
-    from megatron.mimo.data.counting import collate_and_count
+    from megatron.mimo.data.micro_batches.counting import collate_and_count
     from megatron.mimo.lora import LoraSettings, add_adapters
     from megatron.mimo.models import load_family
     from megatron.mimo.models.common.family import sample_collator

@@ -2,11 +2,11 @@
 
 ``data/sources`` opens files (JSON Lines, parquet, tars ...) and yields a ``RawRecord`` for each
 record: what stands there, and file and line for messages. ``read_record`` tells the format and
-interprets it; it opens nothing. ``data/sample_reader`` goes on from there: it decodes the media,
+interprets it; it opens nothing. ``data/reading`` goes on from there: it decodes the media,
 writes the text, and gives a ``Sample``, or a ``BadSample`` that says why there is none.
 
     source (file, position) -> RawRecord -> Conversation | Document -> Sample | BadSample
-           data/sources        data/formats                data/sample_reader
+           data/sources        data/formats                data/reading
 
 A source never looks into a record's value, and a format never opens a file. A record that is bad
 is consumed like any other: positions count records, so that what was left out changes no order.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.data.boxes import BoxWriter
 from megatron.mimo.data.conversation import Conversation, Document
+from megatron.mimo.data.media.boxes import BoxWriter
 
 __all__ = ["Format", "RawRecord", "ReadingOptions"]
 

@@ -14,7 +14,7 @@ from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversation import MEDIA_KINDS, ContentPart
 from megatron.mimo.data.formats.keys import short
 from megatron.mimo.data.formats.record import RawRecord
-from megatron.mimo.data.media_source import EncodedMedium, shown
+from megatron.mimo.data.media.source import EncodedMedium, shown
 
 __all__ = ["RecordMedia", "kind_of_name"]
 

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.boxes import BOX_TYPES
 from megatron.mimo.data.conversation import Conversation
 from megatron.mimo.data.formats.conversing import conversation, object_of, turn_list
 from megatron.mimo.data.formats.keys import known_keys, read_list, short
@@ -28,6 +27,7 @@ from megatron.mimo.data.formats.marked_messages import COLUMNS, marked_turns
 from megatron.mimo.data.formats.questions import history_of, question_turns, text_of
 from megatron.mimo.data.formats.record import Format, RawRecord, ReadingOptions
 from megatron.mimo.data.formats.record_media import RecordMedia
+from megatron.mimo.data.media.boxes import BOX_TYPES
 
 __all__ = ["SWIFT"]
 

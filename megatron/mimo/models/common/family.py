@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Generator, Tensor, nn
 
-from megatron.mimo.data.collate import SampleCollator
-from megatron.mimo.data.image_sizes import Size
-from megatron.mimo.data.model_inputs import Media, ToSample
+from megatron.mimo.data.chat.conversation_model import Media, ToSample
+from megatron.mimo.data.media.image_sizes import Size
+from megatron.mimo.data.micro_batches.collate import SampleCollator
 from megatron.mimo.models.common.assembly import Assembly
 from megatron.mimo.models.common.language.kinds import expert_layers
 

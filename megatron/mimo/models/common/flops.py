@@ -25,8 +25,8 @@ from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.utils import unwrap_model
-from megatron.mimo.data.batch import Batch
-from megatron.mimo.data.cached_items import BESIDE, COUNTS
+from megatron.mimo.data.micro_batches.batch import Batch
+from megatron.mimo.data.row_cache.lookup import BESIDE, COUNTS
 from megatron.mimo.encoders.work import EncoderWork
 from megatron.mimo.layers.gated_delta_net.kernels import DeltaRule
 from megatron.mimo.models.common.vocabulary import real_tokens

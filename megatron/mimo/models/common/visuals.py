@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from megatron.core.models.mimo.errors import InputError, UnsupportedError
 from megatron.mimo.data import MediaFormat, MediaItem
-from megatron.mimo.data.model_inputs import Media
+from megatron.mimo.data.chat.conversation_model import Media
 from megatron.mimo.encoders.patch_grids import Grid, SquareGeometry
 
 __all__ = [

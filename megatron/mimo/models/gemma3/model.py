@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.mimo.data.model_inputs import Media
+from megatron.mimo.data.chat.conversation_model import Media
 from megatron.mimo.encoders import PooledProjector
 from megatron.mimo.models.common import llava_kind
 from megatron.mimo.models.common.family import Family, transformers_model

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.mimo.data.model_inputs import Media
+from megatron.mimo.data.chat.conversation_model import Media
 from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.language import language_spec
 from megatron.mimo.models.common.llava_kind import (

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.mimo.data.model_inputs import Media
+from megatron.mimo.data.chat.conversation_model import Media
 from megatron.mimo.models.common.audio_tower import (
     TINY_AUDIO,
     audio_format,

@@ -10,8 +10,8 @@ from torch import Generator, Tensor
 from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.mimo.data.image_sizes import Size
-from megatron.mimo.data.model_inputs import Media
+from megatron.mimo.data.chat.conversation_model import Media
+from megatron.mimo.data.media.image_sizes import Size
 from megatron.mimo.models.common.config_fields import check_fields
 from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.language import language_arguments, language_spec

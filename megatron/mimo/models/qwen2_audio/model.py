@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from megatron.core.models.mimo import MimoModelConfig
-from megatron.mimo.data.model_inputs import Media
+from megatron.mimo.data.chat.conversation_model import Media
 from megatron.mimo.models.common.audio_tower import (
     TINY_AUDIO,
     audio_format,

@@ -10,7 +10,7 @@ from typing import Any
 from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.mimo.data.model_inputs import Media
+from megatron.mimo.data.chat.conversation_model import Media
 from megatron.mimo.models.common.config_fields import check_fields
 from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.frame_sample import TINY_TOKENS, example, sample

@@ -11,8 +11,8 @@ from typing import overload
 import numpy as np
 
 from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
-from megatron.mimo.data.digits import load_images
-from megatron.mimo.data.media_files import Video
+from megatron.mimo.data.digits.scanned import load_images
+from megatron.mimo.data.media.files import Video
 
 __all__ = [
     "QUESTIONS",

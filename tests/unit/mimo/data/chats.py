@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron.mimo.data.chat import Chat
+from megatron.mimo.data.chat.chat import Chat
 from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
 from megatron.mimo.data.formats import RawRecord, ReadingOptions, read_record
 from megatron.mimo.data.sources import open_file

@@ -25,8 +25,8 @@ def build(name: str, layers: str, dtype: torch.dtype, device: torch.device) -> t
     """A tiny model, and the arguments of its forward pass for a packed row of four samples."""
     from megatron.mimo.arguments.standalone import build_model, model_settings
     from megatron.mimo.data import PackingCollator
-    from megatron.mimo.data.batch import keep_for_stage
-    from megatron.mimo.data.broadcast import move
+    from megatron.mimo.data.micro_batches.batch import keep_for_stage
+    from megatron.mimo.data.micro_batches.broadcast import move
     from megatron.mimo.training.forward_step import model_inputs
 
     family = load_family(name)

@@ -87,7 +87,7 @@ def test_the_model_can_memorise_a_batch(ranks: Any) -> None:
 
 
 def metric_and_loop() -> tuple[list[int], list[int]]:
-    from megatron.mimo.data import digits as data
+    from megatron.mimo.data.digits import scanned as data
     from megatron.mimo.recipes.digits import task_metric
 
     _, datasets, collate = build(arguments())
@@ -116,7 +116,7 @@ def test_task_metric_equals_a_loop_over_tokens(ranks: Any) -> None:
 
 def finish(output: Path | None, mistakes: int) -> dict[str, Any]:
     """The end of a run whose model errs in ``mistakes`` of the questions."""
-    from megatron.mimo.data import digits as data
+    from megatron.mimo.data.digits import scanned as data
     from megatron.mimo.recipes.digits import TEST_SAMPLES, digits
     from megatron.mimo.recipes.recipe import FinishedRun
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.data.media_files import MediaLimits
+from megatron.mimo.data.media.files import MediaLimits
 from megatron.mimo.recipes.media_flags import (
     add_media_arguments,
     keep_media_settings,

@@ -10,8 +10,8 @@ import torch
 
 from megatron.core.models.mimo.alignment import build_alignment_plan, with_row_index
 from megatron.core.models.mimo.errors import ConfigError, InputError
-from megatron.mimo.data.batch import keep_for_stage
-from megatron.mimo.data.broadcast import pack, unpack
+from megatron.mimo.data.micro_batches.batch import keep_for_stage
+from megatron.mimo.data.micro_batches.broadcast import pack, unpack
 from megatron.mimo.recipes.recipe import Datasets
 from megatron.mimo.training.data import MicroBatches, SampleRange, split_datasets
 

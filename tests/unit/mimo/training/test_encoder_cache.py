@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from megatron.core.models.mimo import VisionModalitySubmodules
 from megatron.core.models.mimo.alignment import EncodedRows
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.mimo.data.batch import keep_for_stage
-from megatron.mimo.data.cached_items import look_up
-from megatron.mimo.data.row_cache import RowCache
+from megatron.mimo.data.micro_batches.batch import keep_for_stage
+from megatron.mimo.data.row_cache.cache import RowCache
+from megatron.mimo.data.row_cache.lookup import look_up
 from megatron.mimo.training.encoder_cache import CachedEncoder, refuse_trained
 
 

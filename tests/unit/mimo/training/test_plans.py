@@ -16,9 +16,13 @@ import pytest
 from megatron.core.models.mimo.errors import ConfigError, InputError
 from megatron.mimo.data import PackingCollator, SampleCollator
 from megatron.mimo.data.bad_samples import BadSample, BadSampleLog, BadSamplePolicy
-from megatron.mimo.data.global_batches import GlobalBatches, Item, Measures, Packing
-from megatron.mimo.data.measures import Unmeasured
-from megatron.mimo.data.planned_batches import LEFT_OUT, PlannedBatches, SampleSources
+from megatron.mimo.data.global_batches.forming import GlobalBatches, Item, Measures, Packing
+from megatron.mimo.data.global_batches.measures import Unmeasured
+from megatron.mimo.data.global_batches.planned_batches import (
+    LEFT_OUT,
+    PlannedBatches,
+    SampleSources,
+)
 from megatron.mimo.data.sources import MixtureSpec, SourceSpec
 from megatron.mimo.training.plans import DATA_FILE, DataPosition, RankPlan, measures_of
 from megatron.mimo.training.workers import read_batches
@@ -272,7 +276,7 @@ def test_sources_of_positions_are_those_of_their_samples(tmp_path: Path, micro: 
 
 
 def test_a_length_that_is_not_the_measured_one_is_an_error(tmp_path: Path) -> None:
-    from megatron.mimo.data.balance import Measure
+    from megatron.mimo.data.measure import Measure
 
     sources = number_sources(tmp_path)
     wrong = SampleSources(mixture=sources.mixture, read=sources.read, measure=lambda _: Measure(40))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data.chat import Chat
+from megatron.mimo.data.chat.chat import Chat
 from megatron.mimo.data.formats import RawRecord, ReadingOptions, detect, read_record
 from megatron.mimo.data.sources import files_of, open_file
 from tests.unit.mimo.data.chats import chat_of, with_template

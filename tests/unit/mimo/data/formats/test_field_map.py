@@ -11,7 +11,7 @@ import pytest
 from megatron.core.models.mimo.errors import InputError
 from megatron.mimo.data.conversation import Conversation, Document
 from megatron.mimo.data.formats import ReadingOptions, field_map, read_record
-from megatron.mimo.data.media_source import EncodedMedium
+from megatron.mimo.data.media.source import EncodedMedium
 
 FILE = Path("prepared")
 PICTURE = (Path(__file__).parents[5] / "examples/data/media/cat.png").read_bytes()

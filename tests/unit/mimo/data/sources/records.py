@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from megatron.mimo.data.bad_samples import BadSample, BadSamplePolicy
-from megatron.mimo.data.balance import Measure
 from megatron.mimo.data.formats import RawRecord
-from megatron.mimo.data.planned_batches import SampleSources
+from megatron.mimo.data.global_batches.planned_batches import SampleSources
+from megatron.mimo.data.measure import Measure
 from megatron.mimo.data.sample import Sample
 from megatron.mimo.data.sources import Mixture, MixtureSpec, SourceSpec
 

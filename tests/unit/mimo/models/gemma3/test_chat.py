@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron.mimo.data.chat import Chat
+from megatron.mimo.data.chat.chat import Chat
 from megatron.mimo.recipes.tiny.processors import gemma3_processor
 from tests.unit.mimo.data.chats import chat_of, talk
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from megatron.core.models.mimo.errors import ConfigError, InputError, UnsupportedError
-from megatron.mimo.data.media_files import Video
+from megatron.mimo.data.media.files import Video
 from megatron.mimo.models import load_family, read_hf_config
 from tests.rank_pool import RankPool
 from tests.unit.mimo.data.chats import chat_of, talk

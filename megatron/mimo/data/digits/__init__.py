@@ -1,0 +1,1 @@
+"""The data of the recipes that need no download."""

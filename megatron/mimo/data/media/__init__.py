@@ -1,0 +1,1 @@
+"""Media files: what they may be, and decoding them."""

@@ -1,0 +1,1 @@
+"""Rows of frozen encoders on disk, and micro-batches that take them from there."""
