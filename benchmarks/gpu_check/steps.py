@@ -7,22 +7,10 @@ from dataclasses import replace
 
 from benchmarks.gpu_check import reading
 from benchmarks.gpu_check.check_step import Step
+from megatron.mimo.models import family_names
 
 __all__ = ["build_steps", "choose"]
 
-FAMILIES = (
-    "llava",
-    "llava_next",
-    "internvl",
-    "gemma3",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen2_audio",
-    "llava_avlm",
-)
 _KINDS = {
     "te": ("transformer_engine", "with Transformer Engine"),
     "local": ("local", "without Transformer Engine"),
@@ -186,7 +174,7 @@ def _verifications() -> list[Step]:
             needs=("gpu", "te") if kind == "te" else ("gpu",),
             figures=reading.verified,
         )
-        for family in FAMILIES
+        for family in family_names()
         for kind, (layers, words) in _KINDS.items()
     ]
 

@@ -8,6 +8,7 @@ import functools
 import gc
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import select
@@ -263,12 +264,16 @@ def _remember_transformers() -> None:
     from transformers import CONFIG_MAPPING
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    from megatron.mimo.models.common.config_fields import FIELDS, defaults_of
+    from megatron.mimo.models import family_names, load_family
+    from megatron.mimo.models.common.config_fields import defaults_of
 
     get_checkpoint_conversion_mapping("llava")
-    for kind in FIELDS:
-        if kind in CONFIG_MAPPING:
-            defaults_of(CONFIG_MAPPING[kind])
+    for name in family_names():
+        if name == "llava_avlm":  # see above
+            continue
+        for kind in (name, *itertools.chain(*load_family(name).fields.parts.values())):
+            if kind in CONFIG_MAPPING:
+                defaults_of(CONFIG_MAPPING[kind])
 
 
 def _remember_distributions() -> None:

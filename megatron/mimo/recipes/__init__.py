@@ -31,7 +31,7 @@ _RECIPES = {
     "gemma3_27b": ("gemma3:gemma3_27b", "Gemma 3 27B, SigLIP with pan-and-scan"),
     "gemma3_4b": ("gemma3:gemma3_4b", "Gemma 3 4B, SigLIP with pan-and-scan"),
     "gemma3_tiny": (
-        "tiny.twins:gemma3_tiny",
+        "tiny.gemma3:gemma3_tiny",
         "Gemma 3 of 0.2 million parameters that reads scanned digits",
     ),
     "internvl3_5_14b": ("internvl:internvl3_5_14b", "InternVL 3.5, InternViT 300M + Qwen3 14B"),
@@ -43,7 +43,7 @@ _RECIPES = {
     "internvl3_5_38b": ("internvl:internvl3_5_38b", "InternVL 3.5, InternViT 6B + Qwen3 32B"),
     "internvl3_5_8b": ("internvl:internvl3_5_8b", "InternVL 3.5, InternViT 300M + Qwen3 8B"),
     "internvl_tiny": (
-        "tiny.twins:internvl_tiny",
+        "tiny.internvl:internvl_tiny",
         "InternVL 3.5 of 0.2 million parameters that reads digits in images and clips",
     ),
     "internvl3_8b": ("internvl:internvl3_8b", "InternVL 3, InternViT 300M + Qwen2.5 7B"),
@@ -51,27 +51,27 @@ _RECIPES = {
     "llava_1_5_7b": ("llava:llava_1_5_7b", "LLaVA 1.5, CLIP + Vicuna 7B"),
     "llava_avlm": ("llava_avlm:llava_avlm", "LLaVA with ears, CLIP + Whisper large + Vicuna 7B"),
     "llava_avlm_tiny": (
-        "tiny.twins:llava_avlm_tiny",
+        "tiny.llava_avlm:llava_avlm_tiny",
         "LLaVA with ears of 0.3 million parameters: digits and tones",
     ),
     "llava_next": ("llava_next:llava_next", "LLaVA 1.6, CLIP on tiles + Mistral 7B"),
     "llava_next_tiny": (
-        "tiny.twins:llava_next_tiny",
+        "tiny.llava_next:llava_next_tiny",
         "LLaVA 1.6 of 0.2 million parameters that reads scanned digits",
     ),
     "llava_tiny": (
-        "tiny.twins:llava_tiny",
+        "tiny.llava:llava_tiny",
         "LLaVA of 0.2 million parameters that reads scanned digits",
     ),
     "qwen2_5_vl_3b": ("qwen2_5_vl:qwen2_5_vl_3b", "Qwen2.5-VL 3B, images and video"),
     "qwen2_5_vl_7b": ("qwen2_5_vl:qwen2_5_vl_7b", "Qwen2.5-VL 7B, images and video"),
     "qwen2_5_vl_tiny": (
-        "tiny.twins:qwen2_5_vl_tiny",
+        "tiny.qwen2_5_vl:qwen2_5_vl_tiny",
         "Qwen2.5-VL of 0.2 million parameters, on digits in images and clips",
     ),
     "qwen2_audio_7b": ("qwen2_audio:qwen2_audio_7b", "Qwen2-Audio, Whisper large + Qwen 7B"),
     "qwen2_audio_tiny": (
-        "tiny.twins:qwen2_audio_tiny",
+        "tiny.qwen2_audio:qwen2_audio_tiny",
         "Qwen2-Audio of 0.2 million parameters that names tones",
     ),
     "qwen3_5_27b": (

@@ -4,14 +4,22 @@ what transformers computes, or refuses it by name; or transformers computes the 
 from __future__ import annotations
 
 import copy
+import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron.core.models.mimo.errors import ConfigError, MimoError, UnsupportedError
-from megatron.mimo.models import load_family
-from megatron.mimo.models.common.config_fields import ASIDE, FIELDS, Only, check_fields, defaults_of
+from megatron.mimo.models import family_names, load_family
+from megatron.mimo.models.common.config_fields import (
+    ASIDE,
+    Only,
+    Rules,
+    check_fields,
+    defaults_of,
+)
 from megatron.mimo.models.common.tiny import TINY_TEXT, TINY_VISION
 from tests.distributed.models.field_values import OTHERS
 from tests.distributed.models.text_kinds import KINDS, use_text
@@ -28,27 +36,30 @@ UNREAD = {
     *("mask_feature_min_masks", "median_filter_width"),
 }
 PARTS = ("vision_config", "audio_config", "text_config")
-COMMON = set(FIELDS["llava"]).intersection(*FIELDS.values()) - {"model_type"}
+
+
+@functools.cache
+def rules() -> dict[str, Rules]:
+    """The rules of every class that is supported, by its ``model_type``."""
+    found: dict[str, Rules] = {}
+    for name in family_names():
+        fields = load_family(name).fields
+        found[name] = fields.rules
+        for kinds in fields.parts.values():
+            found |= kinds
+    return found
+
+
+def every_class_has(name: str) -> bool:
+    """Whether a field is one of ``PreTrainedConfig``."""
+    return name != "model_type" and all(name in one for one in rules().values())
 
 
 def bases() -> list[Any]:
     """Configurations in which every class that is supported stands once."""
     from transformers import Qwen2Config, SiglipVisionConfig
 
-    names = (
-        "llava",
-        "llava_next",
-        "llava_avlm",
-        "qwen2_audio",
-        "qwen2_5_vl",
-        "qwen3_vl",
-        "qwen3_vl_moe",
-        "qwen3_5",
-        "qwen3_5_moe",
-        "internvl",
-        "gemma3",
-    )
-    several = [load_family(name).tiny() for name in names]
+    several = [load_family(name).tiny() for name in family_names()]
     other = load_family("llava").tiny().to_dict()
     small = {key: value for key, value in TINY_VISION.items() if key != "initializer_range"}
     other |= {
@@ -56,7 +67,7 @@ def bases() -> list[Any]:
         "vision_feature_select_strategy": "full",
         "text_config": Qwen2Config(**TINY_TEXT).to_dict(),
     }
-    others = [type(several[0]).from_dict(other)]
+    others = [type(load_family("llava").tiny()).from_dict(other)]
     for name in KINDS:
         config: Any = load_family("llava").tiny()
         use_text(name, config)
@@ -73,11 +84,11 @@ def walk() -> list[tuple[Any, str, str, str]]:
             part = getattr(config, path, None) if path else config
             if part is None:
                 continue
-            for name in FIELDS[part.model_type]:
+            for name in rules()[part.model_type]:
                 if (part.model_type, name) not in seen and name not in (*PARTS, "model_type"):
                     seen.add((part.model_type, name))
                     found.append((config, path, part.model_type, name))
-    assert {kind for kind, _ in seen} == FIELDS.keys()
+    assert {kind for kind, _ in seen} == rules().keys()
     return found
 
 
@@ -85,19 +96,21 @@ def test_every_field_of_every_class_has_a_rule() -> None:
     for config in bases():
         for part in (config, *(getattr(config, name, None) for name in PARTS)):
             if part is not None:
-                unknown = defaults_of(type(part)).keys() - FIELDS[part.model_type].keys()
+                unknown = defaults_of(type(part)).keys() - rules()[part.model_type].keys()
                 assert not unknown, f"{type(part).__name__}: {sorted(unknown)}"
-        check_fields(config)
+        check_fields(config, load_family(config.model_type).fields)
 
 
-def test_a_field_that_is_not_known_has_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_family("llava").tiny()
-    rules = {key: value for key, value in FIELDS["llama"].items() if key != "pretraining_tp"}
-    monkeypatch.setitem(FIELDS, "llama", rules)  # type: ignore[arg-type]
-    check_fields(config)
+def test_a_field_that_is_not_known_has_its_default() -> None:
+    family = load_family("llava")
+    config: Any = family.tiny()
+    known = family.fields.parts["text_config"]["llama"]
+    llama = {key: rule for key, rule in known.items() if key != "pretraining_tp"}
+    fields = replace(family.fields, parts={**family.fields.parts, "text_config": {"llama": llama}})
+    check_fields(config, fields)
     config.text_config.pretraining_tp = 2
     with pytest.raises(UnsupportedError, match=r"text_config\.pretraining_tp is 2.*default, 1"):
-        check_fields(config)
+        check_fields(config, fields)
 
 
 def changed(config: Any, path: str, name: str, value: Any) -> Any:
@@ -176,7 +189,7 @@ def compare(config: Any, path: str, name: str, value: Any) -> str | None:
 def check_used(classes: str) -> list[str]:
     """Fields that our model follows: each name in the first class that has it, or in all others."""
     wrong = []
-    fields = [one for one in walk() if FIELDS[one[2]][one[3]] is not ASIDE]
+    fields = [one for one in walk() if rules()[one[2]][one[3]] is not ASIDE]
     first = {name: kind for _, _, kind, name in reversed(fields)}
     for config, path, kind, name in fields:
         if (first[name] == kind) != (classes == "first"):
@@ -197,7 +210,7 @@ def test_fields_that_decide_nothing_decide_nothing() -> None:
     wrong = []
     before: dict[int, Any] = {}
     for config, path, kind, name in walk():
-        if FIELDS[kind][name] is not ASIDE or name in COMMON:
+        if rules()[kind][name] is not ASIDE or every_class_has(name):
             continue
         if kind == "whisper" and name in UNREAD:
             continue
@@ -258,7 +271,7 @@ def test_what_mistral_does_not_read_turns_no_window_off(extra: dict[str, Any]) -
 
 def test_only_is_refused_by_name() -> None:
     for config, path, kind, name in walk():
-        rule = FIELDS[kind][name]
+        rule = rules()[kind][name]
         if isinstance(rule, Only):
             other = changed(config, path, name, OTHERS[kind][name][0])
             where = f"{path}." if path else ""

@@ -35,7 +35,8 @@ CHILD = "sleep 600 & echo child $!; {}"
 
 
 def test_every_family_is_verified() -> None:
-    assert sorted(steps.FAMILIES) == sorted(family_names())
+    names = {step.name for step in steps.build_steps()}
+    assert {f"verify.{name}.te" for name in family_names()} <= names
 
 
 def shell(line: str, folder: Path, limit: float = 60.0) -> Any:

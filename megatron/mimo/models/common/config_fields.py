@@ -1,9 +1,12 @@
-"""What becomes of every field of a Hugging Face configuration that a family takes.
+"""What becomes of every field of a Hugging Face configuration.
 
 Each field of a class is used by our model, or has to have one of some values, or decides nothing
-that our model computes. A field of a class that stands in no table, as a later transformers may
-bring one, has to have its default. Entries of a ``config.json`` that are no fields of its class
-are read by no model of transformers either, and pass.
+that our model computes. A field without a rule, as a later transformers may bring one, has to have
+its default. Entries of a ``config.json`` that are no fields of its class are read by no model of
+transformers either, and pass.
+
+A family says this of its own configuration (``ModelFields``). The rules of language models and
+towers that several families are made of stand here.
 """
 
 from __future__ import annotations
@@ -15,7 +18,18 @@ from typing import Any, Literal
 
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
 
-__all__ = ["ASIDE", "FIELDS", "USED", "Only", "Rule", "check_fields", "defaults_of"]
+__all__ = [
+    "ASIDE",
+    "USED",
+    "ModelFields",
+    "Only",
+    "Rule",
+    "Rules",
+    "check_fields",
+    "defaults_of",
+    "field_rules",
+    "parts_of",
+]
 
 USED: Literal["used"] = "used"
 """Our model follows it, or refuses the values that it cannot follow."""
@@ -35,6 +49,23 @@ class Only:
 
 
 Rule = Literal["used", "aside"] | Only
+Rules = Mapping[str, Rule]
+"""Field of a class of configurations -> what becomes of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFields:
+    """What a family takes of a Hugging Face configuration.
+
+    Attributes:
+        rules: of the whole model's own fields.
+        parts: the configurations within it: field ("text_config") -> each ``model_type`` that may
+            stand there -> the rules of its fields.
+    """
+
+    rules: Rules
+    parts: Mapping[str, Mapping[str, Rules]]
+
 
 # Of PreTrainedConfig, as every class has them: what a call returns, labels of classifiers, names.
 _COMMON = (
@@ -55,9 +86,16 @@ _COMMON = (
 )
 
 
-def _rules(
+def field_rules(
     used: str, *, aside: str = "", only: Mapping[str, tuple[object, ...]] | None = None
 ) -> dict[str, Rule]:
+    """The rules of a class; those of fields that every class has are added.
+
+    Args:
+        used: names of fields that our model follows, separated by spaces.
+        aside: names of fields that decide nothing.
+        only: fields that have to have one of these values.
+    """
     rules: dict[str, Rule] = dict.fromkeys((*_COMMON, *aside.split()), ASIDE)
     rules |= dict.fromkeys(("model_type", *used.split()), USED)
     return rules | {name: Only(values) for name, values in (only or {}).items()}
@@ -87,63 +125,28 @@ _AUDIO = (
 _NO_DROPOUT: dict[str, tuple[object, ...]] = dict.fromkeys(
     ("dropout", "activation_dropout", "encoder_layerdrop"), (0, None)
 )
-_LLAVA = (
-    "vision_config text_config image_token_index projector_hidden_act "
-    "vision_feature_select_strategy vision_feature_layer multimodal_projector_bias "
-    "tie_word_embeddings"
-)
-_QWEN_VL = _rules(
-    "text_config vision_config image_token_id video_token_id tie_word_embeddings",
-    aside="vision_start_token_id vision_end_token_id",
-)
-_FRAMES = (
-    "depth hidden_size hidden_act intermediate_size num_heads in_channels patch_size "
-    "spatial_merge_size temporal_patch_size out_hidden_size num_position_embeddings "
-    "rope_parameters"
-)
-_DEEPSTACK_FRAMES = _rules(_FRAMES + " deepstack_visual_indexes")
 _LINEAR = (
     "layer_types linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim "
     "linear_num_key_heads linear_num_value_heads head_dim attention_bias tie_word_embeddings"
 )
 
-FIELDS: dict[str, Mapping[str, Rule]] = {
-    # The whole models. How many rows an image gives follows from its tower.
-    "llava": _rules(_LLAVA, aside="image_seq_length"),
-    "llava_next": _rules(_LLAVA + " image_grid_pinpoints", aside="image_seq_length"),
-    "llava_avlm": _rules(_LLAVA + " audio_config audio_token_index"),
-    "qwen2_audio": _rules("audio_config text_config audio_token_index"),
-    "internvl": _rules(
-        "vision_config text_config image_token_id downsample_ratio projector_hidden_act "
-        "vision_feature_layer tie_word_embeddings",
-        aside="image_seq_length",
-        only={"vision_feature_select_strategy": ("default",)},
-    ),
-    "qwen2_5_vl": _QWEN_VL,
-    "qwen3_5": _QWEN_VL,
-    "qwen3_5_moe": _QWEN_VL,
-    "qwen3_vl": _QWEN_VL,
-    "qwen3_vl_moe": _QWEN_VL,
-    "gemma3": _rules(
-        "vision_config text_config image_token_index mm_tokens_per_image tie_word_embeddings",
-        aside="boi_token_index eoi_token_index",
-    ),
+_PARTS: dict[str, Rules] = {
     # Language models. Whether they tie is the whole model's to say.
-    "llama": _rules(
+    "llama": field_rules(
         _TEXT + " head_dim attention_bias mlp_bias tie_word_embeddings",
         aside=_TOKENS + " pretraining_tp",
     ),
-    "mistral": _rules(_TEXT + " head_dim sliding_window tie_word_embeddings", aside=_TOKENS),
-    "qwen2": _rules(f"{_TEXT} {_WINDOW} tie_word_embeddings", aside=_TOKENS),
-    "qwen3": _rules(
+    "mistral": field_rules(_TEXT + " head_dim sliding_window tie_word_embeddings", aside=_TOKENS),
+    "qwen2": field_rules(f"{_TEXT} {_WINDOW} tie_word_embeddings", aside=_TOKENS),
+    "qwen3": field_rules(
         f"{_TEXT} {_WINDOW} head_dim attention_bias tie_word_embeddings", aside=_TOKENS
     ),
-    "qwen3_moe": _rules(
+    "qwen3_moe": field_rules(
         f"{_TEXT} {_EXPERTS} head_dim use_sliding_window sliding_window attention_bias "
         "tie_word_embeddings",
         aside=_TOKENS,
     ),
-    "gemma3_text": _rules(
+    "gemma3_text": field_rules(
         _TEXT.replace("hidden_act ", "hidden_activation ")
         + " head_dim attention_bias query_pre_attn_scalar sliding_window layer_types "
         "use_bidirectional_attention tie_word_embeddings",
@@ -151,16 +154,18 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
         # Whole models of transformers take no notice of these.
         only=dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), (None,)),
     ),
-    "qwen2_5_vl_text": _rules(f"{_TEXT} {_WINDOW} tie_word_embeddings", aside=_TOKENS),
-    "qwen3_vl_text": _rules(_TEXT + " head_dim attention_bias tie_word_embeddings", aside=_TOKENS),
-    "qwen3_vl_moe_text": _rules(
+    "qwen2_5_vl_text": field_rules(f"{_TEXT} {_WINDOW} tie_word_embeddings", aside=_TOKENS),
+    "qwen3_vl_text": field_rules(
+        _TEXT + " head_dim attention_bias tie_word_embeddings", aside=_TOKENS
+    ),
+    "qwen3_vl_moe_text": field_rules(
         f"{_TEXT} {_EXPERTS} head_dim attention_bias tie_word_embeddings".replace(
             " norm_topk_prob", ""
         ),
         aside=_TOKENS + " sliding_window",  # which it sets to None, whatever is given
     ),
-    "qwen3_5_text": _rules(f"{_TEXT} {_LINEAR}", aside=_TOKENS),
-    "qwen3_5_moe_text": _rules(
+    "qwen3_5_text": field_rules(f"{_TEXT} {_LINEAR}", aside=_TOKENS),
+    "qwen3_5_moe_text": field_rules(
         f"{_TEXT} {_LINEAR} moe_intermediate_size shared_expert_intermediate_size num_experts "
         "num_experts_per_tok router_aux_loss_coef output_router_logits".replace(
             " intermediate_size ", " ", 1
@@ -168,29 +173,11 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
         aside=_TOKENS,
     ),
     # Towers. Nothing is computed from the pooled output of CLIP and SigLIP.
-    "clip_vision_model": _rules(_IMAGES, aside="projection_dim initializer_factor"),
-    "siglip_vision_model": _rules(_IMAGES, aside="vision_use_head"),
-    "qwen2_5_vl_vision": _rules(
-        "depth hidden_size hidden_act intermediate_size num_heads in_channels patch_size "
-        "spatial_merge_size temporal_patch_size tokens_per_second window_size out_hidden_size "
-        "fullatt_block_indexes rope_parameters"
-    ),
-    "internvl_vision": _rules(
-        f"{_IMAGES} attention_bias use_qk_norm norm_type use_mask_token use_mean_pooling",
-        aside="layer_scale_init_value",
-        only={
-            "hidden_dropout_prob": (0, None),
-            "projection_dropout": (0, None),
-            "use_absolute_position_embeddings": (True,),
-        },
-    ),
-    "qwen3_5_vision": _rules(_FRAMES),
-    "qwen3_5_moe_vision": _rules(_FRAMES),
-    "qwen3_vl_vision": _DEEPSTACK_FRAMES,
-    "qwen3_vl_moe_vision": _DEEPSTACK_FRAMES,
+    "clip_vision_model": field_rules(_IMAGES, aside="projection_dim initializer_factor"),
+    "siglip_vision_model": field_rules(_IMAGES, aside="vision_use_head"),
     # Their encoders read scale_embedding and scale nothing; the rest is of Whisper's decoder, its
     # classifier and its augmentation, none of which is there.
-    "whisper": _rules(
+    "whisper": field_rules(
         _AUDIO,
         aside="scale_embedding vocab_size decoder_layers decoder_attention_heads decoder_ffn_dim "
         "decoder_layerdrop decoder_start_token_id init_std max_target_positions pad_token_id "
@@ -200,79 +187,35 @@ FIELDS: dict[str, Mapping[str, Rule]] = {
         "median_filter_width tie_word_embeddings",
         only=_NO_DROPOUT,
     ),
-    "qwen2_audio_encoder": _rules(_AUDIO, aside="scale_embedding", only=_NO_DROPOUT),
-}
-"""``model_type`` -> field -> what becomes of it."""
-
-# What a family's own model of transformers is made of, whatever config.json names beside it.
-_PARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "llava": {
-        "text_config": ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text"),
-        "vision_config": ("clip_vision_model", "siglip_vision_model"),
-    },
-    "llava_next": {
-        "text_config": ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"),
-        "vision_config": ("clip_vision_model", "siglip_vision_model"),
-    },
-    "llava_avlm": {
-        "text_config": ("llama",),
-        "vision_config": ("clip_vision_model", "siglip_vision_model"),
-        "audio_config": ("whisper",),
-    },
-    "qwen2_audio": {
-        "text_config": ("llama", "mistral", "qwen2"),
-        "audio_config": ("qwen2_audio_encoder",),
-    },
-    "gemma3": {
-        "text_config": ("gemma3_text",),
-        "vision_config": ("siglip_vision_model",),
-    },
-    "internvl": {
-        "text_config": ("qwen2", "qwen3", "qwen3_moe", "llama"),
-        "vision_config": ("internvl_vision",),
-    },
-    "qwen2_5_vl": {
-        "text_config": ("qwen2_5_vl_text",),
-        "vision_config": ("qwen2_5_vl_vision",),
-    },
-    "qwen3_5": {
-        "text_config": ("qwen3_5_text",),
-        "vision_config": ("qwen3_5_vision",),
-    },
-    "qwen3_5_moe": {
-        "text_config": ("qwen3_5_moe_text",),
-        "vision_config": ("qwen3_5_moe_vision",),
-    },
-    "qwen3_vl": {
-        "text_config": ("qwen3_vl_text",),
-        "vision_config": ("qwen3_vl_vision",),
-    },
-    "qwen3_vl_moe": {
-        "text_config": ("qwen3_vl_moe_text",),
-        "vision_config": ("qwen3_vl_moe_vision",),
-    },
+    "qwen2_audio_encoder": field_rules(_AUDIO, aside="scale_embedding", only=_NO_DROPOUT),
 }
 
 
-def check_fields(config: Any) -> None:
+def parts_of(*kinds: str) -> dict[str, Rules]:
+    """The rules of language models and towers that stand here, by their ``model_type``."""
+    return {kind: _PARTS[kind] for kind in kinds}
+
+
+def check_fields(config: Any, fields: ModelFields) -> None:
     """Refuse a configuration that asks for what our model does not have.
 
     Args:
-        config: of a whole model, of a family that ``_PARTS`` knows.
+        config: of a whole model.
+        fields: what its family takes.
 
     Raises:
         UnsupportedError: names the field, its value and what is expected.
         ConfigError: a placeholder is no token.
     """
-    _check_part(config, "")
-    for name, kinds in _PARTS[config.model_type].items():
+    _check_part(config, "", fields.rules)
+    for name, kinds in fields.parts.items():
         part = getattr(config, name)
         if part.model_type not in kinds:
             raise UnsupportedError(
                 f"config.json: {name}.model_type is {_shown(part.model_type)}; expected "
-                f"{_one_of(kinds)}, of which a {config.model_type} is made"
+                f"{_one_of(tuple(kinds))}, of which a {config.model_type} is made"
             )
-        _check_part(part, f"{name}.")
+        _check_part(part, f"{name}.", kinds[part.model_type])
     _check_placeholders(config)
 
 
@@ -287,10 +230,9 @@ def _check_placeholders(config: Any) -> None:
             )
 
 
-def _check_part(part: Any, prefix: str) -> None:
+def _check_part(part: Any, prefix: str, rules: Rules) -> None:
     kind: Any = type(part)
-    rules, defaults = FIELDS[part.model_type], defaults_of(kind)
-    for name, default in defaults.items():
+    for name, default in defaults_of(kind).items():
         value, rule = getattr(part, name, default), rules.get(name)
         if isinstance(rule, Only) and value not in rule.values:
             raise UnsupportedError(

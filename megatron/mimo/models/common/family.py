@@ -20,6 +20,7 @@ from megatron.mimo.data.chat.conversation_model import Media, ToSample
 from megatron.mimo.data.media.image_sizes import Size
 from megatron.mimo.data.micro_batches.collate import SampleCollator
 from megatron.mimo.models.common.assembly import Assembly
+from megatron.mimo.models.common.config_fields import ModelFields, check_fields
 from megatron.mimo.models.common.language.kinds import expert_layers
 
 if TYPE_CHECKING:
@@ -73,8 +74,9 @@ class Family:
 
     Attributes:
         name: how commands call it ("llava").
-        arguments: Megatron's arguments (by argparse destination) of the language model; a recipe's
-            defaults, so that flags win over them.
+        fields: what becomes of every field of its configurations.
+        language: Megatron's arguments (by argparse destination) of the language model; it may
+            refuse what no field alone tells.
         build: the model's configuration on one rank. The settings describe the language model,
             the places where each module lives, the configuration everything else.
         keys: names of the parameters in both formats.
@@ -93,7 +95,8 @@ class Family:
     """
 
     name: str
-    arguments: Callable[[Any], dict[str, object]]
+    fields: ModelFields
+    language: Callable[[Any], dict[str, object]]
     build: Callable[[Any, LanguageSettings, Places], MimoModelConfig]
     keys: Callable[[Any], KeyTable]
     media: Callable[[Any], Media]
@@ -104,6 +107,16 @@ class Family:
     assembly: Assembly | None = None
     placeholders: Callable[[Any], Mapping[str, int]] | None = None
     box_units: Callable[[Any, Size], Size] | None = None
+
+    def arguments(self, config: Any) -> dict[str, object]:
+        """Megatron's arguments of a model; a recipe's defaults, so that flags win over them.
+
+        Raises:
+            ConfigError: values that do not fit each other.
+            UnsupportedError: the configuration asks for what our model does not have.
+        """
+        check_fields(config, self.fields)
+        return self.language(config)
 
 
 def sample_collator(

@@ -15,23 +15,34 @@ from megatron.mimo.encoders.qwen2_5_vl import PatchMerger
 from megatron.mimo.encoders.qwen2_5_vl_attention import frame_layer_spec
 from megatron.mimo.encoders.qwen3_vl import FrameTransformer, frame_encoder_config
 from megatron.mimo.encoders.qwen3_vl_geometry import FrameGeometry
+from megatron.mimo.models.common.config_fields import Rule, field_rules
 from megatron.mimo.models.common.keys import JoinedQKV, KeyEntry, Reshaped
 from megatron.mimo.models.common.place import Place
 from megatron.mimo.models.common.visuals import check_patches, patch_shape, patch_values
 
-__all__ = ["ENCODER", "frame_geometry", "level_layers", "vision_entries", "vision_specs"]
+__all__ = [
+    "ENCODER",
+    "frame_geometry",
+    "frame_rules",
+    "level_layers",
+    "vision_entries",
+    "vision_specs",
+]
 
 ENCODER = "qwen3_vl"
 """What the encoder is called."""
 
 _ACTIVATION = "gelu_pytorch_tanh"
-_KINDS = (
-    "qwen3_vl_vision",
-    "qwen3_vl_moe_vision",
-    "qwen3_5_vision",
-    "qwen3_5_moe_vision",
-)
 _IMAGES = "modality_submodules.images."
+
+
+def frame_rules(*more: str) -> dict[str, Rule]:
+    """What becomes of the fields of its configuration, with these beside those of Qwen3.5's."""
+    return field_rules(
+        "depth hidden_size hidden_act intermediate_size num_heads in_channels patch_size "
+        "spatial_merge_size temporal_patch_size out_hidden_size num_position_embeddings "
+        "rope_parameters " + " ".join(more)
+    )
 
 
 def vision_specs(vision: Any, language: TransformerConfig, place: Place) -> dict[str, Any]:
@@ -98,7 +109,7 @@ def frame_geometry(vision: Any) -> FrameGeometry:
         ConfigError: sizes that cannot be.
         UnsupportedError: a setting that this encoder does not have.
     """
-    theta = check_patches(vision, activation=_ACTIVATION, model_types=_KINDS)
+    theta = check_patches(vision, activation=_ACTIVATION)
     side = math.isqrt(vision.num_position_embeddings)
     if side**2 != vision.num_position_embeddings:
         raise UnsupportedError(

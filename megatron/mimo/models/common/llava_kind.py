@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +12,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.data import MediaFormat, MediaItem
 from megatron.mimo.encoders import Projector
-from megatron.mimo.models.common.config_fields import check_fields
+from megatron.mimo.models.common.config_fields import parts_of
 from megatron.mimo.models.common.keys import KeyEntry, KeyTable
 from megatron.mimo.models.common.language import (
     ROTARY_BUFFERS,
     language_arguments,
     language_entries,
+    text_config,
 )
 from megatron.mimo.models.common.place import Place
 from megatron.mimo.models.common.vision_tower import (
@@ -31,19 +31,29 @@ from megatron.mimo.models.common.vision_tower import (
 )
 
 __all__ = [
+    "CLIP_OR_SIGLIP",
+    "LLAVA_FIELDS",
     "MODULE_TREE",
-    "arguments",
     "image_encoders",
     "image_format",
     "image_items",
     "key_table",
+    "language",
     "projector_entries",
     "projector_spec",
-    "text_config",
 ]
 
-_IMAGES = "modality_submodules.images."
+LLAVA_FIELDS = (
+    "vision_config text_config image_token_index projector_hidden_act "
+    "vision_feature_select_strategy vision_feature_layer multimodal_projector_bias "
+    "tie_word_embeddings"
+)
+"""Fields of a LLaVA-like configuration that are used. How many rows an image gives is none of
+them: that follows from the tower."""
 
+CLIP_OR_SIGLIP = parts_of("clip_vision_model", "siglip_vision_model")
+
+_IMAGES = "modality_submodules.images."
 
 MODULE_TREE = (
     ("model.language_model.", "language_model.model."),
@@ -53,16 +63,8 @@ MODULE_TREE = (
 """Aliases: what transformers 5 calls parts in its module tree, and does not write itself."""
 
 
-def text_config(config: Any) -> Any:
-    """The language model's configuration, tied or not as the whole model's says."""
-    text = copy.copy(config.text_config)
-    text.tie_word_embeddings = config.tie_word_embeddings
-    return text
-
-
-def arguments(config: Any) -> dict[str, object]:
+def language(config: Any) -> dict[str, object]:
     """Megatron's arguments of the language model."""
-    check_fields(config)
     return language_arguments(text_config(config))
 
 

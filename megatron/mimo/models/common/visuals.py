@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from megatron.core.models.mimo.errors import InputError, UnsupportedError
+from megatron.core.models.mimo.errors import ConfigError, InputError, UnsupportedError
 from megatron.mimo.data import MediaFormat, MediaItem
 from megatron.mimo.data.chat.conversation_model import Media
 from megatron.mimo.encoders.patch_grids import Grid, SquareGeometry
+from megatron.mimo.models.common.config_fields import ModelFields, Rules, field_rules, parts_of
+from megatron.mimo.models.common.language import language_arguments, text_config
 
 __all__ = [
     "IMAGE",
@@ -29,7 +31,9 @@ __all__ = [
     "patch_values",
     "random_features",
     "token_types",
+    "visual_fields",
     "visual_item",
+    "visual_language",
     "visual_media",
     "visuals_in_order",
 ]
@@ -59,6 +63,41 @@ class Visual:
     rows: int
 
 
+def visual_fields(name: str, vision: Rules) -> ModelFields:
+    """What a family takes of its configuration.
+
+    Args:
+        name: of the family, with which its parts' ``model_type`` begins.
+        vision: of the fields of the vision encoder's.
+    """
+    return ModelFields(
+        rules=field_rules(
+            "text_config vision_config image_token_id video_token_id tie_word_embeddings",
+            aside="vision_start_token_id vision_end_token_id",
+        ),
+        parts={
+            "text_config": parts_of(f"{name}_text"),
+            "vision_config": {f"{name}_vision": vision},
+        },
+    )
+
+
+def visual_language(config: Any) -> dict[str, object]:
+    """Megatron's arguments of the language model.
+
+    Raises:
+        ConfigError: the encoder's rows are not as wide as the language model's.
+    """
+    text, given = text_config(config), config.vision_config.out_hidden_size
+    if given != text.hidden_size:
+        raise ConfigError(
+            f"vision_config.out_hidden_size is {given}; expected {text.hidden_size}, the language "
+            "model's hidden size"
+        )
+    # The fused rotation takes no packed sequences, nor several samples with positions in 3 axes.
+    return {**language_arguments(text), "apply_rope_fusion": False}
+
+
 def visual_media(config: Any, encoder: str, **given: Any) -> Media:
     """What the data side needs: one item is one image or clip.
 
@@ -85,18 +124,16 @@ def visual_media(config: Any, encoder: str, **given: Any) -> Media:
     )
 
 
-def check_patches(vision: Any, *, activation: str, model_types: tuple[str, ...]) -> float:
+def check_patches(vision: Any, *, activation: str) -> float:
     """The base of the rotation of a vision configuration that our encoders can follow.
 
     Raises:
         UnsupportedError: a setting that they do not have.
     """
-    for name, expected in (("hidden_act", (activation,)), ("model_type", model_types)):
-        if getattr(vision, name) not in expected:
-            raise UnsupportedError(
-                f"vision_config.{name} is {getattr(vision, name)!r}; expected "
-                f"{' or '.join(map(repr, expected))}"
-            )
+    if vision.hidden_act != activation:
+        raise UnsupportedError(
+            f"vision_config.hidden_act is {vision.hidden_act!r}; expected {activation!r}"
+        )
     for name in ("patch_size", "temporal_patch_size"):
         if not isinstance(getattr(vision, name), int):
             raise UnsupportedError(

@@ -14,14 +14,16 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.data.chat.conversation_model import Media
 from megatron.mimo.encoders import PooledProjector
 from megatron.mimo.models.common import llava_kind
+from megatron.mimo.models.common.config_fields import ModelFields, field_rules, parts_of
 from megatron.mimo.models.common.family import Family, transformers_model
 from megatron.mimo.models.common.keys import KeyEntry, KeyTable, Transposed
 from megatron.mimo.models.common.language import (
     ROTARY_BUFFERS,
     language_entries,
     language_spec,
+    text_config,
 )
-from megatron.mimo.models.common.llava_kind import MODULE_TREE, image_format, text_config
+from megatron.mimo.models.common.llava_kind import MODULE_TREE, image_format
 from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT, TINY_VISION, random_text
@@ -36,6 +38,17 @@ from megatron.mimo.models.gemma3.sample import sample
 
 __all__ = ["FAMILY"]
 
+FIELDS = ModelFields(
+    rules=field_rules(
+        "vision_config text_config image_token_index mm_tokens_per_image tie_word_embeddings",
+        aside="boi_token_index eoi_token_index",
+    ),
+    parts={
+        "text_config": parts_of("gemma3_text"),
+        "vision_config": parts_of("siglip_vision_model"),
+    },
+)
+
 _IMAGES = "modality_submodules.images."
 _LAST = -1  # all layers of the tower are read, and the norm behind them
 _PAN_AND_SCAN = (
@@ -46,9 +59,9 @@ _PAN_AND_SCAN = (
 )
 
 
-def arguments(config: Any) -> dict[str, object]:
+def language(config: Any) -> dict[str, object]:
     """Megatron's arguments of the language model."""
-    given = llava_kind.arguments(config)
+    given = llava_kind.language(config)
     _squares(config)
     text, rows = config.text_config, config.mm_tokens_per_image
     if text.final_logit_softcapping is not None:
@@ -209,7 +222,8 @@ def reference(config: Any) -> nn.Module:
 
 FAMILY = Family(
     name="gemma3",
-    arguments=arguments,
+    fields=FIELDS,
+    language=language,
     build=build,
     keys=key_table,
     media=media,

@@ -12,20 +12,23 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.data import MediaFormat
 from megatron.mimo.data.chat.conversation_model import Media
 from megatron.mimo.models.common import llava_kind
+from megatron.mimo.models.common.config_fields import ModelFields, field_rules, parts_of
 from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.keys import KeyTable
 from megatron.mimo.models.common.language import (
     ROTARY_BUFFERS,
     language_entries,
     language_spec,
+    text_config,
 )
-from megatron.mimo.models.common.llava_kind import MODULE_TREE, text_config
+from megatron.mimo.models.common.llava_kind import MODULE_TREE
 from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT, random_text
 from megatron.mimo.models.internvl.sample import sample
 from megatron.mimo.models.internvl.vision import (
     ENCODER,
+    VISION_RULES,
     check_tiles,
     rows_per_tile,
     tile_shape,
@@ -36,12 +39,25 @@ from megatron.mimo.models.internvl.vision import (
 
 __all__ = ["FAMILY"]
 
+FIELDS = ModelFields(
+    rules=field_rules(
+        "vision_config text_config image_token_id downsample_ratio projector_hidden_act "
+        "vision_feature_layer tie_word_embeddings",
+        aside="image_seq_length",  # which follows from the tower
+        only={"vision_feature_select_strategy": ("default",)},
+    ),
+    parts={
+        "text_config": parts_of("qwen2", "qwen3", "qwen3_moe", "llama"),
+        "vision_config": {"internvl_vision": VISION_RULES},
+    },
+)
+
 _AROUND = (5, 6)  # tokens before and behind an image, in the tiny vocabulary
 
 
-def arguments(config: Any) -> dict[str, object]:
+def language(config: Any) -> dict[str, object]:
     """Megatron's arguments of the language model."""
-    given = llava_kind.arguments(config)
+    given = llava_kind.language(config)
     check_tiles(config)
     return given
 
@@ -125,7 +141,8 @@ def example(config: Any, generator: Generator) -> dict[str, Tensor]:
 
 FAMILY = Family(
     name="internvl",
-    arguments=arguments,
+    fields=FIELDS,
+    language=language,
     build=build,
     keys=key_table,
     media=media,

@@ -10,11 +10,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.encoders import ClipEncoder, SquareProjector, layer_numbers, plain_encoder_config
 from megatron.mimo.encoders.internvit import internvit_layer_spec
+from megatron.mimo.models.common.config_fields import field_rules
 from megatron.mimo.models.common.keys import FusedQKV, KeyEntry, Reshaped, Same, Transform
 from megatron.mimo.models.common.place import Place
 
 __all__ = [
     "ENCODER",
+    "VISION_RULES",
     "check_tiles",
     "rows_per_tile",
     "tile_shape",
@@ -25,6 +27,19 @@ __all__ = [
 
 ENCODER = "internvit"
 """What the encoder is called."""
+
+VISION_RULES = field_rules(
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size "
+    "patch_size hidden_act layer_norm_eps attention_dropout attention_bias use_qk_norm norm_type "
+    "use_mask_token use_mean_pooling",
+    aside="layer_scale_init_value",
+    only={
+        "hidden_dropout_prob": (0, None),
+        "projection_dropout": (0, None),
+        "use_absolute_position_embeddings": (True,),
+    },
+)
+"""Of the fields of its configuration."""
 
 _IMAGES = "modality_submodules.images."
 _KINDS = ("weight", "bias")

@@ -10,15 +10,17 @@ from torch import Generator, Tensor
 from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.data.chat.conversation_model import Media
+from megatron.mimo.models.common.config_fields import ModelFields, field_rules, parts_of
 from megatron.mimo.models.common.family import Family
-from megatron.mimo.models.common.language import language_spec
+from megatron.mimo.models.common.language import language_spec, text_config
 from megatron.mimo.models.common.llava_kind import (
-    arguments,
+    CLIP_OR_SIGLIP,
+    LLAVA_FIELDS,
     image_encoders,
     image_format,
     key_table,
+    language,
     projector_spec,
-    text_config,
 )
 from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
@@ -29,16 +31,24 @@ from megatron.mimo.models.llava.sample import sample
 
 __all__ = ["FAMILY"]
 
+FIELDS = ModelFields(
+    rules=field_rules(LLAVA_FIELDS, aside="image_seq_length"),
+    parts={
+        "text_config": parts_of("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text"),
+        "vision_config": CLIP_OR_SIGLIP,
+    },
+)
+
 
 def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelConfig:
     """The model of one rank."""
     place = places["images"]
-    language = config_at(settings.transformer, place)
+    megatron = config_at(settings.transformer, place)
     images = ModuleSpec(
         module=VisionModalitySubmodules,
         submodules={
-            "encoders": image_encoders(config, language, place),
-            "input_projections": [projector_spec(config, language, place)],
+            "encoders": image_encoders(config, megatron, place),
+            "input_projections": [projector_spec(config, megatron, place)],
         },
     )
     return MimoModelConfig(
@@ -82,7 +92,8 @@ def example(config: Any, generator: Generator) -> dict[str, Tensor]:
 
 FAMILY = Family(
     name="llava",
-    arguments=arguments,
+    fields=FIELDS,
+    language=language,
     build=build,
     keys=key_table,
     media=media,

@@ -20,14 +20,16 @@ from megatron.mimo.models.common.audio_tower import (
     example_audio,
     rows_of_clip,
 )
+from megatron.mimo.models.common.config_fields import ModelFields, field_rules, parts_of
 from megatron.mimo.models.common.family import Family
-from megatron.mimo.models.common.language import language_spec
+from megatron.mimo.models.common.language import language_spec, text_config
 from megatron.mimo.models.common.llava_kind import (
-    arguments,
+    CLIP_OR_SIGLIP,
+    LLAVA_FIELDS,
     image_encoders,
     image_format,
+    language,
     projector_spec,
-    text_config,
 )
 from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
@@ -44,16 +46,25 @@ from megatron.mimo.models.llava_avlm.sample import sample
 
 __all__ = ["FAMILY", "LlavaAvlmProcessor"]  # the processor registers itself
 
+FIELDS = ModelFields(
+    rules=field_rules(f"{LLAVA_FIELDS} audio_config audio_token_index"),
+    parts={
+        "text_config": parts_of("llama"),
+        "vision_config": CLIP_OR_SIGLIP,
+        "audio_config": parts_of("whisper"),
+    },
+)
+
 
 def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelConfig:
     """The model of one rank."""
     place = places["images"]
-    language = config_at(settings.transformer, place)
+    megatron = config_at(settings.transformer, place)
     images = ModuleSpec(
         module=VisionModalitySubmodules,
         submodules={
-            "encoders": image_encoders(config, language, place),
-            "input_projections": [projector_spec(config, language, place)],
+            "encoders": image_encoders(config, megatron, place),
+            "input_projections": [projector_spec(config, megatron, place)],
         },
     )
     audio = audio_modality(
@@ -133,7 +144,8 @@ def reference(config: Any) -> nn.Module:
 
 FAMILY = Family(
     name="llava_avlm",
-    arguments=arguments,
+    fields=FIELDS,
+    language=language,
     build=build,
     keys=key_table,
     media=media,

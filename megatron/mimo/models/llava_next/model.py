@@ -13,9 +13,15 @@ from megatron.mimo.data import MediaFormat
 from megatron.mimo.data.chat.conversation_model import Media
 from megatron.mimo.encoders import AnyResolutionSubmodules, NewlineProjection
 from megatron.mimo.models.common import llava_kind
+from megatron.mimo.models.common.config_fields import ModelFields, field_rules, parts_of
 from megatron.mimo.models.common.family import Family
-from megatron.mimo.models.common.language import language_spec
-from megatron.mimo.models.common.llava_kind import image_encoders, projector_spec, text_config
+from megatron.mimo.models.common.language import language_spec, text_config
+from megatron.mimo.models.common.llava_kind import (
+    CLIP_OR_SIGLIP,
+    LLAVA_FIELDS,
+    image_encoders,
+    projector_spec,
+)
 from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT, TINY_VISION, random_text_with_images
@@ -33,11 +39,19 @@ from megatron.mimo.models.llava_next.tiles import (
 
 __all__ = ["FAMILY"]
 
+FIELDS = ModelFields(
+    rules=field_rules(f"{LLAVA_FIELDS} image_grid_pinpoints", aside="image_seq_length"),
+    parts={
+        "text_config": parts_of("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"),
+        "vision_config": CLIP_OR_SIGLIP,
+    },
+)
 
-def arguments(config: Any) -> dict[str, object]:
+
+def language(config: Any) -> dict[str, object]:
     """Megatron's arguments of the language model."""
     check_resolutions(config)
-    return llava_kind.arguments(config)
+    return llava_kind.language(config)
 
 
 def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelConfig:
@@ -108,7 +122,8 @@ def example(config: Any, generator: Generator) -> dict[str, Tensor]:
 
 FAMILY = Family(
     name="llava_next",
-    arguments=arguments,
+    fields=FIELDS,
+    language=language,
     build=build,
     keys=key_table,
     media=media,

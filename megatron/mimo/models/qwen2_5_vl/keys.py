@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.mimo.models.common.keys import KeyTable
-from megatron.mimo.models.common.language import ROTARY_BUFFERS, language_entries
-from megatron.mimo.models.common.llava_kind import text_config
+from megatron.mimo.models.common.language import ROTARY_BUFFERS, language_entries, text_config
 from megatron.mimo.models.qwen2_5_vl.vision import vision_entries
 
 __all__ = ["key_table"]

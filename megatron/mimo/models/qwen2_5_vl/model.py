@@ -8,36 +8,25 @@ import torch
 from torch import Generator, Tensor
 
 from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
-from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.data.chat.conversation_model import Media
 from megatron.mimo.data.media.image_sizes import Size
-from megatron.mimo.models.common.config_fields import check_fields
 from megatron.mimo.models.common.family import Family
-from megatron.mimo.models.common.language import language_arguments, language_spec
-from megatron.mimo.models.common.llava_kind import text_config
+from megatron.mimo.models.common.language import language_spec, text_config
 from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT, random_text
-from megatron.mimo.models.common.visuals import random_features, visual_media
+from megatron.mimo.models.common.visuals import (
+    random_features,
+    visual_fields,
+    visual_language,
+    visual_media,
+)
 from megatron.mimo.models.qwen2_5_vl.keys import key_table
 from megatron.mimo.models.qwen2_5_vl.sample import sample
-from megatron.mimo.models.qwen2_5_vl.vision import ENCODER, vision_specs
+from megatron.mimo.models.qwen2_5_vl.vision import ENCODER, VISION_RULES, vision_specs
 
 __all__ = ["FAMILY"]
-
-
-def arguments(config: Any) -> dict[str, object]:
-    """Megatron's arguments of the language model."""
-    check_fields(config)
-    text, given = text_config(config), config.vision_config.out_hidden_size
-    if given != text.hidden_size:
-        raise ConfigError(
-            f"vision_config.out_hidden_size is {given}; expected {text.hidden_size}, the language "
-            "model's hidden size"
-        )
-    # The fused rotation takes no packed sequences, nor several samples with positions in 3 axes.
-    return {**language_arguments(text), "apply_rope_fusion": False}
 
 
 def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelConfig:
@@ -147,7 +136,8 @@ def resized(processor: Any, size: Size) -> Size:
 
 FAMILY = Family(
     name="qwen2_5_vl",
-    arguments=arguments,
+    fields=visual_fields("qwen2_5_vl", VISION_RULES),
+    language=visual_language,
     build=build,
     keys=key_table,
     media=media,

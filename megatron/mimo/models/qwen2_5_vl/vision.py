@@ -13,14 +13,22 @@ from megatron.mimo.encoders.qwen2_5_vl import (
 )
 from megatron.mimo.encoders.qwen2_5_vl_attention import window_layer_spec
 from megatron.mimo.encoders.qwen2_5_vl_geometry import PatchGeometry
+from megatron.mimo.models.common.config_fields import field_rules
 from megatron.mimo.models.common.keys import Concatenated, JoinedQKV, KeyEntry, Reshaped
 from megatron.mimo.models.common.place import Place
 from megatron.mimo.models.common.visuals import check_patches, patch_shape, patch_values
 
-__all__ = ["ENCODER", "patch_geometry", "vision_entries", "vision_specs"]
+__all__ = ["ENCODER", "VISION_RULES", "patch_geometry", "vision_entries", "vision_specs"]
 
 ENCODER = "qwen2_5_vl"
 """What the encoder is called."""
+
+VISION_RULES = field_rules(
+    "depth hidden_size hidden_act intermediate_size num_heads in_channels patch_size "
+    "spatial_merge_size temporal_patch_size tokens_per_second window_size out_hidden_size "
+    "fullatt_block_indexes rope_parameters"
+)
+"""Of the fields of its configuration."""
 
 _IMAGES = "modality_submodules.images."
 
@@ -76,7 +84,7 @@ def patch_geometry(vision: Any) -> PatchGeometry:
         ConfigError: sizes that cannot be.
         UnsupportedError: a setting that this encoder does not have.
     """
-    theta = check_patches(vision, activation="silu", model_types=("qwen2_5_vl_vision",))
+    theta = check_patches(vision, activation="silu")
     return PatchGeometry(
         merge=vision.spatial_merge_size,
         window=vision.window_size // vision.spatial_merge_size // vision.patch_size,

@@ -16,7 +16,7 @@ from megatron.mimo.models.common.audio_tower import (
     example_audio,
     rows_of_clip,
 )
-from megatron.mimo.models.common.config_fields import check_fields
+from megatron.mimo.models.common.config_fields import ModelFields, field_rules, parts_of
 from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.language import language_arguments, language_spec
 from megatron.mimo.models.common.place import Places, config_at
@@ -27,10 +27,17 @@ from megatron.mimo.models.qwen2_audio.sample import sample
 
 __all__ = ["FAMILY"]
 
+FIELDS = ModelFields(
+    rules=field_rules("audio_config text_config audio_token_index"),
+    parts={
+        "text_config": parts_of("llama", "mistral", "qwen2"),
+        "audio_config": parts_of("qwen2_audio_encoder"),
+    },
+)
 
-def arguments(config: Any) -> dict[str, object]:
+
+def language(config: Any) -> dict[str, object]:
     """Megatron's arguments of the language model."""
-    check_fields(config)
     return language_arguments(text_config(config))
 
 
@@ -86,7 +93,8 @@ def example(config: Any, generator: Generator) -> dict[str, Tensor]:
 
 FAMILY = Family(
     name="qwen2_audio",
-    arguments=arguments,
+    fields=FIELDS,
+    language=language,
     build=build,
     keys=key_table,
     media=media,

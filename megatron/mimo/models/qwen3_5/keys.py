@@ -6,8 +6,7 @@ from typing import Any
 
 from megatron.mimo.models.common.frame_tower import vision_entries
 from megatron.mimo.models.common.keys import KeyTable
-from megatron.mimo.models.common.language import ROTARY_BUFFERS, language_entries
-from megatron.mimo.models.common.llava_kind import text_config
+from megatron.mimo.models.common.language import ROTARY_BUFFERS, language_entries, text_config
 
 __all__ = ["key_table"]
 

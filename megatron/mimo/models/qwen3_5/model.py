@@ -10,19 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
-from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
+from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.mimo.models.common.config_fields import check_fields
 from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.frame_sample import TINY_TOKENS, example, sample
-from megatron.mimo.models.common.frame_tower import ENCODER, vision_specs
-from megatron.mimo.models.common.language import language_arguments
+from megatron.mimo.models.common.frame_tower import ENCODER, frame_rules, vision_specs
+from megatron.mimo.models.common.language import text_config
 from megatron.mimo.models.common.language.interleaved import interleaved_spec
-from megatron.mimo.models.common.llava_kind import text_config
 from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT
-from megatron.mimo.models.common.visuals import visual_media
+from megatron.mimo.models.common.visuals import visual_fields, visual_language, visual_media
 from megatron.mimo.models.qwen3_5.keys import key_table
 
 __all__ = ["FAMILY", "TINY_PARTS", "qwen3_5_family"]
@@ -62,23 +60,15 @@ TINY_PARTS: dict[str, Any] = {
 }
 
 
-def arguments(config: Any) -> dict[str, object]:
+def language(config: Any) -> dict[str, object]:
     """Megatron's arguments of the language model."""
-    check_fields(config)
-    text, vision = text_config(config), config.vision_config
-    levels = getattr(vision, "deepstack_visual_indexes", [])
+    levels = getattr(config.vision_config, "deepstack_visual_indexes", [])
     if levels:
         raise UnsupportedError(
             f"vision_config.deepstack_visual_indexes is {levels}; expected []: the language model "
             "of Qwen3.5 takes no levels of rows"
         )
-    if vision.out_hidden_size != text.hidden_size:
-        raise ConfigError(
-            f"vision_config.out_hidden_size is {vision.out_hidden_size}; expected "
-            f"{text.hidden_size}, the language model's hidden size"
-        )
-    # The fused rotation takes no packed sequences, nor several samples with positions in 3 axes.
-    return {**language_arguments(text), "apply_rope_fusion": False}
+    return visual_language(config)
 
 
 def build(config: Any, settings: LanguageSettings, places: Places) -> MimoModelConfig:
@@ -110,7 +100,8 @@ def qwen3_5_family(name: str, tiny: Any) -> Family:
     """The family of this name; it has the tiny configuration of its own."""
     return Family(
         name=name,
-        arguments=arguments,
+        fields=visual_fields(name, frame_rules()),
+        language=language,
         build=build,
         keys=key_table,
         media=lambda config: visual_media(config, ENCODER),

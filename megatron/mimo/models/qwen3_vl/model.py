@@ -11,16 +11,19 @@ from megatron.core.models.mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.data.chat.conversation_model import Media
-from megatron.mimo.models.common.config_fields import check_fields
 from megatron.mimo.models.common.family import Family
 from megatron.mimo.models.common.frame_sample import TINY_TOKENS, example, sample
-from megatron.mimo.models.common.frame_tower import ENCODER, level_layers, vision_specs
-from megatron.mimo.models.common.language import language_arguments
-from megatron.mimo.models.common.llava_kind import text_config
+from megatron.mimo.models.common.frame_tower import (
+    ENCODER,
+    frame_rules,
+    level_layers,
+    vision_specs,
+)
+from megatron.mimo.models.common.language import text_config
 from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT
-from megatron.mimo.models.common.visuals import visual_media
+from megatron.mimo.models.common.visuals import visual_fields, visual_language, visual_media
 from megatron.mimo.models.qwen3_vl.keys import key_table
 from megatron.mimo.models.qwen3_vl.language import deepstack_spec
 
@@ -53,18 +56,12 @@ TINY_PARTS: dict[str, Any] = {
 }
 
 
-def arguments(config: Any) -> dict[str, object]:
+def language(config: Any) -> dict[str, object]:
     """Megatron's arguments of the language model."""
-    check_fields(config)
-    text, vision = text_config(config), config.vision_config
-    if vision.out_hidden_size != text.hidden_size:
-        raise ConfigError(
-            f"vision_config.out_hidden_size is {vision.out_hidden_size}; expected "
-            f"{text.hidden_size}, the language model's hidden size"
-        )
-    _check_levels(level_layers(vision), vision.depth, text.num_hidden_layers)
-    # The fused rotation takes no packed sequences, nor several samples with positions in 3 axes.
-    return {**language_arguments(text), "apply_rope_fusion": False}
+    vision = config.vision_config
+    given = visual_language(config)
+    _check_levels(level_layers(vision), vision.depth, config.text_config.num_hidden_layers)
+    return given
 
 
 def _check_levels(given: list[int], depth: int, layers: int) -> None:
@@ -115,7 +112,8 @@ def qwen3_vl_family(name: str, tiny: Any) -> Family:
     """The family of this name; it has the tiny configuration of its own."""
     return Family(
         name=name,
-        arguments=arguments,
+        fields=visual_fields(name, frame_rules("deepstack_visual_indexes")),
+        language=language,
         build=build,
         keys=key_table,
         media=media,

@@ -5,7 +5,7 @@ queries, windows, the kind of rotary embedding and whether the output layer is t
 ``kinds`` says of each, and what stands in its Hugging Face configuration.
 """
 
-from megatron.mimo.models.common.language.arguments import language_arguments
+from megatron.mimo.models.common.language.arguments import language_arguments, text_config
 from megatron.mimo.models.common.language.entries import ROTARY_BUFFERS, language_entries
 from megatron.mimo.models.common.language.kinds import KINDS, LanguageKind
 from megatron.mimo.models.common.language.model import language_spec
@@ -17,4 +17,5 @@ __all__ = [
     "language_arguments",
     "language_entries",
     "language_spec",
+    "text_config",
 ]

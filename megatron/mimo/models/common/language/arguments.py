@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from megatron.mimo.models.common.language.kinds import (
@@ -19,7 +20,14 @@ from megatron.mimo.models.common.language.kinds import (
 )
 from megatron.mimo.models.common.language.rope import check_rope, rope_by_layer
 
-__all__ = ["language_arguments"]
+__all__ = ["language_arguments", "text_config"]
+
+
+def text_config(config: Any) -> Any:
+    """The language model's configuration, tied or not as the whole model's says."""
+    text = copy.copy(config.text_config)
+    text.tie_word_embeddings = config.tie_word_embeddings
+    return text
 
 
 def language_arguments(text: Any) -> dict[str, object]:

@@ -24,6 +24,7 @@ CHAT = [ASK, TELL]
 SPOKEN = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
 NUMBERED = [{"from": "human", "value": "<image_01>?"}, SPOKEN[1]]
 SEEN = [{"role": "user", "content": "<image>?"}, TELL]
+PAGE = (Path(__file__).parents[5] / "docs/data.md").read_text()
 
 
 def record(value: Any, **members: bytes) -> RawRecord:
@@ -266,7 +267,19 @@ def test_members_of_a_tar_have_a_place_or_are_refused() -> None:
         tar_record("k", {"txt": b"\xff"}, tar)
 
 
-def test_every_format_has_a_malformed_variant_and_a_line_in_the_documentation() -> None:
-    page = (Path(__file__).parents[5] / "docs/data.md").read_text()
+def test_the_documentation_names_every_format() -> None:
     for one in FORMATS:
-        assert re.search(rf"`{one.name}`", page), f"docs/data.md does not name {one.name}"
+        assert f"`{one.name}`" in PAGE, f"docs/data.md does not name {one.name}"
+
+
+def test_the_format_of_the_documentation_reads_the_record_beside_it() -> None:
+    [code] = re.findall(r"```python\n(\"{3}.*?)```", PAGE, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    asked = record(json.loads(names["__doc__"].splitlines()[2]))
+    assert names["ASKED"].recognises(asked)
+    question, answer = names["ASKED"].read(asked, ReadingOptions()).turns
+    assert [part.kind for part in question.content] == ["image", "text"]
+    assert (answer.content[0].value, answer.is_learned) == ("A cat.", True)
+    with pytest.raises(InputError, match=r"\['mood'\] would not be read"):
+        names["ASKED"].read(record({**asked.value, "mood": "good"}), ReadingOptions())

@@ -1,0 +1,22 @@
+"""The tiny twin of LLaVA 1.6."""
+
+from __future__ import annotations
+
+from megatron.mimo.recipes.recipe import Recipe
+from megatron.mimo.recipes.tiny.processors import llava_next_processor
+from megatron.mimo.recipes.tiny.tasks import say_digits
+from megatron.mimo.recipes.tiny.twin import twin
+
+
+def llava_next_tiny() -> Recipe:
+    """The same, small enough to learn digits in seconds."""
+    return twin(
+        name="llava_next_tiny",
+        summary="LLaVA 1.6 of 0.2 million parameters that reads scanned digits",
+        family="llava_next",
+        processor=llava_next_processor,
+        make=say_digits,
+        questions=32,
+        answer_tokens=6,
+        seq_length=160,  # up to two images of five tiles
+    )
