@@ -1,4 +1,4 @@
-"""What is done with a sample that cannot be read, is too long, or takes too long to decode."""
+"""Samples that cannot be read, are too long or take too long to decode: policy, count and log."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class BadSamplePolicy:
 
     Attributes:
         on_bad_sample: "stop" or "skip".
-        max_bad_samples: a run ends with the sample that makes them more; None for no limit.
+        max_bad_samples: a run ends at the sample that exceeds this; None for no limit.
         sample_timeout: seconds that reading one sample may take; None for no limit.
         on_too_long: "stop", "skip", "cut-front" or "cut-end".
 
@@ -74,13 +74,13 @@ class BadSamplePolicy:
 class BadSampleLog:
     """Counts samples that were left out, and writes each into a file.
 
-    Whoever forms global batches calls ``add`` once for each bad sample it consumes, in order; the
-    counts are part of the data's state, so that the limit holds over restarts.
+    Global batches call ``add`` once for each bad sample that they consume, in order. The counts
+    are part of the data's state, so that the limit holds over restarts.
 
     Args:
         policy: with the limit.
         file: ``bad_samples.jsonl`` of the run; None on ranks that do not write.
-        warns: say something of the first, the 10th, the 100th ... of a kind.
+        warns: log the first, the 10th, the 100th ... of each kind.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class BadSampleLog:
         """Count one and write it down.
 
         Raises:
-            InputError: there are more than ``max_bad_samples`` now; those that are too long or
-                were cut, which is no fault of the data, are not counted for that.
+            InputError: there are more than ``max_bad_samples`` now. Samples that are too long or
+                were cut do not count towards that limit: the data are not at fault.
         """
         self.counts[bad.kind] += 1
         if self._file is not None:

@@ -31,7 +31,7 @@ def measure_of(sample: Sample) -> Measure:
 
 
 def check_measure(sample: Sample, expected: Measure) -> None:
-    """Refuse a sample that is not as long as it was planned to be.
+    """Refuse a sample that is not as long as it was measured to be.
 
     Raises:
         InputError: the lengths differ.

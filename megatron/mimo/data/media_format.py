@@ -1,7 +1,7 @@
-"""What media look like to an encoder, and how those of a micro-batch reach it.
+"""The arguments that an encoder takes of each item, and how those of a micro-batch are joined.
 
-Three kinds of argument: of one shape (stacked into a tensor), of any size (a list of tensors), and
-sizes that the encoder wants to know without waiting for the device (a list of Python numbers).
+There are three kinds of argument: of one shape (stacked into a tensor), of any size (a list of
+tensors), and sizes that the encoder needs to know on the host (a list of Python numbers).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class MediaFormat:
         inputs: dtype and shape, without batch dimension, of each of the encoder's arguments. A
             None in a shape stands for any size from 0; such an argument reaches the encoder as a
             list of tensors, one per item, others as one tensor [items, ...].
-        on_host: arguments, of integer dtype, that reach the encoder as a list of one Python
-            number per item, or (nested) tuples of numbers where an item's tensor has dimensions:
-            sizes and lengths that decide shapes, which no device has to be asked for then.
+        on_host: arguments of integer dtype that reach the encoder as a list with a Python number
+            per item, or (nested) tuples of numbers where an item's tensor has dimensions. For
+            sizes that decide shapes: the encoder then never waits for the device to learn them.
 
     Raises:
         ConfigError: ``on_host`` names arguments that are not there or not of integer dtype, or a

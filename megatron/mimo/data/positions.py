@@ -23,8 +23,8 @@ def grid_positions(
     """Positions of text with images or clips in it, as Qwen2-VL numbers them.
 
     A text token has the same position on all axes, one more than the largest before it. The rows
-    of an item, frame by frame and line by line, count frame, line and column on from there; what
-    follows the item goes on behind its largest position on any axis.
+    of an item, frame by frame and line by line, have the numbers of their frame, line and column,
+    counted from there; what follows the item continues behind its largest position on any axis.
 
     Args:
         is_media_L: bool [L], True at the items' placeholders, each item's in one run.

@@ -26,7 +26,7 @@ def add_data_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--data-mixture",
         metavar="FILE.yaml",
-        help="several sources with weights, in place of --data-path (docs/data.md shows one)",
+        help="several sources with weights, in place of --data-path (docs/sources.md shows one)",
     )
     group.add_argument(
         "--data-order",

@@ -86,7 +86,7 @@ class Chat:
 
     @cached_property
     def _marks(self) -> tuple[str, ...]:
-        """Texts that stand for media, in the template's text and once the processor has read it."""
+        """Texts that stand for media: before the processor has expanded them, and after."""
         names = (getattr(self.processor, f"{kind}_token", None) for kind in MEDIA_KINDS)
         tokens = sorted(self.family.media(self.config).special_token_ids.values())
         placeholders = self.processor.tokenizer.convert_ids_to_tokens(tokens)
@@ -119,19 +119,24 @@ class Chat:
         conversation: Conversation | Document,
         put_in: Callable[[str], str] = lambda text: text,
     ) -> int:
-        """Tokens of its text, in which each medium stands once, or is put in by ``put_in``.
+        """The number of tokens of its text, media not decoded.
+
+        Args:
+            conversation: or a document.
+            put_in: gets the text, in which a mark stands for each medium, and returns the one that
+                is tokenized.
 
         Raises:
             InputError: the template refuses it.
         """
         text = put_in(self._written(conversation)[0])
         tokens = self.processor.tokenizer(
-            text, add_special_tokens=_adds(self.processor.tokenizer, text)
+            text, add_special_tokens=_adds_first_token(self.processor.tokenizer, text)
         )
         return len(tokens["input_ids"])
 
     def replacements(self, conversation: Conversation) -> Sequence[Replaced]:
-        """What stands for each medium of a conversation, and what the processor puts there.
+        """The mark of each medium of a conversation, and what the processor writes in its place.
 
         Raises:
             InputError: as ``sample``.
@@ -214,14 +219,14 @@ class Chat:
                 }
                 for video in videos
             ]
-        # Not of the text, whose offsets are no tensors; some processors would try to make them.
+        # Tensors of media alone: some processors would make tensors of the text's offsets too.
         tensors = {"return_tensors": "pt"}
         names = self.family.media(self.config).image_settings
-        given |= {"images_kwargs": tensors | _set_of(self.processor, names)}
+        given |= {"images_kwargs": tensors | _own_settings(self.processor, names)}
         given |= {"videos_kwargs": tensors, "audio_kwargs": tensors}
         features = self.processor(
             text=[text],
-            add_special_tokens=_adds(self.processor.tokenizer, text),
+            add_special_tokens=_adds_first_token(self.processor.tokenizer, text),
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
             **given,
@@ -236,23 +241,24 @@ def _template_of(processor: Any) -> str:
 
 
 def _takes_planes(processor: Any) -> bool:
-    """Whether the image processor computes with torch, on colours one after the other."""
+    """Whether the image processor computes with torch, on tensors [3, H, W]."""
     return getattr(processor.image_processor, "backend", None) == "torchvision"
 
 
-def _set_of(processor: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Of the image processor, what its processor would overwrite with a default."""
+def _own_settings(processor: Any, names: Sequence[str]) -> dict[str, Any]:
+    """These settings of the image processor, as far as it has them."""
     reader = getattr(processor, "image_processor", None)
     found = {name: getattr(reader, name, None) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _adds(tokenizer: Any, text: str) -> bool:
+def _adds_first_token(tokenizer: Any, text: str) -> bool:
     """Whether the tokenizer has to add its own first token: not where the template does."""
     return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
 
 
 def _refuse_lost(expanded: ExpandedText, marks: Collection[str], name: str) -> None:
+    """Refuse media in whose place the processor writes no placeholder."""
     for replaced in expanded.replaced:
         if not any(mark in replaced.by for mark in marks):
             raise InputError(

@@ -1,4 +1,4 @@
-"""What the data side needs to know of a model: placeholders, forms of media, samples."""
+"""What data need to know of a model: its placeholders, its media's formats, its samples."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["ConversationModel", "Media", "ToSample"]
 
 @dataclass(frozen=True, kw_only=True)
 class Media:
-    """Placeholders and forms of a model's media.
+    """The media of a model: their placeholders and formats.
 
     Attributes:
         special_token_ids: placeholder token id of each modality.
         formats: as ``SampleCollator.media_formats``.
         mrope: position ids have three axes.
         plan_on_every_stage: as ``SampleCollator.plan_on_every_stage``.
-        spans: modalities of whose items all rows see each other.
-        image_settings: of the image processor, that count where they are set, though its
-            processor has a default for them.
+        spans: as ``SampleCollator.span_modalities``.
+        image_settings: settings of the image processor that are passed to the processor in every
+            call, because it would replace them by defaults of its own.
     """
 
     special_token_ids: Mapping[str, int]
@@ -41,7 +41,7 @@ class Media:
 
 
 class ToSample(Protocol):
-    """From one conversation in Hugging Face's form to a sample."""
+    """Translates a conversation from the form that the Hugging Face model takes to a sample."""
 
     def __call__(
         self,
@@ -68,20 +68,22 @@ class ToSample(Protocol):
 
 
 class ConversationModel(Protocol):
-    """Whatever turns conversations of Hugging Face's form into samples, such as a model family."""
+    """What ``Chat`` takes for a model: a model family, or anything with these attributes."""
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """Its name in errors."""
 
     @property
     def box_units(self) -> Callable[[Any, Size], Size] | None:
-        """From its processor and an image's size; None where boxes have no units of the model's."""
+        """From its processor and an image's size to the width and height by which it counts boxes;
+        None where it has no convention for boxes.
+        """
 
     @property
     def media(self) -> Callable[[Any], Media]:
-        """From the model's configuration."""
+        """From the model's configuration to its media."""
 
     @property
     def sample(self) -> ToSample:
-        """One conversation."""
+        """Translates one conversation."""

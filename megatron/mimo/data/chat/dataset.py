@@ -1,4 +1,4 @@
-"""Samples of conversations, in an order that depends on nothing but the seed."""
+"""A dataset of conversations, in an order that depends on the seed alone."""
 
 from __future__ import annotations
 

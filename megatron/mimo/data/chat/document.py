@@ -1,4 +1,4 @@
-"""Documents as they are continued: text and media without turns."""
+"""The text of a document: its texts and media in order, without turns or a chat template."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["document_text"]
 
 
 def document_text(document: Document, chat: ChatText) -> tuple[str, list[Span]]:
-    """A document, and where in it text is learned (first, end); its end is learned, too.
+    """The text of a document, and the spans (first, end) of it that are learned, its end included.
 
-    Media stand as the chat template writes them in a question. The end is the tokenizer's, or
-    where it has none, that of an answer.
+    Media stand as the chat template writes them in a question. The end is the tokenizer's token
+    for it or, where it has none, the one that ends an answer.
 
     Raises:
         InputError: a text holds a mark; the processor has no token for a medium.

@@ -1,7 +1,7 @@
-"""A conversation's text once the processor has put its media into it: what the assistant says.
+"""Labels of a text in which the processor has replaced the marks of media.
 
-A medium's mark becomes placeholders, and with some models text around them: tags, "Frame1:", time
-stamps, new lines that join with those before. None of it is learned.
+A mark becomes placeholders, and with some models text around them: tags, "Frame1:", time stamps,
+new lines that the tokenizer joins with those before. None of it is learned.
 
 Legend: L tokens of a conversation.
 """
@@ -21,7 +21,7 @@ from megatron.mimo.data.chat.text import Span
 
 __all__ = ["ExpandedText", "Replaced", "split_text"]
 
-# Of a processor's result: what is said of the text alone, and what the model does not take.
+# Entries of a processor's result that the model does not take.
 _OFFSETS, _REPLACED, _UNUSED = "offset_mapping", "text_replacement_offsets", "mm_token_type_ids"
 
 
@@ -44,7 +44,7 @@ class Replaced:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpandedText:
-    """Where the tokens of a text with its media are in it.
+    """Where the tokens of a text are, once its media have been put in.
 
     Attributes:
         offsets: first and end of every token; equal where a token stands for no text.
@@ -55,7 +55,7 @@ class ExpandedText:
     replaced: Sequence[Replaced]
 
     def is_said(self, text: str, spans: Sequence[Span]) -> Tensor:
-        """Bool [L]: the tokens that lie within ``spans`` and are of no medium.
+        """Bool [L]: which tokens lie within ``spans`` and belong to no medium.
 
         A token may begin with the white space before a span.
 
@@ -85,12 +85,12 @@ class ExpandedText:
         return "".join([*pieces, text[last:]])
 
     def _moved(self, at: int) -> int:
-        """Where a place of the text without media is in the text with them."""
+        """A place in the text before media were put in, as a place in the text after it."""
         return at + sum(len(one.by) - len(one.mark) for one in self.replaced if one.before[1] <= at)
 
 
 def split_text(features: Mapping[str, Any]) -> tuple[dict[str, Tensor], ExpandedText]:
-    """What a processor gives for one text, as the model takes it, and where its tokens are.
+    """A processor's result for one text: the model's arguments, and where the tokens are.
 
     Args:
         features: of a call for one text with ``return_offsets_mapping`` and

@@ -1,4 +1,4 @@
-"""The media of a conversation as a processor takes them: from files, or decoded already.
+"""The media of a conversation in the form that a processor takes, from files or decoded already.
 
 Legend: L audio samples, T frames, H height, W width.
 """
@@ -31,7 +31,7 @@ __all__ = ["as_planes", "length_of_recording", "read_medium", "shape_of_video"]
 
 
 def read_medium(part: ContentPart, processor: Any, *, video_fps: float, limits: MediaLimits) -> Any:
-    """A Pillow image or array, float32 [L], or a ``Video``.
+    """The medium of a part: a Pillow image or array, float32 [L], or a ``Video``.
 
     Args:
         part: a medium.
@@ -51,7 +51,7 @@ def read_medium(part: ContentPart, processor: Any, *, video_fps: float, limits: 
 
 
 def length_of_recording(part: ContentPart, processor: Any, *, limits: MediaLimits) -> int | None:
-    """L of a recording, without reading more than its header; None where that does not tell.
+    """L of a recording, from its header alone; None where the header does not tell.
 
     Raises:
         InputError: as ``read_medium``, as far as that is seen.
@@ -127,7 +127,7 @@ def _video(part: ContentPart, video_fps: float, limits: MediaLimits) -> Video:
 def as_planes(image: Any) -> Any:
     """An RGB image of Pillow as uint8 [3, H, W]; another value as it is.
 
-    Processors that compute with torch make the same of the image, in twice the time.
+    Processors that compute with torch would make the same tensor, in twice the time.
     """
     if not _is_picture(image):
         return image

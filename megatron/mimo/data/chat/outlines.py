@@ -1,10 +1,11 @@
-"""What a chat template writes around texts, so that one rendering of a conversation is enough.
+"""Outlines of renderings: with them a conversation is rendered by its chat template only once.
 
-Where an answer begins follows from how the template writes what stands before it, which would take
-two renderings for each answer. Templates depend on roles and kinds of parts and put texts where
-they belong as they are, so that what is written for others of the same shape tells the rest. Some
-look for a mark in a text, such as ``/no_think``, and write something else where an answer begins:
-conversations with what a template looks for are rendered each time.
+To find where each answer begins, the template has to write the messages before it, with and
+without the beginning of an answer: two renderings for each answer. But what a template writes
+around the texts depends on the roles and the kinds of parts alone. This outline is remembered for
+each shape of conversation, and filled with the texts of others. Templates may also look for a word
+in a text, such as ``/no_think``, and write something else then: conversations that hold what the
+template looks for are rendered in full.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["Outlines"]
 _Messages = Sequence[Mapping[str, Any]]
 
 _SHAPES = 1024  # that are remembered
-_PROBE = "Probe{}Text"  # for a text; templates leave it as it is
+_PROBE = "Probe{}Text"  # stands for a text; templates write it unchanged
 _SOUGHT = re.compile(
     r"""(['"])((?:(?!\1).)+)\1\s+(?:not\s+)?in\b"""
     r"""|\.(?:startswith|endswith|r?split|r?partition|r?find|count)\(\s*(['"])((?:(?!\3).)+)\3"""
@@ -34,7 +35,7 @@ class _Render(Protocol):
 
 
 class Outlines:
-    """What one template writes for messages, by their roles and the kinds of their parts.
+    """The outlines of one template, by the roles of messages and the kinds of their parts.
 
     Args:
         template: its source.
@@ -42,22 +43,25 @@ class Outlines:
 
     def __init__(self, template: str) -> None:
         found = {one[2] or one[4] for one in _SOUGHT.finditer(template)}
-        self._sought = [one for one in found if not one.isidentifier()]  # those are keys
+        self._sought = [
+            one for one in found if not one.isidentifier()
+        ]  # identifiers are keys of messages
         self._known: dict[tuple[Any, ...], _Outline | None] = {}
 
     def beginnings(
         self, messages: _Messages, render: _Render, *, uses_tools: bool
     ) -> Callable[[int, bool], str]:
-        """The text of the first so many of these messages, up to where the assistant begins to
-        speak or not, each as it would be rendered.
+        """A function of (number of messages, asks): the first messages as they would be rendered,
+        with ``asks`` up to where the assistant begins to speak.
 
-        The whole is rendered. If it is its outline filled with the texts, as they are or without
-        white space around them, so are its beginnings; else each is rendered when it is asked for.
+        The whole conversation is rendered. If it equals its outline filled with the texts (as they
+        are, or stripped of white space), its beginnings come from their outlines as well; otherwise
+        each is rendered when it is asked for.
 
         Args:
-            messages: roles and contents; with more, as calls and reasoning, no outline is used.
-            render: has the template write messages; ``asks`` up to where the assistant begins.
-            uses_tools: tools are offered, which are written as they are; likewise.
+            messages: roles and contents; with further fields (calls, reasoning) no outline is used.
+            render: renders messages; with ``asks`` up to where the assistant begins to speak.
+            uses_tools: tools are offered; then no outline is used.
         """
         given = [part["text"] for message in messages for part in _texts(message)]
         has_more = uses_tools or any(len(message) > 2 for message in messages)
@@ -93,7 +97,7 @@ class _Outline:
     """A rendering with gaps for texts.
 
     Args:
-        rendered: with probes, each holding the number of the text in its place.
+        rendered: of messages with probes for texts; each probe holds the number of its text.
     """
 
     def __init__(self, rendered: str) -> None:
@@ -101,14 +105,14 @@ class _Outline:
         self._numbers = [int(number) for number in self._pieces[1::2]]
 
     def filled(self, texts: Sequence[str]) -> str:
-        """It with these texts."""
+        """The rendering with these texts in the gaps."""
         pieces = self._pieces.copy()
         pieces[1::2] = [texts[number] for number in self._numbers]
         return "".join(pieces)
 
 
 def _outline(messages: _Messages, asks: bool, render: _Render) -> _Outline | None:
-    """None where the template refuses other texts."""
+    """The outline of these messages; None where the template refuses the probes."""
     numbers = count()
     probes = [
         {

@@ -1,4 +1,4 @@
-"""Conversations and documents that are too long, without some of their text; media are never cut.
+"""Shortens conversations and documents that are too long; media are never cut.
 
 A conversation loses rounds: a turn of the user's and all up to the next one. Rounds that hold media
 stay, as do the system's turns. A document loses text behind its last medium, or before its first.
@@ -18,7 +18,7 @@ __all__ = ["shortened"]
 def shortened(
     item: Conversation | Document, length: int, longest: int, chat: Chat, *, from_front: bool
 ) -> tuple[Conversation | Document, int] | None:
-    """What of an item fits, and how many of its turns are gone; None where nothing does.
+    """A shortened item that fits, and how many turns it has lost; None where none would fit.
 
     Args:
         item: too long.
@@ -64,7 +64,7 @@ def _has_media(turns: Sequence[Turn]) -> bool:
 def _document(
     document: Document, surplus: int, chat: Chat, *, from_front: bool
 ) -> tuple[Document, int] | None:
-    """Without tokens of the text at one of its ends."""
+    """A document without so many tokens of text at one of its ends."""
     tokenizer = chat.processor.tokenizer
     parts, gone = list(document.content), 0
     surplus += 2  # a text that is cut may be a token longer

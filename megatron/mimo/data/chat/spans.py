@@ -1,4 +1,4 @@
-"""Places in a text: where it is learned."""
+"""Spans of a text that are learned, and how thinking is cut out of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _BEGIN, _END = "<think>", "</think>"
 
 
 def without_thinking(text: str, span: Span) -> list[Span]:
-    """What of a span (first, end) is left without its ``<think>`` parts and the space behind them.
+    """The pieces of a span (first, end) without its ``<think>`` parts and the space behind them.
 
-    A part that was begun before the span, as templates do that ask the model to think, reaches
-    from its first place; one that is not ended reaches to its end.
+    A part may begin before the span, with templates that open ``<think>`` themselves: then it is
+    cut from the start of the span. A part without an end is cut to the end of the span.
     """
     at, stop = span
     left = []

@@ -1,4 +1,4 @@
-"""Conversations as the chat template writes them, and where in the text the assistant speaks."""
+"""Writes conversations with the chat template, and finds what the assistant says in the text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron.mimo.data.conversation import ContentPart, Conversation, Turn
 
 __all__ = ["PROBE", "ChatText", "refuse_marks"]
 
-PROBE = "Probe7Answer"  # an answer that templates leave as it is
-_TAILS = 1024  # that are remembered, by the roles of the turns
+PROBE = "Probe7Answer"  # stands for an answer; templates write it unchanged
+_TAILS = 1024  # texts behind an answer that are remembered, by the roles of the turns
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +49,7 @@ class ChatText:
         return self.rendered(conversation, messages, asks=True)
 
     def answered(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The whole text, and where in it the assistant says what is learned (first, end).
+        """The whole text, and the spans (first, end) of it that are learned.
 
         Raises:
             InputError: as ``asked``; the template writes what was said before an answer
@@ -126,11 +126,11 @@ class ChatText:
     ) -> str:
         """What the template writes behind the last of these messages, an answer.
 
-        What it has written behind an answer to the same roles counts where the answer's own text
-        stands just before it, which needs no probe.
+        What it wrote behind an earlier answer to the same roles is taken again, without another
+        rendering, if this answer ends with its own text and then with that.
 
         Args:
-            conversation: that they are of.
+            conversation: to which they belong.
             messages: up to the answer.
             body: the answer as the template writes it.
         """
@@ -159,7 +159,7 @@ class ChatText:
         return text[at + len(PROBE) :]
 
     def _end_in(self, tail: str) -> int | None:
-        """Characters of ``tail`` up to and with the token that ends the answer; None without."""
+        """Length of ``tail`` up to the token that ends the answer, included; None without one."""
         model_ends = _texts(self.processor.tokenizer, self._model_end_ids)
         for ends in (model_ends, self._ends):  # the model's own count first
             found = [(tail.find(end), -len(end)) for end in ends if end in tail]
@@ -170,13 +170,13 @@ class ChatText:
 
     @cached_property
     def _model_end_ids(self) -> tuple[int, ...]:
-        """As the generation configuration says, and the tokenizer's."""
+        """Tokens that end an answer: the generation configuration's, and the tokenizer's."""
         own = self.processor.tokenizer.eos_token_id
         return tuple(dict.fromkeys([*self.end_tokens, *([] if own is None else [own])]))
 
     @cached_property
     def _ends(self) -> tuple[str, ...]:
-        """Texts of all tokens that may end an answer: added ones that stand for no medium."""
+        """Texts of all tokens that may end an answer: added tokens that stand for no medium."""
         added = [str(token) for token in self.processor.tokenizer.added_tokens_decoder.values()]
         known = dict.fromkeys([*_texts(self.processor.tokenizer, self._model_end_ids), *added])
         marks = set(self.marks)
@@ -184,7 +184,8 @@ class ChatText:
 
     @cached_property
     def own_end(self) -> str:
-        """The model's end for a template that writes none: the tokenizer's, where it stops at it.
+        """The end of an answer where the template writes none: the tokenizer's, if the model stops
+        there, else the first of the generation configuration.
 
         Raises:
             ConfigError: there is none.
@@ -201,7 +202,7 @@ class ChatText:
         return texts[0]
 
     def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
-        """What chat templates take; the media are only named here."""
+        """The messages that chat templates take; media are named in them, and read elsewhere."""
         for turn in conversation.turns:
             for part in turn.content:
                 refuse_marks(part, self.marks, conversation.name, turn.role)

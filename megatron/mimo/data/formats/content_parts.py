@@ -1,4 +1,4 @@
-"""Parts of a message's content: text, and media in the spellings that people use."""
+"""Reads parts of a message's content: text, and media in several spellings."""
 
 from __future__ import annotations
 

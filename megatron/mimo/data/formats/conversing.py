@@ -1,4 +1,4 @@
-"""What all formats of conversations end with: who speaks, what is learned, and what is refused."""
+"""Makes a conversation of the turns that a format has read, and refuses what cannot be learned."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def conversation(
 
     Args:
         record: that they are from.
-        given: its keys that are read: ``system`` and ``tools`` stand among them.
+        given: the keys that were read, ``system`` and ``tools`` among them.
         turns: in order.
-        media: of the record; none may be left.
-        options: what of the turns is learned.
+        media: of the record; all have to have a place by now.
+        options: which turns are learned.
 
     Raises:
-        InputError: media have no place; there is nothing to learn, or what no model learns.
+        InputError: media without a place, nothing to learn, or media in what the assistant says.
     """
     media.refuse_left()
     turns = list(turns)
@@ -64,7 +64,7 @@ def text_turn(role: str, text: str, *, is_learned: bool = True) -> Turn:
 
 
 def object_of(record: RawRecord) -> Mapping[str, Any]:
-    """A record's keys.
+    """The value of a record, which has to be an object.
 
     Raises:
         InputError: it is no object.

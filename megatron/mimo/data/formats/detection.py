@@ -1,4 +1,4 @@
-"""Which format a record has: told by its keys, or said by ``--data-format``."""
+"""Finds the format of a record, by its keys or as ``--data-format`` says, and reads it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from megatron.mimo.data.formats.visual_questions import VISUAL_QUESTIONS
 
 __all__ = ["FORMATS", "detect", "read_record"]
 
-# The first that recognises a record reads it: those that ask for more keys stand before others.
+# The first format that recognises a record reads it: those that ask for more keys come first.
 FORMATS: tuple[Format, ...] = (
     *(SWIFT, MARKED_MESSAGES, MESSAGES, LLAVA, SHAREGPT, ALPACA, PROMPT_COMPLETION),
     *(VISUAL_QUESTIONS, EXCHANGES, INTERLEAVED, CAPTIONS, TEXT),
 )
 _BY_NAME = {one.name: one for one in FORMATS}
-# Each of these alone says how the turns are written.
+# Keys of turns; a record may have one of them.
 _TURNS = ("messages", "conversations", "conversation")
 
 

@@ -1,9 +1,9 @@
-"""The map of fields of a prepared Energon dataset: what a sample's members are called.
+"""The field map of a prepared Energon dataset: which member of a sample each field is.
 
     field_map: {image: "jpg,png", context: "json[question]", answers: "json[answers][0]"}
 
-A field is a member, by what its name ends with, or what lies in a member that is JSON: names of
-an object, numbers of a list. Of several with commas between them the first that is there counts.
+A field is a member, named by its ending, or a value within a member that is JSON, by keys of
+objects and numbers of lists. Of alternatives, separated by commas, the first that exists counts.
 """
 
 from __future__ import annotations

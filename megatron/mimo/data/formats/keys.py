@@ -1,7 +1,7 @@
-"""Keys of records, turns and media: what each means, and which mean nothing.
+"""Keys of records, turns and media: which are read, which mean nothing, which are refused.
 
-A key may change what is learned, so that none is read over: it is honoured, known to say nothing
-about the text (``id``, ``source``), or refused by name.
+A key may change what is learned. Therefore each is honoured, or known to say nothing about the text
+(``id``, ``source``), or refused by name; none is passed over in silence.
 """
 
 from __future__ import annotations
@@ -91,16 +91,18 @@ _REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
 def known_keys(
     given: Mapping[str, Any], read: Collection[str], name: str, ignored: Collection[str]
 ) -> dict[str, Any]:
-    """What was given without the keys that say nothing: those left out, empty or of its origin.
+    """The keys that a format reads, with their values; others are refused.
+
+    Dropped are keys that are ignored, empty, or known to mean nothing.
 
     Args:
         given: a record, or an object in one.
         read: keys that its format reads.
         name: of the object, for errors.
-        ignored: keys that the user wants read over.
+        ignored: keys that ``--ignore-keys`` names.
 
     Raises:
-        InputError: a key that is none of this format.
+        InputError: a key that the format does not read.
     """
     meant = {
         key: value
@@ -124,10 +126,11 @@ def known_keys(
 
 
 def learned(turn: Mapping[str, Any], role: str, name: str) -> bool:
-    """Whether a turn is learned, as the keys of several formats say it; the assistant's are.
+    """Whether a turn is learned: as one of ``LEARNED`` says, by default the assistant's turns.
 
     Raises:
-        InputError: other values than yes and no, two that contradict, or a turn of another's.
+        InputError: a value that is neither yes nor no, two that contradict each other, or a turn
+            of another role that is to be learned.
     """
     said = {key: turn[key] for key in LEARNED if key in turn}
     for key, value in said.items():

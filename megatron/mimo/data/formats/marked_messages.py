@@ -50,7 +50,7 @@ def marked_turns(
 
 
 def names_none(turns: Sequence[Turn]) -> bool:
-    """No turn has a place for a medium."""
+    """Whether no turn has a place for a medium."""
     return all(part.kind == "text" for turn in turns for part in turn.content)
 
 
@@ -86,7 +86,7 @@ def _read(record: RawRecord, options: ReadingOptions) -> Conversation:
 
 
 def _refuse_two_ways(messages: Sequence[Any], given: Mapping[str, Any], name: str) -> None:
-    """Media in the parts and beside the turns: which of them stand where cannot be told."""
+    """Refuse media in parts and beside the turns: where the latter belong cannot be told."""
     for turn in messages:
         content = turn.get("content") if isinstance(turn, Mapping) else None
         for part in content if isinstance(content, list) else ():

@@ -35,10 +35,10 @@ def marked_parts(text: str, media: RecordMedia, name: str) -> tuple[ContentPart,
 
 
 def names_no_medium(texts: Sequence[str]) -> bool:
-    """None of the texts has a mark."""
+    """Whether no text has a mark."""
     return not any(_MARK.search(text) for text in texts)
 
 
 def media_first(media: RecordMedia, name: str) -> tuple[ContentPart, ...]:
-    """All media that wait, for a record whose texts have no marks: they stand before the text."""
+    """All media without a place yet, for a record whose texts have no marks."""
     return tuple(media.take(kind, name) for kind in MEDIA_KINDS for _ in range(media.waiting(kind)))

@@ -1,4 +1,4 @@
-"""Media under other names than ``image``, ``video`` and ``audio``: paths, names of files, marks."""
+"""Media under other keys than ``image``, ``video`` and ``audio``, or by marks, in standard form."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FILE_NAME = "file_name"  # of ``metadata.jsonl`` in folders of images or record
 
 
 def with_columns(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A record whose media stand under the keys that formats know.
+    """A record's value with its media under the keys that formats know.
 
     A key stays as it is where the record names media of its kind already.
     """

@@ -1,4 +1,4 @@
-"""Records of one question and its answer under keys of their own, with what was said before."""
+"""What formats of one question and its answer share: texts, earlier questions, turns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["history_of", "one_of", "question_turns", "text_of"]
 
 
 def one_of(keys: Sequence[str], given: Mapping[str, Any], name: str) -> str:
-    """The key that a record has of several with the same meaning; the first, if it has none.
+    """Which of several keys with the same meaning a record has; the first, if it has none.
 
     Raises:
         InputError: it has two.
@@ -32,7 +32,7 @@ def text_of(given: Mapping[str, Any], key: str, name: str, *, required: bool = T
     """Text under a key.
 
     Raises:
-        InputError: something else; nothing where it is required.
+        InputError: the value is no text, or is missing where it is required.
     """
     value = given.get(key)
     if value is None and not required:

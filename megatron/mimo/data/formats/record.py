@@ -1,4 +1,4 @@
-"""What lies between files and formats: one record, undecoded, and how it is to be read."""
+"""The values between files and formats: a raw record, the options of reading, and a format."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ReadingOptions:
 
     Attributes:
         data_format: name of the format; None tells it from each record.
-        ignored: keys that are read over, whatever they mean.
+        ignored: keys that are left out of every record, whatever they mean.
         learn: "all" turns of the assistant's, or the "last" one alone.
         thinking: what stands in ``<think>`` is learned ("keep"), stands in the text and is not
             learned ("context"), or is left out of it ("drop").

@@ -33,15 +33,15 @@ def kind_of_name(name: str) -> str | None:
 
 
 class RecordMedia:
-    """Gives the media of one record their places.
+    """The media of one record, and which of them have no place in its text yet.
 
-    Media are named in the parts of messages, or beside the turns under keys, in the order in which
-    marks stand for them; media in a tar beside a record that names none are taken by their kind,
-    in the order of their names.
+    Media are named in the parts of messages, or beside the turns under keys, in the order of the
+    marks that stand for them. If a record in a tar names none, the media beside it count, kind by
+    kind in the order of their names.
 
     Args:
         record: whose they are.
-        keys: of the record that hold media that marks stand for: kind by key.
+        keys: keys that hold media for which marks stand, and the kind of each.
 
     Raises:
         InputError: a key holds neither a medium nor a list of them.
@@ -75,7 +75,7 @@ class RecordMedia:
     def part(
         self, kind: str, value: Any, name: str, settings: Mapping[str, float] | None = None
     ) -> ContentPart:
-        """A medium that is named where it stands.
+        """A medium that is named in the place where it stands.
 
         Args:
             kind: one of ``MEDIA_KINDS``.
@@ -85,7 +85,7 @@ class RecordMedia:
             settings: of a video.
 
         Raises:
-            InputError: it is nothing of these, or on the network.
+            InputError: it is none of these, or on the network.
         """
         if kind == "video" and isinstance(value, list | tuple) and value:
             frames = tuple(self._single("frame", one, name) for one in value)
@@ -95,7 +95,7 @@ class RecordMedia:
 
     @property
     def has_waiting(self) -> bool:
-        """Media are left that no part or mark has taken."""
+        """Whether media are left that no part or mark has taken."""
         return any(self._waiting.values())
 
     def waiting(self, kind: str) -> int:
@@ -118,10 +118,10 @@ class RecordMedia:
         return self._waiting[kind].pop(0)
 
     def refuse_left(self) -> None:
-        """Refuse media that stand nowhere, which would be trained without.
+        """Refuse media without a place: the model would be trained without them.
 
         Raises:
-            InputError: there are such.
+            InputError: there are some.
         """
         left = {
             kind: [shown(part.value) for part in parts][:4]
@@ -206,7 +206,7 @@ def _is_member(path: str, ending: str) -> bool:
 
 
 def _listed(value: Any) -> list[Any] | None:
-    """Media under a key as a list; None for what is none."""
+    """The media under a key, as a list; None for a value that is neither a medium nor a list."""
     if value is None or (isinstance(value, str) and not value):
         return []
     if isinstance(value, str | bytes | Mapping) or hasattr(value, "getexif"):

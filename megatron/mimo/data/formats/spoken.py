@@ -1,4 +1,4 @@
-"""Turns of ``from`` and ``value``, as LLaVA's and ShareGPT's files have them."""
+"""Reads turns of ``from`` and ``value``, as LLaVA's and ShareGPT's files have them."""
 
 from __future__ import annotations
 

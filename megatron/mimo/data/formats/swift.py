@@ -1,4 +1,4 @@
-"""What ms-swift adds to messages: ``objects``, and ``query`` with ``response``.
+"""ms-swift's records: messages with ``objects``, or ``query`` with ``response``.
 
 {"messages": [{"role": "user", "content": "<image>Find <ref-object>"},
               {"role": "assistant", "content": "<bbox>"}],
@@ -110,7 +110,7 @@ class _Objects:
         return found
 
     def refuse_left(self) -> None:
-        """Refuse objects without a mark."""
+        """Refuse objects for which no mark stands."""
         for mark, left in self._left.items():
             rest = list(left)
             if rest:

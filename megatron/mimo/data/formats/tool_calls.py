@@ -13,8 +13,8 @@ __all__ = ["as_calls", "calls_of_text"]
 
 
 def as_calls(calls: Any, name: str) -> list[Any]:
-    """``tool_calls`` of a message; arguments that are JSON text, as OpenAI sends them, become what
-    they say, because templates write them as JSON.
+    """``tool_calls`` of a message, with arguments that are JSON text (OpenAI's) decoded, because
+    templates encode arguments themselves.
 
     Raises:
         InputError: no list of calls.
@@ -28,7 +28,7 @@ def calls_of_text(text: str, name: str) -> list[Any]:
     """A call, or a list of calls, as JSON text: ``{"name": ..., "arguments": {...}}``.
 
     Raises:
-        InputError: it is nothing of these.
+        InputError: it is neither.
     """
     try:
         given = json.loads(text)

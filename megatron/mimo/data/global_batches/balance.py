@@ -1,7 +1,7 @@
-"""Who trains on what of a global batch: equal work for ranks and micro-batches.
+"""Divides a global batch over ranks and micro-batches, so that all have about equal work.
 
-A batch is divided after it is formed, so that the layout decides who computes, never what. Every
-rank gets the same number of items (sequences), in micro-batches of the same size.
+A batch is divided after it is formed: the layout decides which rank computes an item (a sequence),
+never which items there are. Every rank gets the same number of items, in micro-batches of one size.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from megatron.mimo.data.measure import Measure
 
 __all__ = ["CostModel", "busiest_over_mean", "divide"]
 
-_SWAPS = 64  # that are tried after the items are dealt out
-_CLOSE = 0.005  # of the mean; ranks that differ by less are left as they are
+_SWAPS = 64  # exchanges after the items are dealt out, at most
+_CLOSE = 0.005  # of the mean cost; parts that differ by less are left as they are
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """Work of an item, in any unit.
+    """The work of an item, in any unit.
 
     Attributes:
         per_token: of the language model for each place of the sequence, padding included.
@@ -80,7 +80,7 @@ def divide(costs: Sequence[float], ranks: int, micro_batch: int) -> list[list[tu
 
 
 def busiest_over_mean(costs: Sequence[float], shares: Sequence[Sequence[int]]) -> float:
-    """How long ranks wait for the one with the most work: 1 where they never do."""
+    """The busiest rank's work over the mean of all: 1 where no rank waits for another."""
     loads = [sum(costs[item] for item in share) for share in shares]
     return max(loads) * len(loads) / sum(loads)
 
@@ -88,8 +88,8 @@ def busiest_over_mean(costs: Sequence[float], shares: Sequence[Sequence[int]]) -
 def _deal(costs: Sequence[float], items: Sequence[int], hands: int) -> list[list[int]]:
     """Divide into as many equally large parts of about equal cost; a function of the costs alone.
 
-    The most expensive first, each to whoever has least and has room; then items are exchanged
-    between the busiest and another as long as that helps.
+    Items are dealt out from the most expensive on, each to the part that costs least and has room;
+    then items of the most expensive and the cheapest part are exchanged as long as that helps.
     """
     room = len(items) // hands
     loads = [(0.0, hand) for hand in range(hands)]

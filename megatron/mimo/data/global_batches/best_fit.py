@@ -1,8 +1,7 @@
-"""Which samples share a sequence: best fit over the samples that are at hand.
+"""Packs samples by best fit over a buffer of samples, without a pass over the data.
 
-The samples at hand are those of a buffer that is filled up from the stream: nothing needs a pass
-over the data. A sequence begins with the sample that has waited longest, so that none waits for
-ever, and takes the longest of the others that still fits, until none does.
+A sequence begins with the sample that has waited longest in the buffer, so that none waits for
+ever, and then takes the longest sample that still fits, until none does.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ def fill_sequence(lengths: Sequence[int], capacity: int) -> list[int]:
     """The numbers of the samples that make one sequence, in the order in which they are taken.
 
     Args:
-        lengths: of the samples at hand, none above ``capacity``; the first has waited longest.
+        lengths: of the samples in the buffer, at most ``capacity``; the first has waited longest.
         capacity: tokens of a sequence.
     """
     taken, room = [0], capacity - lengths[0]

@@ -1,9 +1,9 @@
-"""Global batches from draws: which samples, in which sequences; the same on every rank.
+"""Forms global batches: which samples, in which sequences; the same on every rank.
 
-Draws are measured before they are used: how many tokens and rows they give, or that they give no
-sample at all. Measures come back from worker processes, and from the other data-parallel ranks,
-while earlier batches are trained on (``measures``); the look-ahead buffer holds those that are
-known. What a batch holds is a function of the draws and their measures alone.
+Each draw is measured before it is used: how many tokens and rows its sample has, or that it gives
+none. Measures come from worker processes and from the other data-parallel ranks, while earlier
+batches are trained on (``measures``). Measured draws wait in the look-ahead buffer. What a batch
+holds depends on the draws and their measures alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["GlobalBatch", "GlobalBatches", "Measures", "Packing", "Planned"]
 
 @dataclass(frozen=True)
 class Planned:
-    """A sample that is to be read, and what is known of it; None where nothing depends on it."""
+    """A sample that is to be read, and its measure; None where nothing depends on measures."""
 
     draw: Draw
     measure: Measure | None
@@ -52,7 +52,7 @@ class Packing:
     Attributes:
         capacity: places of a sequence.
         multiple: each sample takes a multiple of so many places.
-        look_ahead: samples that are at hand when a sequence is filled.
+        look_ahead: samples in the buffer when a sequence is filled.
     """
 
     capacity: int
@@ -61,14 +61,15 @@ class Packing:
 
 
 class Measures(Protocol):
-    """Finds out what draws give."""
+    """Measures draws."""
 
     def submit(self, draws: Sequence[Draw]) -> None:
-        """Begin with these; nothing is waited for."""
+        """Begin to measure these draws; returns at once."""
         ...
 
     def collect(self) -> Sequence[Measure | BadSample | None]:
-        """Those of all that were submitted and not collected yet, in order; None without measure.
+        """The measures of all draws submitted since the last call, in order; None where nothing
+        depends on them.
 
         Raises:
             InputError: a record is bad, and the policy is to stop.
@@ -83,8 +84,8 @@ class GlobalBatches:
         mixture: what is drawn from.
         measures: of its draws.
         packing: None for one sample in each sequence.
-        left_out: told of each bad sample that is passed over, in order.
-        late: bad samples that were found when batches were read, on any rank; emptied here.
+        left_out: called with each bad sample that is passed over, in order.
+        late: bad samples that were found only when batches were read, on any rank; emptied here.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class GlobalBatches:
         return GlobalBatch(number=step, items=tuple(items))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the data stand behind the last batch that was formed, as JSON can hold it."""
+        """The position behind the last batch that was formed, as JSON can hold it."""
         return {
             "formed": self._formed,
             "ended": self._ended,
@@ -167,7 +168,7 @@ class GlobalBatches:
         self._measures.submit(self._asked)
 
     def _unmeasured(self) -> list[Draw]:
-        """Draws at hand that nobody has measured; a run that goes on may have to."""
+        """Draws in the buffer without a measure, which a run that goes on from here may need."""
         return [one.draw for one in self._known if one.measure is None]
 
     def _ask(self, count: int, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Measures of draws: computed here, in worker processes, or shared among data-parallel ranks."""
+"""Ways to measure draws: in this process, in worker processes, shared by data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CHUNK = 8  # draws that a worker is handed together
 
 
 class MeasuresHere:
-    """In this process, when they are collected.
+    """Measures draws in this process, when they are collected.
 
     Args:
         measure: of one draw.
@@ -48,7 +48,7 @@ class MeasuresHere:
 
 
 class Unmeasured:
-    """No measures, where nothing depends on them: one rank, no packing, no sample left out."""
+    """Measures nothing, where nothing depends on it: one rank, no packing, no sample left out."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -58,16 +58,16 @@ class Unmeasured:
         self._count += len(draws)
 
     def collect(self) -> list[None]:
-        """As many times nothing."""
+        """None for each draw."""
         count, self._count = self._count, 0
         return [None] * count
 
 
 class MeasuresInWorkers:
-    """In processes beside this one, from when they are submitted on.
+    """Measures draws in worker processes, as soon as they are submitted.
 
     Args:
-        measure: of one draw; the processes are forked and have it from the start.
+        measure: measures one draw; worker processes are forked, and so have it.
         workers: processes.
     """
 
@@ -127,7 +127,7 @@ class SharedMeasures:
         self._inner.submit(mine)
 
     def collect(self) -> list[Measure | BadSample]:
-        """Those of all ranks."""
+        """The measures of all ranks' draws."""
         count, self._count = self._count, 0
         failure: Exception | None = None
         mine: Sequence[Any] | str

@@ -1,4 +1,4 @@
-"""Micro-batches as they were planned, read and collated; what worker processes do.
+"""Reads and collates planned micro-batches: the dataset of worker processes.
 
 Shape legend: B micro-batch, S sequence length.
 """
@@ -28,7 +28,7 @@ from megatron.mimo.data.sources import Draw, Mixture
 
 __all__ = ["LEFT_OUT", "PlannedBatches", "SampleSources"]
 
-LEFT_OUT = "left_out"  # of a batch: bad samples that were found when they were decoded
+LEFT_OUT = "left_out"  # entry of a batch: bad samples that were found when they were decoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,10 @@ class SampleSources:
     Attributes:
         mixture: what is drawn from.
         read: a record's sample, or why there is none.
-        measure: how long it will be, without decoding more than has to be.
+        measure: a record's measure, without decoding more than necessary.
         policy: what is done with bad samples.
         costs: of samples, for balance.
-        look_ahead: samples that are at hand when a sequence is packed.
+        look_ahead: samples in the buffer when a sequence is packed.
     """
 
     mixture: Mixture
@@ -83,10 +83,10 @@ class SampleSources:
 
 
 class PlannedBatches(Dataset[Batch]):
-    """Collated micro-batches by what they are planned to hold.
+    """Collated micro-batches, by the items that they are planned to hold.
 
-    A sample that turns out to be bad only when its media are decoded leaves its place empty: what
-    the batch holds otherwise, and every other batch, stay as planned.
+    A sample that turns out to be bad only when its media are decoded leaves its place empty: the
+    rest of the batch, and every other batch, stay as planned.
 
     Args:
         sources: read the samples.
@@ -128,7 +128,7 @@ class PlannedBatches(Dataset[Batch]):
         return batch
 
     def samples(self, item: Item) -> list[Sample | BadSample]:
-        """What an item consists of, read.
+        """Read the samples of an item.
 
         Raises:
             InputError: as ``__getitem__``.
@@ -142,7 +142,7 @@ class PlannedBatches(Dataset[Batch]):
         return found
 
     def _cut(self, sample: Sample, draw: Draw) -> BadSample:
-        """What is written down of a sample that lost turns."""
+        """The entry in the log of bad samples for a sample that lost turns."""
         return BadSample(
             file=str(self._sources.mixture.sources[draw.source].files.paths[draw.file]),
             place=f"record {draw.record + 1}",
@@ -162,7 +162,7 @@ class PlannedBatches(Dataset[Batch]):
     def _source_ids(
         self, items: Sequence[Item], read: Sequence[Sequence[Any]], shape: Sequence[int]
     ) -> Tensor:
-        """int64 [B, S]; the number behind the last source's where there is none.
+        """The source of each position: int64 [B, S]; the number of sources where there is none.
 
         Packed sequences are one row.
         """

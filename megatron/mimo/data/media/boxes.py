@@ -26,8 +26,8 @@ class BoxWriter:
     """Writes boxes as a model reads them.
 
     Attributes:
-        units: width and height of an image, by their pixels, in the units of the model; None where
-            there is no such convention.
+        units: from the size of an image in pixels to its width and height in the model's units;
+            None where the model has no such convention.
         family: whose, for errors.
         limits: of images.
     """
@@ -42,7 +42,7 @@ class BoxWriter:
         Args:
             numbers: x and y in turn.
             kind: a key of ``BOX_TYPES``.
-            image: that it is in, as a record names it.
+            image: the one that the box is in, as a record names it.
             name: of the record, for errors.
 
         Raises:

@@ -1,6 +1,6 @@
-"""Frames of pictures, animations and containers: when each appears, and those that are wanted.
+"""Readers of frames: from image files, animations and containers. Each knows when frames appear.
 
-Nothing is decoded to learn the times, but for WebP, which tells them frame by frame.
+Times are known without decoding, except of WebP, which tells them frame by frame.
 Legend: H height, W width.
 """
 
@@ -28,11 +28,11 @@ _DELAY = 0.1  # seconds, of an animation that says none
 
 
 class Frames(Protocol):
-    """What a reader knows before it decodes.
+    """A reader of frames, and what it knows before it decodes.
 
     Attributes:
         times: seconds at which each frame appears, from the first one, rising.
-        end: when the last one goes.
+        end: when the last one disappears.
         size: width and height, as they are stored.
     """
 
@@ -61,7 +61,7 @@ class Pictures:
 
 
 class Animation:
-    """GIF and WebP."""
+    """The frames of a GIF or WebP."""
 
     def __init__(self, path: MediaSource, limits: MediaLimits) -> None:
         self._path, self._limits = path, limits
@@ -84,7 +84,7 @@ class Animation:
 
 
 class Container:
-    """Whatever PyAV reads."""
+    """The frames of a container that PyAV reads, such as MP4."""
 
     def __init__(self, path: MediaSource, limits: MediaLimits) -> None:
         import av
@@ -159,7 +159,7 @@ def _video(container: Any, path: MediaSource) -> Any:
 
 
 def _upright(frame: Any) -> np.ndarray:
-    """A frame turned as its display matrix says, which phones write in place of turned pixels."""
+    """A frame turned as its display matrix says: phones store a matrix instead of turned pixels."""
     frame_HWC = np.asarray(frame.to_ndarray(format="rgb24"))
     given = frame.side_data.get("DISPLAYMATRIX")
     if given is None:

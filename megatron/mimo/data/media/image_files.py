@@ -1,4 +1,7 @@
-"""Image files, as transformers reads them; what that would empty, as a person sees it.
+"""Image files as RGB, decoded as transformers' ``load_image`` decodes them.
+
+Images that it would make blank, those of more than 8 bits and those that only their transparency
+shows, are decoded as a viewer shows them.
 
 Shape legend: H height, W width.
 """
@@ -54,7 +57,7 @@ def open_image(path: MediaSource, limits: MediaLimits) -> Image:
     """Open an image whose size, as its header says, is within the limit."""
     from PIL import Image
 
-    with replaced({PIXELS: lambda _: None}):  # ours says what to do
+    with replaced({PIXELS: lambda _: None}):  # Pillow's own limit; our error has a remedy
         image = Image.open(openable(path))
     try:
         require_pixels(path, *image.size, limits.image_pixels)
@@ -67,11 +70,12 @@ def open_image(path: MediaSource, limits: MediaLimits) -> Image:
 def as_rgb(image: Image) -> Image:
     """An image as transformers' ``load_image`` gives it: turned as its EXIF says, RGB.
 
-    That empties some: what is deeper than 8 bits is clipped, and what is hidden by transparency
-    comes to light. Those are given as a person sees them: brightness scaled, on a background.
+    Two kinds of image differ from it, which clips values of more than 8 bits and shows the
+    colours of transparent pixels: the former are scaled to 8 bits, and the latter laid on a
+    background where their colours alone show nothing.
 
     Raises:
-        InputError: numbers of which it is not known how bright they are.
+        InputError: grey values of an unknown scale, or not finite.
     """
     from PIL import ImageOps
 
@@ -88,7 +92,7 @@ def as_rgb(image: Image) -> Image:
 
 
 def _eight_bits(image: Image) -> Image:
-    """Grey values of 16 or 32 bits as those of 8, unless they are that already."""
+    """Scale grey values of 16 or 32 bits to 8 bits, unless they are within 0 to 255 already."""
     from PIL import Image
 
     values_HW = np.asarray(image, dtype=np.float64)
@@ -103,8 +107,8 @@ def _eight_bits(image: Image) -> Image:
         scale = 255 / 65535
     else:
         raise InputError(
-            f"has grey values from {least:g} to {most:g}, of which it is not known how bright they "
-            "are; save it with 8 or 16 bits"
+            f"has grey values from {least:g} to {most:g}; expected 0 to 1, 0 to 255 or 16 bits: "
+            "save it with 8 or 16 bits"
         )
     if scale == 1.0:
         return image.convert("L") if image.mode == "F" else image.convert("RGB")
@@ -112,7 +116,7 @@ def _eight_bits(image: Image) -> Image:
 
 
 def _seen(image: Image) -> Image:
-    """Without transparency: its colours, or on a background where they alone show nothing."""
+    """Drop transparency: the colours, or the image on white or black where they show nothing."""
     from PIL import Image
 
     bare, with_alpha = image.convert("RGB"), image.convert("RGBA")

@@ -1,4 +1,4 @@
-"""How large an image is shown, from its header."""
+"""The size of an image as it is displayed, read from the file's header."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ _ORIENTATION, _TURNED = 274, (5, 6, 7, 8)  # of EXIF: values that exchange width
 
 
 def image_size(value: Any, limits: MediaLimits) -> Size | None:
-    """Width and height as the image is shown; None for what is no image file of one frame.
+    """Width and height of an image as it is displayed, turned as its EXIF says.
+
+    Args:
+        value: of a part of a conversation.
+        limits: of images.
+
+    Returns:
+        None for animations, images above the limit of pixels, and values that are neither an image
+        file nor a Pillow image.
 
     Raises:
-        InputError: the file is not there, or is none.
+        InputError: the file does not exist, or is no regular file.
     """
     from PIL import Image
 

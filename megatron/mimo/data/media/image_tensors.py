@@ -1,4 +1,4 @@
-"""From whatever holds an image to a float tensor."""
+"""Images as float tensors, from files, bytes or raw pixels."""
 
 from __future__ import annotations
 

@@ -39,11 +39,13 @@ _PLAIN = (1, 3, 0xFFFE)  # WAV formats that scipy reads: PCM, float, extensible
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
+    """What a file says of itself, and how it is read."""
+
     rate: int
     frames: int
     channels: int
     read: Callable[[MediaSource], np.ndarray]  # float [L] or [L, channels]
-    is_exact: bool = True  # ``frames`` is what reading gives, or reading fails
+    is_exact: bool = True  # reading gives ``frames`` samples, or fails
 
 
 def load_audio(
@@ -94,7 +96,7 @@ def audio_length(
     longest: float | None = None,
     limits: MediaLimits | None = None,
 ) -> int | None:
-    """L of what ``load_audio`` reads, by the file's header; None where only reading tells.
+    """L of what ``load_audio`` returns, from the file's header; None where only decoding tells.
 
     Raises:
         InputError: as ``load_audio``, as far as that is seen.
@@ -106,7 +108,7 @@ def audio_length(
 
 
 def _resampling(rate: int, wanted: int) -> tuple[int, int]:
-    """How many times as many samples, and one of how many is kept."""
+    """Factors by which the number of samples is multiplied and divided."""
     common = math.gcd(rate, wanted)
     return wanted // common, rate // common
 
@@ -120,7 +122,7 @@ def _header(path: MediaSource, longest: float | None, limits: MediaLimits) -> _H
 
 @contextmanager
 def _named(path: MediaSource) -> Iterator[None]:
-    """Whatever is raised in the block becomes an error that names the file."""
+    """Turn whatever is raised in the block into an error that names the file."""
     try:
         yield
     except InputError:
@@ -166,7 +168,7 @@ def _check(path: MediaSource, header: _Header, longest: float | None, limits: Me
 
 
 def _require_heard(path: MediaSource, frames: int, rate: int, longest: float | None) -> None:
-    """Refuse what the feature extractor of the model would cut."""
+    """Refuse a recording that the model's feature extractor would cut."""
     if longest is not None and frames > longest * rate + 0.5:
         raise InputError(
             f"audio {shown(path)} lasts {frames / rate:.1f} s, and the model hears {longest:.1f} "
@@ -175,7 +177,7 @@ def _require_heard(path: MediaSource, frames: int, rate: int, longest: float | N
 
 
 def _wav_header(path: MediaSource) -> _Header | None:
-    """What a WAV file says of itself; None for other formats."""
+    """The header of a WAV file; None for other formats."""
     with _opened(path) as file:
         size = file.seek(0, 2)
         file.seek(0)
@@ -204,7 +206,7 @@ def _opened(path: MediaSource) -> BinaryIO:
 
 
 def _sound_header(path: MediaSource) -> _Header | None:
-    """None for what soundfile does not know."""
+    """The header of a file that soundfile reads; None for other formats."""
     import soundfile
 
     try:

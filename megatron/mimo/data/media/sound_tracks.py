@@ -1,4 +1,4 @@
-"""The sound of containers that PyAV reads: M4A, AAC, the tracks of videos.
+"""The sound of containers that PyAV reads: M4A, AAC, the sound of videos.
 
 Legend: L samples, C channels.
 """
@@ -35,10 +35,10 @@ def read_track(path: MediaSource, most: int) -> np.ndarray:
 
     Args:
         path: of the container.
-        most: samples of all channels that are read.
+        most: limit of samples, all channels together.
 
     Raises:
-        InputError: it has no sound, or more than that.
+        InputError: it has no sound, or more samples than the limit.
     """
     import av
 

@@ -1,4 +1,4 @@
-"""What media files may be, before anything in them is decoded."""
+"""Where media come from, and the checks that need no decoding: kind of file, sizes, durations."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def require_file(
 def require_pixels(
     path: MediaSource, width: int, height: int, limit: int, *, frames: int = 1
 ) -> None:
-    """Refuse pictures that would not fit into memory.
+    """Refuse images, or the frames of a video, that would not fit into memory.
 
     Raises:
         InputError: more than ``limit`` pixels.
@@ -149,7 +149,7 @@ def require_pixels(
 
 
 def require_seconds(path: MediaSource, kind: str, seconds: float, limits: MediaLimits) -> None:
-    """Refuse what lasts so long that it is damage, or a bomb.
+    """Refuse a recording or video that is so long that its header is damaged, or malicious.
 
     Raises:
         InputError: it lasts longer than ``limits.seconds``.
@@ -171,12 +171,12 @@ def undecodable(path: MediaSource, what: str, error: Exception) -> InputError:
 
 
 def openable(path: MediaSource) -> Path | io.BytesIO:
-    """What readers of files take."""
+    """What libraries that read files take: a path, or an open file in memory."""
     return io.BytesIO(path.data) if isinstance(path, EncodedMedium) else Path(path)
 
 
 def first_bytes(path: MediaSource, count: int) -> bytes:
-    """How a medium begins, which tells its format better than its name."""
+    """The first bytes of a medium, which tell its format more reliably than its name."""
     if isinstance(path, EncodedMedium):
         return path.data[:count]
     with Path(path).open("rb") as file:

@@ -1,4 +1,4 @@
-"""Video files: which frames are kept, by the time at which each is shown.
+"""Videos: which frames are kept, by the time at which each is shown, and decoding them.
 
 Legend: T frames, H height, W width; times are in seconds from the first frame.
 """
@@ -31,7 +31,7 @@ from megatron.mimo.data.media.source import (
 __all__ = ["FrameSampling", "Video", "choose", "load_video", "video_shape"]
 
 _FOLDER_FPS = 24.0
-_BLUR = 1e-6  # of times, which are sums of fractions
+_BLUR = 1e-6  # seconds; times are sums of fractions, and not exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def load_video(
     limits: MediaLimits | None = None,
 ) -> Video:
     """Read a video: an animated image (GIF, WebP), a folder of frames in the order of their names
-    (2 before 10), a list of them, or any format that PyAV knows. Only what is kept is held.
+    (2 before 10), a list of them, or any format that PyAV knows. Memory holds only kept frames.
 
     Args:
         path: the file, folder or list of images.
@@ -109,7 +109,7 @@ def video_shape(
     *,
     limits: MediaLimits | None = None,
 ) -> tuple[int, int, int, float]:
-    """T, H, W and frames per second of what ``load_video`` reads; one frame is decoded.
+    """T, H, W and frames per second of what ``load_video`` returns; decodes a single frame.
 
     Raises:
         InputError: as ``load_video``, as far as that is seen.
@@ -161,14 +161,14 @@ def _named(path: MediaSource | Sequence[MediaSource]) -> Iterator[MediaSource]:
 
 
 def choose(times: Sequence[float], end: float, sampling: FrameSampling) -> tuple[list[int], float]:
-    """Which frames are kept, and how many per second that is.
+    """The numbers of the frames that are kept, and how many these are per second.
 
-    Kept frames are those nearest to moments that are evenly spread from the first to the last: a
-    frame that is shown long may be kept twice, as the model takes all to be equally far apart.
+    Kept are the frames nearest to moments that are evenly spread from the first to the last. A
+    frame that is shown for long may be kept twice, because the model assumes equal distances.
 
     Args:
         times: at which each frame appears, rising.
-        end: when the last one goes.
+        end: when the last one disappears.
         sampling: what is asked for.
 
     Raises:
@@ -220,7 +220,7 @@ def _open(path: MediaSource | Sequence[MediaSource], rate: float, limits: MediaL
 
 
 def _of_frames(first: MediaSource) -> MediaSource:
-    """What errors call a list of frames."""
+    """What errors call a list of frames: the folder of the first."""
     return first if isinstance(first, EncodedMedium) else Path(first).parent
 
 

@@ -1,4 +1,4 @@
-"""From samples to one micro-batch, with every check that is cheapest where the sample is known.
+"""Collates samples into a micro-batch, and checks them while an error can name the sample.
 
 Shape legend: B micro-batch, S sequence length, L tokens of one sample.
 """

@@ -1,4 +1,4 @@
-"""How long the documents of a micro-batch are, beside it: for whoever counts tokens and FLOPs."""
+"""Lengths of the documents of a micro-batch, by which tokens and FLOPs are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The next batch on its way to the device while the step computes with this one."""
+"""Copies the next batch to the device while the step computes with the current one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from megatron.mimo.data.micro_batches.broadcast import pack, unpack
 
 __all__ = ["Ahead", "copying_to"]
 
-Arrival = Callable[[], Any]  # waits, on the device, for a batch that is being copied; returns it
+Arrival = Callable[[], Any]  # makes the device wait for a batch's copy, and returns the batch
 
 
 class Ahead:
-    """Has one batch started before it is asked for.
+    """Loads and starts to copy each batch before it is asked for.
 
     Args:
         load: reads the next batch, on the host; may raise, then and in all later calls.
@@ -31,7 +31,7 @@ class Ahead:
         """The next batch.
 
         Raises:
-            Exception: what ``load`` has raised for this batch, and not for the one after it.
+            Exception: what ``load`` has raised for this batch, even if it raised it earlier.
         """
         arrival = self._next or self._started()
         self._next = None

@@ -1,4 +1,4 @@
-"""Several samples in one sequence: which, and the micro-batch of it.
+"""Packing: which samples share a sequence, and the micro-batch of packed sequences.
 
 A packed sequence [1, T] holds documents side by side; attention, positions and labels end at their
 borders. Shape legend: T tokens of a sequence, padding included.
@@ -71,7 +71,7 @@ class PackingCollator(SampleCollator):
             Position ids start anew in each document, the last token of a document has no label.
 
         Raises:
-            InputError: samples beside sequences, a sequence without samples or of more than fit
+            InputError: samples beside sequences, a sequence without samples or with more than fit
                 into it; as ``SampleCollator``.
         """
         places: list[PlacedSample] = []
@@ -108,7 +108,7 @@ class PackingCollator(SampleCollator):
 
 
 def _sequences(items: Sequence[Sample | PackedSequence]) -> list[PackedSequence]:
-    """What a micro-batch consists of: its items, or one sequence of them."""
+    """The packed sequences of a micro-batch: its items, or all of its samples as one."""
     packed = [item for item in items if not isinstance(item, Sample)]
     samples = tuple(item for item in items if isinstance(item, Sample))
     if packed and samples:
@@ -123,7 +123,7 @@ def _sequences(items: Sequence[Sample | PackedSequence]) -> list[PackedSequence]
 
 
 def _borders(lengths: Sequence[int], rooms: Sequence[int]) -> dict[str, Any]:
-    """``packing_kwargs``: where documents of these lengths lie in places of these sizes."""
+    """``packing_kwargs`` of documents: their lengths, and their places' sizes with padding."""
     borders: dict[str, Any] = {}
     sums = tuple(itertools.accumulate(lengths, initial=0))
     padded = tuple(itertools.accumulate(rooms, initial=0))

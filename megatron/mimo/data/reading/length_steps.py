@@ -1,7 +1,8 @@
-"""What recordings of any length become, by trying few lengths.
+"""A function of lengths that rises in few steps, known everywhere after few calls.
 
-A longer recording never has fewer rows: between two lengths that become the same, all do. There are
-a few hundred such steps within what a model hears, and several hundred thousand lengths.
+The number of rows that a recording gives never falls with its length, so that between two lengths
+of the same value all have it. Within what a model hears there are several hundred thousand lengths
+and a few hundred such steps.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ __all__ = ["LengthSteps"]
 
 
 class LengthSteps:
-    """A function of lengths that takes few values, in steps; asked for where it is not known.
+    """Calls a step function only where its value does not follow from earlier calls.
 
     Args:
-        probe: the function. Equal values of it make a step.
+        probe: the function.
     """
 
     def __init__(self, probe: Callable[[int], Any]) -> None:
         self._probe = probe
-        self._lengths: list[int] = []  # that were tried, rising: the ends of steps
+        self._lengths: list[int] = []  # that were tried, rising: the ends of known steps
         self._values: list[Any] = []
 
     def __call__(self, length: int) -> Any:
@@ -36,7 +37,7 @@ class LengthSteps:
         value = self._probe(length)
         self._lengths.insert(at, length)
         self._values.insert(at, value)
-        for within in (at + 1, at, at - 1):  # what is no end of its step any more
+        for within in (at + 1, at, at - 1):  # drop what is no longer the end of a step
             if 0 < within < len(self._values) - 1 and (
                 self._values[within - 1] == self._values[within] == self._values[within + 1]
             ):

@@ -18,7 +18,7 @@ __all__ = ["RecordDataset"]
 
 
 class RecordDataset(Dataset[Sample]):
-    """Samples of records; one that gives none lends its place to the next that does.
+    """Samples of records; in the place of a record that gives none stands the next that does.
 
     Args:
         files: of records.

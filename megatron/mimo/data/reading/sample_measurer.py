@@ -1,10 +1,10 @@
-"""How long a record's sample will be, found out without decoding its media.
+"""Measures a record's sample, its tokens and its media's rows, without decoding the media.
 
-An image's header says its size, and its size says what the processor puts in its place: a blank
-image of that size shows it, once for each size. A video's container says which frames are kept, and
-a blank video of as many frames shows the rest; a recording's header says how many samples it has.
-The text that results is tokenized, as the processor does. What this cannot tell (MP3, records that
-are bad or too long) is read as training reads it.
+The header of a medium tells its shape: an image's size, how many frames of a video are kept, how
+many samples a recording has. What the processor writes for a medium depends on its shape alone, and
+is learned from a blank one, once for each shape. The text that results is tokenized as the
+processor does. Records of which headers do not tell this (MP3, bad or too long ones) are read as
+training reads them.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ _Shape = tuple[Any, ...]  # kind of medium, and numbers
 
 @dataclass(frozen=True)
 class _Replacement:
-    """What a medium of one shape becomes: a text, of whose runs of one placeholder one is left.
+    """What the processor writes for a medium of one shape.
 
-    Placeholders are tokens of their own: that there is one is all that the text around it knows.
+    Of each run of equal placeholders only one is kept in ``by``, to tokenize less: a placeholder
+    is a token of its own, so that the tokens around a run do not depend on its length.
     """
 
     mark: str
     by: str
-    left_out: int  # placeholders that ``by`` lacks
+    left_out: int  # placeholders that were dropped from ``by``
     modality: str
     rows: int
 
@@ -77,7 +78,7 @@ class SampleMeasurer:
         return measure_of(sample) if isinstance(sample, Sample) else sample
 
     def _from_headers(self, record: RawRecord) -> Measure | None:
-        """None where they do not tell; why is for the reader to say."""
+        """The measure; None where headers do not tell it, for whatever reason: reading says why."""
         try:
             item, chat = read_record(record, self.reader.options), self.reader.chat
             shapes = [self._shape(part, item.name) for part in item.media]
@@ -92,7 +93,7 @@ class SampleMeasurer:
         return Measure(length, tuple((one.modality, one.rows) for one in known))
 
     def _shape(self, part: ContentPart, name: str) -> _Shape | None:
-        """What decides how long a medium's text is; None where only reading tells."""
+        """What a medium's text depends on; None where only reading tells."""
         chat, seconds = self.reader.chat, self.reader.policy.sample_timeout
         if part.kind == "image":
             size = image_size(part.value, chat.limits)
@@ -110,7 +111,7 @@ class SampleMeasurer:
         return None if shape is None else ("video", *shape)
 
     def _replacement(self, shape: _Shape) -> _Replacement | None:
-        """None where a medium of this shape is not replaced as one."""
+        """What the processor writes for this shape; None where it writes it in several places."""
         if shape[0] == "audio":
             return self._recordings(shape[1])
         if shape not in self._known:
@@ -148,7 +149,7 @@ class SampleMeasurer:
         )
 
     def _placeholders(self) -> list[str]:
-        """Tokens that stand for rows and that the tokenizer never joins with what is around."""
+        """Placeholders that the tokenizer never joins with the text around them."""
         chat = self.reader.chat
         tokenizer = chat.processor.tokenizer
         added = tokenizer.added_tokens_decoder

@@ -1,4 +1,4 @@
-"""From a raw record to a sample, or to the reason why there is none."""
+"""Reads raw records: each gives a sample, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["SampleReader"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampleReader:
-    """Reads records; a function of the record alone, in whatever process it is called.
+    """Reads records. The result depends on the record alone, in whatever process it is called.
 
     With a time limit, samples that hold media are read in a process of their own, one for each
     process that calls the reader, which is killed where a decoder does not come back.

@@ -1,7 +1,7 @@
-"""Calls that may hang in a decoder, in a process of their own that is killed where they do.
+"""Calls with a limit in time, made in a process of their own, which is killed at the limit.
 
-A decoder is C code: no signal handler and no thread of its own process can stop it. The process is
-forked at the first call, is used for all that follow, and ends with the process that called.
+A decoder is C code: neither a signal handler nor a thread of its own process can stop it. The
+process is forked at the first call, serves all later ones, and ends with the process that calls.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Timed:
 
         Raises:
             TimeoutError: the call took too long; the message says what to do.
-            InputError: the process that it ran in has died, as of a fault of a decoder.
+            InputError: the process that it ran in has died, for example by a fault of a decoder.
             MimoError: what the function raised.
         """
         if self._owner != os.getpid() or self._pipe is None:
@@ -91,7 +91,7 @@ class Timed:
         self._owner, self._child, self._pipe = os.getpid(), child, mine
 
     def _end(self, *, died: bool = False) -> str:
-        """Kill the process; in words, how it had ended where it had."""
+        """Kill the process; if it had ended before, say how in words."""
         assert self._pipe is not None
         self._pipe.close()
         self._pipe, self._arena = None, None

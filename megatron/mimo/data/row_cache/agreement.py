@@ -1,7 +1,8 @@
-"""Which media all context-parallel ranks miss in an encoder's cache: those they divide.
+"""Agreement of context-parallel ranks on the media that all of them miss in an encoder's cache.
 
-The ranks read the same batches, each for itself and at its own time, while others write to the
-cache: one may find what another does not. What only some of them miss each of these encodes alone.
+They divide the work on these. The ranks read the same batches, but each at its own time, while
+others write to the cache, so that one may find what another misses: what only some ranks miss,
+each of these encodes alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Opened = Callable[[], Iterator[Batch]]
 
 
 def agreed(batches: Opened, group: dist.ProcessGroup) -> Opened:
-    """The same batches, which say under ``SHARED`` what all ranks miss.
+    """The same batches, with the media that all ranks miss under ``SHARED``.
 
     Each batch is collective over the group; an error of one rank is raised on all.
 

@@ -1,4 +1,4 @@
-"""Rows of media on disk: written once, by whichever process comes first, and memory-mapped.
+"""Rows of media on disk, by key: written once, by whichever process is first, and memory-mapped.
 
 A folder holds segments. A writer appends rows to a segment of its own, and then a record to the
 segment's index: key, place, shape and checksums. A process that is killed leaves at most rows
@@ -32,7 +32,7 @@ KEY_BYTES = 16
 _RECORD = struct.Struct(
     f"<{KEY_BYTES}sQIIIII"
 )  # key, start, tensors, N, H, checksums: rows, record
-_PAUSE = 5.0  # seconds between looks for what others have written
+_PAUSE = 5.0  # seconds between readings of what other processes have written
 
 
 class _Place(NamedTuple):
@@ -64,7 +64,7 @@ class RowCache:
         return len(self._places)
 
     def refresh(self) -> None:
-        """Learn what has been written since the last time."""
+        """Read the records that have been written since the last call."""
         self._looked = time.monotonic()
         for index in sorted(self.folder.glob("*.index")):
             known = self._read.get(index, 0)
@@ -72,9 +72,9 @@ class RowCache:
                 self._learn(index, known)
 
     def get(self, key: bytes) -> Tensor | None:
-        """The rows of a medium, bfloat16 [tensors, N, H]; None for none, or damaged ones.
+        """The rows of a medium, bfloat16 [tensors, N, H]; None where they are missing or damaged.
 
-        What others write is seen after some seconds.
+        Rows that other processes write are seen within some seconds.
         """
         place = self._places.get(key)
         if place is None and time.monotonic() - self._looked > _PAUSE:

@@ -1,4 +1,4 @@
-"""Media of a micro-batch whose rows lie in a cache: their inputs give way to the rows.
+"""Replaces the encoder inputs of media whose rows are in a cache by these rows.
 
 Legend: N rows of the media that were found, H features.
 """
@@ -33,7 +33,7 @@ ROWS = "cached_rows"  # bfloat16 [tensors, N, H] of all media that were found, i
 COUNTS = "cached_counts"  # rows of each medium that was found, -1 of the others
 KEYS = "cached_keys"  # of the media that were not
 SHARED = "cached_shared"  # numbers of those, among them, that no context-parallel rank has found
-BESIDE = (ROWS, COUNTS, KEYS, SHARED)  # none of which an encoder takes
+BESIDE = (ROWS, COUNTS, KEYS, SHARED)  # no encoder takes these
 
 Caches = Mapping[tuple[str, str], RowCache]  # of a modality's encoder
 
@@ -55,7 +55,7 @@ class LookedUp(Dataset[Batch]):
 
 
 def look_up(batch: Batch, caches: Caches) -> Batch:
-    """Put rows in the place of inputs, for every medium that a cache has.
+    """A batch with rows in place of inputs, for every medium that a cache has.
 
     Args:
         batch: collated, on the host.
@@ -71,7 +71,7 @@ def look_up(batch: Batch, caches: Caches) -> Batch:
 
 
 def with_rows(batches: Dataset[Batch], caches: Caches) -> Dataset[Batch]:
-    """A dataset whose batches have rows in them where there are caches."""
+    """A dataset whose batches are looked up in the caches, if there are any."""
     return LookedUp(batches, caches) if caches else batches
 
 
@@ -100,7 +100,7 @@ def _looked_up(arguments: Mapping[str, Any], cache: RowCache) -> dict[str, Any]:
 
 
 def _key(arguments: Mapping[str, Any], item: int) -> bytes:
-    """Of what an encoder gets for one medium, which medium and processor decide."""
+    """The key of a medium: a digest of the arguments that the processor has made of it."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for name in sorted(arguments):
         value = arguments[name][item]

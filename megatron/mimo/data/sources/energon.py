@@ -1,8 +1,8 @@
 """Prepared Energon datasets, read through the package ``megatron-energon``.
 
 A record is a sample's members, as an Energon dataset of crude samples gives them, or the fields
-that ``field_map`` in ``dataset.yaml`` makes of them; which shards belong to the split, and which
-samples are left out, is Energon's to say. What a record means is told by ``data/formats``.
+that ``field_map`` in ``dataset.yaml`` makes of them. Energon says which shards belong to the split
+and which samples are left out; ``data/formats`` tells what a record means.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """JSON Lines and JSON lists, compressed or not, by an index of where each record lies.
 
-What is compressed is unpacked once, into the folder of its index: compressed files cannot be
-entered in the middle.
+A compressed file, which cannot be read from the middle, is unpacked once into its index's folder.
 """
 
 from __future__ import annotations
@@ -199,7 +198,7 @@ def _entries(path: Path, data: mmap.mmap) -> Arrays:
     depth, begin, end = 0, 0, None
     for token in _TOKEN.finditer(data):
         kind = token[0]
-        if kind in b"[{" and depth == 0 and kind == b"[":
+        if kind == b"[" and depth == 0:
             begin = token.end()
             depth = 1
         elif kind in (b"[", b"{"):

@@ -24,7 +24,7 @@ _OPEN_FILES = 64  # that a process keeps open for each source
 
 
 class Draw(NamedTuple):
-    """Which record: numbers of a source, of one of its files, of a record in it, of the epoch."""
+    """A record by numbers: its source, the file of the source, the record in it, and the epoch."""
 
     source: int
     file: int
@@ -59,7 +59,7 @@ class SourceFiles(Sequence[RecordFile]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells whether files are those of an earlier run: by their names and sizes."""
+        """A digest of names and sizes, by which a run sees that the files are still the same."""
         found = []
         for number, path in enumerate(self.paths):
             size = sum(self[number].shard_sizes) if path.is_dir() else path.stat().st_size

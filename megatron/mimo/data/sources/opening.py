@@ -1,4 +1,4 @@
-"""From what stands on the command line to files of records."""
+"""Finds the files that paths and patterns name, and opens them by their kind."""
 
 from __future__ import annotations
 

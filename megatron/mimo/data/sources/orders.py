@@ -1,7 +1,7 @@
-"""In which order the records of a source are drawn, with a state to go on from.
+"""Orders in which the records of a source are drawn, each with a state to go on from.
 
-An order gives places of records, not records: every rank follows it, and reads only what it trains
-on. The place of a draw is a function of the seed, the files and the number of the draw.
+An order gives places of records, not records: every rank follows it, but reads only what it trains
+on. A place depends on the seed, the files and the number of the draw alone.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Order(Protocol):
     """Draws places of a source."""
 
     def draw(self) -> Place | None:
-        """The next place; None once the source has given all it is to give."""
+        """The next place; None when the source is used up."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, as JSON can hold it."""
+        """The position, as JSON can hold it."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

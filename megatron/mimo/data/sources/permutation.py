@@ -1,4 +1,4 @@
-"""Orders that need no memory: pseudo-random numbers and permutations as functions of a seed."""
+"""Pseudo-random numbers and permutations as functions of a seed, without any memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def random_fraction(*key: int) -> float:
 
 @dataclass(frozen=True)
 class Permutation:
-    """A permutation of the numbers below ``size``: a Feistel network, walked until it hits one.
+    """A permutation of the numbers below ``size``, by a Feistel network with cycle walking.
 
     Attributes:
         size: at least 1.

@@ -1,4 +1,4 @@
-"""What every container of records is to the rest: a sequence of raw records with random access."""
+"""What a file of records is, whatever its kind: a sequence of raw records with random access."""
 
 from __future__ import annotations
 

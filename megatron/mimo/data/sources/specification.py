@@ -110,7 +110,7 @@ class MixtureSpec:
 
 
 def read_mixture(path: Path) -> MixtureSpec:
-    """The mixture that a YAML file describes; ``docs/data.md`` shows one.
+    """The mixture that a YAML file describes; ``docs/sources.md`` shows one.
 
     Relative paths of sources are relative to the file's folder.
 
