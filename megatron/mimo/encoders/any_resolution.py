@@ -1,8 +1,8 @@
 """Images of any resolution, cut into tiles of one size, and the order of their rows.
 
-An image gives the rows of several tiles. What the language model reads is put together of them
-after the projection: tiles side by side, without what only padded the image, and a learned row at
-the end of every line.
+An image gives the rows of several tiles. The rows that the language model reads are arranged from
+them after the projection: tiles side by side, without those of padding, and a learned row at the
+end of every line.
 
 Legend: N rows of all tiles, I input width, H output width.
 """
@@ -51,11 +51,11 @@ class NewlineProjection(nn.Module):
 
 
 class AnyResolutionSubmodules(VisionModalitySubmodules):
-    """A modality of images that its data tell how to put together of their tiles.
+    """The submodules of a modality whose data say how the rows of tiles make an image.
 
-    It has one encoder, and a :class:`NewlineProjection`. The encoder's inputs may have an argument
-    more, ``row_sources``, which the encoder does not see: per image an int64 tensor with, for each
-    row that the image gives, the number of the encoder's row among those of this image, or
+    It has one encoder, and a :class:`NewlineProjection`. Its inputs may have a further argument
+    ``row_sources``, which the encoder does not get: for each image an int64 tensor with an entry
+    for each row that the image gives, the number of the encoder's row among those of this image or
     ``NEWLINE``. Without it an image gives all rows and a newline.
     """
 

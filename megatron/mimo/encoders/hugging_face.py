@@ -1,8 +1,8 @@
-"""Any encoder of transformers in a MimoModel, as it is: for those that have no Megatron form here.
+"""Wraps an encoder of transformers, unchanged, for encoders that have no Megatron form here.
 
-The encoder is replicated over tensor-parallel ranks, which then share its work: each encodes some
-of the items (``encoder_split``). What it costs against an encoder of Megatron's parts is memory:
-every rank holds all of its weights.
+The encoder is replicated over tensor-parallel ranks, which share its work: each encodes some of the
+items (``encoder_split``). Compared with an encoder of Megatron's parts it costs memory: every rank
+holds all of its weights.
 
 Shape legend: N items, S positions of an item, H hidden.
 """
@@ -290,7 +290,7 @@ def _load(source: Any, maker: Any, part: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _refuse_batch_norm(model: nn.Module) -> None:
-    """Items would depend on each other, and statistics would differ between ranks."""
+    """Refuse batch norms: items would depend on each other, and statistics differ between ranks."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UnsupportedError(

@@ -62,10 +62,10 @@ def internvit_layer_spec(
 
 
 class NormedAttention(MegatronModule):
-    """In the place of a ``core_attention``: norms queries and keys, then attends.
+    """Norms queries and keys, then attends; takes the place of a layer's ``core_attention``.
 
-    Not in the place of ``q_layernorm`` and ``k_layernorm``: Megatron sums the gradients of what has
-    such a name over the tensor-parallel group, and here each rank holds its own part.
+    The norms are not called ``q_layernorm`` and ``k_layernorm``: Megatron sums the gradients of
+    parameters of that name over the tensor-parallel group, and here each rank holds its own part.
 
     Args:
         config: of the encoder.
@@ -101,6 +101,9 @@ class NormedAttention(MegatronModule):
 
 
 def _without_bias(linear: Callable[..., Any], *sizes: int, bias: bool, **given: Any) -> Any:
-    """Megatron has biases in all linear layers of a layer, or in those here as well."""
+    """Build a linear layer without a bias, though Megatron's configuration asks for one.
+
+    Megatron can leave out the bias of this projection only with those of all other linear layers.
+    """
     del bias
     return linear(*sizes, bias=False, **given)

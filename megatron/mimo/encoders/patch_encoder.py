@@ -1,4 +1,4 @@
-"""An encoder of images and clips as patches: what it says of itself to whoever calls it.
+"""What encoders of images and clips as patches have in common.
 
 Legend: T patches of an item, E values per patch.
 """
@@ -10,10 +10,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.transformer.module import MegatronModule
-from megatron.mimo.encoders.patch_grids import Grid, SquareGeometry
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.mimo.encoders.patch_grids import Grid, SquareGeometry, check_items
 
-__all__ = ["PatchEncoder"]
+__all__ = ["PatchEncoder", "check_sizes"]
+
+
+def check_sizes(config: TransformerConfig, patch_values: int, geometry: SquareGeometry) -> None:
+    """Raise ``ConfigError`` for sizes of patches and heads that an encoder cannot have."""
+    if patch_values < 1:
+        raise ConfigError(f"patch_values is {patch_values}; expected at least 1")
+    if config.kv_channels != geometry.head_size:
+        raise ConfigError(
+            f"the geometry's head size is {geometry.head_size}; expected "
+            f"{config.kv_channels}, the config's"
+        )
 
 
 class PatchEncoder(MegatronModule):
@@ -43,3 +56,20 @@ class PatchEncoder(MegatronModule):
     ) -> list[int]:
         """Rows of each item: ranks with the same items may encode some each."""
         return [self.geometry.rows(one) for one in grid]
+
+    def some_items(
+        self, pixel_values: Sequence[Tensor], grid: Sequence[Grid]
+    ) -> tuple[Sequence[Tensor], tuple[Grid, ...]]:
+        """The items of a call, checked; a blank one where there are none.
+
+        The blank item gives every parameter a gradient of zero instead of none, so that this rank
+        takes part in the reductions that others enter; the caller drops its rows.
+
+        Raises:
+            InputError: patches and grids that do not fit each other or the model.
+        """
+        check_items(pixel_values, grid, self.geometry, self.patch_embedding.in_features)
+        if not len(grid):
+            blank = self.blank_inputs()
+            pixel_values, grid = blank["pixel_values"], blank["grid"]
+        return pixel_values, tuple((frames, lines, columns) for frames, lines, columns in grid)

@@ -31,7 +31,7 @@ __all__ = ["PerceiverResampler"]
 
 
 class PerceiverResampler(MegatronModule):
-    """Learned queries that look at the rows of one item each time; a projection ends it.
+    """Learned queries attend to the rows of an item, item by item; a projection follows.
 
     Every layer is cross-attention from the queries to the item's normalised rows, and an MLP, each
     behind a norm and on a residual stream. Queries do not see each other. Layers are Megatron's,

@@ -17,19 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.mimo.encoders.patch_encoder import PatchEncoder
-from megatron.mimo.encoders.patch_grids import Grid, check_items
+from megatron.mimo.encoders.patch_encoder import PatchEncoder, check_sizes
+from megatron.mimo.encoders.patch_grids import Grid
 from megatron.mimo.encoders.plain import pretrained_encoder_config
 from megatron.mimo.encoders.projectors import Projector
 from megatron.mimo.encoders.qwen2_5_vl_geometry import (
     PatchGeometry,
-    PatchSequence,
     patch_sequence,
 )
 from megatron.mimo.encoders.vit import check_runs_whole
@@ -94,13 +92,7 @@ class WindowTransformer(PatchEncoder):
     ) -> None:
         super().__init__(config=config)
         check_runs_whole(config)
-        if patch_values < 1:
-            raise ConfigError(f"patch_values is {patch_values}; expected at least 1")
-        if config.kv_channels != geometry.head_size:
-            raise ConfigError(
-                f"the geometry's head size is {geometry.head_size}; expected "
-                f"{config.kv_channels}, the config's"
-            )
+        check_sizes(config, patch_values, geometry)
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group = pg_collection.tp
@@ -151,15 +143,14 @@ class WindowTransformer(PatchEncoder):
         Raises:
             InputError: patches and grids that do not fit each other or the model.
         """
-        check_items(pixel_values, grid, self.geometry, self.patch_embedding.in_features)
-        count = len(grid)
-        if count == 0:
-            # A blank item, whose rows are dropped below, gives every parameter a gradient of zero
-            # instead of none, so that this rank takes part in the reductions that others enter.
-            blank = self.blank_inputs()
-            pixel_values, grid = blank["pixel_values"], blank["grid"]
-        weight = self.patch_embedding.weight
-        sequence = self._sequence(grid, weight)
+        count, weight = len(grid), self.patch_embedding.weight
+        pixel_values, grids = self.some_items(pixel_values, grid)
+        sequence = patch_sequence(
+            grids,
+            self.geometry,
+            weight.device,
+            borders_on_host=borders_on_host(self.config, weight),
+        )
         pixels_TE = torch.cat([one_TE.to(weight.dtype) for one_TE in pixel_values])
         hidden_TH = self.patch_embedding(pixels_TE.index_select(0, sequence.order_T))
         hidden_T1H = self.transformer(
@@ -168,11 +159,6 @@ class WindowTransformer(PatchEncoder):
         rows_RF = hidden_T1H.reshape(len(sequence.places_R), -1)
         rows_RF = rows_RF.index_select(0, sequence.places_R)
         return rows_RF if count else rows_RF[:0]
-
-    def _sequence(self, grid: Sequence[Grid], like: Tensor) -> PatchSequence:
-        grids = tuple((frames, lines, columns) for frames, lines, columns in grid)
-        on_host = borders_on_host(self.config, like)
-        return patch_sequence(grids, self.geometry, like.device, borders_on_host=on_host)
 
 
 class PatchMerger(MegatronModule):

@@ -54,9 +54,9 @@ def _layer_spec(config: TransformerConfig, turning: Any) -> ModuleSpec:
 
 
 class TurningAttention(MegatronModule):
-    """In the place of a ``core_attention``; takes packed sequences that are a ``TurnedSequence``.
+    """Rotates queries and keys, then attends within frames; takes the place of ``core_attention``.
 
-    Each frame attends to itself.
+    Packed sequences have to be a ``TurnedSequence``.
 
     Args:
         config: of the encoder.
@@ -120,7 +120,7 @@ class TurningAttention(MegatronModule):
         return out
 
     def borders(self, sequence: Any) -> PackedSeqParams:
-        """Where what attends to itself begins and ends."""
+        """Where the pieces that attend to themselves begin and end."""
         whole: PackedSeqParams = sequence
         return whole
 

@@ -26,8 +26,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.mimo.encoders.patch_encoder import PatchEncoder
-from megatron.mimo.encoders.patch_grids import Grid, check_items
+from megatron.mimo.encoders.patch_encoder import PatchEncoder, check_sizes
+from megatron.mimo.encoders.patch_grids import Grid
 from megatron.mimo.encoders.plain import plain_encoder_config
 from megatron.mimo.encoders.qwen3_vl_geometry import FrameGeometry, frame_sequence
 from megatron.mimo.encoders.vit import check_runs_whole
@@ -101,7 +101,8 @@ class FrameTransformer(PatchEncoder):
     ) -> None:
         super().__init__(config=config)
         check_runs_whole(config)
-        _check(config, patch_values, geometry, level_layers)
+        check_sizes(config, patch_values, geometry)
+        _check_levels(level_layers, config.num_layers)
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group = pg_collection.tp
@@ -151,16 +152,10 @@ class FrameTransformer(PatchEncoder):
         Raises:
             InputError: patches and grids that do not fit each other or the model.
         """
-        check_items(pixel_values, grid, self.geometry, self.patch_embedding.in_features)
-        count = len(grid)
-        if count == 0:
-            # A blank item, whose rows are dropped below, gives every parameter a gradient of zero
-            # instead of none, so that this rank takes part in the reductions that others enter.
-            blank = self.blank_inputs()
-            pixel_values, grid = blank["pixel_values"], blank["grid"]
-        weight = self.patch_embedding.weight
+        count, weight = len(grid), self.patch_embedding.weight
+        pixel_values, grids = self.some_items(pixel_values, grid)
         sequence = frame_sequence(
-            tuple((frames, lines, columns) for frames, lines, columns in grid),
+            grids,
             self.geometry,
             weight.device,
             borders_on_host=borders_on_host(self.config, weight),
@@ -177,13 +172,13 @@ class FrameTransformer(PatchEncoder):
         return EncodedRows(rows_NH=rows_RF, levels=tuple(levels)).simplest()
 
     def _positions(self, taps_T4: Tensor, weights_T4: Tensor) -> Tensor:
-        """What is learned at four points of the square grid, weighted: [T, H], summed in fp32."""
+        """Interpolate the learned positions, in fp32: [T, H]."""
         table = self.position_embedding.float()
         found_TH = F.embedding_bag(taps_T4, table, per_sample_weights=weights_T4, mode="sum")
         return found_TH.to(self.position_embedding.dtype)
 
     def _layers(self, hidden_T1H: Tensor, sequence: Any) -> tuple[Tensor, list[Tensor]]:
-        """What the last layer gives, and what those of ``level_layers`` do."""
+        """The outputs of the last layer and of those in ``level_layers``."""
         given = {"attention_mask": None, "packed_seq_params": sequence}
         if not self.level_layers:
             return self.transformer(hidden_T1H, **given), []
@@ -194,22 +189,10 @@ class FrameTransformer(PatchEncoder):
         return last, between
 
 
-def _check(
-    config: TransformerConfig,
-    patch_values: int,
-    geometry: FrameGeometry,
-    level_layers: Sequence[int],
-) -> None:
-    if patch_values < 1:
-        raise ConfigError(f"patch_values is {patch_values}; expected at least 1")
-    if config.kv_channels != geometry.head_size:
-        raise ConfigError(
-            f"the geometry's head size is {geometry.head_size}; expected "
-            f"{config.kv_channels}, the config's"
-        )
+def _check_levels(level_layers: Sequence[int], num_layers: int) -> None:
     ascending = all(one < other for one, other in pairwise(level_layers))
-    if not ascending or not set(level_layers) <= set(range(config.num_layers)):
+    if not ascending or not set(level_layers) <= set(range(num_layers)):
         raise ConfigError(
             f"levels are given by layers {list(level_layers)}; expected ascending numbers from 0 "
-            f"to {config.num_layers - 1}, of the encoder's layers"
+            f"to {num_layers - 1}, of the encoder's layers"
         )

@@ -1,7 +1,7 @@
 """Where the patches of Qwen3-VL's images and clips stand, computed on the host from their sizes.
 
-Learned positions are those of a square grid, whose corners are the item's corners: a patch between
-four points of it takes of each the more, the nearer it is. All frames of a clip have the same.
+Positions are learned on a square grid, whose corners are the item's corners: that of a patch is
+interpolated from the four points around it. All frames of a clip have the same positions.
 
 Legend: T patches of all items, D head size.
 """
@@ -44,8 +44,8 @@ class FrameSequence(TurnedSequence):
     """A sequence with interpolated learned positions.
 
     Attributes:
-        taps_T4: int64 [T, 4], the points of the square grid that a patch stands between.
-        weights_T4: fp32 [T, 4], what it takes of each.
+        taps_T4: int64 [T, 4], the four points of the square grid around a patch.
+        weights_T4: fp32 [T, 4], the weight of each.
     """
 
     taps_T4: Tensor

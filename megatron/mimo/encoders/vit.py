@@ -38,9 +38,9 @@ def encoder_config(
     Precision, activation, initialisation, dropout, recomputation and tensor parallelism are the
     language model's. The encoder has no experts or linear layers, and runs whole on each
     tensor-parallel group that has it, or by pipeline stages of its own: no context or sequence
-    parallelism. Its rows are
-    as many as a micro-batch's media give, which neither FP8 and FP4 (tokens by the eight) nor CUDA
-    graphs (fixed shapes) take: it runs in the language model's ``params_dtype``, uncaptured.
+    parallelism. The number of its rows varies with a micro-batch's media, which FP8 and FP4 (tokens
+    in multiples of eight) and CUDA graphs (fixed shapes) do not allow: it runs in the language
+    model's ``params_dtype``, outside of graphs.
 
     Args:
         language: configuration of the language model.
@@ -123,7 +123,7 @@ def _check_sizes(
 
 
 def _only_in_language(config: TransformerConfig) -> dict[str, Any]:
-    """Defaults of what only experts and linear layers have, of which encoders have none."""
+    """Default values of the fields of experts and linear layers, which encoders do not have."""
     defaults = {}
     for field in fields(config):
         if field.name.startswith(("moe_", "expert_")) or field.name in _EXPERTS_AND_LINEAR:
@@ -243,7 +243,7 @@ class VisionTransformer(MegatronModule):
         )
 
     def set_input_tensor(self, hidden_PNH: Tensor) -> None:
-        """What the next call goes on from, on a stage behind the first."""
+        """The hidden states with which the next call begins, on a stage behind the first."""
         self.transformer.set_input_tensor(hidden_PNH)
 
     def blank_inputs(self) -> dict[str, Tensor]:
@@ -297,7 +297,7 @@ class VisionTransformer(MegatronModule):
         return self._leave(self.transformer(hidden_PNH, attention_mask=None)[:, :count])
 
     def _leave(self, hidden_PNH: Tensor) -> Tensor:
-        """What this stage gives."""
+        """The output of this stage."""
         if not self.is_last_stage:
             return hidden_PNH
         return hidden_PNH.transpose(0, 1).reshape(-1, hidden_PNH.shape[-1])

@@ -1,7 +1,7 @@
 """The recipes this project ships, by name.
 
-Nothing heavy is imported here, Megatron with its seconds least of all: a recipe's module is loaded
-when the recipe is asked for, and the error that refuses one when it is raised.
+Nothing heavy is imported here (Megatron takes seconds): a recipe's module is loaded when the recipe
+is asked for, and the class of an error when it is raised.
 """
 
 from __future__ import annotations

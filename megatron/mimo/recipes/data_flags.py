@@ -1,4 +1,4 @@
-"""Where training data come from and in which order they are read: flags, and what they say."""
+"""Flags of where training data come from and in which order they are read."""
 
 from __future__ import annotations
 

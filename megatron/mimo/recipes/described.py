@@ -1,7 +1,7 @@
-"""Flags that change what a model computes, held against the configuration that describes it.
+"""Refuses flags that make another model than the Hugging Face configuration describes.
 
-A checkpoint of a model family keeps a Hugging Face configuration, which export, generation and
-``verify`` read. A run whose flags mean another model would leave a description of no model.
+A checkpoint of a model family keeps this configuration, and export, generation and ``verify`` read
+it: with other flags it would describe a model that does not exist.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SAID = (
     *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
     *("linear_num_key_heads", "linear_num_value_heads"),
 )
-# What no family has unless it says so, and the values with which it is not there.
+# What a family has only if it says so, and the values that mean that it is absent.
 _ABSENT: Mapping[str, object] = {
     "use_rope_scaling": False,
     "rope_scaling_factor": 8.0,

@@ -88,10 +88,10 @@ def digits() -> Recipe:
 
 
 def describe(given: Namespace) -> dict[str, object]:
-    """What depends on the device: the size of a micro-batch, and who reads it.
+    """Defaults that depend on the device: the size of a micro-batch, and which process reads it.
 
-    On CPUs the training process: a sample takes less time than sending it between processes. A GPU
-    would wait for it half of the time.
+    On CPUs the training process reads: that takes less time than sending samples between processes.
+    A GPU would wait half of the time, so that workers read for it.
     """
     device = capabilities().device
     return {
@@ -206,9 +206,9 @@ def tower_parts(
 
 
 def _without_compiling(config: TransformerConfig) -> TransformerConfig:
-    """On a GPU the same activation as a kernel of torch's: compiling one takes as long as training.
+    """The same activation (tanh GELU), on a GPU as a kernel of torch's own.
 
-    megatron-core's fused GELU is the tanh approximation.
+    Compiling megatron-core's fused GELU would take as long as the training.
     """
     if capabilities().device != "cuda" or not config.bias_activation_fusion:
         return config

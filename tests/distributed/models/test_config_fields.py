@@ -101,6 +101,19 @@ def test_every_field_of_every_class_has_a_rule() -> None:
         check_fields(config, load_family(config.model_type).fields)
 
 
+def test_every_field_has_other_values_to_try() -> None:
+    for kind, known in rules().items():
+        tried = {
+            name
+            for name, rule in known.items()
+            if name not in (*PARTS, "model_type")
+            and not (rule is ASIDE and every_class_has(name))
+            and not (kind == "whisper" and name in UNREAD)
+        }
+        missing = sorted(tried - OTHERS.get(kind, {}).keys())
+        assert not missing, f"field_values.py has no other values of {kind}'s {missing}; add some"
+
+
 def test_a_field_that_is_not_known_has_its_default() -> None:
     family = load_family("llava")
     config: Any = family.tiny()

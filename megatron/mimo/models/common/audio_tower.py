@@ -140,18 +140,18 @@ def audio_entries(audio: Any, *, mimo: str, hf: str) -> tuple[KeyEntry, ...]:
     layers = range(audio.encoder_layers)
     heads = audio.encoder_attention_heads
     ours, theirs = mimo + "transformer.layers.{i}.", hf + "layers.{i}."
-    rows = [KeyEntry(mimo=mimo + "position_embedding", hf=(hf + "embed_positions.weight",))]
+    entries = [KeyEntry(mimo=mimo + "position_embedding", hf=(hf + "embed_positions.weight",))]
     for kind in ("weight", "bias"):
-        rows += [
+        entries += [
             KeyEntry(mimo=f"{mimo}{name}.{kind}", hf=(f"{hf}{other}.{kind}",))
             for name, other in _OUTSIDE.items()
         ]
-        rows += [
+        entries += [
             KeyEntry(mimo=f"{ours}{name}.{kind}", hf=(f"{theirs}{other}.{kind}",), layers=layers)
             for name, other in _LAYER.items()
         ]
         missing = ("k",) if kind == "bias" else ()
-        rows.append(
+        entries.append(
             KeyEntry(
                 mimo=f"{ours}self_attention.linear_qkv.{kind}",
                 hf=tuple(
@@ -163,7 +163,7 @@ def audio_entries(audio: Any, *, mimo: str, hf: str) -> tuple[KeyEntry, ...]:
                 layers=layers,
             )
         )
-    return tuple(rows)
+    return tuple(entries)
 
 
 _OUTSIDE = {"conv1": "conv1", "conv2": "conv2", "final_layernorm": "layer_norm"}

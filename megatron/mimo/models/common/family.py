@@ -53,9 +53,9 @@ def transformers_model(config: PreTrainedConfig) -> nn.Module:
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Let what is imported in the block find no package of kernels.
+    """Hide packages of GPU kernels from what is imported in the block.
 
-    transformers decides at the import of a model, and then calls a package's kernels on a CPU too.
+    transformers decides by them when a model is imported, and would call their kernels on a CPU.
     """
     found = {name: sys.modules[name] for name in _KERNELS if name in sys.modules}
     hidden: dict[str, Any] = dict.fromkeys(_KERNELS)
@@ -80,16 +80,16 @@ class Family:
         build: the model's configuration on one rank. The settings describe the language model,
             the places where each module lives, the configuration everything else.
         keys: names of the parameters in both formats.
-        media: what the data side needs.
-        sample: one conversation.
+        media: placeholders and formats of its media.
+        sample: translates one conversation from Hugging Face's form.
         tiny: a configuration of this family that trains on a CPU in seconds: for tests, and to
             check an installation.
         example: one random conversation, in the form that ``sample`` takes, with other numbers
             and sizes of media at each call.
         reference: Hugging Face's model of a configuration, with random weights.
         assembly: how a model is put together from separate ones; None where it cannot be.
-        box_units: width and height of an image of that size (width, height) in the units in which
-            the model reads boxes; given its processor. None where there is no such convention.
+        box_units: from the processor and an image's size to the width and height of that image in
+            the units of the model's boxes; None where the model has no such convention.
         placeholders: kind of medium -> its placeholder token in Hugging Face's conversations; None
             where they are the modalities.
     """
@@ -124,8 +124,7 @@ def sample_collator(
 ) -> SampleCollator:
     """The collator of a model; it pads with the model's padding token.
 
-    Where that stands for a medium, or there is none, it pads with the first token that stands for
-    none.
+    If there is none, or it stands for a medium, it pads with the first token that does not.
 
     Args:
         family: the model's.

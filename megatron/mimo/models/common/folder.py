@@ -1,4 +1,4 @@
-"""What a Hugging Face folder may name: its own files, and no Python.
+"""Checks that a Hugging Face folder consists of files of its own.
 
 A folder is data from elsewhere. Symbolic links in it would bring other files of this machine into
 a checkpoint, or into what is exported from it.

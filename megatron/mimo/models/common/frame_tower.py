@@ -37,7 +37,7 @@ _IMAGES = "modality_submodules.images."
 
 
 def frame_rules(*more: str) -> dict[str, Rule]:
-    """What becomes of the fields of its configuration, with these beside those of Qwen3.5's."""
+    """What becomes of the fields of its configuration; ``more`` are those that Qwen3.5's lacks."""
     return field_rules(
         "depth hidden_size hidden_act intermediate_size num_heads in_channels patch_size "
         "spatial_merge_size temporal_patch_size out_hidden_size num_position_embeddings "
@@ -154,7 +154,7 @@ def vision_entries(vision: Any) -> tuple[KeyEntry, ...]:
             for ours, name in names
         ]
 
-    rows = [
+    entries = [
         KeyEntry(
             mimo=encoder + "patch_embedding.weight",
             hf=(theirs + "patch_embed.proj.weight",),
@@ -165,7 +165,7 @@ def vision_entries(vision: Any) -> tuple[KeyEntry, ...]:
     ]
     levels = range(len(level_layers(vision)))
     for kind in ("weight", "bias"):
-        rows += [
+        entries += [
             layer(f"input_layernorm.{kind}", f"norm1.{kind}"),
             layer(f"pre_mlp_layernorm.{kind}", f"norm2.{kind}"),
             layer(f"self_attention.linear_qkv.{kind}", f"attn.qkv.{kind}", transform=qkv),
@@ -175,4 +175,4 @@ def vision_entries(vision: Any) -> tuple[KeyEntry, ...]:
             *merger("input_projections.0", "merger", kind),
             *(merger("level_projections.{i}", "deepstack_merger_list.{i}", kind, levels)),
         ]
-    return tuple(rows)
+    return tuple(entries)

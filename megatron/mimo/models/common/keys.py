@@ -1,8 +1,8 @@
 """Which parameter is which in Hugging Face's format: one table, read in both directions.
 
-A table is data. A row says that one parameter of ours, by its name in the module tree, is made of
-one or more Hugging Face weights, and by which transform; ``{i}`` in its names stands for a layer's
-number. Nothing here knows of files, checkpoints or process groups.
+A table is data. An entry says that one parameter of ours, by its name in the module tree, is made
+of one or more Hugging Face weights, and by which transform; ``{i}`` in its names stands for a
+layer's number. Nothing here knows of files, checkpoints or process groups.
 
 Legend: O output features, I input features, V vocabulary.
 """
@@ -43,10 +43,10 @@ class Transform(Protocol):
     """
 
     def to_mimo(self, parts: Sequence[Tensor]) -> Tensor:
-        """Our parameter, from the Hugging Face weights of the row, in the row's order."""
+        """Our parameter, from the Hugging Face weights of an entry, in the entry's order."""
 
     def to_hf(self, tensor: Tensor) -> list[Tensor]:
-        """The Hugging Face weights of the row, from our parameter."""
+        """The Hugging Face weights of an entry, from our parameter."""
 
 
 @dataclass(frozen=True)

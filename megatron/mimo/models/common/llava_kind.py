@@ -22,6 +22,7 @@ from megatron.mimo.models.common.language import (
 )
 from megatron.mimo.models.common.place import Place
 from megatron.mimo.models.common.vision_tower import (
+    image_items,
     image_shape,
     rows_per_image,
     tower_carried,
@@ -34,9 +35,9 @@ __all__ = [
     "CLIP_OR_SIGLIP",
     "LLAVA_FIELDS",
     "MODULE_TREE",
+    "conversation_images",
     "image_encoders",
     "image_format",
-    "image_items",
     "key_table",
     "language",
     "projector_entries",
@@ -60,7 +61,7 @@ MODULE_TREE = (
     ("lm_head.", "language_model.lm_head."),
     ("model.", ""),
 )
-"""Aliases: what transformers 5 calls parts in its module tree, and does not write itself."""
+"""Aliases: names of parts in the module tree of transformers 5, which files do not have."""
 
 
 def language(config: Any) -> dict[str, object]:
@@ -113,7 +114,7 @@ def key_table(config: Any, *, projector: str = "", more: tuple[KeyEntry, ...] = 
     Args:
         config: its Hugging Face configuration.
         projector: where the projector is within our projection.
-        more: rows of what LLaVA does not have.
+        more: entries of what LLaVA does not have.
     """
     vision, layer = config.vision_config, config.vision_feature_layer
     encoder = f"{_IMAGES}encoders.{tower_name(vision)}."
@@ -153,16 +154,8 @@ def image_format(config: Any) -> MediaFormat:
     )
 
 
-def image_items(config: Any, features: Mapping[str, Tensor]) -> tuple[MediaItem, ...]:
+def conversation_images(config: Any, features: Mapping[str, Tensor]) -> tuple[MediaItem, ...]:
     """The images of one conversation, ``pixel_values`` [images, C, height, width] if it has any."""
     vision = config.vision_config
     rows = rows_per_image(vision, strategy=config.vision_feature_select_strategy)
-    return tuple(
-        MediaItem(
-            modality="images",
-            encoder=tower_name(vision),
-            inputs={"pixel_values": image_CHW.float()},
-            rows=rows,
-        )
-        for image_CHW in features.get("pixel_values", ())
-    )
+    return image_items(features.get("pixel_values", ()), encoder=tower_name(vision), rows=rows)

@@ -74,9 +74,9 @@ class Places:
 
 
 def config_at(language: TransformerConfig, place: Place) -> TransformerConfig:
-    """The language model's configuration as a module at another place takes it: with its sizes.
+    """The language model's configuration with the parallel sizes of another place.
 
-    The very object where the place has the language model's sizes, as in the uniform layout.
+    Returns ``language`` itself where the place has the same sizes, as in the uniform layout.
     """
     sizes = {
         "tensor_model_parallel_size": place.tp_size,

@@ -67,7 +67,7 @@ def common_settings(parts: Mapping[str, Any], tokens: Mapping[str, int]) -> dict
 
 
 def vision_of(parts: Mapping[str, Any]) -> Any:
-    """The configuration of the part that sees, without that of the part that reads captions."""
+    """The configuration of the vision tower, also where the part has a text model beside it."""
     return getattr(parts[IMAGES], "vision_config", parts[IMAGES])
 
 

@@ -1,4 +1,4 @@
-"""What a language model is built of, once every flag is known: typed, and without the flags."""
+"""The settings that a language model is built of, as a typed value in place of flags."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LanguageSettings:
         max_positions: the longest sequence, in tokens.
         position_embedding: "rope", "mrope", "learned_absolute" or "none".
         rotary_base: base of the rotary frequencies.
-        rotary_percent: share of a head's channels that turn.
+        rotary_percent: share of a head's channels that are rotated.
         rope_scaling_factor: factor of Llama 3's scaling; None without it.
         ties_output: the output layer is the embedding.
         whole_logits: bytes of fp32 logits of a micro-batch, on this rank, above which the loss is

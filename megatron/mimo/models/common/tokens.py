@@ -15,7 +15,7 @@ __all__ = ["labels_or", "read_tokens", "runs_of"]
 def read_tokens(
     features: Mapping[str, Tensor], *media: str, name: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The token ids [L] of one conversation, and those of its media arguments that it has.
+    """The token ids [L] of one conversation, and its media arguments.
 
     Args:
         features: in Hugging Face's form; an ``attention_mask`` that hides nothing is let through.
@@ -49,7 +49,7 @@ def labels_or(is_label: Tensor | None, tokens_L: Tensor, placeholder: int) -> Te
 
 
 def runs_of(tokens_L: Tensor, token: int) -> list[int]:
-    """How many times a token stands, each time it does, without another between."""
+    """The lengths of a token's runs, in order."""
     is_token_L = (tokens_L == token).int()
     edges = torch.diff(is_token_L, prepend=is_token_L.new_zeros(1), append=is_token_L.new_zeros(1))
     starts, stops = (edges == 1).nonzero(), (edges == -1).nonzero()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from megatron.core.models.mimo.errors import UnsupportedError
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.mimo.data import MediaItem
 from megatron.mimo.encoders import ClipEncoder, layer_numbers, plain_encoder_config
 from megatron.mimo.layers import encoder_layer_spec
 from megatron.mimo.models.common.keys import FusedQKV, KeyEntry, Reshaped
 from megatron.mimo.models.common.place import Place
 
 __all__ = [
+    "image_items",
     "image_shape",
     "rows_per_image",
     "tower_carried",
@@ -50,6 +54,19 @@ def tower_name(vision: Any) -> str:
 def image_shape(vision: Any) -> tuple[int, int, int]:
     """Channels, height and width of every image."""
     return (vision.num_channels, vision.image_size, vision.image_size)
+
+
+def image_items(images: Iterable[Tensor], *, encoder: str, rows: int) -> tuple[MediaItem, ...]:
+    """Images [C, height, width] of one conversation, each an item of so many rows."""
+    return tuple(
+        MediaItem(
+            modality="images",
+            encoder=encoder,
+            inputs={"pixel_values": image_CHW.float()},
+            rows=rows,
+        )
+        for image_CHW in images
+    )
 
 
 def rows_per_image(vision: Any, *, strategy: str) -> int:
@@ -140,29 +157,29 @@ def tower_entries(
     convolution = (width, vision.num_channels, patch, patch)
     linear = Reshaped((width, vision.num_channels * patch**2), convolution)
 
-    def row(ours: str, theirs: str, **given: Any) -> KeyEntry:
+    def entry(ours: str, theirs: str, **given: Any) -> KeyEntry:
         return KeyEntry(mimo=mimo + ours, hf=(hf + theirs,), **given)
 
-    rows = [
-        row("patch_embedding.weight", "embeddings.patch_embedding.weight", transform=linear),
-        row("position_embedding", "embeddings.position_embedding.weight"),
+    entries = [
+        entry("patch_embedding.weight", "embeddings.patch_embedding.weight", transform=linear),
+        entry("position_embedding", "embeddings.position_embedding.weight"),
     ]
     if tower_name(vision) == "clip":
-        rows.append(row("class_embedding", "embeddings.class_embedding"))
-        rows += [row(f"pre_layernorm.{kind}", f"pre_layrnorm.{kind}") for kind in _KINDS]
+        entries.append(entry("class_embedding", "embeddings.class_embedding"))
+        entries += [entry(f"pre_layernorm.{kind}", f"pre_layrnorm.{kind}") for kind in _KINDS]
     else:
-        rows.append(row("patch_embedding.bias", "embeddings.patch_embedding.bias"))
+        entries.append(entry("patch_embedding.bias", "embeddings.patch_embedding.bias"))
     if post_norm:
         norm = "transformer.final_layernorm"
-        rows += [row(f"{norm}.{kind}", f"post_layernorm.{kind}") for kind in _KINDS]
+        entries += [entry(f"{norm}.{kind}", f"post_layernorm.{kind}") for kind in _KINDS]
     layers = range(max(layer_numbers(feature_layer, vision.num_hidden_layers)))
     ours, theirs = "transformer.layers.{i}.", "encoder.layers.{i}."
     for kind in _KINDS:
-        rows += [
-            row(f"{ours}{name}.{kind}", f"{theirs}{other}.{kind}", layers=layers)
+        entries += [
+            entry(f"{ours}{name}.{kind}", f"{theirs}{other}.{kind}", layers=layers)
             for name, other in _LAYER.items()
         ]
-        rows.append(
+        entries.append(
             KeyEntry(
                 mimo=f"{mimo}{ours}self_attention.linear_qkv.{kind}",
                 hf=tuple(f"{hf}{theirs}self_attn.{name}_proj.{kind}" for name in "qkv"),
@@ -170,7 +187,7 @@ def tower_entries(
                 layers=layers,
             )
         )
-    return tuple(rows)
+    return tuple(entries)
 
 
 def tower_carried(

@@ -35,6 +35,7 @@ __all__ = [
     "visual_item",
     "visual_language",
     "visual_media",
+    "visual_placeholders",
     "visuals_in_order",
 ]
 
@@ -68,7 +69,7 @@ def visual_fields(name: str, vision: Rules) -> ModelFields:
 
     Args:
         name: of the family, with which its parts' ``model_type`` begins.
-        vision: of the fields of the vision encoder's.
+        vision: what becomes of the fields of its vision encoder's configuration.
     """
     return ModelFields(
         rules=field_rules(
@@ -80,6 +81,11 @@ def visual_fields(name: str, vision: Rules) -> ModelFields:
             "vision_config": {f"{name}_vision": vision},
         },
     )
+
+
+def visual_placeholders(config: Any) -> dict[str, int]:
+    """The placeholder token of each kind of medium in Hugging Face's conversations."""
+    return {"images": config.image_token_id, "videos": config.video_token_id}
 
 
 def visual_language(config: Any) -> dict[str, object]:
@@ -99,7 +105,7 @@ def visual_language(config: Any) -> dict[str, object]:
 
 
 def visual_media(config: Any, encoder: str, **given: Any) -> Media:
-    """What the data side needs: one item is one image or clip.
+    """Placeholders and formats of its media: one item is one image or clip.
 
     Args:
         config: of the whole model.

@@ -1,9 +1,9 @@
-"""A padded vocabulary that computes what the vocabulary alone would.
+"""Keeps the padding of a vocabulary out of the loss, the gradients and what is generated.
 
 Megatron rounds a vocabulary up, to a multiple that grows with tensor parallelism, and its
-cross-entropy counts the rows of padding among the tokens that might have come. With the same
-weights the loss would differ by their share: from a model of Hugging Face, which has no such rows,
-and from layout to layout. They would be trained, and could be generated.
+cross-entropy counts the padding among the possible tokens. With the same weights the loss would
+differ by the padding's share: from a model of Hugging Face, which has none, and from layout to
+layout. Padding would be trained, and could be generated.
 
 Legend: S sequence, B micro-batch, V vocabulary, padded and divided over tensor-parallel ranks.
 """

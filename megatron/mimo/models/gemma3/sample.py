@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron.core.models.mimo.errors import InputError
-from megatron.mimo.data import MediaItem, Sample
+from megatron.mimo.data import Sample
 from megatron.mimo.models.common.tokens import labels_or, read_tokens, runs_of
-from megatron.mimo.models.common.vision_tower import tower_name
+from megatron.mimo.models.common.vision_tower import image_items, tower_name
 
 __all__ = ["sample"]
 
@@ -54,13 +54,5 @@ def sample(
         name=name,
         token_ids=tokens_L,
         is_label=labels_or(is_label, tokens_L, config.image_token_index),
-        media=tuple(
-            MediaItem(
-                modality="images",
-                encoder=tower_name(config.vision_config),
-                inputs={"pixel_values": image_CHW.float()},
-                rows=rows,
-            )
-            for image_CHW in pixels
-        ),
+        media=image_items(pixels, encoder=tower_name(config.vision_config), rows=rows),
     )

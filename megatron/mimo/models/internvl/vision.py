@@ -39,7 +39,7 @@ VISION_RULES = field_rules(
         "use_absolute_position_embeddings": (True,),
     },
 )
-"""Of the fields of its configuration."""
+"""What becomes of the fields of its configuration."""
 
 _IMAGES = "modality_submodules.images."
 _KINDS = ("weight", "bias")
@@ -63,7 +63,7 @@ def rows_per_tile(config: Any) -> int:
 
 
 def check_tiles(config: Any) -> None:
-    """Refuse sizes and features of which no rows can be made.
+    """Refuse sizes and feature layers from which no rows can be made.
 
     Raises:
         UnsupportedError: names the field.
@@ -183,7 +183,7 @@ def vision_specs(config: Any, language: TransformerConfig, place: Place) -> dict
 
 
 def _has_post_norm(config: Any) -> bool:
-    """Only what the whole tower gives is normed, and only where nothing is pooled."""
+    """Whether features are normed: only those of the last layer, and only without pooling."""
     return config.vision_feature_layer == -1 and not config.vision_config.use_mean_pooling
 
 
@@ -212,17 +212,17 @@ def _embedding_entries(vision: Any, mimo: str) -> Iterator[KeyEntry]:
     """Of patches, their positions and the class token."""
     width, patch, positions = vision.hidden_size, vision.patch_size[0], _side(vision) ** 2 + 1
 
-    def row(ours: str, theirs: str, transform: Transform) -> KeyEntry:
+    def entry(ours: str, theirs: str, transform: Transform) -> KeyEntry:
         hf = (f"vision_tower.embeddings.{theirs}",)
         return KeyEntry(mimo=mimo + ours, hf=hf, transform=transform)
 
-    yield row("class_embedding", "cls_token", Reshaped((width,), (1, 1, width)))
+    yield entry("class_embedding", "cls_token", Reshaped((width,), (1, 1, width)))
     shapes = (positions, width), (1, positions, width)
-    yield row("position_embedding", "position_embeddings", Reshaped(*shapes))
+    yield entry("position_embedding", "position_embeddings", Reshaped(*shapes))
     values = vision.num_channels * patch**2
     linear = Reshaped((width, values), (width, vision.num_channels, patch, patch))
-    yield row("patch_embedding.weight", "patch_embeddings.projection.weight", linear)
-    yield row("patch_embedding.bias", "patch_embeddings.projection.bias", _SAME)
+    yield entry("patch_embedding.weight", "patch_embeddings.projection.weight", linear)
+    yield entry("patch_embedding.bias", "patch_embeddings.projection.bias", _SAME)
 
 
 def _layer_entries(config: Any, mimo: str) -> Iterator[KeyEntry]:
@@ -232,25 +232,25 @@ def _layer_entries(config: Any, mimo: str) -> Iterator[KeyEntry]:
     heads = vision.num_attention_heads
     qkv = FusedQKV(heads=heads, groups=heads, head_size=vision.hidden_size // heads)
 
-    def row(ours: str, *theirs: str, transform: Transform = _SAME) -> KeyEntry:
+    def entry(ours: str, *theirs: str, transform: Transform = _SAME) -> KeyEntry:
         hf = tuple(f"vision_tower.encoder.layer.{{i}}.{name}" for name in theirs)
         return KeyEntry(mimo=mimo + ours, hf=hf, layers=layers, transform=transform)
 
     for kind in _KINDS if vision.norm_type == "layer_norm" else ("weight",):
-        yield row(f"input_layernorm.{kind}", f"layernorm_before.{kind}")
-        yield row(f"pre_mlp_layernorm.{kind}", f"layernorm_after.{kind}")
+        yield entry(f"input_layernorm.{kind}", f"layernorm_before.{kind}")
+        yield entry(f"pre_mlp_layernorm.{kind}", f"layernorm_after.{kind}")
     for kind in _KINDS if vision.attention_bias else ("weight",):
         names = (f"attention.{name}_proj.{kind}" for name in "qkv")
-        yield row(f"self_attention.linear_qkv.{kind}", *names, transform=qkv)
+        yield entry(f"self_attention.linear_qkv.{kind}", *names, transform=qkv)
     for kind in _KINDS:
-        yield row(f"self_attention.linear_proj.{kind}", f"attention.projection_layer.{kind}")
-        yield row(f"mlp.linear_fc1.{kind}", f"mlp.fc1.{kind}")
-        yield row(f"mlp.linear_fc2.{kind}", f"mlp.fc2.{kind}")
+        yield entry(f"self_attention.linear_proj.{kind}", f"attention.projection_layer.{kind}")
+        yield entry(f"mlp.linear_fc1.{kind}", f"mlp.fc1.{kind}")
+        yield entry(f"mlp.linear_fc2.{kind}", f"mlp.fc2.{kind}")
     for name in "qk" if vision.use_qk_norm else "":
         ours = f"self_attention.core_attention.{name}_norm.weight"
-        yield row(ours, f"attention.{name}_norm.weight")
-    yield row("self_attn_bda.scale", "lambda_1")
-    yield row("mlp_bda.scale", "lambda_2")
+        yield entry(ours, f"attention.{name}_norm.weight")
+    yield entry("self_attn_bda.scale", "lambda_1")
+    yield entry("mlp_bda.scale", "lambda_2")
 
 
 def vision_carried(config: Any) -> tuple[str, ...]:

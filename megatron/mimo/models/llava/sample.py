@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron.mimo.data import Sample
-from megatron.mimo.models.common.llava_kind import image_items
+from megatron.mimo.models.common.llava_kind import conversation_images
 from megatron.mimo.models.common.tokens import labels_or, read_tokens
 
 __all__ = ["sample"]
@@ -27,5 +27,5 @@ def sample(
         name=name,
         token_ids=tokens_L,
         is_label=labels_or(is_label, tokens_L, config.image_token_index),
-        media=image_items(config, given),
+        media=conversation_images(config, given),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron.mimo.data import MediaItem, Sample
 from megatron.mimo.models.common.audio_tower import audio_items
-from megatron.mimo.models.common.llava_kind import image_items
+from megatron.mimo.models.common.llava_kind import conversation_images
 from megatron.mimo.models.common.tokens import labels_or, read_tokens
 
 __all__ = ["sample"]
@@ -32,7 +32,7 @@ def sample(
     is_label_L = labels_or(is_label, tokens_L, config.image_token_index)
     if is_label is None:
         is_label_L = is_label_L & (tokens_L != config.audio_token_index)
-    seen = image_items(config, given)
+    seen = conversation_images(config, given)
     heard = audio_items(config.audio_config, clips, modality="audio", name=name)
     return Sample(
         name=name,

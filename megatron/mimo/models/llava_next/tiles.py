@@ -25,7 +25,7 @@ Size = tuple[int, int]  # height, width
 
 
 def best_resolution(size: Size, resolutions: Sequence[Sequence[int]]) -> Size:
-    """The resolution in which most of an image's pixels survive; of equal ones the smallest.
+    """The resolution that keeps most of an image's pixels; of equally good ones the smallest.
 
     Args:
         size: of the image.
@@ -52,8 +52,8 @@ def tiles_of(config: Any, size: Size) -> Size:
 def row_sources(config: Any, size: Size) -> Tensor:
     """int64 [rows]: where each row of an image comes from, see ``AnyResolutionSubmodules``.
 
-    First all rows of the first tile. Then line by line those of the others, without what they
-    have above and below, or left and right, of the image; a newline ends each line.
+    First come all rows of the first tile, then the rows of the others line by line, without
+    those of padding around the image; a newline ends each line.
 
     Args:
         config: of the model.
@@ -70,7 +70,7 @@ def row_sources(config: Any, size: Size) -> Tensor:
 
 
 def _without_padding(size: Size, grid: Size) -> tuple[int, int, int, int]:
-    """Lines from and to, columns from and to, that an image fills of a grid it is centred in."""
+    """First and last line, first and last column of a grid that an image, centred in it, fills."""
     (height, width), (grid_height, grid_width) = size, grid
     if width / height > grid_width / grid_height:
         filled = int(round(height * (grid_width / width), 7))

@@ -21,6 +21,7 @@ from megatron.mimo.models.common.visuals import (
     visual_fields,
     visual_language,
     visual_media,
+    visual_placeholders,
 )
 from megatron.mimo.models.qwen2_5_vl.keys import key_table
 from megatron.mimo.models.qwen2_5_vl.sample import sample
@@ -119,7 +120,7 @@ def example(config: Any, generator: Generator) -> dict[str, Tensor]:
 
 
 def resized(processor: Any, size: Size) -> Size:
-    """Width and height as the processor resizes an image of this size: pixels count in boxes."""
+    """The size to which the processor resizes an image: boxes are in pixels of it."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     images, (width, height) = processor.image_processor, size
@@ -144,9 +145,6 @@ FAMILY = Family(
     sample=sample,
     tiny=tiny,
     example=example,
-    placeholders=lambda config: {
-        "images": config.image_token_id,
-        "videos": config.video_token_id,
-    },
+    placeholders=visual_placeholders,
     box_units=resized,
 )

@@ -28,7 +28,7 @@ VISION_RULES = field_rules(
     "spatial_merge_size temporal_patch_size tokens_per_second window_size out_hidden_size "
     "fullatt_block_indexes rope_parameters"
 )
-"""Of the fields of its configuration."""
+"""What becomes of the fields of its configuration."""
 
 _IMAGES = "modality_submodules.images."
 
@@ -101,28 +101,28 @@ def vision_entries(vision: Any) -> tuple[KeyEntry, ...]:
     convolution = (vision.hidden_size, *patch_shape(vision))
     linear = Reshaped((vision.hidden_size, patch_values(vision)), convolution)
 
-    def row(mimo: str, *hf: str, **given: Any) -> KeyEntry:
+    def entry(mimo: str, *hf: str, **given: Any) -> KeyEntry:
         names = tuple(theirs + name for name in hf)
         return KeyEntry(mimo=ours + mimo, hf=names, layers=range(vision.depth), **given)
 
-    rows = [
+    entries = [
         KeyEntry(
             mimo=encoder + "patch_embedding.weight",
             hf=("visual.patch_embed.proj.weight",),
             transform=linear,
         ),
-        row("input_layernorm.weight", "norm1.weight"),
-        row("pre_mlp_layernorm.weight", "norm2.weight"),
+        entry("input_layernorm.weight", "norm1.weight"),
+        entry("pre_mlp_layernorm.weight", "norm2.weight"),
         KeyEntry(mimo=merger + "norm.weight", hf=("visual.merger.ln_q.weight",)),
     ]
     for kind in ("weight", "bias"):
         gate_up = (f"mlp.gate_proj.{kind}", f"mlp.up_proj.{kind}")
-        rows += [
-            row(f"self_attention.linear_qkv.{kind}", f"attn.qkv.{kind}", transform=qkv),
-            row(f"self_attention.linear_proj.{kind}", f"attn.proj.{kind}"),
-            row(f"mlp.linear_fc1.{kind}", *gate_up, transform=Concatenated(2)),
-            row(f"mlp.linear_fc2.{kind}", f"mlp.down_proj.{kind}"),
+        entries += [
+            entry(f"self_attention.linear_qkv.{kind}", f"attn.qkv.{kind}", transform=qkv),
+            entry(f"self_attention.linear_proj.{kind}", f"attn.proj.{kind}"),
+            entry(f"mlp.linear_fc1.{kind}", *gate_up, transform=Concatenated(2)),
+            entry(f"mlp.linear_fc2.{kind}", f"mlp.down_proj.{kind}"),
             KeyEntry(mimo=f"{merger}mlp.linear_fc1.{kind}", hf=(f"visual.merger.mlp.0.{kind}",)),
             KeyEntry(mimo=f"{merger}mlp.linear_fc2.{kind}", hf=(f"visual.merger.mlp.2.{kind}",)),
         ]
-    return tuple(rows)
+    return tuple(entries)

@@ -20,7 +20,12 @@ from megatron.mimo.models.common.language.interleaved import interleaved_spec
 from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT
-from megatron.mimo.models.common.visuals import visual_fields, visual_language, visual_media
+from megatron.mimo.models.common.visuals import (
+    visual_fields,
+    visual_language,
+    visual_media,
+    visual_placeholders,
+)
 from megatron.mimo.models.qwen3_5.keys import key_table
 
 __all__ = ["FAMILY", "TINY_PARTS", "qwen3_5_family"]
@@ -108,10 +113,7 @@ def qwen3_5_family(name: str, tiny: Any) -> Family:
         sample=sample,
         tiny=tiny,
         example=example,
-        placeholders=lambda config: {
-            "images": config.image_token_id,
-            "videos": config.video_token_id,
-        },
+        placeholders=visual_placeholders,
     )
 
 

@@ -14,7 +14,7 @@ __all__ = ["DeepstackGPT", "deepstack_spec"]
 
 
 class DeepstackGPT(TakesLevels, InterleavedGPT):
-    """A GPTModel whose layers add levels of rows, and whose axes of positions take turns."""
+    """A GPTModel with interleaved multimodal RoPE whose layers add levels of rows."""
 
 
 def deepstack_spec(settings: LanguageSettings, place: Place, text: Any) -> ModuleSpec:

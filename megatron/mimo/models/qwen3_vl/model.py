@@ -23,7 +23,12 @@ from megatron.mimo.models.common.language import text_config
 from megatron.mimo.models.common.place import Places, config_at
 from megatron.mimo.models.common.settings import LanguageSettings
 from megatron.mimo.models.common.tiny import TINY_TEXT
-from megatron.mimo.models.common.visuals import visual_fields, visual_language, visual_media
+from megatron.mimo.models.common.visuals import (
+    visual_fields,
+    visual_language,
+    visual_media,
+    visual_placeholders,
+)
 from megatron.mimo.models.qwen3_vl.keys import key_table
 from megatron.mimo.models.qwen3_vl.language import deepstack_spec
 
@@ -120,10 +125,7 @@ def qwen3_vl_family(name: str, tiny: Any) -> Family:
         sample=sample,
         tiny=tiny,
         example=example,
-        placeholders=lambda config: {
-            "images": config.image_token_id,
-            "videos": config.video_token_id,
-        },
+        placeholders=visual_placeholders,
         box_units=lambda *_: (1000, 1000),
     )
 

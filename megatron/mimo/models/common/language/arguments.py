@@ -24,7 +24,7 @@ __all__ = ["language_arguments", "text_config"]
 
 
 def text_config(config: Any) -> Any:
-    """The language model's configuration, tied or not as the whole model's says."""
+    """The language model's configuration, with its output layer tied as the whole model's says."""
     text = copy.copy(config.text_config)
     text.tie_word_embeddings = config.tie_word_embeddings
     return text
@@ -116,13 +116,14 @@ def _of_linear_layers(text: Any) -> dict[str, object]:
 
 
 def _of_experts(text: Any) -> dict[str, object]:
-    """Softmax over all experts, then the best of them, whose weights may be made to sum to one.
+    """Arguments of layers with experts; none without such layers.
 
-    The best of a softmax, divided by their sum, are the softmax of the best, which is what Megatron
-    computes without ``moe_router_pre_softmax``.
+    A router takes the softmax over all experts, then the best of them, and may divide their
+    weights by the sum. The result of the division is the softmax over the best alone, which is
+    what Megatron computes without ``moe_router_pre_softmax``.
 
-    The loss that balances experts is there where transformers adds it, with
-    ``output_router_logits``; Megatron's own is not.
+    The loss that balances experts is added where transformers adds it, with
+    ``output_router_logits``, in place of Megatron's own.
     """
     layers = expert_layers(text)
     if not layers:
@@ -145,12 +146,12 @@ def _of_experts(text: Any) -> dict[str, object]:
 
 
 def _number(value: float) -> int | float:
-    """The same number, whole where it is: Megatron prints and compares whole bases."""
+    """A number as an int where it is whole, as Megatron prints and compares RoPE's base."""
     return int(value) if value == int(value) else value
 
 
 def _section(text: Any, kind: LanguageKind) -> list[int]:
-    """How many frequencies of a head turn with time, height and width."""
+    """How many frequencies of a head belong to time, height and width."""
     return list(text.rope_parameters.get("mrope_section") or kind.mrope or ())
 
 

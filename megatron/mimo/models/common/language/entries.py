@@ -52,102 +52,102 @@ def language_entries(
     layers = range(text.num_hidden_layers)
     vocabulary = PaddedVocabulary(text.vocab_size)
 
-    def row(mimo: str, *hf: str, **given: Any) -> KeyEntry:
+    def entry(mimo: str, *hf: str, **given: Any) -> KeyEntry:
         names = tuple(theirs + name for name in hf)
         return KeyEntry(mimo=_OURS + mimo, hf=names, **{"layers": layers, **given})
 
     embedding = "language_model.embedding.word_embeddings.weight"
-    rows = [
+    entries = [
         KeyEntry(mimo=embedding, hf=(model + "embed_tokens.weight",), transform=vocabulary),
-        row("input_layernorm.weight", "input_layernorm.weight"),
-        *_attention_entries(text, row),
-        *linear_entries(text, row),
-        *_norm_entries(text, row),
-        *_feed_forward_entries(text, row, experts),
+        entry("input_layernorm.weight", "input_layernorm.weight"),
+        *_attention_entries(text, entry),
+        *linear_entries(text, entry),
+        *_norm_entries(text, entry),
+        *_feed_forward_entries(text, entry, experts),
         KeyEntry(mimo="language_model.decoder.final_layernorm.weight", hf=(model + "norm.weight",)),
     ]
     if not text.tie_word_embeddings:
         output = "language_model.output_layer.weight"
-        rows.append(KeyEntry(mimo=output, hf=(head + "lm_head.weight",), transform=vocabulary))
-    return tuple(rows)
+        entries.append(KeyEntry(mimo=output, hf=(head + "lm_head.weight",), transform=vocabulary))
+    return tuple(entries)
 
 
-def _norm_entries(text: Any, row: Any) -> list[KeyEntry]:
-    """Rows of the norms around the feed-forward."""
+def _norm_entries(text: Any, entry: Any) -> list[KeyEntry]:
+    """Entries of the norms around the feed-forward."""
     if not kind_of(text).sandwich_norms:
-        return [row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight")]
+        return [entry("pre_mlp_layernorm.weight", "post_attention_layernorm.weight")]
     return [
-        row("post_self_attn_layernorm.weight", "post_attention_layernorm.weight"),
-        row("pre_mlp_layernorm.weight", "pre_feedforward_layernorm.weight"),
-        row("post_mlp_layernorm.weight", "post_feedforward_layernorm.weight"),
+        entry("post_self_attn_layernorm.weight", "post_attention_layernorm.weight"),
+        entry("pre_mlp_layernorm.weight", "pre_feedforward_layernorm.weight"),
+        entry("post_mlp_layernorm.weight", "post_feedforward_layernorm.weight"),
     ]
 
 
-def _feed_forward_entries(text: Any, row: Any, stored: Stored) -> list[KeyEntry]:
-    """Rows of dense layers, and of the router and the experts of the others."""
+def _feed_forward_entries(text: Any, entry: Any, stored: Stored) -> list[KeyEntry]:
+    """Entries of dense layers, and of the router and the experts of the others."""
     sparse = expert_layers(text)
     dense = [layer for layer in range(text.num_hidden_layers) if layer not in sparse]
-    rows = []
+    entries = []
     if dense:
         gate_up = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
-        rows += [
-            row("mlp.linear_fc1.weight", *gate_up, transform=Concatenated(2), layers=dense),
-            row("mlp.linear_fc2.weight", "mlp.down_proj.weight", layers=dense),
+        entries += [
+            entry("mlp.linear_fc1.weight", *gate_up, transform=Concatenated(2), layers=dense),
+            entry("mlp.linear_fc2.weight", "mlp.down_proj.weight", layers=dense),
         ]
     if dense and has_bias(text, "mlp_bias"):
         gate_up = ("mlp.gate_proj.bias", "mlp.up_proj.bias")
-        rows += [
-            row("mlp.linear_fc1.bias", *gate_up, transform=Concatenated(2), layers=dense),
-            row("mlp.linear_fc2.bias", "mlp.down_proj.bias", layers=dense),
+        entries += [
+            entry("mlp.linear_fc1.bias", *gate_up, transform=Concatenated(2), layers=dense),
+            entry("mlp.linear_fc2.bias", "mlp.down_proj.bias", layers=dense),
         ]
     if sparse:
         hidden, inner = text.hidden_size, text.moe_intermediate_size
-        rows += [
-            row("mlp.router.weight", "mlp.gate.weight", layers=sparse),
-            *_shared_expert_entries(text, row),
-            _expert_entry(text, row, stored, 1, ("gate", "up"), (2 * inner, hidden)),
-            _expert_entry(text, row, stored, 2, ("down",), (hidden, inner)),
+        entries += [
+            entry("mlp.router.weight", "mlp.gate.weight", layers=sparse),
+            *_shared_expert_entries(text, entry),
+            _expert_entry(text, entry, stored, 1, ("gate", "up"), (2 * inner, hidden)),
+            _expert_entry(text, entry, stored, 2, ("down",), (hidden, inner)),
         ]
-    return rows
+    return entries
 
 
-def _shared_expert_entries(text: Any, row: Any) -> list[KeyEntry]:
+def _shared_expert_entries(text: Any, entry: Any) -> list[KeyEntry]:
     """The expert that sees every token, and its gate."""
     if not kind_of(text).shared_expert:
         return []
     ours, theirs, layers = "mlp.shared_experts.", "mlp.shared_expert", expert_layers(text)
     gate_up = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
     return [
-        row(f"{ours}linear_fc1.weight", *gate_up, transform=Concatenated(2), layers=layers),
-        row(f"{ours}linear_fc2.weight", f"{theirs}.down_proj.weight", layers=layers),
-        row(f"{ours}gate_weight", f"{theirs}_gate.weight", layers=layers),
+        entry(f"{ours}linear_fc1.weight", *gate_up, transform=Concatenated(2), layers=layers),
+        entry(f"{ours}linear_fc2.weight", f"{theirs}.down_proj.weight", layers=layers),
+        entry(f"{ours}gate_weight", f"{theirs}_gate.weight", layers=layers),
     ]
 
 
 def _expert_entry(
     text: Any,
-    row: Any,
+    entry: Any,
     stored: Stored,
     number: int,
     names: tuple[str, ...],
     shape: tuple[int, int],
 ) -> KeyEntry:
-    """The row of a layer of every expert; ``shape`` is [O, I] of an expert's weights together."""
+    """The entry of a layer of every expert; ``shape`` is [O, I] of an expert's weights together."""
     ours = f"mlp.experts.local_experts.{{e}}.linear_fc{number}.weight"
     given = {"layers": expert_layers(text), "experts": range(text.num_experts)}
     single = [f"mlp.experts.{{e}}.{name}_proj.weight" for name in names]
     together = f"mlp.experts.{'_'.join(names)}_proj[{{e}}]"
     joined = Concatenated(len(names)) if len(names) > 1 else Same()
     ways = {
-        "single": row(ours, *single, transform=joined, **given),
-        "stacked": row(ours, together, shape=shape, **given),
-        "transposed": row(ours, together, shape=shape[::-1], transform=Transposed(), **given),
+        "single": entry(ours, *single, transform=joined, **given),
+        "stacked": entry(ours, together, shape=shape, **given),
+        "transposed": entry(ours, together, shape=shape[::-1], transform=Transposed(), **given),
     }
     return replace(ways[stored], others=tuple(ways.values()))
 
 
-def _attention_entries(text: Any, row: Any) -> list[KeyEntry]:
-    """Rows of the attention of every layer; ``row(mimo, *hf, transform=)`` makes one."""
+def _attention_entries(text: Any, entry: Any) -> list[KeyEntry]:
+    """Entries of the attention of every layer; ``entry(mimo, *hf, transform=)`` makes one."""
     kind, linear = kind_of(text), linear_layers(text)
     qkv = FusedQKV(
         heads=text.num_attention_heads,
@@ -157,22 +157,22 @@ def _attention_entries(text: Any, row: Any) -> list[KeyEntry]:
     )
     if linear:
         full = [layer for layer in range(text.num_hidden_layers) if layer not in linear]
-        row = partial(row, layers=full)
+        entry = partial(entry, layers=full)
 
     def projections(what: str) -> tuple[str, ...]:
         return tuple(f"self_attn.{name}_proj.{what}" for name in "qkv")
 
-    rows = [
-        row("self_attention.linear_qkv.weight", *projections("weight"), transform=qkv),
-        row("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
+    entries = [
+        entry("self_attention.linear_qkv.weight", *projections("weight"), transform=qkv),
+        entry("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
     ]
     if has_bias(text, "attention_bias"):
-        rows.append(row("self_attention.linear_proj.bias", "self_attn.o_proj.bias"))
+        entries.append(entry("self_attention.linear_proj.bias", "self_attn.o_proj.bias"))
     if has_qkv_bias(text):
-        rows.append(row("self_attention.linear_qkv.bias", *projections("bias"), transform=qkv))
+        entries.append(entry("self_attention.linear_qkv.bias", *projections("bias"), transform=qkv))
     if kind.qk_norms:
-        rows += [
-            row(f"self_attention.{name}_layernorm.weight", f"self_attn.{name}_norm.weight")
+        entries += [
+            entry(f"self_attention.{name}_layernorm.weight", f"self_attn.{name}_norm.weight")
             for name in "qk"
         ]
-    return rows
+    return entries

@@ -1,4 +1,4 @@
-"""A language model whose axes of positions take turns among a head's frequencies."""
+"""A language model with interleaved multimodal RoPE: axes alternate among a head's frequencies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class InterleavedGPT(LanguageGPT):
     """A GPTModel with interleaved multimodal RoPE.
 
     Args:
-        section: how many frequencies of a head turn with time, height and width.
+        section: how many frequencies of a head belong to time, height and width.
         rotary_percent: GPTModel's.
         rotary_base: GPTModel's.
         arguments: LanguageGPT's.

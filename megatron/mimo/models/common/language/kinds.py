@@ -29,9 +29,9 @@ class LanguageKind:
 
     Attributes:
         qkv_bias: projections of queries, keys and values have biases.
-        qk_norms: queries and keys are normed, head by head, before they turn.
-        mrope: positions have three axes; how many frequencies of a head turn with each where the
-            configuration does not say. Others read no mrope_section, also where one is.
+        qk_norms: queries and keys are normed, head by head, before they are rotated.
+        mrope: positions have three axes; how many frequencies of a head belong to each where the
+            configuration does not say. Other kinds ignore an mrope_section.
         reads_head_dim: the configuration may give heads another size than hidden size and number
             of heads do.
         experts: layers may be mixtures of experts, with weights of their own size.
@@ -49,7 +49,7 @@ class LanguageKind:
             place of attention.
         output_gate: what attention gives is multiplied by a sigmoid, for which the projection of
             queries has a second half.
-        partial_rotary: a share of a head's features turns, ``partial_rotary_factor``.
+        partial_rotary: only a share of a head's features is rotated, ``partial_rotary_factor``.
         shared_expert: beside the experts that are chosen one sees every token, behind a gate.
     """
 
@@ -135,7 +135,7 @@ def head_size(text: Any) -> int:
 
 
 def rotary_size(text: Any) -> int:
-    """Features of a head that turn."""
+    """Features of a head that are rotated."""
     if not kind_of(text).partial_rotary:
         return head_size(text)
     return int(head_size(text) * text.rope_parameters.get("partial_rotary_factor", 1.0))
@@ -180,12 +180,12 @@ def expert_layers(text: Any) -> tuple[int, ...]:
 
 
 def sums_to_one(text: Any) -> bool:
-    """The weights of the experts of a token do."""
+    """Whether the weights of a token's experts sum to one."""
     return not kind_of(text).reads_norm_topk or bool(text.norm_topk_prob)
 
 
 def refuse(name: str, got: object, expected: str) -> None:
-    """Raise: the language model's configuration asks for what is not here."""
+    """Raise ``UnsupportedError`` for a field of the language model's configuration."""
     raise UnsupportedError(
         f"the language model's {name} is {got!r}; expected {expected}. "
         "docs/adding_a_model.md says how to add a family"

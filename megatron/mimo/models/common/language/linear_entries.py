@@ -6,7 +6,7 @@ for gates. Ours has one, key head by key head, so that tensor parallelism cuts i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,8 @@ class GroupedRows:
         return [cat([next(split) for _ in weight]) for weight in self.sections]
 
 
-def linear_entries(text: Any, row: Any) -> list[KeyEntry]:
-    """Rows of the linear layers; ``row(mimo, *hf, transform=, layers=)`` makes one."""
+def linear_entries(text: Any, entry: Callable[..., KeyEntry]) -> list[KeyEntry]:
+    """Entries of the linear layers; ``entry(mimo, *hf, transform=, layers=)`` makes one."""
     layers = linear_layers(text)
     if not layers:
         return []
@@ -60,12 +60,11 @@ def linear_entries(text: Any, row: Any) -> list[KeyEntry]:
     ours, theirs = "self_attention.", "linear_attn."
 
     def same(name: str) -> KeyEntry:
-        entry: KeyEntry = row(ours + name, theirs + name, layers=layers)
-        return entry
+        return entry(ours + name, theirs + name, layers=layers)
 
     conv = "conv1d.weight"
     return [
-        row(ours + "in_proj.weight", *projections, transform=inward, layers=layers),
-        row(ours + conv, theirs + conv, transform=channels, layers=layers),
+        entry(ours + "in_proj.weight", *projections, transform=inward, layers=layers),
+        entry(ours + conv, theirs + conv, transform=channels, layers=layers),
         *map(same, ("A_log", "dt_bias", "norm.weight", "out_proj.weight")),
     ]

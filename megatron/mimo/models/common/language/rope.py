@@ -59,7 +59,7 @@ def frequencies(text: Any, rope: Mapping[str, Any]) -> Frequencies:
 
 
 def _llama3(inverse: Tensor, rope: Mapping[str, Any]) -> Tensor:
-    """Slow turns divided by a factor, fast ones as they are, a blend of both between."""
+    """Low frequencies divided by a factor, high ones unchanged, a blend of both in between."""
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     trained = rope["original_max_position_embeddings"]
     turns = trained * inverse / (2 * math.pi)  # in a text of the length it was trained with
