@@ -287,13 +287,3 @@ def test_script_that_hangs_is_located(ranks: RankPool, script: Any) -> None:
     )
     with pytest.raises(RanksFailedError, match=r"rank 0: .* in the collective barrier"):
         ranks.script(2, [path], timeout=2)
-
-
-def test_speed_is_printed(ranks: RankPool, capsys: pytest.CaptureFixture[str]) -> None:
-    ranks(1)(describe_self, "warm", scale=1)
-    for world_size in (1, 2, 4, 8):
-        started = time.perf_counter()
-        ranks(world_size)(describe_self, "fast", scale=1)
-        milliseconds = (time.perf_counter() - started) * 1e3
-        with capsys.disabled():
-            sys.stdout.write(f" {world_size} ranks: {milliseconds:.0f} ms")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,14 @@ def test_training_layer_imports_one_way() -> None:
     files = sorted((ROOT / "megatron/mimo").rglob("*.py"))
     assert complaints_about(rule, files) == []
     assert complaints_about(rules.late_imports, files) == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_the_tree_of_a_page_has_every_folder_of_the_training_layer(page: str) -> None:
+    tree = re.search(r"^megatron/mimo/ .*\n((?: .*\n)+)", (ROOT / page).read_text(), re.MULTILINE)
+    assert tree is not None
+    folders = [name for name in rules.ORDER if (ROOT / "megatron/mimo" / name).is_dir()]
+    assert re.findall(r"^  (\w+)/ ", tree[1], re.MULTILINE) == folders
 
 
 def test_library_names_no_device() -> None:

@@ -234,6 +234,8 @@ def newest(
         said = _require(root, iteration, inspector)
         inspector.said += [said] if said else []
         return root.path(str(iteration))
+    if not root.names() and not folder.exists():
+        raise ConfigError(f"{folder}: there is no such folder; correct the path")
     if not root.names():
         raise ConfigError(
             f"{folder} holds no checkpoint; "

@@ -248,6 +248,8 @@ def _make_model(source: Any, model_class: Any, part: str, dtype: torch.dtype) ->
         raise ConfigError(
             f"{source} has no config.json; expected a Hugging Face model's directory, or a "
             "configuration for random weights"
+            if Path(source).is_dir()
+            else f"{source}: there is no such folder; correct the path"
         )
     if is_directory and not torch.empty(0).is_meta:
         whole = _load(source, AutoModel if model_class is None else model_class, part, dtype)

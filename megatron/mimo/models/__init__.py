@@ -108,13 +108,16 @@ def read_hf_config(folder: Path) -> Any:
     """The configuration of a Hugging Face directory, or of a checkpoint's ``hf`` folder.
 
     Raises:
-        ConfigError: transformers is not installed, there is no config.json, it cannot be read, or
-            only by Python of the folder's own; symbolic links lead out of the folder.
+        ConfigError: transformers is not installed, there is no such folder, or no config.json in
+            it that can be read without running Python of the folder's own; symbolic links lead
+            out of the folder.
         UnsupportedError: its weights are quantised.
     """
     require_hugging_face("models of Hugging Face")
     from transformers import AutoConfig
 
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: there is no such folder; correct the path")
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json; expected a Hugging Face model's directory")
     check_links(folder)

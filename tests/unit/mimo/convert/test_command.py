@@ -35,7 +35,9 @@ def test_refuses_by_name(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, empty_model: Path
 ) -> None:
     out = tmp_path / "out"
-    assert "has no config.json" in refused(capsys, "import", tmp_path / "none", out)
+    for words in (("import", tmp_path / "none", out), ("export", tmp_path / "none", out)):
+        assert "/none: there is no such folder; correct the path" in refused(capsys, *words)
+    assert "has no config.json" in refused(capsys, "import", Path(__file__).parent, out)
     assert "has no model.safetensors" in refused(capsys, "import", empty_model, out)
     assert "is not empty" in refused(capsys, "import", empty_model, empty_model)
     assert "holds no checkpoint" in refused(capsys, "export", empty_model, out)

@@ -216,6 +216,8 @@ def test_inputs_that_are_not_known() -> None:
 
 
 def test_directories_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"/none: there is no such folder"):
+        HuggingFaceEncoder(tmp_path / "none", blank=IMAGE)
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         HuggingFaceEncoder(tmp_path, blank=IMAGE)
     AutoModel.from_config(SIGLIP).save_pretrained(tmp_path)
