@@ -28,6 +28,7 @@ __all__ = [
     "checkpoints",
     "choose",
     "newest",
+    "no_checkpoint",
     "problem",
     "prune",
     "require_whole",
@@ -215,6 +216,14 @@ def _what_else(folder: Path) -> str | None:
     return None
 
 
+def no_checkpoint(folder: Path) -> str:
+    """The error of a folder without checkpoints: what is there instead, and the remedy."""
+    if not folder.exists():
+        return f"{folder}: there is no such folder; correct the path"
+    expected = f"expected a directory with {TRACKER}, as --save and convert import write it"
+    return f"{folder} holds no checkpoint; {_what_else(folder) or expected}"
+
+
 def newest(
     folder: Path, iteration: int | None = None, *, inspector: Inspector | None = None
 ) -> Path:
@@ -234,16 +243,8 @@ def newest(
         said = _require(root, iteration, inspector)
         inspector.said += [said] if said else []
         return root.path(str(iteration))
-    if not root.names() and not folder.exists():
-        raise ConfigError(f"{folder}: there is no such folder; correct the path")
     if not root.names():
-        raise ConfigError(
-            f"{folder} holds no checkpoint; "
-            + (
-                _what_else(folder)
-                or f"expected a directory with {TRACKER}, as --save and convert import write it"
-            )
-        )
+        raise ConfigError(no_checkpoint(folder))
     found, text = _first_whole(root, inspector)
     if found is None:
         raise ConfigError(f"{text}; no complete checkpoint is left there; restore it")

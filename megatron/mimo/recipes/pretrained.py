@@ -27,7 +27,8 @@ from megatron.mimo.checkpoints.assets import (
     read_processor,
     write_assets,
 )
-from megatron.mimo.checkpoints.folders import ASSETS, TRACKER
+from megatron.mimo.checkpoints.folders import ASSETS, TRACKER, no_checkpoint
+from megatron.mimo.checkpoints.tracker import holds_checkpoint
 from megatron.mimo.data.chat.chat import Chat
 from megatron.mimo.data.chat.dataset import ChatDataset
 from megatron.mimo.data.global_batches.planned_batches import SampleSources
@@ -350,6 +351,12 @@ def _require(run: _Run, given: Namespace) -> None:
             "train.jsonl (docs/data.md says what stands in it)"
         )
     if run.processor is None and not asset_folders(given, PROCESSOR):
+        for flag, root in (
+            ("load", given.load),
+            ("pretrained-checkpoint", given.pretrained_checkpoint),
+        ):
+            if root is not None and not holds_checkpoint(Path(root)):
+                raise ConfigError(f"--{flag} {no_checkpoint(Path(root))}")
         raise ConfigError(
             f"recipe {run.name!r} needs the model's processor: give --load with an imported "
             "checkpoint (python -m megatron.mimo.convert import), or --hf with a folder that "

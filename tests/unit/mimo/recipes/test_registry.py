@@ -132,6 +132,8 @@ def test_real_recipes_ask_for_data_and_a_processor(tmp_path: Path) -> None:
         recipe.require(given(data_path=["a.jsonl"], hf=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"/none: there is no such folder"):
         recipe.require(given(data_path=["a.jsonl"], hf=f"{tmp_path}/none"))
+    with pytest.raises(ConfigError, match=r"--pretrained-checkpoint .*/none: there is no such"):
+        recipe.require(given(data_path=["a.jsonl"], pretrained_checkpoint=f"{tmp_path}/none"))
     (tmp_path / "processor_config.json").touch()  # without config.json: the recipe's own sizes
     recipe.require(given(data_path=["a.jsonl"], hf=str(tmp_path)))
     told = recipe.describe(given(data_path=["a.jsonl"], hf=str(tmp_path)))
@@ -150,7 +152,7 @@ def test_a_checkpoint_describes_the_model(tmp_path: Path) -> None:
     assert recipe.require is not None
     told = recipe.describe(given(data_path=["a.jsonl"], hf=str(tmp_path / "hf")))
     assert told["num_layers"] == 5
-    with pytest.raises(ConfigError, match=r"give --load"):  # no checkpoint beside it yet
+    with pytest.raises(ConfigError, match=r"--load .* holds no checkpoint"):  # yet
         recipe.require(given(data_path=["a.jsonl"], load=str(tmp_path)))
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     told = load_recipe("llava_1_5_7b").describe(  # type: ignore[misc]
