@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 MAX_FILE_LINES = 400
+# Files that only wire: what they grow by belongs in a file that is named for it.
+WIRING = {"megatron/core/models/mimo/model/base.py": 250}
 MAX_FUNCTION_LINES = 60
 MAX_METHODS = 12
 
@@ -46,10 +48,10 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def long_file(source: str, where: str) -> list[str]:
-    lines = source.count("\n")
-    if lines <= MAX_FILE_LINES:
+    lines, most = source.count("\n"), WIRING.get(where, MAX_FILE_LINES)
+    if lines <= most:
         return []
-    return [f"{where}: {lines} lines, at most {MAX_FILE_LINES}; split it by job"]
+    return [f"{where}: {lines} lines, at most {most}; split it by job"]
 
 
 def long_functions(source: str, where: str) -> list[str]:

@@ -135,6 +135,13 @@ def test_size_and_device_rules_tell_bad_from_good(
     assert rule(good, "x.py") == []
 
 
+@pytest.mark.parametrize(("where", "most"), rules.WIRING.items())
+def test_files_that_wire_have_a_limit_of_their_own(where: str, most: int) -> None:
+    assert ROOT.joinpath(where) in FILES
+    assert len(rules.long_file("pass\n" * (most + 1), where)) == 1
+    assert rules.long_file("pass\n" * most, where) == []
+
+
 @pytest.mark.parametrize(
     ("part", "bad", "good"),
     [

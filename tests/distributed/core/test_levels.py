@@ -173,6 +173,7 @@ def refusals() -> None:
     from megatron.core.models.mimo import MimoModel
     from megatron.core.models.mimo.alignment.cut import SequenceCut
     from megatron.core.models.mimo.errors import ConfigError, InputError, UnsupportedError
+    from megatron.core.models.mimo.model.decoder_input import arrived_from_stage_before
     from megatron.core.models.mimo.model.forward_inputs import ForwardInputs
     from megatron.core.models.mimo.model.level_route import LevelRoute
     from megatron.core.models.mimo.model.refusals import refuse_untaken_levels
@@ -206,7 +207,7 @@ def refusals() -> None:
     model.level_route = LevelRoute(levels={"images": 2}, first=1, is_first=False, crosses=True)
     model.set_input_tensor([torch.zeros(8, 1, HIDDEN)])
     with pytest.raises(InputError, match="neither alignment_plan nor input_ids say where"):
-        model._arrived(ForwardInputs(), SequenceCut(), None)
+        arrived_from_stage_before(model, ForwardInputs(), cut=SequenceCut(), tally=None)
 
 
 def test_levels_that_have_no_place_are_refused(ranks: RankPool) -> None:

@@ -5,8 +5,7 @@ Legend: N rows of one modality, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from megatron.core.models.mimo.alignment import AlignmentPlan, Encoded
 from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig, RankRole
 from megatron.core.models.mimo.config.base_configs import language_config
-from megatron.core.models.mimo.config.grids import Geometry, groups_of, has_groups, same_ranks
+from megatron.core.models.mimo.config.grids import Geometry, same_ranks
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
 from megatron.core.models.mimo.model.disjoint import refuse_overlaps, refuse_untaken, role_apart
 from megatron.core.models.mimo.model.wide_rows import apart, side_by_side
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
 Bridges = dict[tuple[str, str], ColocatedBridgeCommunicator]
@@ -133,44 +131,6 @@ def role_of(mimo_config: MimoModelConfig) -> RankRole:
     )
 
 
-@contextmanager
-def building_encoders(role: RankRole, mimo_config: MimoModelConfig) -> Iterator[None]:
-    """Build encoders within this context.
-
-    On later pipeline stages the generators are put back, so that the language model's layers are
-    drawn there as they are without encoders.
-    """
-    is_first = role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY) or not role.has_language_module
-    if mimo_config.module_to_grid_map is None or is_first:
-        yield
-        return
-    tracker = get_cuda_rng_tracker()
-    states = tracker.get_states()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            tracker.set_states(states)
-
-
-@contextmanager
-def drawing_stage(name: str, mimo_config: MimoModelConfig) -> Iterator[None]:
-    """Build a modality within this context: its later stages draw from seeds of their own.
-
-    As Megatron has it for stages of the language model.
-    """
-    grids = mimo_config.module_to_grid_map
-    stage = 0
-    if grids is not None:
-        stage = Geometry.of(name, grids[name]).positions[torch.distributed.get_rank()].pp
-    if not stage:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(torch.initial_seed() + 100 * stage)
-        yield
-
-
 def language_groups(
     mimo_config: MimoModelConfig,
     role: RankRole,
@@ -280,17 +240,6 @@ def encoders_apart(grids: Mapping[str, Any]) -> list[str]:
                 apart.append(name)
                 break
     return apart
-
-
-def give_groups(submodules: nn.ModuleDict, mimo_config: MimoModelConfig) -> None:
-    """Let each modality know its grid's groups, where a script has not told it."""
-    for name, module in submodules.items():
-        submodule: Any = module
-        grid = (mimo_config.module_to_grid_map or {}).get(name)
-        if grid is None or not hasattr(submodule, "pg_collection") or not has_groups(grid):
-            continue
-        if submodule.pg_collection is None:
-            submodule.pg_collection = groups_of(name, grid)
 
 
 def groups_for_checkpoints(

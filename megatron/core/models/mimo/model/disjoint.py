@@ -173,6 +173,11 @@ class DisjointRows:
         config = language_config(mimo_config)
         self._hidden_size, self._dtype = config.hidden_size, config.params_dtype
 
+    @classmethod
+    def of(cls, mimo_config: MimoModelConfig, role: RankRole) -> DisjointRows | None:
+        """Those of a model; None where modules are not on ranks of their own."""
+        return cls(mimo_config) if role.mode is ModuleLayout.NON_COLOCATED else None
+
     def outgoing(
         self,
         rows: Mapping[str, Encoded],

@@ -7,14 +7,12 @@ same. Legend: S sequence, B micro-batch, H hidden, N rows of one stream.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.mimo.alignment import AlignmentPlan, EncodedRows, build_alignment_plan
-from megatron.core.models.mimo.alignment.cut import SequenceCut
+from megatron.core.models.mimo.alignment import AlignmentPlan, build_alignment_plan
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig, RankRole
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import InputError
@@ -23,23 +21,20 @@ from megatron.core.models.mimo.model.checks import (
     ModalityInputs,
     check_count,
     check_rows,
-    refuse_levels_without_plan,
     refuse_row_order,
     require_token_id,
 )
 from megatron.core.models.mimo.model.encode import Rows, encode_modalities
-from megatron.core.models.mimo.model.expert_balance import Tally
 from megatron.core.models.mimo.model.forward_inputs import ForwardInputs, plan_of
-from megatron.core.models.mimo.model.idle import take_part
-from megatron.core.models.mimo.model.level_route import LevelRoute
-from megatron.core.models.mimo.model.levels import LevelRows, MergedSequence, place_levels
-from megatron.core.models.mimo.model.merge import embed_streams, merge_streams
+from megatron.core.models.mimo.model.language_run import ModelOutput, run_language_model
+from megatron.core.models.mimo.model.merge import merge_streams
 from megatron.core.models.mimo.model.refusals import refuse_scattering_embedding
 from megatron.core.models.mimo.model.signatures import is_replaced
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
 from megatron.core.utils import unwrap_model
 
-ModelOutput = tuple[Any, torch.Tensor | None]
+if TYPE_CHECKING:
+    from megatron.core.models.mimo.model.base import MimoModel
 
 
 class StockEntryPoints(nn.Module):
@@ -52,7 +47,6 @@ class StockEntryPoints(nn.Module):
     mimo_config: MimoModelConfig
     config: Any
     role: RankRole
-    level_route: LevelRoute
     input_tensors: Any
 
     def set_input_tensor(self, input_tensor: Any) -> None:
@@ -76,6 +70,14 @@ class StockEntryPoints(nn.Module):
         language_model = self.language_model
         if language_model is not None and hasattr(unwrap_model(language_model), "set_input_tensor"):
             unwrap_model(language_model).set_input_tensor(hidden)
+
+    def forget_input_tensor(self) -> None:
+        """Let go of what previous stages have sent, once it has been used."""
+        if self.input_tensors is None:
+            return
+        self.input_tensors = None
+        if self.language_model is not None:
+            unwrap_model(self.language_model).set_input_tensor([None])
 
     def get_text_embeddings(
         self,
@@ -182,19 +184,14 @@ class StockEntryPoints(nn.Module):
         plan = None
         if self.role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
             plan = plan_of(inputs, self.special_token_ids, self.language_model)
-        return self._run_language_model(inputs, input_tensors or {}, plan)
-
-    def _run_language_model(
-        self, inputs: ForwardInputs, rows: Rows, plan: AlignmentPlan | None
-    ) -> ModelOutput:
-        raise NotImplementedError
+        return run_language_model(cast("MimoModel", self), inputs, input_tensors or {}, plan)
 
     def _language_output(
         self, inputs: ForwardInputs, rows: Rows, plan: AlignmentPlan | None
     ) -> ModelOutput:
         """Run the language model, by a script's own method where it has replaced that."""
         if not is_replaced(self, StockEntryPoints, "_forward_language_module"):
-            return self._run_language_model(inputs, rows, plan)
+            return run_language_model(cast("MimoModel", self), inputs, rows, plan)
         if plan is not None:
             refuse_row_order(plan, "_forward_language_module")
         return self._forward_language_module(
@@ -208,71 +205,14 @@ class StockEntryPoints(nn.Module):
             **inputs.beyond_stock(),
         )
 
-    def _embed(
-        self, inputs: ForwardInputs, rows: Rows, plan: AlignmentPlan, cut: SequenceCut, packed: Any
-    ) -> MergedSequence:
-        """What the decoder reads: text and modality rows together, this rank's share."""
-        assert inputs.input_ids_BS is not None, "the plan was made from input_ids"
-        embedding = unwrap_model(self.language_model).embedding
-        refuse_scattering_embedding(self.language_model, self.partition_adapter)
-        encoded = {name: EncodedRows.of(one) for name, one in rows.items()}
-        # Rows [0, H] place nothing; they carry a gradient to the parameters they come from.
-        idle = [tensor for one in encoded.values() if not one.num_rows for tensor in one.tensors]
-        encoded = {name: one for name, one in encoded.items() if one.num_rows}
-        rows_NH = {name: one.rows_NH for name, one in encoded.items()}
-        levels: tuple[LevelRows, ...] = ()
-        by_script = is_replaced(
+    @property
+    def merges_by_script(self) -> bool:
+        """A script has replaced a method that stock MIMO merges rows with text by."""
+        return is_replaced(
             self, StockEntryPoints, "get_text_embeddings", "align_embeddings_by_token_positions"
         )
-        if by_script or not isinstance(embedding, LanguageModelEmbedding):
-            refuse_levels_without_plan(encoded)
-            merged_SBH = self._embed_by_script(inputs, rows_NH, plan, packed)
-        else:
-            own_plan = cut.share_of_plan(plan)
-            merged_SBH = embed_streams(embedding, own_plan, rows_NH, inputs.position_ids)
-            levels = place_levels(
-                encoded, own_plan, hidden_size=merged_SBH.size(-1), tp_group=embedding.tp_group
-            )
-        merged_SBH = take_part(merged_SBH, idle)
-        if torch.is_grad_enabled() and not merged_SBH.requires_grad:
-            # Layers that are recomputed in backward get gradients only where their input needs one.
-            trains = any(p.requires_grad for p in self.language_model.parameters())
-            merged_SBH.requires_grad_(trains)
-        return MergedSequence(hidden_SBH=merged_SBH, levels=levels)
 
-    def _arrived(
-        self, inputs: ForwardInputs, cut: SequenceCut, tally: Tally | None
-    ) -> MergedSequence:
-        """Hidden states of the stage before; levels of rows and experts' sums with them."""
-        if self.input_tensors is None:
-            raise InputError(
-                "no hidden states have arrived from the previous pipeline stage; call "
-                "set_input_tensor before every forward"
-            )
-        message = self.input_tensors
-        if isinstance(message, dict):
-            message = message[MIMO_LANGUAGE_MODULE_KEY]
-        if tally is not None:
-            message = tally.received(message)
-            if not self.level_route.arrives:
-                batch, length = tally.padding_BS.shape
-                message = message.view(length, batch, -1)
-                unwrap_model(self.language_model).set_input_tensor(message)
-        if not self.level_route.arrives:
-            return MergedSequence(hidden_SBH=message)
-        plan = inputs.plan
-        if plan is None and inputs.input_ids_BS is None:
-            raise InputError(
-                "levels of rows have arrived with the hidden states, and neither alignment_plan "
-                "nor input_ids say where they go; give this pipeline stage one of both"
-            )
-        if plan is None:
-            plan = plan_of(inputs, self.special_token_ids, self.language_model)
-        arrived = self.level_route.received(message, cut.share_of_plan(plan))
-        unwrap_model(self.language_model).set_input_tensor(arrived.hidden_SBH)
-        return arrived
-
-    def _embed_by_script(
+    def merge_by_script(
         self,
         inputs: ForwardInputs,
         rows_NH: Mapping[str, torch.Tensor],
@@ -292,18 +232,3 @@ class StockEntryPoints(nn.Module):
         held_SBH, *_ = self.partition_adapter.shard(merged_SBH, None, None, packed)
         assert held_SBH is not None
         return held_SBH
-
-    def _forget_input_tensor(self) -> None:
-        if self.input_tensors is None:
-            return
-        self.input_tensors = None
-        if self.language_model is not None:
-            unwrap_model(self.language_model).set_input_tensor([None])
-
-    def _arrived_rows(self) -> dict[str, torch.Tensor] | None:
-        """What encoders on other ranks have sent: modality -> rows, or hidden states of a stage."""
-        arrived = self.input_tensors
-        if not isinstance(arrived, dict):
-            return None
-        known = self.mimo_config.modality_submodules_spec
-        return {name: value for name, value in arrived.items() if name in known}

@@ -61,6 +61,27 @@ def refuse_multi_token_prediction(mimo_config: MimoModelConfig) -> None:
         )
 
 
+def refuse_language_model(
+    language_model: Any,
+    submodules: nn.ModuleDict,
+    route: LevelRoute,
+    adapter: PartitionAdapter | None,
+) -> None:
+    """Refuse what only a language model that has been built shows not to work.
+
+    Args:
+        language_model: this rank's part.
+        submodules: modality -> ``ModalitySubmodules``, those of this rank.
+        route: of levels through this part.
+        adapter: cuts its sequences.
+
+    Raises:
+        UnsupportedError: an embedding that scatters by itself; levels that have no place.
+    """
+    refuse_scattering_embedding(language_model, adapter)
+    refuse_untaken_levels(submodules, language_model, route)
+
+
 def refuse_untaken_levels(
     submodules: nn.ModuleDict, language_model: Any, route: LevelRoute
 ) -> None:
