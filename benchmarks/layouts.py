@@ -247,7 +247,7 @@ def timed(
 @contextmanager
 def counted_bytes() -> Iterator[list[int]]:
     """Bytes that this rank sends to others within the context, exchange by exchange."""
-    from megatron.core.models.mimo.model import modality_pass, row_stream
+    from megatron.core.models.mimo.model.encode_first import modality_pass, row_stream
 
     sent: list[int] = []
     originals = modality_pass.exchange_rows, row_stream._send

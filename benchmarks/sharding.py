@@ -108,7 +108,7 @@ def embedding_of_rank(args: argparse.Namespace) -> dict[str, Any]:
     ours = build_model(import_library(stock=False), spec, case)
     ours.language_model = stock.language_model
     from megatron.core.models.mimo.alignment import build_alignment_plan
-    from megatron.core.models.mimo.model.merge import embed_streams
+    from megatron.core.models.mimo.model.merging.merge import embed_streams
     from megatron.core.models.mimo.partition.utils import sequence_cut
 
     whole = build_alignment_plan(case.input_ids_BS, case.special_token_ids)

@@ -21,12 +21,19 @@ TRAINING_LAYER = "megatron.mimo"
 
 # The library's parts from low to high: each may import those before it. A part that is not listed
 # may import none. Optimizers take modules as arguments.
-_ORDER = ("errors", "config", "alignment", "partition", "comm", "submodules", "model")
+_ORDER = (
+    *("errors", "signatures", "ranges"),
+    *("config", "alignment", "partition", "comm", "submodules", "model"),
+)
 IMPORTS_OF_PART: dict[str, frozenset[str]] = {
     **{part: frozenset(_ORDER[:place]) for place, part in enumerate(_ORDER)},
     "checkpoint": frozenset({"errors", "config"}),
     "optimizer": frozenset({"errors", "config", "checkpoint"}),
 }
+# Folders of the library's model, from low to high: each imports those before it. The files that are
+# in none of them are the model itself.
+THE_MODEL = "the model itself"
+MODEL_FOLDERS = ("batch", "merging", "encoding", "language", "grids", THE_MODEL, "encode_first")
 
 # Folders of the training layer, from low to high: each imports only those before it.
 ORDER = (
@@ -135,6 +142,30 @@ def import_direction(source: str, where: str, module: str) -> list[str]:
                 f"{where}:{line}: {part} imports {target}; of the library it may import {allowed}"
             )
     return complaints
+
+
+def model_order(source: str, where: str, module: str) -> list[str]:
+    """Complains about imports within the library's model that go up in ``MODEL_FOLDERS``.
+
+    Imports for type checkers only may. Arguments are those of ``import_direction``.
+    """
+    first, *inner = module.removeprefix(f"{LIBRARY}.model.").split(".")
+    own = first if inner else THE_MODEL
+    if own not in MODEL_FOLDERS:
+        return [f"{where}: {own} is no folder of {MODEL_FOLDERS}; list it in {__name__}"]
+    return [
+        f"{where}:{line}: {own} imports {target}, which is above it"
+        for line, target, is_for_types in _imports(ast.parse(source), module)
+        if not is_for_types and _goes_up(own, _model_folder(target), MODEL_FOLDERS)
+    ]
+
+
+def _model_folder(target: str) -> str:
+    """The folder of what is imported, where that is of the library's model; else ""."""
+    if not _is_within(target, f"{LIBRARY}.model"):
+        return ""
+    first = target.removeprefix(f"{LIBRARY}.model").removeprefix(".").split(".")[0]
+    return first if first in MODEL_FOLDERS else THE_MODEL
 
 
 def layer_order(source: str, where: str, module: str) -> list[str]:

@@ -60,6 +60,13 @@ def test_library_imports_one_way() -> None:
     assert complaints_about(rule, sorted(LIBRARY.rglob("*.py"))) == []
 
 
+def test_folders_of_the_model_import_one_way() -> None:
+    def rule(source: str, where: str) -> list[str]:
+        return rules.model_order(source, where, where.removesuffix(".py").replace("/", "."))
+
+    assert complaints_about(rule, sorted((LIBRARY / "model").rglob("*.py"))) == []
+
+
 def test_training_layer_imports_one_way() -> None:
     def rule(source: str, where: str) -> list[str]:
         return rules.layer_order(source, where, where.removesuffix(".py").replace("/", "."))
@@ -166,6 +173,24 @@ def test_import_rule_tells_bad_from_good(part: str, bad: str, good: str) -> None
     module = f"{rules.LIBRARY}.{part}"
     assert len(rules.import_direction(bad, "x.py", module)) == 1
     assert rules.import_direction(good, "x.py", module) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "bad", "good"),
+    [
+        ("merging.merge", "from ..encoding.idle import f", "from ..batch.checks import f"),
+        ("grids.roles", "from .. import MimoModel", "from ..encoding.idle import take_part"),
+        ("language.run", "from ..base import MimoModel", "import torch"),
+        ("language.run", "from ..row_source import f", "if TYPE_CHECKING:\n from ..base import A"),
+        ("base", "from .encode_first import EncodeFirst", "from .grids.roles import role_of"),
+        ("novel.file", "", "import torch"),
+        ("__init__", "from .encode_first import EncodeFirst", "from .base import MimoModel"),
+    ],
+)
+def test_rule_of_the_models_folders_tells_bad_from_good(module: str, bad: str, good: str) -> None:
+    name = f"{rules.LIBRARY}.model.{module}"
+    assert len(rules.model_order(bad, "x.py", name)) == 1
+    assert len(rules.model_order(good, "x.py", name)) == (1 if module == "novel.file" else 0)
 
 
 @pytest.mark.parametrize(

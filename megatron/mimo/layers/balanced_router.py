@@ -1,6 +1,6 @@
 """Routers whose experts are balanced by one loss over all layers.
 
-The loss is ``core.models.mimo.model.expert_balance``'s; Megatron's own stay as they are.
+The loss is ``core.models.mimo.model.language.expert_balance``'s; Megatron's own stay as they are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.core.models.mimo.model.expert_balance import ExpertBalance
+from megatron.core.models.mimo.model.language.expert_balance import ExpertBalance
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
-from megatron.core.models.mimo.model.levels import LevelRows
+from megatron.core.models.mimo.model.merging.levels import LevelRows
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core.models.mimo.config.base_configs import TEXT
-from megatron.core.models.mimo.model.heads import Losses
-from megatron.core.models.mimo.model.ranges import named_range
+from megatron.core.models.mimo.model.language.heads import Losses
+from megatron.core.models.mimo.ranges import named_range
 from megatron.core.utils import unwrap_model
 from megatron.mimo.data.micro_batches.batch import (
     HEAD_TARGETS,

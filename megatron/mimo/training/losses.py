@@ -51,8 +51,11 @@ class CountedBatches:
 
     def _count(self) -> dict[str, Tensor]:
         from megatron.core import mpu
-        from megatron.core.models.mimo.model.expert_balance import EXPERT_BALANCE, count_tokens
-        from megatron.core.models.mimo.model.heads import count_positions
+        from megatron.core.models.mimo.model.language.expert_balance import (
+            EXPERT_BALANCE,
+            count_tokens,
+        )
+        from megatron.core.models.mimo.model.language.heads import count_positions
 
         counts: dict[str, Any] = {}
         for batch in self._ahead:

@@ -72,7 +72,7 @@ class ModuleGrids:
     @property
     def encoders_apart(self) -> list[str]:
         """Modalities that cannot encode without the schedule, as generation would have them."""
-        from megatron.core.models.mimo.model.colocated import encoders_apart
+        from megatron.core.models.mimo.model.grids.refusals import encoders_apart
 
         return encoders_apart(dict(self.grids.by_module)) if self else []
 

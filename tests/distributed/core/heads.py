@@ -157,7 +157,7 @@ def by_layout(layout: Layout, weights: Tensors, frozen: Sequence[str] = ()) -> T
 
 def _step(layout: Layout, wrapped: Any, batch: list[Sample]) -> dict[str, float]:
     from megatron.core import parallel_state
-    from megatron.core.models.mimo.model.heads import count_positions
+    from megatron.core.models.mimo.model.language.heads import count_positions
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     size = layout.micro_batch

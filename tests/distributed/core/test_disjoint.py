@@ -201,7 +201,7 @@ def run_watched(layout: DisjointLayout, expected: Expected) -> dict[str, list[st
     """What encoders do, in order. The language model waits in its first micro-batch for them."""
     import torch.distributed as dist
 
-    from megatron.core.models.mimo.model.row_stream import EncoderStream
+    from megatron.core.models.mimo.model.encode_first.row_stream import EncoderStream
     from tests.distributed.core import disjoint
 
     store = dist.distributed_c10d._get_default_store()
@@ -309,7 +309,7 @@ def collect_refusals() -> dict[str, str]:
     from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.models.mimo import MimoModelConfig
     from megatron.core.models.mimo.errors import MimoError
-    from megatron.core.models.mimo.model.colocated import refuse_grids
+    from megatron.core.models.mimo.model.grids.refusals import refuse_grids
     from megatron.core.transformer.spec_utils import ModuleSpec
     from tests.distributed.core.reference import transformer_config
 

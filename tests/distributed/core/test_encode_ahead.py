@@ -119,8 +119,8 @@ def run_steps(
     On the language model's ranks a step ends for this count where gradients are reduced. A call is
     counted where encoders run, not where their output is projected.
     """
-    from megatron.core.models.mimo.model import encode_first
-    from megatron.core.models.mimo.model.encoder_calls import EncoderCalls
+    from megatron.core.models.mimo.model.encode_first import schedule as encode_first
+    from megatron.core.models.mimo.model.encode_first.encoder_calls import EncoderCalls
 
     count = len(batches) // STEPS
     done = 0

@@ -69,7 +69,7 @@ def contract() -> None:
     from megatron.core.models.mimo import MimoModelConfig, get_mimo_optimizer
     from megatron.core.models.mimo.config import HeadSpec
     from megatron.core.models.mimo.errors import ConfigError, InputError, UnsupportedError
-    from megatron.core.models.mimo.model.heads import Losses
+    from megatron.core.models.mimo.model.language.heads import Losses
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -115,7 +115,7 @@ def contract() -> None:
 
 
 def in_half_precision() -> None:
-    from megatron.core.models.mimo.model.heads import Losses
+    from megatron.core.models.mimo.model.language.heads import Losses
     from megatron.core.transformer.module import Float16Module
 
     design = replace(DESIGN, bf16=True)

@@ -173,10 +173,10 @@ def refusals() -> None:
     from megatron.core.models.mimo import MimoModel
     from megatron.core.models.mimo.alignment.cut import SequenceCut
     from megatron.core.models.mimo.errors import ConfigError, InputError, UnsupportedError
-    from megatron.core.models.mimo.model.decoder_input import arrived_from_stage_before
-    from megatron.core.models.mimo.model.forward_inputs import ForwardInputs
-    from megatron.core.models.mimo.model.level_route import LevelRoute
-    from megatron.core.models.mimo.model.refusals import refuse_untaken_levels
+    from megatron.core.models.mimo.model.batch.forward_inputs import ForwardInputs
+    from megatron.core.models.mimo.model.language.decoder_input import arrived_from_stage_before
+    from megatron.core.models.mimo.model.language.refusals import refuse_untaken_levels
+    from megatron.core.models.mimo.model.merging.level_route import LevelRoute
 
     groups = model_parallel()
     model = build(Cell(encoder="levels"), groups)

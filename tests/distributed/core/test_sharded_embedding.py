@@ -79,7 +79,7 @@ def sharded(
         LanguageModelEmbedding,
     )
     from megatron.core.models.mimo.alignment import build_alignment_plan, with_row_index
-    from megatron.core.models.mimo.model.merge import embed_streams
+    from megatron.core.models.mimo.model.merging.merge import embed_streams
     from megatron.core.models.mimo.partition.utils import (
         PartitionAdapter,
         PartitionConfig,
@@ -170,7 +170,7 @@ def gradient_of_frequent_tokens(tp: int, *, sequence_parallel: bool) -> float:
     Compared with a sum in fp64. One rounding to bf16 is 2e-3 in this norm.
     """
     from megatron.core.models.mimo.alignment import build_alignment_plan
-    from megatron.core.models.mimo.model.lookup import look_up_text
+    from megatron.core.models.mimo.model.merging.lookup import look_up_text
     from megatron.core.models.mimo.partition.utils import (
         PartitionAdapter,
         PartitionConfig,

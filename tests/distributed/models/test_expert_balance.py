@@ -147,7 +147,7 @@ def _batch(ids_BS: Tensor, padding_BS: Tensor) -> dict[str, Any]:
 def _forward(
     batches: Iterator[dict[str, Any]], model: Any, *, counted: Any, sums: dict[str, list[float]]
 ) -> tuple[Tensor, Any]:
-    from megatron.core.models.mimo.model.heads import Losses
+    from megatron.core.models.mimo.model.language.heads import Losses
     from megatron.core.utils import unwrap_model
     from megatron.mimo.training.forward_step import sum_losses
 
@@ -189,12 +189,12 @@ def test_equals_transformers(ranks: RankPool, expected: Reference, name: str) ->
 def round_trip(dtype: torch.dtype) -> float:
     """The largest error of sums and of their slopes through a message, relative to the largest."""
     from megatron.core.models.mimo.alignment.cut import SequenceCut
-    from megatron.core.models.mimo.model.expert_balance import (
+    from megatron.core.models.mimo.model.batch.forward_inputs import ForwardInputs
+    from megatron.core.models.mimo.model.language.expert_balance import (
         BalancedPart,
         Counted,
         ExpertBalance,
     )
-    from megatron.core.models.mimo.model.forward_inputs import ForwardInputs
 
     part = BalancedPart(weight=1.0, layers=3, experts=7, best=2, is_first=False, is_last=False)
     padding_BS = torch.zeros(2, 3, dtype=torch.bool)

@@ -86,7 +86,7 @@ def own_label_rows(batch: dict[str, Tensor]) -> Tensor:
     """Of this context-parallel rank."""
     from megatron.core import parallel_state
     from megatron.core.models.mimo.alignment.cut import SequenceCut
-    from megatron.core.models.mimo.model.label_rows import find_label_rows
+    from megatron.core.models.mimo.model.language.label_rows import find_label_rows
 
     cut = SequenceCut(
         cp_rank=parallel_state.get_context_parallel_rank(),

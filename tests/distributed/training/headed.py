@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.models.mimo.config import HeadSpec
-from megatron.core.models.mimo.model.heads import HeadInputs
+from megatron.core.models.mimo.model.language.heads import HeadInputs
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.mimo.data import Sample
 from megatron.mimo.models.common.place import Places

@@ -9,7 +9,7 @@ import torch
 
 from megatron.core.models.mimo.alignment import with_row_index
 from megatron.core.models.mimo.alignment.cut import SequenceCut
-from megatron.core.models.mimo.model.label_rows import find_label_rows
+from megatron.core.models.mimo.model.language.label_rows import find_label_rows
 from megatron.core.models.mimo.partition.packing import packed_params
 from megatron.core.models.mimo.partition.utils import PartitionAdapter, sequence_cut
 from megatron.mimo.data.sample import Sample

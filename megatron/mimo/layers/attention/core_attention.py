@@ -65,7 +65,7 @@ class CoreAttention(MegatronModule):
         ConfigError: a setting that is not honoured here, by name.
     """
 
-    # What MimoModel asks of a core attention (model/attention_support.py).
+    # What MimoModel asks of a core attention (model/language/attention_support.py).
     takes_span_ids = True
     reads_lengths_on_host = True
     # What generation asks: a mask of padded keys adds to the rule.

@@ -17,7 +17,7 @@ from torch import Tensor, finfo, nn
 from torch.distributed import ProcessGroup
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.core.models.mimo.model.label_rows import LabelRows
+from megatron.core.models.mimo.model.language.label_rows import LabelRows
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,

@@ -10,7 +10,7 @@ import torch
 
 from megatron.core.models.mimo.comm.encoder_split import cut_inputs
 from megatron.core.models.mimo.errors import ConfigError, InputError
-from megatron.core.models.mimo.model.encode import is_empty
+from megatron.core.models.mimo.model.encoding.encode import is_empty
 from megatron.mimo.data import MediaFormat, MediaItem, PackingCollator, Sample, SampleCollator
 from megatron.mimo.data.micro_batches.batch import keep_for_stage
 from megatron.mimo.data.micro_batches.broadcast import pack, unpack

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.core.models.mimo.model.expert_balance import BalancedPart
+from megatron.core.models.mimo.model.language.expert_balance import BalancedPart
 from megatron.mimo.layers.balanced_router import balanced_layers
 
 FITTING = {

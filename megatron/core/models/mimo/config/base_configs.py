@@ -28,8 +28,8 @@ class HeadSpec:
     """A further head on the last pipeline stage, with a loss of its own.
 
     Attributes:
-        module: spec of a module that is called with ``HeadInputs`` (``model/heads.py``) and gives
-            its loss per position.
+        module: spec of a module that is called with ``HeadInputs`` (``model/language/heads.py``)
+            and gives its loss per position.
         weight: of its loss in the sum that is trained.
     """
 

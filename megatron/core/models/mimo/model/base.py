@@ -15,25 +15,26 @@ from torch.distributed import ProcessGroup
 from megatron.core.models.mimo.alignment import AlignmentPlan, Encoded
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig
 from megatron.core.models.mimo.config.base_configs import language_config
-from megatron.core.models.mimo.model.checks import HeadTargets, ModalityInputs
-from megatron.core.models.mimo.model.colocated import (
-    build_bridges,
+from megatron.core.models.mimo.model.batch.checks import HeadTargets, ModalityInputs
+from megatron.core.models.mimo.model.batch.forward_inputs import ForwardInputs, plan_of
+from megatron.core.models.mimo.model.freezing import freeze_parts
+from megatron.core.models.mimo.model.grids.bridges import build_bridges
+from megatron.core.models.mimo.model.grids.disjoint_rows import DisjointRows, named_output
+from megatron.core.models.mimo.model.grids.roles import (
     groups_for_checkpoints,
     language_groups,
     role_of,
 )
-from megatron.core.models.mimo.model.disjoint import DisjointRows, named_output
-from megatron.core.models.mimo.model.expert_balance import ExpertBalance, balance_of
-from megatron.core.models.mimo.model.forward_inputs import ForwardInputs, plan_of
-from megatron.core.models.mimo.model.freezing import freeze_parts
-from megatron.core.models.mimo.model.heads import Heads
-from megatron.core.models.mimo.model.language_call import LanguageCall
-from megatron.core.models.mimo.model.language_run import ModelOutput
-from megatron.core.models.mimo.model.level_route import LevelRoute, level_route
+from megatron.core.models.mimo.model.language.call import LanguageCall
+from megatron.core.models.mimo.model.language.expert_balance import ExpertBalance, balance_of
+from megatron.core.models.mimo.model.language.heads import Heads
+from megatron.core.models.mimo.model.language.refusals import refuse_language_model
+from megatron.core.models.mimo.model.language.run import ModelOutput
+from megatron.core.models.mimo.model.merging.level_route import LevelRoute, level_route
 from megatron.core.models.mimo.model.modality_modules import build_modalities
 from megatron.core.models.mimo.model.overrides import StockEntryPoints
 from megatron.core.models.mimo.model.recomputation import prepare_recomputation
-from megatron.core.models.mimo.model.refusals import refuse_description, refuse_language_model
+from megatron.core.models.mimo.model.refusals import refuse_description
 from megatron.core.models.mimo.model.row_source import rows_to_merge, rows_to_send
 from megatron.core.models.mimo.model.wrapped_modules import WrappedModules, name_wrapped_modules
 from megatron.core.models.mimo.partition.utils import build_partition_adapter

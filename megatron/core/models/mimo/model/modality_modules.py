@@ -13,8 +13,8 @@ from torch.distributed import ProcessGroup
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig, RankRole
 from megatron.core.models.mimo.config.grids import Geometry, groups_of, has_groups
 from megatron.core.models.mimo.config.role import ModuleLayout
-from megatron.core.models.mimo.model.disjoint import refuse_stages
-from megatron.core.models.mimo.model.encoder_splits import split_encoders
+from megatron.core.models.mimo.model.encoding.encoder_splits import split_encoders
+from megatron.core.models.mimo.model.grids.refusals import refuse_stages
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 

@@ -16,7 +16,7 @@ from megatron.core.models.mimo.alignment import AlignmentPlan, build_alignment_p
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig, RankRole
 from megatron.core.models.mimo.config.base_configs import TEXT
 from megatron.core.models.mimo.errors import InputError
-from megatron.core.models.mimo.model.checks import (
+from megatron.core.models.mimo.model.batch.checks import (
     HeadTargets,
     ModalityInputs,
     check_count,
@@ -24,13 +24,13 @@ from megatron.core.models.mimo.model.checks import (
     refuse_row_order,
     require_token_id,
 )
-from megatron.core.models.mimo.model.encode import Rows, encode_modalities
-from megatron.core.models.mimo.model.forward_inputs import ForwardInputs, plan_of
-from megatron.core.models.mimo.model.language_run import ModelOutput, run_language_model
-from megatron.core.models.mimo.model.merge import merge_streams
-from megatron.core.models.mimo.model.refusals import refuse_scattering_embedding
-from megatron.core.models.mimo.model.signatures import is_replaced
+from megatron.core.models.mimo.model.batch.forward_inputs import ForwardInputs, plan_of
+from megatron.core.models.mimo.model.encoding.encode import Rows, encode_modalities
+from megatron.core.models.mimo.model.language.refusals import refuse_scattering_embedding
+from megatron.core.models.mimo.model.language.run import ModelOutput, run_language_model
+from megatron.core.models.mimo.model.merging.merge import merge_streams
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
+from megatron.core.models.mimo.signatures import is_replaced
 from megatron.core.utils import unwrap_model
 
 if TYPE_CHECKING:

@@ -1,21 +1,13 @@
-"""Models that cannot be built: refused before their modules are, or as soon as they are there."""
+"""Descriptions of models that cannot work: refused before any module is built."""
 
 from __future__ import annotations
-
-from typing import Any
-
-from torch import nn
 
 from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
-from megatron.core.models.mimo.model.attention_support import refuse_attention
-from megatron.core.models.mimo.model.colocated import refuse_grids
-from megatron.core.models.mimo.model.level_route import LevelRoute
-from megatron.core.models.mimo.model.rotary import refuse_mrope
-from megatron.core.models.mimo.model.signatures import names_argument
-from megatron.core.models.mimo.partition.utils import PartitionAdapter
-from megatron.core.utils import unwrap_model
+from megatron.core.models.mimo.model.grids.refusals import refuse_grids
+from megatron.core.models.mimo.model.language.attention_support import refuse_attention
+from megatron.core.models.mimo.model.language.rotary import refuse_mrope
 
 
 def refuse_description(mimo_config: MimoModelConfig) -> None:
@@ -58,70 +50,4 @@ def refuse_multi_token_prediction(mimo_config: MimoModelConfig) -> None:
         raise UnsupportedError(
             f"mtp_num_layers = {layers}: multi-token prediction embeds input_ids inside the "
             "language model, where placeholders have no embedding; set it to None"
-        )
-
-
-def refuse_language_model(
-    language_model: Any,
-    submodules: nn.ModuleDict,
-    route: LevelRoute,
-    adapter: PartitionAdapter | None,
-) -> None:
-    """Refuse what only a language model that has been built shows not to work.
-
-    Args:
-        language_model: this rank's part.
-        submodules: modality -> ``ModalitySubmodules``, those of this rank.
-        route: of levels through this part.
-        adapter: cuts its sequences.
-
-    Raises:
-        UnsupportedError: an embedding that scatters by itself; levels that have no place.
-    """
-    refuse_scattering_embedding(language_model, adapter)
-    refuse_untaken_levels(submodules, language_model, route)
-
-
-def refuse_untaken_levels(
-    submodules: nn.ModuleDict, language_model: Any, route: LevelRoute
-) -> None:
-    """Raise ``UnsupportedError`` for levels of rows that the language model has no place for.
-
-    Args:
-        submodules: modality -> ``ModalitySubmodules``, those of this rank.
-        language_model: this rank's part; it takes levels where its ``forward`` names an argument
-            ``level_rows``, and needs a decoder layer for each.
-        route: of levels to later stages; it knows of those that have ``level_projections``.
-    """
-    for modality, submodule in submodules.items():
-        levels = getattr(submodule, "num_levels", 0)
-        if not levels:
-            continue
-        kind = type(language_model).__name__
-        if not names_argument(language_model.forward, "level_rows"):
-            raise UnsupportedError(
-                f"the encoders of {modality!r} give {levels} levels of their rows, and {kind} "
-                "does not take any; use a language model whose forward has level_rows, or "
-                "encoders without levels"
-            )
-        decoder = getattr(language_model, "decoder", None)
-        layers = len(getattr(decoder, "layers", range(levels)))
-        if layers < levels and levels != route.levels.get(modality):
-            raise UnsupportedError(
-                f"the encoders of {modality!r} give {levels} levels of their rows for the first "
-                f"{levels} decoder layers, and this pipeline stage, the first, holds {layers}; "
-                "give the modality level_projections, by which later stages know of its levels, or "
-                "this stage more layers (decoder_first_pipeline_num_layers)"
-            )
-
-
-def refuse_scattering_embedding(language_model: Any, adapter: PartitionAdapter | None) -> None:
-    """Raise ``UnsupportedError`` where the embedding would cut text before rows are merged."""
-    embedding = getattr(unwrap_model(language_model), "embedding", None)
-    scatters = getattr(embedding, "scatter_to_sequence_parallel", False)
-    if adapter is not None and adapter.cfg.seq_parallel and scatters:
-        raise UnsupportedError(
-            "sequence parallelism requires the language model's embedding scatter to be "
-            "disabled, because rows are merged first; pass "
-            "scatter_embedding_sequence_parallel=False in language_model_spec.params"
         )

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron.core.models.mimo.alignment import AlignmentPlan, EncodedRows
-from megatron.core.models.mimo.model.checks import (
+from megatron.core.models.mimo.model.batch.checks import (
     check_count,
     check_encoder_order,
     refuse_other_ids,
 )
-from megatron.core.models.mimo.model.colocated import bridge_rows, refuse_encoding_alone
-from megatron.core.models.mimo.model.encode import Rows
-from megatron.core.models.mimo.model.forward_inputs import ForwardInputs
+from megatron.core.models.mimo.model.batch.forward_inputs import ForwardInputs
+from megatron.core.models.mimo.model.encoding.encode import Rows
+from megatron.core.models.mimo.model.grids.bridges import bridge_rows
+from megatron.core.models.mimo.model.grids.refusals import refuse_encoding_alone
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo.model.base import MimoModel

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.core.models.mimo.model.expert_balance import BalancedPart, ExpertBalance
+from megatron.core.models.mimo.model.language.expert_balance import BalancedPart, ExpertBalance
 from megatron.mimo.layers.balanced_router import give_balance
 from megatron.mimo.layers.rotary import Frequencies, RotaryAngles
 from megatron.mimo.models.common.vocabulary import UnpaddedGPT

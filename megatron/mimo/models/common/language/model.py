@@ -9,7 +9,7 @@ from typing import Any
 from torch.nn import functional as F
 
 from megatron.core.models.mimo.errors import ConfigError
-from megatron.core.models.mimo.model.expert_balance import BalancedPart
+from megatron.core.models.mimo.model.language.expert_balance import BalancedPart
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.mimo.layers import LayerTraits, language_layer_spec

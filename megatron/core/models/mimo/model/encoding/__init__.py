@@ -1,0 +1,1 @@
+"""Running encoders where all modules share Megatron's process groups."""

@@ -1,0 +1,68 @@
+"""Rows between modules whose process grids lie on the same ranks.
+
+Legend: N rows of one modality, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from megatron.core.models.mimo.alignment import AlignmentPlan, Encoded
+from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
+from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig
+from megatron.core.models.mimo.config.grids import same_ranks
+from megatron.core.models.mimo.model.grids.wide_rows import apart, side_by_side
+from megatron.core.utils import unwrap_model
+
+Bridges = dict[tuple[str, str], ColocatedBridgeCommunicator]
+
+
+def build_bridges(mimo_config: MimoModelConfig) -> Bridges:
+    """What takes each modality's rows to the language model's layout; {} where nothing does.
+
+    Every rank calls it, for groups are created.
+    """
+    grids = mimo_config.module_to_grid_map
+    if grids is None or not same_ranks(grids) or mimo_config.modality_inputs_of != "encoders":
+        return {}
+    return {
+        (name, MIMO_LANGUAGE_MODULE_KEY): ColocatedBridgeCommunicator(
+            src_grid=grids[name],
+            dest_grid=grids[MIMO_LANGUAGE_MODULE_KEY],
+            src_module_name=name,
+            dest_module_name=MIMO_LANGUAGE_MODULE_KEY,
+            dim_mapping={"b": 0, "h": 1},
+        )
+        for name in mimo_config.modality_submodules_spec
+    }
+
+
+def bridge_rows(
+    rows: Mapping[str, Encoded],
+    bridges: Bridges,
+    submodules: nn.ModuleDict,
+    plan: AlignmentPlan,
+    *,
+    empty_H: torch.Tensor,
+) -> dict[str, Encoded]:
+    """The rows that this rank's replica of the language model reads, of every modality.
+
+    All ranks take part, modality by modality, whether or not they have rows.
+
+    Args:
+        rows: of the encoder replica's inputs.
+        bridges: of every modality.
+        submodules: modality -> ``ModalitySubmodules``.
+        plan: of the language model's replica.
+        empty_H: a vector like one row.
+    """
+    taken: dict[str, Encoded] = {}
+    for (name, _), bridge in bridges.items():
+        levels = getattr(unwrap_model(submodules[name]), "num_levels", 0)
+        wide_NH = side_by_side(rows.get(name), levels, empty_H)
+        wide_NH = bridge.communicate(wide_NH, count=plan.counts.get(name, 0))
+        taken[name] = apart(wide_NH, levels)
+    return taken
