@@ -70,11 +70,11 @@ class ModuleGrids:
         return self._grids
 
     @property
-    def encoders_apart(self) -> list[str]:
+    def modalities_across_replicas(self) -> list[str]:
         """Modalities that cannot encode without the schedule, as generation would have them."""
-        from megatron.core.models.mimo.model.grids.refusals import encoders_apart
+        from megatron.core.models.mimo.model.grids.refusals import modalities_across_replicas
 
-        return encoders_apart(dict(self.grids.by_module)) if self else []
+        return modalities_across_replicas(dict(self.grids.by_module)) if self else []
 
     def described(self, config: Any) -> Any:
         """A model's description with the grids of its modules.

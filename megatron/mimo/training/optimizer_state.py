@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron.core.models.mimo.optimizer.told_once import into_links
+from megatron.core.models.mimo.optimizer.common_state import into_links
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.mimo.backend.hooks import EXPERTS_STATE, ZERO_STATE
 from megatron.mimo.backend.patching import replace_in

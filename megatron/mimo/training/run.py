@@ -235,7 +235,7 @@ def _finish(
     }
     if watch.throughput is not None:
         metrics["throughput"] = watch.throughput.metrics(watch.pace.seconds_per_iteration)
-    apart = builder.grids.encoders_apart
+    apart = builder.grids.modalities_across_replicas
     if recipe.finish is not None and apart:
         console.say(
             f"not evaluated by generation: the ranks of {', '.join(apart)} are not all on one "

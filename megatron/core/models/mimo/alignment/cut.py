@@ -125,11 +125,12 @@ class SequenceCut:
         return self._own_piece(replace(plan, pieces=tuple(pieces)))
 
     def of_rank(self, *, cp_rank: int, tp_rank: int) -> SequenceCut:
-        """The same cut as another rank takes its share by it."""
+        """The cut by which another rank takes its share of the same sequence."""
         tp_rank = tp_rank if self.tp_size > 1 else 0
         return replace(self, cp_rank=cp_rank, tp_rank=tp_rank, _known={})
 
     def _own_piece(self, plan: AlignmentPlan) -> AlignmentPlan:
+        """This rank's part of a plan that is cut for all ranks of sequence parallelism."""
         if not plan.pieces or self.tp_size == 1 or plan.own_rows:
             return plan
         return replace(plan.pieces[self.tp_rank], pieces=plan.pieces)

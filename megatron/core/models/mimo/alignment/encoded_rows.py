@@ -40,7 +40,7 @@ class EncodedRows:
 
     @classmethod
     def of(cls, encoded: Encoded) -> EncodedRows:
-        """The value for what may be a tensor."""
+        """Rows as an ``EncodedRows``; a tensor has no levels."""
         return encoded if isinstance(encoded, EncodedRows) else cls(rows_NH=encoded)
 
     @property

@@ -1,4 +1,4 @@
-"""Where the rows of every stream go: the values, without the rules that make them.
+"""Where the rows of every stream go, as values; ``from_ids`` and ``cut`` make them.
 
 Legend: S sequence, B micro-batch, H hidden, N rows of one stream (text or a modality);
 ``S_local`` after context/sequence sharding.

@@ -1,8 +1,8 @@
-"""A plan turned round, for kernels: of each place the row it takes, of each row its places.
+"""The inverse of a plan, for kernels: for each place the row it takes, for each row its places.
 
-``Stream`` names the place of every row, which suits copies one stream after the other. A kernel
-that does all streams at once asks the other way round. The tensors are made on the host, where
-token ids can be sorted: the gradient of a word is then a sum over a segment, in a fixed order.
+``Stream`` names the place of every row, which suits copies of one stream after the other. A kernel
+that serves all streams at once asks which row a place takes. The tensors are made on the host,
+where token ids can be sorted: the gradient of a word is then a sum over a segment, in fixed order.
 
 Legend: L places of the merged sequence (``s * B + b``), N rows of one stream, E entries of sums,
 U sums, ``S_local`` after context/sequence sharding.

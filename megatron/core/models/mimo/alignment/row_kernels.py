@@ -188,7 +188,7 @@ def place(
     Args:
         out_LH: contiguous.
         streams: rows [N, H] by the number of their stream, in the dtype of ``out_LH`` unless they
-            are added; None for streams whose rows are left away.
+            are added; None for streams whose rows are left out.
         sources_L: as in ``RowIndex``.
         ids_N: given, stream 0 is a table, and row n of text is its row ``ids_N[n] - first``: zeros
             where the table has no such row.

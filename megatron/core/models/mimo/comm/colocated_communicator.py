@@ -236,11 +236,11 @@ class _Pieces:
         return range(first, first + self.scale)
 
     def giver_to_gather(self, rank: int, piece: int) -> int:
-        """From whom ``rank`` takes a piece, which that one has on the fine side."""
+        """The rank of the fine side from which ``rank`` takes a piece."""
         return self._nearest(rank, [r for r, at in self.fine.items() if at[0] == piece])
 
     def giver_of_slice(self, rank: int) -> int:
-        """From whom ``rank`` takes its own piece, which is cut out of the coarse side."""
+        """The rank of the coarse side from which ``rank`` takes its own piece."""
         replica = self.fine[rank][0] // self.scale
         return self._nearest(rank, [r for r, at in self.coarse.items() if at[0] == replica])
 

@@ -77,7 +77,7 @@ def exchange_with_gradient(
 ) -> torch.Tensor:
     """``exchange_rows`` whose gradient is exchanged by ``back``; both are collective.
 
-    Every rank's result has to reach a loss, or none: backward is an exchange too.
+    Backward is an exchange too: the results of all ranks reach a loss, or those of none.
     """
     taken_NH: torch.Tensor = _Exchange.apply(rows_NH, routes, back, group)
     return taken_NH

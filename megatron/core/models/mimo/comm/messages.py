@@ -1,4 +1,4 @@
-"""Tensors from rank to rank; who sends does not wait."""
+"""Tensors sent from one rank to another; the sender does not wait."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Message:
     Attributes:
         tensor: itself.
         work: its handle; None until it is on its way.
-        of: number of what it belongs to.
+        of: number of the micro-batch that it belongs to.
     """
 
     tensor: torch.Tensor
@@ -35,8 +35,8 @@ class Message:
 class Messages:
     """Messages of one kind between ranks; those of a pair arrive in the order in which they leave.
 
-    Sender and receiver know which messages there are, and of which shape and dtype. An empty one
-    is none.
+    Sender and receiver know which messages there are, and of which shape and dtype. An empty
+    tensor is not sent.
 
     Args:
         group: of all ranks that send or receive.
@@ -48,7 +48,7 @@ class Messages:
         self._together: list[tuple[Message, Any]] | None = None
 
     def send(self, tensor: torch.Tensor, rank: int, *, of: int = 0) -> None:
-        """Let a tensor leave for a rank; ``of`` is the number of what it belongs to, ascending."""
+        """Send a tensor to a rank; ``of`` is the number of its micro-batch, ascending."""
         if tensor.numel():
             message = Message(tensor=tensor.detach().contiguous(), of=of)
             self._leaving.append(message)
@@ -64,7 +64,7 @@ class Messages:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is sent and received within this context goes at once, at its end.
+        """Start all that is sent and received within this context together, at its end.
 
         Ranks that send to each other at the same time need it.
         """
@@ -77,7 +77,7 @@ class Messages:
                 message.work = works[number if len(works) == len(begun) else -1]
 
     def settle(self, before: int | None = None) -> None:
-        """Wait until what belongs to numbers below ``before`` has left; None for all."""
+        """Wait until all messages of micro-batches below ``before`` have left; None for all."""
         while self._leaving and (before is None or self._leaving[0].of < before):
             self._leaving.popleft().wait()
 

@@ -1,7 +1,8 @@
-"""Nests of containers and tensors between ranks: a small header, and what is large as bytes.
+"""Nested containers of tensors ("nests") between ranks: a small header, and large tensors as bytes.
 
-The header says how a nest is built and holds its small tensors (of integers and truth values, such
-as the sizes of images); of large ones (of floating-point numbers, and bytes) it says the shapes.
+A nest is a tensor, a number, a string, None, or a list, tuple or mapping by name of nests. The
+header says how it is built and holds its small tensors (of integers and truth values, such as the
+sizes of images); of large ones (of floating-point numbers, and bytes) it holds the shapes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Ranks that share their encoder inputs, so that any of them may encode any item.
 
 A replica of the language model is all its ranks of one data-parallel index: they have the same
-micro-batches. A replica of an encoder is one tensor-parallel group of it, or of several stages as
-many. Where an encoder's replica reaches over several replicas of the language model, these are in
-one pool. Encoders on ranks of their own are dealt out to replicas of the language model in equal
-shares, as small as their numbers allow.
+micro-batches. A replica of an encoder is one tensor-parallel group, or one for each pipeline stage
+of the encoder. Where it reaches over several replicas of the language model, these are in one pool.
+Where encoders have ranks of their own, every pool has as many replicas of either kind as the
+others, and there are as many pools as that allows.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Pool:
         return next(found, -1)
 
     def giver_of(self, rank: int) -> int:
-        """As ``owner_of``, of a rank of the encoder's last stage, which gives rows; else -1."""
+        """The encoder's replica whose last stage, which gives rows, has a rank; -1 for others."""
         return next((number for number, ranks in enumerate(self.owners) if rank in ranks), -1)
 
     @property
@@ -77,12 +77,12 @@ def pools_of(encoder: Geometry, language: Geometry) -> list[Pool]:
     """The pools of one modality; every rank of the encoder and of the language model is in one.
 
     Args:
-        encoder: with axes tp and dp over the language model's ranks, or with pp besides over none
-            of them.
+        encoder: on the language model's ranks, with the axes tp and dp; or on ranks of its own,
+            with pp besides.
         language: any axes.
     """
     if not set(encoder.ranks) & set(language.ranks):
-        return _pools_apart(encoder, language)
+        return _disjoint_pools(encoder, language)
     links: list[tuple[int, int]] = []
     for geometry in (encoder, language):
         for index in range(geometry.sizes["dp"]):
@@ -104,7 +104,7 @@ def pools_of(encoder: Geometry, language: Geometry) -> list[Pool]:
     return pools
 
 
-def _pools_apart(encoder: Geometry, language: Geometry) -> list[Pool]:
+def _disjoint_pools(encoder: Geometry, language: Geometry) -> list[Pool]:
     number = gcd(encoder.sizes["dp"], language.sizes["dp"])
     owners = encoder.sizes["dp"] // number
     served = language.sizes["dp"] // number

@@ -41,7 +41,7 @@ class Encoding:
     """Who encodes the rows of one micro-batch.
 
     Attributes:
-        replica: the language model's that the micro-batch belongs to.
+        replica: of the language model, whose micro-batch it is.
         placement: where its rows go.
         owner_N: long [N], the encoder's replica (its number in the pool).
         at_N: long [N], number of the row among all that its owner encodes.
@@ -60,7 +60,7 @@ class RowRoutes:
         pool: the ranks among which rows travel.
         rank: this one.
         encodings: of all micro-batches of all replicas in the pool, in one order everywhere.
-        encoded: rows that this rank's encoder replica encodes.
+        encoded: how many rows this rank's encoder replica encodes.
     """
 
     def __init__(self, pool: Pool, rank: int, encodings: Sequence[Encoding], encoded: int) -> None:
@@ -83,7 +83,7 @@ class RowRoutes:
                 )
 
     def forward(self) -> Routes:
-        """From owners to readers."""
+        """Routes of rows, from owners to readers."""
         give, take, size = [], [], 0
         for other in self._pool.ranks:
             index_n = _NOTHING
@@ -97,7 +97,7 @@ class RowRoutes:
         return Routes(give=tuple(give), take=tuple(take), size=size)
 
     def backward(self) -> Routes:
-        """From readers to owners: each row's gradient once to every rank of its owner."""
+        """Routes of gradients, from readers back: each once to every rank of the row's owner."""
         give, take = [], []
         for other in self._pool.ranks:
             give.append(self._given_back_to(other))
@@ -110,7 +110,7 @@ class RowRoutes:
         return Routes(give=tuple(give), take=tuple(take), size=self._encoded)
 
     def _taken_from(self, other: int) -> torch.Tensor:
-        """Where the rows go that this rank, a reader, takes from another."""
+        """Where this rank, which places rows, puts those that it takes from another."""
         if self._rank not in self._reads:
             return _NOTHING
         owner = self._pool.giver_of(other)
@@ -119,7 +119,7 @@ class RowRoutes:
         return (self._reads[self._rank][0] == owner).nonzero().squeeze(1)
 
     def _given_back_to(self, other: int) -> torch.Tensor:
-        """Which of the rows that this rank, a reader, has placed it gives another's gradient of."""
+        """Which of the rows that this rank has placed it gives another rank the gradients of."""
         if self._rank not in self._reads or self._giver_back(other, self._rank) != self._rank:
             return _NOTHING
         owner = self._pool.giver_of(other)

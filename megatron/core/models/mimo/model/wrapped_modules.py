@@ -50,7 +50,7 @@ def name_wrapped_modules(model: Any, state_dict: dict[str, Any], prefix: str, *_
 
 
 class WrappedModules(nn.Module):
-    """Hands on what is asked to the modules that it is meant for; a mixin of ``MimoModel``.
+    """Passes on what Megatron asks of the outermost module; a mixin of ``MimoModel``.
 
     A data-parallel call reaches only wrappers whose overlap option needs it, and is a no-op for a
     model wrapped as a whole.

@@ -110,7 +110,7 @@ class MimoOptimizer(ChainedOptimizer):
         device: torch.device | None = None,
     ) -> None:
         grids = {name: info.grid for name, info in module_infos.items() if info.grid is not None}
-        self._apart = bool(grids) and not same_ranks(grids)
+        self._disjoint = bool(grids) and not same_ranks(grids)
         self.module_infos = dict(module_infos)
         parts = [
             part
@@ -156,7 +156,7 @@ class MimoOptimizer(ChainedOptimizer):
             ``(success, grad_norm, num_zeros)``. A skipped step has neither norm nor zeros;
             zeros are counted with ``log_num_zeros_in_grad``.
         """
-        if self.chained_optimizers or self._apart:
+        if self.chained_optimizers or self._disjoint:
             success, grad_norm, num_zeros = super().step()
         else:
             success, grad_norm, num_zeros = not self.prepare_grads(), 0.0, None
@@ -166,7 +166,7 @@ class MimoOptimizer(ChainedOptimizer):
     @torch.no_grad()
     def get_grad_norm(self) -> Any:
         """The norm over all modules; with modules on ranks of their own, all ranks call it."""
-        if not self._apart:
+        if not self._disjoint:
             return super().get_grad_norm()
         squares = [
             sum((part.get_grad_norm() or 0.0) ** 2 for part in parts)
@@ -177,7 +177,7 @@ class MimoOptimizer(ChainedOptimizer):
     @torch.no_grad()
     def count_zeros(self) -> int:
         """Zeros in the gradients of all modules; collective as ``get_grad_norm``."""
-        if not self._apart:
+        if not self._disjoint:
             return int(super().count_zeros())
         counts = [
             sum(part.count_zeros() for part in parts)
@@ -266,7 +266,7 @@ class MimoOptimizer(ChainedOptimizer):
 
 
 def links_of(optimizer: Any) -> list[Any]:
-    """Megatron's optimizers in one: a chain's links."""
+    """Megatron's optimizers in one: the links of a ``ChainedOptimizer``, else itself."""
     if optimizer is None:
         return []
     if type(optimizer) is ChainedOptimizer:
@@ -304,7 +304,7 @@ def _require_gloo_groups(optimizers: list[Any]) -> None:
 
 
 def _takes_part(info: ModuleOptimizerInfo) -> bool:
-    """True where this rank's optimizer of a module steps, with parameters or to keep step."""
+    """True where this rank's optimizer of a module steps, be it for the collectives alone."""
     return info.is_active or not _has_parameters(info.optimizer)
 
 

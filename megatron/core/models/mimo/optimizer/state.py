@@ -1,4 +1,4 @@
-"""Optimizer state in sharded checkpoints: which part of it is an object of its own."""
+"""A module's optimizer state in sharded checkpoints: what is no tensor becomes sharded objects."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Megatron's optimizers name the state of a parameter after the parameter, so what several of them
 write for their modules is what one would write for all; only what is not a tensor (parameter
-groups, step, loss scale) has to be told once. Such a checkpoint loads in every layout.
+groups, step, loss scale) has to be written once. Such a checkpoint loads in every layout.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch.distributed as dist
 
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
 from megatron.core.models.mimo.optimizer.combined import MimoOptimizer, links_of
-from megatron.core.models.mimo.optimizer.state import prime
-from megatron.core.models.mimo.optimizer.told_once import (
+from megatron.core.models.mimo.optimizer.common_state import (
+    COMMON_KEYS,
     GROUPS,
-    TOLD_ONCE,
-    ToldOnce,
+    CommonState,
     identifier,
     inner_state,
 )
+from megatron.core.models.mimo.optimizer.state import prime
 from megatron.core.optimizer import FP32Optimizer
 
 _MODULES = "modules"
@@ -32,13 +32,13 @@ _MODULES = "modules"
 class WholeModelOptimizer(MimoOptimizer):
     """``MimoOptimizer`` whose checkpoints are those of one optimizer of the whole model.
 
-    One rank writes what is not a tensor: where modules are on ranks of their own, these tell each
-    other, those on which nothing is trained too.
+    One rank writes what is not a tensor. Where modules are on ranks of their own, all ranks gather
+    it first, those on which nothing is trained included.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        if self._apart:  # Megatron does not ask a stub for its state
+        if self._disjoint:  # Megatron does not ask a stub for its state
             self.is_stub_optimizer = False
 
     def sharded_state_dict(
@@ -65,7 +65,7 @@ class WholeModelOptimizer(MimoOptimizer):
                 while len(links) <= number:
                     links.append({_MODULES: {}})
                 _join(links[number], name, link, state, is_loading=is_loading)
-        if self._apart and not is_loading:
+        if self._disjoint and not is_loading:
             _share(links)
         return links[0] if len(links) == 1 else dict(enumerate(links))
 
@@ -86,8 +86,8 @@ class WholeModelOptimizer(MimoOptimizer):
                         "model without the optimizer (--no-load-optim), or freeze the modules that "
                         "were frozen then"
                     )
-                once, own = ToldOnce.of(state_dict, link), tensors[number][_MODULES][name]
-                link.load_state_dict(once.given_to(link, own, f"module {name!r}"))
+                once, own = CommonState.of(state_dict, link), tensors[number][_MODULES][name]
+                link.load_state_dict(once.state_for(link, own, f"module {name!r}"))
 
 
 def _join(
@@ -96,7 +96,7 @@ def _join(
     """Put one module's state into the whole, its parameter groups among those of others."""
     inner = inner_state(link, state)
     groups = inner.pop(GROUPS)
-    told = {key: state.pop(key) for key in TOLD_ONCE if key in state}
+    told = {key: state.pop(key) for key in COMMON_KEYS if key in state}
     step = inner["state"].pop("common_step", None) if "state" in inner else None
     whole[_MODULES][name] = state
     if is_loading:
@@ -127,7 +127,7 @@ def _share(links: list[dict[str, Any]]) -> None:
             links.append({_MODULES: {}})
         for theirs in (one[number] for one in heard if len(one) > number):
             own, common = links[number], theirs.get("optimizer", theirs)
-            for key in TOLD_ONCE:
+            for key in COMMON_KEYS:
                 if key in theirs:
                     own.setdefault(key, theirs[key])
             inner = own.setdefault("optimizer", {}) if "optimizer" in theirs else own

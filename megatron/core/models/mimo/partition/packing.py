@@ -31,7 +31,7 @@ class PackedRow(PackedSeqParams):
     """A packed sequence with what fused attention wants besides, made once for all layers.
 
     Attributes:
-        bounds_q: int32, boundaries of queries in which padding makes documents of its own, none of
+        bounds_q: int32, boundaries of queries in which padding counts as further documents, none of
             them longer than ``max_seqlen_q``; None where they are not known on the host.
         bounds_kv: of keys.
         on_host: the numbers of ``cu_seqlens_*``, by name, as far as they are known on the host.
@@ -63,7 +63,7 @@ def packed_params(
     Args:
         packing_kwargs: arguments of ``PackedSeqParams``. Boundaries are cumulative lengths from 0
             on: integers, or a tensor [documents + 1]. ``cu_seqlens_kv`` is ``cu_seqlens_q`` where
-            it is left out, and ``max_seqlen_*`` the longest place of a document.
+            it is left out, and ``max_seqlen_*`` the longest document with its padding.
         tokens: T; with padded boundaries, documents' places have to fill it.
         cp_size: context-parallel size; each document's place is a multiple of 2 * cp_size.
         device: where boundaries given as integers go; None leaves them on the host.
@@ -249,7 +249,7 @@ def _as_tensors(
 
 
 def _bounds(sums: list[int], places: list[int]) -> list[int]:
-    """Boundaries in which what a document leaves of its place is a document of its own."""
+    """Boundaries in which the padding behind a document is a document of its own."""
     if sums == places:
         return sums
     lengths = [stop - start for start, stop in itertools.pairwise(sums)]

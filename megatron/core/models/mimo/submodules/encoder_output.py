@@ -17,9 +17,9 @@ from megatron.core.utils import unwrap_model
 _LAYOUTS = ("bsh", "sbh")
 
 
-def levels_of(encoder: nn.Module) -> int:
-    """How many further levels of its rows an encoder says that it gives."""
-    levels: int = getattr(unwrap_model(encoder), "num_levels", 0)
+def levels_of(module: nn.Module | None) -> int:
+    """Further levels of its rows that an encoder, or the module of a modality, says it gives."""
+    levels: int = getattr(unwrap_model(module), "num_levels", 0)
     return levels
 
 

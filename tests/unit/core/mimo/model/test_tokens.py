@@ -44,7 +44,10 @@ def test_minus_100_is_no_label() -> None:
     assert found_BS is not None
     assert mask_BS is not None
     assert (found_BS[0, 1], mask_BS.sum()) == (0, 5)
-    assert labels.without(torch.ones(2, 3), is_none_BS).tolist() == [[1, 0, 1], [1, 1, 1]]
+    assert labels.zero_without_label(torch.ones(2, 3), is_none_BS).tolist() == [
+        [1, 0, 1],
+        [1, 1, 1],
+    ]
 
 
 SHAPES: dict[str, tuple[dict[str, Any], str]] = {

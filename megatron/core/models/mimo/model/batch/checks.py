@@ -61,7 +61,7 @@ def check_mappings(modality_inputs: Any, packing_kwargs: Any, indices: Any) -> N
             if not isinstance(arguments, Mapping):
                 raise InputError(
                     f"{where}[{encoder!r}] is {type(arguments).__name__}; expected {{argument: "
-                    "tensor}; leave an encoder without inputs away"
+                    "tensor}; leave out an encoder without inputs"
                 )
             for argument, value in arguments.items():
                 _check_name(f"{where}[{encoder!r}]", argument)

@@ -66,8 +66,8 @@ def labels_in_vocabulary(
     return labels_BS.masked_fill(is_none_BS, 0), loss_mask_BS, is_none_BS
 
 
-def without(output: Any, is_none_BS: torch.Tensor | None) -> Any:
-    """A loss per token without that of tokens that have no label."""
+def zero_without_label(output: Any, is_none_BS: torch.Tensor | None) -> Any:
+    """A loss per token, zero where a token has no label; anything else as it is."""
     if is_none_BS is None or not torch.is_tensor(output) or output.shape != is_none_BS.shape:
         return output
     return output.masked_fill(is_none_BS, 0)

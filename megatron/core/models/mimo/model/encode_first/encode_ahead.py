@@ -18,12 +18,12 @@ from megatron.core.models.mimo.model.encode_first.step_batches import StepBatche
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NextStep:
-    """The next step, begun.
+    """A step, and what frozen encoders have done of it in the step before.
 
     Attributes:
         given: its micro-batches as the data iterator gives them.
         batches: the same, with what is known of them.
-        by_modality: what frozen encoders have done of it.
+        by_modality: of modalities whose encoders are frozen, what has been done.
     """
 
     given: Sequence[Mapping[str, Any]]
@@ -31,23 +31,23 @@ class NextStep:
     by_modality: Mapping[str, Any]
 
     def is_of(self, given: Sequence[Mapping[str, Any]]) -> bool:
-        """These are its micro-batches, and not others, such as a repetition's."""
+        """True where ``given`` are its micro-batches; a step that is repeated comes in between."""
         return len(given) == len(self.given) and all(
             one is other for one, other in zip(given, self.given, strict=True)
         )
 
     def forget(self) -> None:
-        """Let encoders on ranks of their own know that another step comes."""
+        """Tell encoders on ranks of their own that this step does not come next."""
         for begun in self.by_modality.values():
-            if hasattr(begun, "go_on"):
-                begun.go_on(False)
+            if hasattr(begun, "confirm"):
+                begun.confirm(False)
 
 
 def peeked(iterator: Any, count: int) -> list[Mapping[str, Any]]:
     """The next micro-batches of an iterator that has ``peek``; [] where it has not, or not enough.
 
     Args:
-        iterator: of a step, maybe within Megatron's that can repeat it.
+        iterator: of a step's micro-batches, maybe within Megatron's that can repeat them.
         count: of micro-batches.
     """
     peek: Callable[[int], list[Mapping[str, Any]]] | None = getattr(

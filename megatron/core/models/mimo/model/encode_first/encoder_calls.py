@@ -20,7 +20,7 @@ from megatron.core.models.mimo.comm.pools import Pool
 from megatron.core.models.mimo.errors import InputError
 from megatron.core.models.mimo.model.encode_first.media_units import Call
 from megatron.core.models.mimo.model.encoding.idle import idle_rows
-from megatron.core.models.mimo.model.grids.wide_rows import side_by_side
+from megatron.core.models.mimo.model.grids.wide_rows import join_levels
 from megatron.core.models.mimo.ranges import named_range
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
@@ -31,17 +31,17 @@ class Modality:
     """A modality of the model, and the ranks that share its work.
 
     Attributes:
-        name: its.
+        name: its name.
         submodule: this rank's, maybe wrapped; None where it is on other ranks.
-        pool: this rank's.
-        like_H: a vector like one row.
+        pool: the ranks that share its inputs with this one.
+        like_H: a vector with the size, dtype and device of a row.
         recompute: forget activations after forward, and encode once more in backward.
         levels: further levels of every row.
         trainable: for each stage of the modality, whether anything of it is trained.
         stage: this rank's; None where the modality is on other ranks.
-        goes_ahead: its encoders are not trained and draw no random numbers, so that they may
-            encode a step before the one that needs it; on ranks of encoders alone, which wait for
-            the gradients of all that is trained there, nothing is.
+        goes_ahead: its encoders may encode a step in the one before: they are not trained and draw
+            no random numbers. On ranks of encoders alone nothing else may be trained either, for
+            these wait for gradients.
     """
 
     name: str
@@ -69,22 +69,16 @@ class Modality:
         return any(self.trainable[:stage]) and torch.is_grad_enabled()
 
 
-def levels_of(submodule: nn.Module | None) -> int:
-    """Further levels of every row that a modality's module gives."""
-    levels: int = getattr(unwrap_model(submodule), "num_levels", 0)
-    return levels
-
-
 @dataclass(kw_only=True, eq=False)
 class Called:
-    """A call that has run forward.
+    """A call that has run forward, as its backward needs it.
 
     Attributes:
         number: of the call in this step.
         call: None for an idle one.
-        hidden: what the stage before has given, its gradient once backward has run; or what the
-            encoders have given, before it is projected.
-        states: of the generators when it began.
+        hidden: what the call was given: hidden states of the stage before, which have their
+            gradient once backward has run; or what frozen encoders have given, to be projected.
+        states: of the random generators when it began.
         output: with its graph, where that is kept.
         like: the output's shape and dtype, on "meta".
     """
@@ -102,8 +96,8 @@ class EncoderCalls:
 
     Args:
         modality: whose module is on this rank.
-        seed: of what the encoders draw; None where they draw nothing, or from the generators as
-            they stand.
+        seed: for the random numbers of the encoders; None where they draw none, or from the
+            generators as they are.
 
     Attributes:
         seed: as given; may be set before the first ``forward``.
@@ -118,7 +112,7 @@ class EncoderCalls:
         self._trains = modality.trains_before(modality.stage + 1)
 
     def encode(self, call: Call) -> Encoded:
-        """What the encoders of a call give, which are frozen; ``forward`` projects it."""
+        """Run frozen encoders for a call; what they give goes to ``forward``, which projects it."""
         bare: Any = unwrap_model(self._submodule)
         with torch.no_grad(), named_range(f"encode {self._modality.name}"):
             encoded: Encoded = bare.combine_embeddings(bare.encode(call.inputs))
@@ -184,7 +178,7 @@ class EncoderCalls:
             return EncodedRows.of(encoded).rows_NH
         if call is not None:
             self._check(call, encoded)
-        return side_by_side(encoded, modality.levels, modality.like_H)
+        return join_levels(encoded, modality.levels, modality.like_H)
 
     def _encode_again(self, called: Called) -> torch.Tensor:
         tracker = get_cuda_rng_tracker()

@@ -50,8 +50,8 @@ class Job:
         inputs: of all encoders; None without any. Large tensors are on "meta" where they are not
             this rank's.
         placement: where the rows go.
-        seed: of what encoders on ranks of their own draw in this step; None where they draw
-            nothing, or ask generators of their own.
+        seed: for the random numbers of encoders on ranks of their own in this step; None where they
+            draw none, or from generators of their own.
     """
 
     replica: int
@@ -73,7 +73,7 @@ class Dealt:
     owners: Sequence[int]
 
     def part(self, batch: int) -> Dealt:
-        """Of one job."""
+        """What was dealt out of one job."""
         pairs = [*zip(self.units, self.owners, strict=True)]
         own = [pair for pair in pairs if pair[0].batch == batch]
         return Dealt(units=[unit for unit, _ in own], owners=[owner for _, owner in own])
@@ -85,7 +85,7 @@ class Dealt:
 
 
 def joined(parts: Sequence[Dealt]) -> Dealt:
-    """What was dealt out bit by bit."""
+    """Several parts as one."""
     return Dealt(
         units=[unit for part in parts for unit in part.units],
         owners=[owner for part in parts for owner in part.owners],
@@ -117,7 +117,7 @@ def deal(
 def encodings_of(
     jobs: Sequence[Job], dealt: Dealt, owners: int, first: int = 0
 ) -> tuple[list[Encoding], list[int]]:
-    """What the rows' routes are found from, and how many rows each owner encodes.
+    """Who encodes which rows, as ``RowRoutes`` takes it, and how many rows each owner encodes.
 
     Args:
         jobs: of all replicas of the pool.
@@ -195,7 +195,11 @@ class InputsOfOthers:
         return [by_replica[r][n] for n in range(self._count) for r in self._pool.replicas]
 
     def tell(self, dealt: Dealt | None) -> Dealt:
-        """Who encodes what, on ranks of the language model that have no encoder, too."""
+        """Tell ranks of the language model that have no encoder who encodes what.
+
+        Args:
+            dealt: None on these ranks.
+        """
         source, rank = self._pool.stages[0][0][0], dist.get_rank()
         if dealt is None:
             (content,) = self._sized(torch.empty(0, dtype=torch.uint8), [], [source])
@@ -215,22 +219,22 @@ class InputsOfOthers:
             self._sized(content, readers, [])
         return dealt
 
-    def go_on(self, yes: bool) -> None:
-        """Say, where this rank speaks for the pool, whether what was begun is wanted."""
+    def confirm(self, yes: bool) -> None:
+        """Tell the encoders, where this rank speaks for the pool, whether their work is wanted."""
         if dist.get_rank() == self._pool.speaker_of(self._pool.replicas[0]):
             answer = torch.tensor([yes], device=self._modality.like_H.device)
             for rank in self._encode_elsewhere():
                 self._messages.send(answer, rank)
 
-    def goes_on(self) -> bool:
-        """What ``go_on`` says, on a rank that encodes."""
+    def is_confirmed(self) -> bool:
+        """What ``confirm`` has said, on a rank that encodes."""
         like = self._modality.like_H.new_empty(0, dtype=torch.bool)
         answer = self._messages.receive(like, [1], self._pool.speaker_of(self._pool.replicas[0]))
         assert answer is not None, "an answer is a value"
         return bool(answer.wait().item())
 
     def send(self, number: int, inputs: Inputs | None, dealt: Dealt) -> None:
-        """Let what others encode of a micro-batch leave, where this rank speaks for its replica."""
+        """Send what others encode of a micro-batch, where this rank speaks for its replica."""
         if not self._speaks or self._replica is None:
             return
         batch, elsewhere = self.batch(number, self._replica), {*self._encode_elsewhere()}
@@ -298,7 +302,7 @@ class InputsOfOthers:
     def _sized(
         self, content: torch.Tensor, to: Sequence[int], sources: Sequence[int]
     ) -> list[torch.Tensor]:
-        """Send bytes to some ranks, and get some ranks' on the host, of sizes that only they know.
+        """Send bytes to some ranks, and receive those of others on the host, of unknown sizes.
 
         All ranks that are named call it together.
         """
@@ -321,7 +325,7 @@ class InputsOfOthers:
 
 
 def _plain(job: Job) -> dict[str, Any]:
-    """A job as a nest."""
+    """A job as nested containers that ``header_of`` takes."""
     sources = [[*place, source_n] for place, source_n in job.placement.sources.items()]
     return {
         "inputs": job.inputs,

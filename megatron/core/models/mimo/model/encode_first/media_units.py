@@ -1,4 +1,4 @@
-"""What of a modality's inputs can be encoded apart from the rest, and calls that encode some of it.
+"""Units of a modality's inputs, which any rank may encode, and the calls that encode them.
 
 A unit is an item (image, clip) where the modality's one encoder says what its items are
 (``rows_per_item``) and a row of the projection comes from one row of the encoder; else the inputs
@@ -24,12 +24,12 @@ _METHODS = ("forward", "encode", "combine_embeddings", "project_embeddings")
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One unit.
+    """What is encoded as a whole: an item, or the inputs of a micro-batch.
 
     Attributes:
         batch: number of the inputs that it is part of.
         item: number of the item among them; None for all of them.
-        rows: that it gives.
+        rows: how many it gives.
         cost: of encoding it, relative to other units of the modality.
     """
 
@@ -45,7 +45,7 @@ class Call:
 
     Attributes:
         inputs: what it is called with.
-        rows: that it has to give.
+        rows: how many it has to give.
     """
 
     inputs: Inputs
@@ -59,7 +59,7 @@ def units_of(submodule: nn.Module, batch: int, inputs: Inputs, rows: int) -> lis
         submodule: the modality's, maybe wrapped.
         batch: number of the inputs.
         inputs: of all encoders.
-        rows: that the micro-batch has places for.
+        rows: for how many the micro-batch has places.
     """
     own: Any = unwrap_model(submodule)
     whole = [Unit(batch=batch, item=None, rows=rows, cost=float(rows))]

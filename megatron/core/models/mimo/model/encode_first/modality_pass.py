@@ -27,7 +27,7 @@ from megatron.core.models.mimo.model.encode_first.encoder_work import (
     encodings_of,
 )
 from megatron.core.models.mimo.model.encode_first.media_units import Call
-from megatron.core.models.mimo.model.grids.wide_rows import apart, side_by_side
+from megatron.core.models.mimo.model.grids.wide_rows import join_levels, split_levels
 
 
 class ModalityPass:
@@ -84,12 +84,12 @@ class ModalityPass:
         self._hidden = [self._run.encode(call) for call in self._calls]
 
     def place(self, seed: int | None) -> list[Encoded]:
-        """Encode, and bring the rows to who places them.
+        """Encode, and bring the rows to the ranks that place them.
 
         All ranks of the pool take part in one exchange.
 
         Args:
-            seed: of what the encoders draw; None where they draw nothing.
+            seed: for the random numbers of the encoders; None where they draw none.
 
         Returns:
             For each micro-batch, the rows that this rank places, with gradient; [] off the first
@@ -108,10 +108,10 @@ class ModalityPass:
         given_NW = torch.cat([wide_NW for wide_NW, _ in ran]).contiguous()
         wide_NW = exchange_rows(given_NW, self._routes.forward(), self._group)
         self._leaves = self._cut(wide_NW)
-        return [apart(leaf, self._modality.levels) for leaf in self._leaves]
+        return [split_levels(leaf, self._modality.levels) for leaf in self._leaves]
 
     def backward(self) -> None:
-        """Bring the gradients of the rows back to who encoded them, and run the encoders' backward.
+        """Bring the rows' gradients back to the ranks that encoded them, and run backward there.
 
         All ranks of the pool take part in one exchange; nothing where the modality is frozen.
         """
@@ -120,7 +120,7 @@ class ModalityPass:
         grads = [
             torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves
         ]
-        nothing_NW = side_by_side(None, self._modality.levels, self._modality.like_H)
+        nothing_NW = join_levels(None, self._modality.levels, self._modality.like_H)
         given_NW = torch.cat([nothing_NW, *grads])
         self._leaves = []
         grad_NW = exchange_rows(given_NW, self._routes.backward(), self._group)

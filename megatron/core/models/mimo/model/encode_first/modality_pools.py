@@ -16,9 +16,10 @@ from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.config.grids import Geometry
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.model.encode_first.encode_ahead import draws
-from megatron.core.models.mimo.model.encode_first.encoder_calls import Modality, levels_of
+from megatron.core.models.mimo.model.encode_first.encoder_calls import Modality
 from megatron.core.models.mimo.model.encode_first.row_stream import Lines
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
+from megatron.core.models.mimo.submodules.encoder_output import levels_of
 from megatron.core.utils import unwrap_model
 
 
@@ -30,19 +31,19 @@ class ModalityPools:
         recompute: the encoders' activations.
 
     Attributes:
-        apart: encoders are on ranks of their own.
+        disjoint: encoders are on ranks of their own.
         language: where the language model is.
         replica: of the language model, that this rank is in; None on ranks of encoders alone.
         reads: this rank places rows.
         modalities: those that this rank encodes, or whose rows its replica gets.
         groups: modality -> all ranks of this one's pool; None where that is this rank alone.
-        lines: modality -> messages between the ranks that meet, where encoders are apart.
+        lines: modality -> messages between the ranks that meet, in the disjoint layout.
     """
 
     def __init__(self, model: MimoModel, *, recompute: bool) -> None:
         grids = dict(model.mimo_config.module_to_grid_map or {})
         rank = dist.get_rank()
-        self.apart = model.disjoint_rows is not None
+        self.disjoint = model.disjoint_rows is not None
         self.language = Geometry.of(MIMO_LANGUAGE_MODULE_KEY, grids[MIMO_LANGUAGE_MODULE_KEY])
         here = self.language.positions.get(rank)
         self.replica = None if here is None else here.dp
@@ -57,7 +58,7 @@ class ModalityPools:
         }
         facts = _facts_of_all(model)
         trained: set[int] = set()  # ranks of encoders whose backward waits for the language model
-        for name, geometry in geometries.items() if self.apart else ():
+        for name, geometry in geometries.items() if self.disjoint else ():
             if any(facts[rank][name].is_trained for rank in geometry.ranks):
                 trained.update(geometry.ranks)
         for name, geometry in geometries.items():
@@ -67,7 +68,7 @@ class ModalityPools:
                 facts[geometry.where(pp=stage)[0]][name] for stage in range(geometry.sizes["pp"])
             ]
             waits = stages[0].encoders_wait
-            if self.apart:
+            if self.disjoint:
                 waits = any(stage.is_trained or stage.draws for stage in stages)
             submodule = dict(model.modality_submodules.items()).get(name)
             self.modalities += [
@@ -111,7 +112,7 @@ class ModalityPools:
         self._groups.destroy()
 
     def _meet(self, name: str, pools: Sequence[Pool]) -> None:
-        if not self.apart:
+        if not self.disjoint:
             self.groups[name] = self._groups.of("", [pool.ranks for pool in pools])
             return
         kinds = ("inputs", "rows", "gradients")  # none waits behind another
@@ -170,17 +171,17 @@ def _row_of(model: MimoModel) -> torch.Tensor:
 
 
 class _Groups:
-    """Process groups that were made once for the ranks that they have."""
+    """Process groups, made once for each set of ranks and use."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None] = {}
 
     def of(self, use: str, groups: Sequence[tuple[int, ...]]) -> dist.ProcessGroup | None:
-        """This rank's of disjoint groups; None where all have one rank. All ranks call it.
+        """This rank's group; None where all groups have one rank. All ranks call it.
 
         Args:
-            use: groups of equal ranks and another use are others.
-            groups: ranks of each.
+            use: the same ranks have another group for another use.
+            groups: the ranks of each; no rank is in two.
         """
         key = use, tuple(groups)
         if key not in self._known and all(len(ranks) == 1 for ranks in groups):

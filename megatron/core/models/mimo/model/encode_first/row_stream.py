@@ -34,8 +34,8 @@ from megatron.core.models.mimo.model.encode_first.encoder_work import (
     encodings_of,
     joined,
 )
-from megatron.core.models.mimo.model.encoding.idle import announce
-from megatron.core.models.mimo.model.grids.wide_rows import apart
+from megatron.core.models.mimo.model.encoding.idle import gather_parameters_of
+from megatron.core.models.mimo.model.grids.wide_rows import split_levels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST_DIMENSIONS = 6
@@ -72,7 +72,7 @@ class EncoderStream:
 
     Attributes:
         name: of the modality.
-        window: as ``ahead``, of this rank's stage.
+        window: micro-batches that this rank's stage may have encoded before a backward.
         jobs: of all replicas of the language model in the pool.
         count: of micro-batches; 0 where the language model's ranks have none.
         cost: of what this rank encodes, and of what the pool does.
@@ -87,7 +87,7 @@ class EncoderStream:
         self._place = self._pool.stages[self._stage][self._owner].index(dist.get_rank())
         self.window = max(ahead - self._stage, 1)
         # Replicas begin to encode at different times, and gather their weights together.
-        announce(modality.submodule)
+        gather_parameters_of(modality.submodule)
         self._inputs = InputsOfOthers(modality, lines.inputs, None, count)
         self.jobs = self._inputs.jobs([])
         loads = [0.0] * len(self._pool.owners)
@@ -112,12 +112,12 @@ class EncoderStream:
             self._encode(number, before)
         self._lines.settle()
 
-    def goes_on(self) -> bool:
-        """What was encoded is wanted: the next step is the one that it was encoded for."""
-        return self._inputs.goes_on()
+    def is_confirmed(self) -> bool:
+        """True where the next step is the one that was encoded ahead for."""
+        return self._inputs.is_confirmed()
 
     def forward(self, number: int) -> None:
-        """Encode this rank's share of a micro-batch, and let it leave."""
+        """Encode this rank's share of a micro-batch, and send its rows."""
         if number >= self.count:
             return
         self._lines.rows.settle(before=number - self.window)
@@ -129,7 +129,7 @@ class EncoderStream:
             _send(self._lines.rows, torch.cat(outputs), routes, self._pool, number)
 
     def _encode(self, number: int, before: int) -> None:
-        """Encode; inputs of the next one, if it is below a number, come meanwhile."""
+        """Encode a micro-batch, while the inputs of the next one below ``before`` arrive."""
         for one in (number, number + 1):
             if one < before:
                 self._inputs.expect(one, self.jobs, self._dealt[one])
@@ -196,7 +196,7 @@ class EncoderStream:
         return RowRoutes(self._pool, dist.get_rank(), encodings, sizes[self._owner])
 
     def _gradients(self, number: int, kept: Sequence[Called]) -> Sequence[torch.Tensor]:
-        """Of the outputs of this rank's calls of a micro-batch."""
+        """Gradients of the outputs of this rank's calls of a micro-batch."""
         likes = [called.like for called in kept if called.like is not None]
         if self._modality.is_last:
             routes = self._routes(number).backward()
@@ -240,9 +240,9 @@ class ArrivingRows:
         self._back: dict[int, tuple[Routes, torch.Tensor]] = {}
         self._coming: dict[int, tuple[RowRoutes, Routes, list[Message | None]]] = {}
 
-    def go_on(self, yes: bool) -> None:
-        """Say whether the step is wanted that encoders have begun."""
-        self._inputs.go_on(yes)
+    def confirm(self, yes: bool) -> None:
+        """Tell the encoders whether the step that they have begun comes next."""
+        self._inputs.confirm(yes)
 
     def take(self, number: int) -> Encoded:
         """The rows of a micro-batch that this rank places; they come in the order of numbers.
@@ -260,7 +260,7 @@ class ArrivingRows:
             self._back[number] = every.backward(), leaf
             give_back = partial(self._give_back, number)
             leaf.register_post_accumulate_grad_hook(give_back)  # type: ignore[no-untyped-call]
-        return apart(leaf, self._modality.levels)
+        return split_levels(leaf, self._modality.levels)
 
     def finish(self) -> None:
         """End the step; rows whose gradient backward has not reached have none."""
@@ -270,7 +270,7 @@ class ArrivingRows:
         self._lines.settle()
 
     def _send_inputs(self, before: int) -> None:
-        """Let inputs of micro-batches below a number leave."""
+        """Send the inputs of micro-batches below a number."""
         for number in range(self._sent, min(before, len(self._jobs))):
             self._inputs.send(number, self._jobs[number].inputs, self._dealt[number])
             self._sent = number + 1
@@ -302,7 +302,7 @@ class ArrivingRows:
 def _send(
     messages: Messages, rows_NW: torch.Tensor, routes: Routes, pool: Pool, number: int
 ) -> None:
-    """Let the rows leave that this rank gives others."""
+    """Send the rows that this rank gives others."""
     for rank, index_n in zip(pool.ranks, routes.give, strict=True):
         if index_n.numel():
             given_nW = rows_NW.index_select(0, index_n.to(rows_NW.device))
@@ -322,7 +322,7 @@ def _expect(
 def _taken(
     coming: Sequence[Message | None], empty_NW: torch.Tensor, routes: Routes
 ) -> torch.Tensor:
-    """The rows that this rank has asked for, each in its place."""
+    """The rows that this rank has asked for, once they are there, each in its place."""
     for message, index_n in zip(coming, routes.take, strict=True):
         if message is not None:
             empty_NW.index_copy_(0, index_n.to(empty_NW.device), message.wait())

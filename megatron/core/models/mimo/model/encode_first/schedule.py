@@ -13,11 +13,11 @@ gradients; on every rank the activations of what it has encoded ("keep"), or not
 ("recompute": encoders run forward twice, and activations of one call at a time are held, which
 has at most as many rows as one micro-batch).
 
-Encoders on ranks of their own run beside the language model's schedule, micro-batch by micro-batch
-(``run_beside``): they encode as far ahead of it as its pipeline is deep and one more, and their
-pipeline stages follow each other likewise.
+Encoders on ranks of their own run at the same time as the language model's schedule, micro-batch by
+micro-batch (``concurrent_steps``): they encode one micro-batch further ahead than its pipeline is
+deep, and their pipeline stages follow each other likewise.
 
-Encoders that are frozen may begin with the next step in this one.
+Frozen encoders may encode for the next step in this one (``encode_ahead``).
 
 The one gradient contract: losses are sums over tokens, and every module's gradients are divided
 once by the tokens of the global batch.
@@ -36,11 +36,11 @@ from torch import nn
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.models.mimo.model.encode_first.concurrent_steps import ConcurrentSteps
 from megatron.core.models.mimo.model.encode_first.encode_ahead import NextStep, peeked
 from megatron.core.models.mimo.model.encode_first.encoder_calls import Modality
 from megatron.core.models.mimo.model.encode_first.modality_pass import ModalityPass
 from megatron.core.models.mimo.model.encode_first.modality_pools import ModalityPools
-from megatron.core.models.mimo.model.encode_first.run_beside import RunBeside
 from megatron.core.models.mimo.model.encode_first.step_batches import MicroBatch, StepBatches
 from megatron.core.models.mimo.ranges import named_range
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -62,14 +62,14 @@ class EncodeFirst:
             wrapped in Megatron's ``DistributedDataParallel`` of their own grids' groups.
         schedule: Megatron's for the language model; None for the one that its sizes ask for.
         activations: "keep" or "recompute", of the encoders.
-        ahead: gives the number of micro-batches of the next step, which encoders that are frozen
-            encode at the end of this one: on the language model's ranks before gradients are
-            reduced, so that later pipeline stages do while earlier ones run backward; on ranks of
-            their own the first few, while the language model ends its step. Where the data iterator
-            has ``peek(count)``, which shows what ``next`` will give. None: each step by itself.
-
-        seen: is told, on one rank of each pool, what encoders on ranks of their own encode in
-            training: modality, inputs of a micro-batch, rows.
+        ahead: gives the number of micro-batches of the next step, which frozen encoders encode at
+            the end of this one; None: each step encodes its own. The data iterator needs
+            ``peek(count)``, which shows what ``next`` will give. Encoders on the language model's
+            ranks encode before gradients are reduced, later pipeline stages while earlier ones run
+            backward; encoders on ranks of their own encode the first few micro-batches, while the
+            language model ends its step.
+        seen: is called on one rank of each pool with what encoders on ranks of their own encode in
+            training: modality, inputs of a micro-batch, number of rows.
 
     Attributes:
         costs: modality -> what this rank has encoded and what its pool has, in the last step.
@@ -98,10 +98,10 @@ class EncodeFirst:
         self._finalizes = True
         self._pools = ModalityPools(model, recompute=activations == "recompute")
         self._replica = self._pools.replica
-        self._beside: RunBeside | None = None
-        if self._pools.apart:
-            self._beside = RunBeside(model, self._pools, ahead)
-            self._beside.seen = seen
+        self._concurrent: ConcurrentSteps | None = None
+        if self._pools.disjoint:
+            self._concurrent = ConcurrentSteps(model, self._pools, ahead)
+            self._concurrent.seen = seen
         self._count_ahead = ahead
         self._next: NextStep | None = None
         self._source: Any = None  # of this step's micro-batches
@@ -138,21 +138,21 @@ class EncodeFirst:
                 )
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only):
-            if self._beside is None:
+            if self._concurrent is None:
                 reports = self._run_around(step, run_language)
             elif self._replica is None:
-                self._beside.encoders(num_microbatches, self.costs, trains=not forward_only)
+                self._concurrent.encoders(num_microbatches, self.costs, trains=not forward_only)
                 reports = []
             else:
                 begin = None if forward_only else self._keep_next
-                reports = self._beside.language(step, run_language, begin, iterators[0])
+                reports = self._concurrent.language(step, run_language, begin, iterators[0])
         if self._finalizes:
             with named_range("gradients"):
                 self._finalize_encoders(bool(force_all_reduce))
         return reports
 
     def _begun(self, given: list[MicroBatch], *, forward_only: bool) -> NextStep:
-        """This step: what the last one has begun of it, where these are its micro-batches."""
+        """This step, with what the last one has encoded for it."""
         begun = self._next
         if begun is not None and not forward_only:
             self._next = None
@@ -166,7 +166,7 @@ class EncodeFirst:
         self._next = step
 
     def _run_around(self, step: NextStep, run_language: Callable[..., Any]) -> Any:
-        """A step of modules on the same ranks: phase by phase."""
+        """A step of modules on the same ranks, phase by phase."""
         batches = step.batches
         passes: dict[str, ModalityPass] = {}
         rows = {}
@@ -192,7 +192,7 @@ class EncodeFirst:
     def _encode_ahead(self) -> None:
         """Let encoders that are frozen encode the next step."""
         frozen = [modality for modality in self._pools.modalities if modality.goes_ahead]
-        if self._count_ahead is None or not frozen or self._beside is not None:
+        if self._count_ahead is None or not frozen or self._concurrent is not None:
             return
         given = peeked(self._source, self._count_ahead())
         if given:
@@ -258,14 +258,14 @@ class EncodeFirst:
         ]
         for submodule in wrapped:
             submodule.finish_grad_sync(force_all_reduce=force_all_reduce)
-        if self._beside is not None:
+        if self._concurrent is not None:
             self._tell_num_tokens()
         assert self._num_tokens is not None, "the language model was finalised"
         for submodule in wrapped:
             submodule.scale_gradients(1.0 / self._num_tokens.clamp(min=1))
 
     def _tell_num_tokens(self) -> None:
-        """Let ranks of encoders alone know the tokens of the global batch; all ranks call it."""
+        """Tell ranks of encoders alone the tokens of the global batch; all ranks call it."""
         if self._replica is None:
             device = next(self._chunks[0].parameters()).device
             self._num_tokens = torch.zeros([], dtype=torch.int, device=device)

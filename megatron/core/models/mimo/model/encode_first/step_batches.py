@@ -43,7 +43,7 @@ class StepBatches:
         Args:
             name: the modality's.
             replica: of the language model, that this rank is in.
-            seed: of what they draw; None where they draw nothing.
+            seed: for their random numbers; None where they draw none.
         """
         return [
             Job(
@@ -56,7 +56,9 @@ class StepBatches:
         ]
 
     def cut_plans(self, *, reads: bool) -> None:
-        """Leave in each micro-batch what its forward on this rank takes, but for its rows.
+        """Turn each micro-batch into what its forward on this rank takes, all but the rows.
+
+        Encoders' inputs are dropped, and the plan is cut.
 
         Args:
             reads: this rank places rows.
@@ -89,7 +91,7 @@ def _cut(model: MimoModel, batch: Mapping[str, Any]) -> Any:
 
 
 def _placement(name: str, plan: AlignmentPlan, cut: Any) -> Placement:
-    """Where the rows of a micro-batch go, on every place of the first stage."""
+    """Which rows of a micro-batch each rank of the first stage places."""
     sources = {}
     for cp_rank in range(cut.cp_size):
         share = cut.of_rank(cp_rank=cp_rank, tp_rank=0).share_of_plan(plan)

@@ -4,8 +4,8 @@ Data-parallel ranks start their collectives as modules are called (parameters ar
 gradients arrive (gradients are reduced), so ranks have to agree on the order of both, or they add
 up different buckets. A modality without rows is therefore run on blank inputs where its encoders
 say what these are (``blank_inputs``), and its rows are dropped: the order is the same by
-construction. Otherwise its modules are announced to the data-parallel wrapper, and its parameters
-get a zero gradient one by one, the last registered first: the order of an encoder that registers
+construction. Otherwise its parameters are gathered without a forward, and get a zero gradient one
+by one, the last registered first: the order of an encoder that registers
 modules as it calls them, which is what Megatron lays its buckets out for.
 
 Legend: S sequence, B micro-batch, H hidden.
@@ -32,13 +32,13 @@ def idle_rows(submodule: torch.nn.Module, hidden_size: int) -> Encoded | None:
     if not parameters:
         return None
     if not torch.is_grad_enabled():
-        announce(submodule)
+        gather_parameters_of(submodule)
         return None
     blanks = _blank_inputs(submodule)
     if blanks is not None:
         encoded = EncodedRows.of(submodule(encoder_inputs=blanks))
         return encoded.map(lambda tensor: tensor[:0]).simplest()
-    announce(submodule)
+    gather_parameters_of(submodule)
     # One node per parameter: autograd runs the nodes that were made last first.
     return torch.cat([_ZeroGradient.apply(parameter, hidden_size) for parameter in parameters])
 
@@ -66,10 +66,10 @@ def _blank_inputs(submodule: torch.nn.Module) -> dict[str, dict[str, Any]] | Non
     return blanks or None
 
 
-def announce(submodule: torch.nn.Module) -> None:
-    """Gather the parameters of a module whose forward begins by that, and does not run yet.
+def gather_parameters_of(submodule: torch.nn.Module) -> None:
+    """Gather the parameters of a module that does not run now, as its forward would have begun.
 
-    By the pre-forward hooks of Megatron's wrapper, without the modules' forward.
+    The pre-forward hooks of Megatron's data-parallel wrapper are called, and no forward.
     """
     for module in submodule.modules():
         for hook in list(module._forward_pre_hooks.values()):

@@ -14,8 +14,8 @@ from megatron.core.models.mimo.alignment import AlignmentPlan, Encoded
 from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModelConfig
 from megatron.core.models.mimo.config.grids import same_ranks
-from megatron.core.models.mimo.model.grids.wide_rows import apart, side_by_side
-from megatron.core.utils import unwrap_model
+from megatron.core.models.mimo.model.grids.wide_rows import join_levels, split_levels
+from megatron.core.models.mimo.submodules.encoder_output import levels_of
 
 Bridges = dict[tuple[str, str], ColocatedBridgeCommunicator]
 
@@ -61,8 +61,8 @@ def bridge_rows(
     """
     taken: dict[str, Encoded] = {}
     for (name, _), bridge in bridges.items():
-        levels = getattr(unwrap_model(submodules[name]), "num_levels", 0)
-        wide_NH = side_by_side(rows.get(name), levels, empty_H)
+        levels = levels_of(submodules[name])
+        wide_NH = join_levels(rows.get(name), levels, empty_H)
         wide_NH = bridge.communicate(wide_NH, count=plan.counts.get(name, 0))
-        taken[name] = apart(wide_NH, levels)
+        taken[name] = split_levels(wide_NH, levels)
     return taken

@@ -23,7 +23,7 @@ from megatron.core.models.mimo.config.grids import Geometry
 from megatron.core.models.mimo.config.role import ModuleLayout
 from megatron.core.models.mimo.errors import InputError
 from megatron.core.models.mimo.model.encoding.idle import take_part
-from megatron.core.models.mimo.model.grids.wide_rows import apart, side_by_side
+from megatron.core.models.mimo.model.grids.wide_rows import join_levels, split_levels
 from megatron.core.utils import unwrap_model
 
 
@@ -72,7 +72,7 @@ class DisjointRows:
                 sent[name] = self._hidden_states(given, before, submodule)
                 continue
             like_H = self._like_row(submodule)
-            wide_NW = side_by_side(given, own.num_levels, like_H)
+            wide_NW = join_levels(given, own.num_levels, like_H)
             if before is not None and not before.numel():
                 wide_NW = take_part(wide_NW, [before])
             if wide_NW._base is not None:  # Megatron frees what it has sent, but no view
@@ -109,7 +109,7 @@ class DisjointRows:
             self._share_out_gradient(name, wide_NW, input_ids_BS)
             if cp_group is not None and wide_NW.numel():
                 wide_NW = _SumOfGradients.apply(wide_NW, cp_group)
-            rows[name] = apart(wide_NW, wide_NW.size(1) // self._hidden_size - 1)
+            rows[name] = split_levels(wide_NW, wide_NW.size(1) // self._hidden_size - 1)
         return rows
 
     def _like_row(self, submodule: nn.Module) -> torch.Tensor:

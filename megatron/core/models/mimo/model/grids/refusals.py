@@ -13,6 +13,7 @@ from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY, MimoModel
 from megatron.core.models.mimo.config.base_configs import language_config
 from megatron.core.models.mimo.config.grids import Geometry, same_ranks
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
+from megatron.core.models.mimo.model.merging.level_route import untaken_levels
 from megatron.core.models.mimo.signatures import names_argument
 
 
@@ -41,7 +42,7 @@ def refuse_grids(mimo_config: MimoModelConfig) -> None:
     if mimo_config.heads:
         raise UnsupportedError(
             f"module_to_grid_map and heads {sorted(mimo_config.heads)}: a head belongs to no "
-            "module with a grid; leave one of them away"
+            "module with a grid; leave out one of the two"
         )
     geometries = {name: Geometry.of(name, grid) for name, grid in grids.items()}
     together = same_ranks(grids)
@@ -143,18 +144,14 @@ def refuse_overlaps(geometries: Mapping[str, Geometry]) -> None:
 
 
 def refuse_untaken(mimo_config: MimoModelConfig) -> None:
-    """Raise ``UnsupportedError`` for levels that the language model, elsewhere, does not take."""
+    """Raise ``UnsupportedError`` for levels that the language model, on other ranks, leaves out."""
     kind: Any = mimo_config.language_model_spec.module
     if not hasattr(kind, "forward"):  # an import path; the model checks it once it is built
         return
     for name, spec in mimo_config.modality_submodules_spec.items():
         levels = len((spec.submodules or {}).get("level_projections") or ())
         if levels and not names_argument(kind.forward, "level_rows"):
-            raise UnsupportedError(
-                f"the encoders of {name!r} give {levels} levels of their rows, and "
-                f"{kind.__name__} does not take any; use a language model whose forward has "
-                "level_rows, or encoders without levels"
-            )
+            raise untaken_levels([name], levels, kind.__name__)
 
 
 def refuse_stages(submodules: nn.ModuleDict) -> None:
@@ -203,29 +200,29 @@ def refuse_encoding_alone(mimo_config: MimoModelConfig) -> None:
             "a forward of a model whose encoders are on ranks of their own got no encoded_rows; "
             "call the schedule EncodeFirst, or load the checkpoint in another layout"
         )
-    apart = encoders_apart(mimo_config.module_to_grid_map)
-    if apart:
+    across = modalities_across_replicas(mimo_config.module_to_grid_map)
+    if across:
         raise UnsupportedError(
-            f"the tensor-parallel ranks of {apart} are in several replicas or stages of the "
+            f"the tensor-parallel ranks of {across} are in several replicas or stages of the "
             "language model, so that they do not get the same inputs in a forward; call the "
             "schedule EncodeFirst, or load the checkpoint in another layout"
         )
 
 
-def encoders_apart(grids: Mapping[str, Any]) -> list[str]:
-    """Modalities whose tensor-parallel ranks are not all on one stage of one replica.
+def modalities_across_replicas(grids: Mapping[str, Any]) -> list[str]:
+    """Modalities with tensor-parallel ranks in several replicas or stages of the language model.
 
-    Of the language model; without the schedule ``EncodeFirst`` these cannot encode.
+    These have other inputs in a forward, so that only the schedule ``EncodeFirst`` can encode.
     """
     if not same_ranks(grids):
         return [name for name in grids if name != MIMO_LANGUAGE_MODULE_KEY]
     language = Geometry.of(MIMO_LANGUAGE_MODULE_KEY, grids[MIMO_LANGUAGE_MODULE_KEY])
-    apart = []
+    across = []
     for name in (name for name in grids if name != MIMO_LANGUAGE_MODULE_KEY):
         encoder = Geometry.of(name, grids[name])
         for replica in range(encoder.sizes["dp"]):
             positions = [language.positions[rank] for rank in encoder.where(dp=replica)]
             if len({(position.dp, position.pp) for position in positions}) > 1:
-                apart.append(name)
+                across.append(name)
                 break
-    return apart
+    return across

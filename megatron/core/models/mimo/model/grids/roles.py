@@ -20,7 +20,7 @@ def role_of(mimo_config: MimoModelConfig) -> RankRole:
     grids = mimo_config.module_to_grid_map
     params = mimo_config.language_model_spec.params
     if grids is not None and not same_ranks(grids):
-        return _role_apart(grids, params)
+        return _disjoint_role(grids, params)
     encoders = None
     if mimo_config.module_to_grid_map is not None:
         encoders = not params.get("vp_stage")
@@ -32,7 +32,7 @@ def role_of(mimo_config: MimoModelConfig) -> RankRole:
     )
 
 
-def _role_apart(grids: Mapping[str, Any], language: Mapping[str, Any]) -> RankRole:
+def _disjoint_role(grids: Mapping[str, Any], language: Mapping[str, Any]) -> RankRole:
     """Which modules this rank builds; the language model's spec says which stage of it.
 
     Args:

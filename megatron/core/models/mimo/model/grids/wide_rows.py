@@ -10,7 +10,7 @@ import torch
 from megatron.core.models.mimo.alignment import Encoded, EncodedRows
 
 
-def side_by_side(encoded: Encoded | None, levels: int, empty_H: torch.Tensor) -> torch.Tensor:
+def join_levels(encoded: Encoded | None, levels: int, empty_H: torch.Tensor) -> torch.Tensor:
     """Rows and their levels as one tensor [N, (1 + levels) * H]; [0, ...] for None.
 
     Args:
@@ -26,7 +26,7 @@ def side_by_side(encoded: Encoded | None, levels: int, empty_H: torch.Tensor) ->
     return torch.cat(tensors, dim=1) if len(tensors) > 1 else tensors[0]
 
 
-def apart(wide_NH: torch.Tensor, levels: int) -> Encoded:
-    """The inverse of ``side_by_side``."""
+def split_levels(wide_NH: torch.Tensor, levels: int) -> Encoded:
+    """The inverse of ``join_levels``."""
     rows_NH, *others = wide_NH.chunk(1 + levels, dim=1)
     return EncodedRows(rows_NH=rows_NH, levels=tuple(others)).simplest()

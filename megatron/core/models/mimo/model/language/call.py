@@ -23,6 +23,7 @@ from megatron.core.models.mimo.model.language.rotary import (
     leave_cutting_to_the_model,
     positions_to_rotate_by,
 )
+from megatron.core.models.mimo.model.merging.level_route import untaken_levels
 from megatron.core.models.mimo.model.merging.levels import LevelRows
 from megatron.core.models.mimo.partition.packing import check_one_row, packed_params
 from megatron.core.models.mimo.signatures import accepts, names_argument
@@ -150,11 +151,8 @@ class LanguageCall:
         }
         if level_rows:
             if not self.takes_level_rows:
-                raise UnsupportedError(
-                    f"encoders gave {len(level_rows)} levels of their rows, and "
-                    f"{type(unwrap_model(language_model)).__name__} does not take any; use a "
-                    "language model whose forward has level_rows, or encoders without levels"
-                )
+                names = sorted({name for level in level_rows for name in level.rows})
+                raise untaken_levels(names, len(level_rows), _class_of(language_model))
             arguments["level_rows"] = level_rows
         if inputs.label_rows_K is not None and label_share.labels_BS is not None:
             self._check_label_rows(language_model)
@@ -174,11 +172,15 @@ class LanguageCall:
 
     def _check_label_rows(self, language_model: torch.nn.Module) -> None:
         if not self.takes_label_rows:
-            name = type(unwrap_model(language_model)).__name__
             raise UnsupportedError(
-                f"label_rows with a {name}, which computes the loss of all positions; leave them "
-                "out, or use a GPTModel whose forward takes an output_processor"
+                f"label_rows with a {_class_of(language_model)}, which computes the loss of all "
+                "positions; leave them out, or use a GPTModel whose forward takes an "
+                "output_processor"
             )
+
+
+def _class_of(language_model: torch.nn.Module) -> str:
+    return type(unwrap_model(language_model)).__name__
 
 
 def share_of_labels(

@@ -111,7 +111,10 @@ class Tally:
         return rest_M1H
 
     def joined(self, output: torch.Tensor) -> tuple[torch.Tensor, Counted]:
-        """The part's output, whose gradient now waits for that of the sums; and these."""
+        """The part's output, and the sums up to here.
+
+        In backward the gradient of the sums has then come before that of any router's logits.
+        """
         sums_2E = torch.zeros(2, self.part.experts, device=output.device)
         sums_2E = sum(self.layers.values(), start=sums_2E)
         output, own_2E = _Joined.apply(output, sums_2E, self)
@@ -207,7 +210,7 @@ class ExpertBalance:
         Args:
             logits_SBE: of this rank's tokens.
             padding_SB: what the language model was given as its padding mask, transposed; nothing
-                is counted where this began no tally.
+                is counted of a micro-batch that was not begun here.
             layer: number of the layer.
         """
         tally = None if padding_SB is None else self._tallies.get(_place(padding_SB))
@@ -245,7 +248,7 @@ def balance_of(language_model: nn.Module) -> ExpertBalance | None:
 
 
 def _place(tensor: torch.Tensor) -> int:
-    """Where a tensor's data lie: the same for its views, and for what a recomputation saves."""
+    """Address of a tensor's data: its views and what recomputation saves of it have the same."""
     return tensor.untyped_storage().data_ptr()
 
 

@@ -80,7 +80,7 @@ class Losses(dict[str, Loss]):
     def total(
         self, counts: Mapping[str, float | torch.Tensor], *, unit: str = TEXT
     ) -> torch.Tensor:
-        """What to add up over micro-batches and to divide by ``counts[unit]`` once.
+        """What to run backward on, and to divide by ``counts[unit]`` once it is added up.
 
         The sum over all micro-batches and ranks, divided so, is the weighted sum of the losses,
         each divided by the number of its own positions: Megatron's division of summed gradients
@@ -126,7 +126,7 @@ class Heads(nn.ModuleDict):
         if specs and not hasattr(language_model, "decoder"):
             raise UnsupportedError(
                 f"heads {sorted(specs)} read the output of the language model's decoder, and "
-                f"{type(language_model).__name__} has no module of that name; leave heads away"
+                f"{type(language_model).__name__} has no module of that name; leave the heads out"
             )
         if adapter is not None and adapter.cfg.seq_parallel:
             # Each rank of the group reads other positions: Megatron adds these gradients up.

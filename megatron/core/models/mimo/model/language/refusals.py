@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from megatron.core.models.mimo.errors import UnsupportedError
-from megatron.core.models.mimo.model.merging.level_route import LevelRoute
+from megatron.core.models.mimo.model.merging.level_route import LevelRoute, untaken_levels
 from megatron.core.models.mimo.partition.utils import PartitionAdapter
 from megatron.core.models.mimo.signatures import names_argument
+from megatron.core.models.mimo.submodules.encoder_output import levels_of
 from megatron.core.utils import unwrap_model
 
 
@@ -46,16 +47,11 @@ def refuse_untaken_levels(
         route: of levels to later stages; it knows of those that have ``level_projections``.
     """
     for modality, submodule in submodules.items():
-        levels = getattr(submodule, "num_levels", 0)
+        levels = levels_of(submodule)
         if not levels:
             continue
-        kind = type(language_model).__name__
         if not names_argument(language_model.forward, "level_rows"):
-            raise UnsupportedError(
-                f"the encoders of {modality!r} give {levels} levels of their rows, and {kind} "
-                "does not take any; use a language model whose forward has level_rows, or "
-                "encoders without levels"
-            )
+            raise untaken_levels([modality], levels, type(language_model).__name__)
         decoder = getattr(language_model, "decoder", None)
         layers = len(getattr(decoder, "layers", range(levels)))
         if layers < levels and levels != route.levels.get(modality):

@@ -11,7 +11,7 @@ import torch
 
 from megatron.core.models.mimo.alignment import AlignmentPlan
 from megatron.core.models.mimo.model.batch.forward_inputs import ForwardInputs
-from megatron.core.models.mimo.model.batch.labels import without
+from megatron.core.models.mimo.model.batch.labels import zero_without_label
 from megatron.core.models.mimo.model.encoding.encode import Rows
 from megatron.core.models.mimo.model.language.call import share_of_labels
 from megatron.core.models.mimo.model.language.decoder_input import (
@@ -76,7 +76,7 @@ def run_language_model(
         output = model.level_route.message(output, read.levels)
     if counted is not None and counted.leaves:
         return counted.message(output), labels.loss_mask_BS
-    output = without(output, labels.without_label_BS)
+    output = zero_without_label(output, labels.without_label_BS)
     if (hidden or counted is not None) and labels.labels_BS is not None:
         output = model.heads.losses(
             hidden[0] if hidden else None,

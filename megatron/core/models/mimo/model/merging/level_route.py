@@ -43,7 +43,7 @@ class LevelRoute:
         first: the number of this part's first layer, from 0.
         layers: how many it has.
         is_first: nothing arrives: it is where the encoders are.
-        crosses: some level has its layer behind the first part, wherever this one is.
+        crosses: the layer of some level is behind the first part of the language model.
     """
 
     levels: Mapping[str, int] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class LevelRoute:
 
     @property
     def total(self) -> int:
-        """Levels of the modality that has most."""
+        """How many levels the modality with the most of them has."""
         return max(self.levels.values(), default=0)
 
     @property
@@ -136,6 +136,15 @@ class LevelRoute:
             }
             for number in range(self.first, max(with_rows.values(), default=0))
         ]
+
+
+def untaken_levels(modalities: Sequence[str], levels: int, language_model: str) -> UnsupportedError:
+    """The error for levels that a language model of that class does not take."""
+    return UnsupportedError(
+        f"the encoders of {', '.join(map(repr, modalities))} give {levels} levels of their rows, "
+        f"and {language_model} does not take any; use a language model whose forward has "
+        "level_rows, or encoders without levels"
+    )
 
 
 def level_route(specs: Mapping[str, ModuleSpec], language_model: nn.Module) -> LevelRoute:

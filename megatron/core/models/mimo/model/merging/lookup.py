@@ -63,10 +63,10 @@ def look_up_text(word_embeddings: torch.nn.Module, plan: AlignmentPlan) -> torch
 def call_as(
     module: torch.nn.Module, forward: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor
 ) -> torch.Tensor:
-    """What a call of ``module`` would be with another ``forward``: its hooks run around it.
+    """Call ``module`` with another ``forward`` in place of its own; its hooks run as ever.
 
-    Data parallelism waits for gathered parameters in such a hook, so ``forward`` has to read them
-    itself, not before.
+    Data parallelism waits for gathered parameters in such a hook, so ``forward`` has to read the
+    parameters itself: before the call they may not be there.
     """
     object.__setattr__(module, "forward", forward)
     try:

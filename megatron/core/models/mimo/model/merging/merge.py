@@ -43,7 +43,7 @@ def embed_streams(
     rows: Mapping[str, torch.Tensor],
     position_ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What ``embedding`` makes of a text, for text and modality rows together: [S_local, B, H].
+    """Embeddings [S_local, B, H] of text and modality rows together, as ``embedding`` makes them.
 
     Text rows are looked up and scaled; after the merge, learned positions, the residual dtype
     and dropout apply to every row alike. Under sequence parallelism dropout draws from the
@@ -173,7 +173,7 @@ def gradients_of_rows(
     """Gradients [N, H] of rows that were placed by a plan, None where none is needed.
 
     With a sequence-parallel plan, all ranks of ``group`` take part: each broadcasts the gradient
-    of the modality rows that it placed; not where each has its own rows.
+    of the modality rows that it placed. With a plan of ``own_rows`` nothing is exchanged.
 
     Args:
         grad_SBH: gradient of this rank's merged sequence.

@@ -21,21 +21,21 @@ Seen = Callable[[str, Inputs, int], None]
 AHEAD = 1  # micro-batches that encoders are ahead of what the language model's pipeline holds
 
 
-class RunBeside:
-    """One side of every step: the language model's on its ranks, or that of encoders.
+class ConcurrentSteps:
+    """This rank's side of every step: that of the language model, or that of encoders.
 
     Args:
         model: this rank's first chunk.
         pools: of its modalities.
-        count_ahead: of the next step's micro-batches, some of which encoders that are frozen encode
-            in this one; None for none. Once the last rows of a step have arrived, the ranks that
-            place them tell the encoders what the next one begins with. Nothing is on its way when a
-            step ends, so that another kind of step may come between; and a step that is repeated
-            lets what was begun be forgotten.
+        count_ahead: gives the number of micro-batches of the next step, of which frozen encoders
+            encode the first in this one; None for none. Once the last rows of a step have arrived,
+            the ranks that place them send the encoders these inputs. No message is on its way when
+            a step ends, so that an evaluation may come between; a step that is repeated drops what
+            was begun.
 
     Attributes:
-        seen: is told, on one rank of each pool, of all that is encoded in training: the modality,
-            the inputs of a micro-batch (large tensors without content), its rows.
+        seen: is called on one rank of each pool with what is encoded in training: the modality,
+            the inputs of a micro-batch (large tensors without content), how many rows they give.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class RunBeside:
         Args:
             step: its micro-batches.
             run_language: the schedule, given the micro-batches with their rows.
-            begin: is told the next step, once encoders are at work on it; None where they shall not
-                be.
-            source: of micro-batches.
+            begin: is given the next step, once encoders have its inputs; None where they are to
+                begin nothing.
+            source: gives micro-batches.
         """
         batches, count = step.batches, len(step.given)
         arriving: dict[str, ArrivingRows] = {}
@@ -68,7 +68,7 @@ class RunBeside:
             seed = self._pools.draw_seed(modality, trains=self._model.training)
             begun = step.by_modality.get(modality.name)
             if begun is not None:
-                begun.go_on(True)
+                begun.confirm(True)
                 arriving[modality.name] = begun
             elif self._pools.reads:
                 arriving[modality.name] = self._arriving(modality, batches, count, seed)
@@ -98,7 +98,7 @@ class RunBeside:
         """
         begun: dict[str, EncoderStream] = {}
         if trains:
-            begun = {name: stream for name, stream in self._begun.items() if stream.goes_on()}
+            begun = {name: stream for name, stream in self._begun.items() if stream.is_confirmed()}
             self._begun = {}
         streams = []
         for modality in self._pools.modalities:
@@ -137,7 +137,7 @@ class RunBeside:
         return ArrivingRows(modality, self._pools.lines[modality.name], jobs, replica, ahead)
 
     def _begin(self, begin: Callable[[NextStep], None], source: Any) -> None:
-        """Let frozen encoders know the next step."""
+        """Send frozen encoders the inputs that the next step begins with."""
         frozen = [modality for modality in self._pools.modalities if modality.goes_ahead]
         count = self._count_ahead() if frozen and self._count_ahead is not None else 0
         if not count:
@@ -150,7 +150,7 @@ class RunBeside:
 
 
 def _tell(seen: Seen, modality: Modality, jobs: Sequence[Job]) -> None:
-    """Tell of all that a pool has to encode, on its first rank."""
+    """Tell ``seen``, on the pool's first rank, of all that the pool has to encode."""
     if dist.get_rank() == modality.pool.stages[0][0][0]:
         for job in jobs:
             if job.inputs is not None:

@@ -1,9 +1,9 @@
-"""What a checkpoint's optimizer state holds besides tensors, given to whatever optimizers load it.
+"""Optimizer state that belongs to no single parameter, loaded by other optimizers than saved it.
 
 Megatron gives experts that are divided over ranks (expert parallelism) an optimizer of their own, a
-second link of the chain; otherwise they are in the first with all else. Tensors are named after
-their parameters either way. Parameter groups, steps and loss scales are told by each link, so that
-a checkpoint has as many as its run had links.
+second link of a ``ChainedOptimizer``; otherwise they are in the first with all else. Tensors are
+named after their parameters either way. Parameter groups, steps and loss scales are saved by each
+link, so that a checkpoint has as many of them as its run had links.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from megatron.core.models.mimo.errors import ConfigError
 from megatron.core.optimizer import FP32Optimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
-__all__ = ["GROUPS", "TOLD_ONCE", "ToldOnce", "identifier", "inner_state", "into_links"]
+__all__ = ["COMMON_KEYS", "GROUPS", "CommonState", "identifier", "inner_state", "into_links"]
 
 GROUPS, _SHARDING = "param_groups", "param_state_sharding_type"
-TOLD_ONCE = ("grad_scaler", _SHARDING)
+COMMON_KEYS = ("grad_scaler", _SHARDING)
 _EXPERTS = param_group_identifier_keys.index("is_expert_parallel")
 
 
@@ -30,18 +30,18 @@ def inner_state(link: Any, state: Mapping[Any, Any]) -> Any:
 
 
 def identifier(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells parameter groups apart, as Megatron does."""
+    """What Megatron tells parameter groups apart by."""
     return tuple(group.get(key) for key in param_group_identifier_keys)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToldOnce:
-    """Of all links of a checkpoint.
+class CommonState:
+    """What the links that saved a checkpoint say of all parameters together.
 
     Attributes:
         groups: parameter groups, without parameters.
         step: of all parameters, where it is no part of the groups.
-        others: what is one for the whole optimizer.
+        others: what the whole optimizer has once (``COMMON_KEYS``).
     """
 
     groups: tuple[Mapping[str, Any], ...]
@@ -49,8 +49,8 @@ class ToldOnce:
     others: Mapping[str, Any]
 
     @classmethod
-    def of(cls, state: Mapping[Any, Any], link: Any) -> ToldOnce:
-        """From the loaded state of one link, or of several by number.
+    def of(cls, state: Mapping[Any, Any], link: Any) -> CommonState:
+        """Read it from the loaded state of one link, or of several by number.
 
         Args:
             state: as ``dist_checkpointing.load`` gives it.
@@ -62,14 +62,14 @@ class ToldOnce:
         return cls(
             groups=tuple(group for one in inner for group in one.get(GROUPS, ())),
             step=next((step for step in steps if step is not None), None),
-            others={key: one[key] for one in found for key in TOLD_ONCE if key in one},
+            others={key: one[key] for one in found for key in COMMON_KEYS if key in one},
         )
 
     def group_like(self, group: Mapping[str, Any], of: str) -> dict[str, Any]:
-        """The values of a group for the parameters of one that an optimizer has.
+        """The saved values for a parameter group of an optimizer.
 
         Raises:
-            ConfigError: (a ``ValueError``) there is none with its rates.
+            ConfigError: (a ``ValueError``) no group was saved with its rates.
         """
         wanted = identifier(group)
         # Whether experts are divided changes nothing else of a group.
@@ -85,8 +85,8 @@ class ToldOnce:
         key = param_group_identifier_keys[_EXPERTS]
         return {**found, "params": group["params"], key: group.get(key)}
 
-    def given_to(self, link: Any, tensors: Mapping[Any, Any], of: str) -> dict[str, Any]:
-        """What one optimizer loads.
+    def state_for(self, link: Any, tensors: Mapping[Any, Any], of: str) -> dict[str, Any]:
+        """The state that one optimizer loads.
 
         Args:
             link: the optimizer.
@@ -115,12 +115,12 @@ def into_links(state: Mapping[Any, Any], links: Sequence[Any]) -> Mapping[Any, A
     told = [one for one in _links(state) if inner_state(links[0], one).get(GROUPS)]
     if len(told) == len(links):
         return state
-    once = ToldOnce.of(state, links[0])
+    once = CommonState.of(state, links[0])
     if len(links) == 1:
         tensors = {key: value for key, value in state.items() if not isinstance(key, int)}
-        return once.given_to(links[0], tensors, "the model")
+        return once.state_for(links[0], tensors, "the model")
     return {
-        number: once.given_to(link, state.get(number, {}), "the model")
+        number: once.state_for(link, state.get(number, {}), "the model")
         for number, link in enumerate(links)
     }
 
