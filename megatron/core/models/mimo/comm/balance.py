@@ -13,8 +13,8 @@ def deal_out(costs: Sequence[float], owners: int, loads: list[float] | None = No
     costs give the same owners everywhere.
 
     Args:
-        costs: of each item, none below 0.
-        owners: their number.
+        costs: cost of each item, none below 0.
+        owners: number of owners.
         loads: what each owner has already, to which its items are added; nothing if left out.
     """
     loads = [0.0] * owners if loads is None else loads

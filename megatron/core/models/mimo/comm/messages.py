@@ -17,7 +17,7 @@ class Message:
     """A tensor that is leaving this rank or coming to it.
 
     Attributes:
-        tensor: itself.
+        tensor: the tensor itself.
         work: its handle; None until it is on its way.
         of: number of the micro-batch that it belongs to.
     """
@@ -39,7 +39,7 @@ class Messages:
     tensor is not sent.
 
     Args:
-        group: of all ranks that send or receive.
+        group: group of all ranks that send or receive.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:

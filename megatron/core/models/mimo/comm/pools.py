@@ -29,7 +29,8 @@ class Pool:
             stages, those of the last one.
         readers: replica of the language model -> place on its first stage -> rank.
         members: replica of the language model -> its ranks.
-        earlier: as ``owners``, of each pipeline stage of the encoder before the last one.
+        earlier: for each pipeline stage of the encoder before the last one, its ranks as ``owners``
+            has those of the last.
     """
 
     ranks: tuple[int, ...]

@@ -41,7 +41,7 @@ class Encoding:
     """Who encodes the rows of one micro-batch.
 
     Attributes:
-        replica: of the language model, whose micro-batch it is.
+        replica: number of the language model's replica whose micro-batch it is.
         placement: where its rows go.
         owner_N: long [N], the encoder's replica (its number in the pool).
         at_N: long [N], number of the row among all that its owner encodes.
@@ -58,8 +58,8 @@ class RowRoutes:
 
     Args:
         pool: the ranks among which rows travel.
-        rank: this one.
-        encodings: of all micro-batches of all replicas in the pool, in one order everywhere.
+        rank: this rank.
+        encodings: one for every micro-batch of every replica in the pool, in one order everywhere.
         encoded: how many rows this rank's encoder replica encodes.
     """
 

@@ -30,7 +30,7 @@ class HeadSpec:
     Attributes:
         module: spec of a module that is called with ``HeadInputs`` (``model/language/heads.py``)
             and gives its loss per position.
-        weight: of its loss in the sum that is trained.
+        weight: weight of its loss in the sum that is trained.
     """
 
     module: ModuleSpec

@@ -47,7 +47,7 @@ class Geometry:
         """Read a grid, whatever the order of its axes.
 
         Args:
-            module: whose grid it is, for errors.
+            module: name of the module, for errors.
             grid: its axes are some of ``AXES``; others have size 1.
 
         Raises:

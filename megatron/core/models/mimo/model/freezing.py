@@ -101,8 +101,8 @@ def no_such_part(doing: str, name: str, known: list[str], paths: Iterable[str]) 
     Args:
         doing: "cannot freeze", say.
         name: the name.
-        known: as ``part_names`` gives them.
-        paths: of parameters; names near to these are suggested.
+        known: the names that ``part_names`` gives.
+        paths: paths of parameters, among which similar names are looked for.
     """
     modules = {path.rsplit(".", n)[0] for path in paths for n in range(path.count(".") + 1)}
     near = difflib.get_close_matches(name, sorted(modules | set(known)), n=3)

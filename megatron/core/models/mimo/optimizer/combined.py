@@ -93,7 +93,7 @@ class MimoOptimizer(ChainedOptimizer):
 
     Args:
         module_infos: module name -> its optimizer.
-        config: of all of them.
+        config: configuration of all of them.
         device: for the values that ranks agree on; None for the parameters' device.
 
     Attributes:

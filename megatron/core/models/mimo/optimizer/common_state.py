@@ -40,7 +40,7 @@ class CommonState:
 
     Attributes:
         groups: parameter groups, without parameters.
-        step: of all parameters, where it is no part of the groups.
+        step: step of all parameters, where it is no part of the groups.
         others: what the whole optimizer has once (``COMMON_KEYS``).
     """
 
@@ -90,8 +90,8 @@ class CommonState:
 
         Args:
             link: the optimizer.
-            tensors: its state of tensors, as it was asked for.
-            of: whose it is, for an error.
+            tensors: the tensors of its state, as they were loaded.
+            of: name of what it optimizes, for an error.
         """
         state: dict[str, Any] = {**tensors, **self.others}
         if isinstance(link, FP32Optimizer):

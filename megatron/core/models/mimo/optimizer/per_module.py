@@ -57,13 +57,13 @@ def get_mimo_optimizer(
             in Megatron's ``DistributedDataParallel``; those without a trainable parameter need
             not be. Each module's process grid gives its groups, where it has one with groups; else
             the model's ``pg_collection``, where a script has set one.
-        config: of all modules.
+        config: configuration for all modules.
         config_overrides: as ``get_megatron_optimizer`` takes them: what differs for some
             parameters (learning rate, weight decay). Names are those of the unwrapped model,
             "modality_submodules.images.*". None for Megatron's usual ones; a dictionary takes
             their place.
         use_gloo_process_groups: as ``get_megatron_optimizer`` takes it.
-        kind: of the combined optimizer; another names its state in checkpoints differently.
+        kind: class of the combined optimizer, which says how its state in checkpoints is named.
 
     Raises:
         ConfigError: (a ``ValueError``) a module is not wrapped or wrapped for another kind of

@@ -33,7 +33,7 @@ class PackedRow(PackedSeqParams):
     Attributes:
         bounds_q: int32, boundaries of queries in which padding counts as further documents, none of
             them longer than ``max_seqlen_q``; None where they are not known on the host.
-        bounds_kv: of keys.
+        bounds_kv: the same boundaries of keys.
         on_host: the numbers of ``cu_seqlens_*``, by name, as far as they are known on the host.
         kernel_calls: what the first layer learned about the kernels that serve this row, for the
             others; its keys and values are the attention's.
@@ -112,7 +112,7 @@ def numbers_on_host(packed: PackedSeqParams, name: str) -> list[int] | None:
 
     Args:
         packed: a packed sequence.
-        name: of the boundary: ``cu_seqlens_q`` and so on.
+        name: name of the boundary: ``cu_seqlens_q`` and so on.
     """
     known = packed.on_host.get(name) if isinstance(packed, PackedRow) else None
     if known is not None:

@@ -76,9 +76,9 @@ def run_stage(
     and as the argument ``hidden_states``; other arguments that its forward requires are None.
 
     Args:
-        name: the encoder's.
+        name: name of the encoder.
         encoder: its stage on this rank.
-        inputs: of the first stage.
+        inputs: inputs, on the first stage.
         hidden: what the stage before has given; None on the first stage.
 
     Raises:

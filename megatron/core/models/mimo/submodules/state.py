@@ -39,7 +39,7 @@ def sharded_state(
 
     Args:
         module: any module; wrappers of data parallelism and precision leave no name in a key.
-        prefix: of every key.
+        prefix: prefix of every key.
         sharded_offsets: dimensions that an outer module has added.
         metadata: Megatron's; ``dp_cp_group`` is read from it.
         tp_group: tensor-parallel group; None for Megatron's global one.

@@ -122,7 +122,7 @@ def check_head_targets(
 
     Args:
         targets: head -> name -> what every position brings.
-        heads: those of the model.
+        heads: names of the model's heads.
         like_BS: of the micro-batch's [B, S]; None where it is not known.
     """
     heads = list(heads)

@@ -62,8 +62,8 @@ class ForwardInputs:
         """Raise ``InputError`` unless types, shapes and names fit each other and the model.
 
         Args:
-            modalities: those that the model has.
-            heads: those that it has, on whatever stage.
+            modalities: names of the model's modalities.
+            heads: names of its heads, on whatever stage.
         """
         check_tensors(
             input_ids=self.input_ids_BS,

@@ -26,7 +26,7 @@ class ConcurrentSteps:
 
     Args:
         model: this rank's first chunk.
-        pools: of its modalities.
+        pools: the pools of its modalities.
         count_ahead: gives the number of micro-batches of the next step, of which frozen encoders
             encode the first in this one; None for none. Once the last rows of a step have arrived,
             the ranks that place them send the encoders these inputs. No message is on its way when
@@ -55,7 +55,7 @@ class ConcurrentSteps:
         """A step on a rank of the language model; what its schedule returns.
 
         Args:
-            step: its micro-batches.
+            step: the step's micro-batches.
             run_language: the schedule, given the micro-batches with their rows.
             begin: is given the next step, once encoders have its inputs; None where they are to
                 begin nothing.
@@ -92,7 +92,7 @@ class ConcurrentSteps:
         """A step on a rank of encoders alone: backward follows forward by each stream's window.
 
         Args:
-            count: of micro-batches.
+            count: micro-batches in the step.
             costs: modality -> what this rank encodes and what its pool does; is filled.
             trains: this is no evaluation.
         """

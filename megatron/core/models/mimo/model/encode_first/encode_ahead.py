@@ -23,7 +23,7 @@ class NextStep:
     Attributes:
         given: its micro-batches as the data iterator gives them.
         batches: the same, with what is known of them.
-        by_modality: of modalities whose encoders are frozen, what has been done.
+        by_modality: what has been done of it, for modalities whose encoders are frozen.
     """
 
     given: Sequence[Mapping[str, Any]]
@@ -47,8 +47,8 @@ def peeked(iterator: Any, count: int) -> list[Mapping[str, Any]]:
     """The next micro-batches of an iterator that has ``peek``; [] where it has not, or not enough.
 
     Args:
-        iterator: of a step's micro-batches, maybe within Megatron's that can repeat them.
-        count: of micro-batches.
+        iterator: gives a step's micro-batches; may be within Megatron's that can repeat them.
+        count: how many micro-batches are wanted.
     """
     peek: Callable[[int], list[Mapping[str, Any]]] | None = getattr(
         iterator, "peek", getattr(getattr(iterator, "iterable", None), "peek", None)

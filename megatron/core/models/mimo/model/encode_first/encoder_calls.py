@@ -32,13 +32,13 @@ class Modality:
 
     Attributes:
         name: its name.
-        submodule: this rank's, maybe wrapped; None where it is on other ranks.
+        submodule: this rank's module, maybe wrapped; None where it is on other ranks.
         pool: the ranks that share its inputs with this one.
         like_H: a vector with the size, dtype and device of a row.
         recompute: forget activations after forward, and encode once more in backward.
-        levels: further levels of every row.
+        levels: how many further levels every row has.
         trainable: for each stage of the modality, whether anything of it is trained.
-        stage: this rank's; None where the modality is on other ranks.
+        stage: this rank's pipeline stage; None where the modality is on other ranks.
         goes_ahead: its encoders may encode a step in the one before: they are not trained and draw
             no random numbers. On ranks of encoders alone nothing else may be trained either, for
             these wait for gradients.
@@ -74,11 +74,11 @@ class Called:
     """A call that has run forward, as its backward needs it.
 
     Attributes:
-        number: of the call in this step.
+        number: number of the call in this step.
         call: None for an idle one.
         hidden: what the call was given: hidden states of the stage before, which have their
             gradient once backward has run; or what frozen encoders have given, to be projected.
-        states: of the random generators when it began.
+        states: states of the random generators when it began.
         output: with its graph, where that is kept.
         like: the output's shape and dtype, on "meta".
     """
@@ -95,7 +95,7 @@ class EncoderCalls:
     """Runs the calls of one step.
 
     Args:
-        modality: whose module is on this rank.
+        modality: a modality with a module on this rank.
         seed: for the random numbers of the encoders; None where they draw none, or from the
             generators as they are.
 
@@ -149,7 +149,7 @@ class EncoderCalls:
 
         Args:
             called: what ``forward`` gave.
-            grad: of its output.
+            grad: gradient of its output.
             last: no other backward follows in this step: reductions may start.
         """
         if not self._trains:

@@ -47,8 +47,8 @@ class Job:
 
     Attributes:
         replica: its data-parallel index.
-        inputs: of all encoders; None without any. Large tensors are on "meta" where they are not
-            this rank's.
+        inputs: inputs of all encoders; None without any. Large tensors are on "meta" where they
+            are not this rank's.
         placement: where the rows go.
         seed: for the random numbers of encoders on ranks of their own in this step; None where they
             draw none, or from generators of their own.
@@ -65,8 +65,8 @@ class Dealt:
     """Who encodes what of some jobs.
 
     Attributes:
-        units: of all jobs; ``batch`` is the number of the job.
-        owners: of each unit, the replica of the encoder, by its number in the pool.
+        units: units of all jobs; ``batch`` is the number of the job.
+        owners: for each unit, the number of the encoder's replica in the pool.
     """
 
     units: Sequence[Unit]
@@ -98,10 +98,10 @@ def deal(
     """Deal jobs out, equally on every rank of the encoder.
 
     Args:
-        modality: whose module is on this rank.
-        jobs: of all replicas of the pool, in one order everywhere.
-        first: number of the first job.
-        loads: of each owner so far, to which theirs are added.
+        modality: a modality with a module on this rank.
+        jobs: jobs of all replicas of the pool, in one order everywhere.
+        first: number of the first of these jobs.
+        loads: cost that each owner has so far, to which these jobs are added.
     """
     assert modality.submodule is not None, "this rank encodes"
     units: list[Unit] = []
@@ -120,10 +120,10 @@ def encodings_of(
     """Who encodes which rows, as ``RowRoutes`` takes it, and how many rows each owner encodes.
 
     Args:
-        jobs: of all replicas of the pool.
+        jobs: jobs of all replicas of the pool.
         dealt: who encodes what of them.
-        owners: their number.
-        first: number of the first job.
+        owners: how many owners the pool has.
+        first: number of the first of these jobs.
     """
     starts = [0] * owners
     nothing = torch.empty(0, dtype=torch.long)
@@ -153,10 +153,11 @@ class InputsOfOthers:
     micro-batches, and call its methods in the order in which they stand here.
 
     Args:
-        modality: whose.
+        modality: the modality whose inputs they are.
         messages: between the ranks of the pool.
-        replica: of the language model, that this rank is in; None on ranks of encoders alone.
-        count: of micro-batches.
+        replica: number of the language model's replica that this rank is in; None on ranks of
+            encoders alone.
+        count: micro-batches in the step.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class InputsOfOthers:
         could not read its data.
 
         Args:
-            own: of this rank's replica; [] on ranks of encoders alone.
+            own: jobs of this rank's replica; [] on ranks of encoders alone.
         """
         header = torch.empty(0, dtype=torch.uint8)
         if self._speaks:
@@ -265,8 +266,8 @@ class InputsOfOthers:
         """The calls that encode this rank's share of some jobs, which was asked for.
 
         Args:
-            batches: numbers of the jobs, ascending.
-            jobs: all.
+            batches: numbers of the jobs to encode, ascending.
+            jobs: all jobs of the step.
             dealt: who encodes what of them.
         """
         parts: dict[int, Inputs] = {}

@@ -11,8 +11,8 @@ def most_in_flight(config: TransformerConfig, count: int) -> int:
     Without pipelining, in 1F1B, and interleaved.
 
     Args:
-        config: of the language model.
-        count: of micro-batches in a step.
+        config: configuration of the language model.
+        count: micro-batches in a step.
     """
     stages = config.pipeline_model_parallel_size
     chunks = config.virtual_pipeline_model_parallel_size or 1

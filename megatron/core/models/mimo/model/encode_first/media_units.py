@@ -19,6 +19,7 @@ from megatron.core.models.mimo.submodules.base import ModalitySubmodules
 from megatron.core.utils import unwrap_model
 
 Inputs = Mapping[str, Mapping[str, Any]]  # encoder -> arguments
+# A modality that overrides one of these may mix items.
 _METHODS = ("forward", "encode", "combine_embeddings", "project_embeddings")
 
 
@@ -30,7 +31,7 @@ class Unit:
         batch: number of the inputs that it is part of.
         item: number of the item among them; None for all of them.
         rows: how many it gives.
-        cost: of encoding it, relative to other units of the modality.
+        cost: what encoding it costs, relative to other units of the modality.
     """
 
     batch: int
@@ -58,7 +59,7 @@ def units_of(submodule: nn.Module, batch: int, inputs: Inputs, rows: int) -> lis
     Args:
         submodule: the modality's, maybe wrapped.
         batch: number of the inputs.
-        inputs: of all encoders.
+        inputs: inputs of all encoders of the modality.
         rows: for how many the micro-batch has places.
     """
     own: Any = unwrap_model(submodule)
@@ -89,9 +90,9 @@ def calls_of(units: Sequence[Unit], inputs: Mapping[int, Inputs], *, most_rows: 
     Inputs of several micro-batches are joined where their shapes allow it.
 
     Args:
-        units: of one modality, in the order in which their rows are wanted.
-        inputs: of every micro-batch that has units.
-        most_rows: of a call, unless it encodes one unit.
+        units: units of one modality, in the order in which their rows are wanted.
+        inputs: number -> inputs, of every micro-batch that has units.
+        most_rows: how many rows a call may give, unless it encodes one unit.
     """
     calls: list[Call] = []
     for group in _by_batch(units, most_rows):
@@ -122,8 +123,8 @@ def part_of(units: Sequence[Unit], inputs: Inputs) -> Inputs:
     """The inputs of some units of one micro-batch, item by item.
 
     Args:
-        units: in the order of their rows.
-        inputs: of the micro-batch.
+        units: units of the micro-batch, in the order of their rows.
+        inputs: inputs of the micro-batch.
     """
     if units[0].item is None:
         return inputs

@@ -36,13 +36,13 @@ class ModalityPass:
     All ranks of the pool make one, with jobs of as many micro-batches.
 
     Args:
-        modality: whose rows.
-        jobs: of this rank's replica of the language model, one for each micro-batch.
-        replica: its number.
-        group: of the pool's ranks; None where it is this rank alone.
+        modality: the modality whose rows they are.
+        jobs: jobs of this rank's replica of the language model, one for each micro-batch.
+        replica: number of this replica.
+        group: group of the pool's ranks; None where it is this rank alone.
 
     Attributes:
-        cost: of what this rank encodes, and of what the pool does.
+        cost: cost of what this rank encodes, and of what the pool does.
     """
 
     def __init__(

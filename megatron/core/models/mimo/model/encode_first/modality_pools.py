@@ -28,12 +28,13 @@ class ModalityPools:
 
     Args:
         model: this rank's first chunk.
-        recompute: the encoders' activations.
+        recompute: whether the encoders' activations are recomputed.
 
     Attributes:
         disjoint: encoders are on ranks of their own.
-        language: where the language model is.
-        replica: of the language model, that this rank is in; None on ranks of encoders alone.
+        language: grid of the language model.
+        replica: number of the language model's replica that this rank is in; None on ranks of
+            encoders alone.
         reads: this rank places rows.
         modalities: those that this rank encodes, or whose rows its replica gets.
         groups: modality -> all ranks of this one's pool; None where that is this rank alone.

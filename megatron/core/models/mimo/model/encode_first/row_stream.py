@@ -46,9 +46,9 @@ class Lines:
     """Messages between the ranks where a modality's pool meets.
 
     Attributes:
-        inputs: to the encoders, and back to say who encodes what.
-        rows: of the encoders, between their stages and to the language model.
-        gradients: of these, the other way.
+        inputs: inputs, to the encoders; and back, who encodes what.
+        rows: rows, to the language model; and hidden states between the encoders' stages.
+        gradients: gradients of both, the other way.
     """
 
     inputs: Messages
@@ -65,17 +65,17 @@ class EncoderStream:
     """A step of one modality on a rank of its encoders, which has nothing of the language model.
 
     Args:
-        modality: whose.
+        modality: the modality that is encoded.
         lines: to the other ranks of the pool.
-        count: of micro-batches.
+        count: micro-batches in the step.
         ahead: micro-batches that its first stage may have encoded before a backward.
 
     Attributes:
-        name: of the modality.
+        name: name of the modality.
         window: micro-batches that this rank's stage may have encoded before a backward.
-        jobs: of all replicas of the language model in the pool.
-        count: of micro-batches; 0 where the language model's ranks have none.
-        cost: of what this rank encodes, and of what the pool does.
+        jobs: jobs of all replicas of the language model in the pool.
+        count: micro-batches in the step; 0 where the language model's ranks have none.
+        cost: cost of what this rank encodes, and of what the pool does.
     """
 
     def __init__(self, modality: Modality, lines: Lines, count: int, ahead: int) -> None:
@@ -217,10 +217,10 @@ class ArrivingRows:
     """A step of one modality on a rank of the language model that places rows.
 
     Args:
-        modality: whose encoders are on other ranks.
+        modality: a modality with its encoders on other ranks.
         lines: to the other ranks of the pool.
-        jobs: of this rank's replica, one for each micro-batch.
-        replica: its number.
+        jobs: jobs of this rank's replica, one for each micro-batch.
+        replica: number of this replica.
         ahead: micro-batches whose inputs are sent before they are placed.
     """
 

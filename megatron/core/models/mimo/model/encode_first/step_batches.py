@@ -28,7 +28,7 @@ class StepBatches:
 
     Args:
         model: this rank's first chunk.
-        batches: of this rank's replica, their plans uncut.
+        batches: micro-batches of this rank's replica, their plans uncut.
     """
 
     def __init__(self, model: MimoModel, batches: Sequence[MicroBatch]) -> None:
@@ -41,8 +41,8 @@ class StepBatches:
         """What the encoders of a modality have to do, micro-batch by micro-batch.
 
         Args:
-            name: the modality's.
-            replica: of the language model, that this rank is in.
+            name: name of the modality.
+            replica: number of the language model's replica that this rank is in.
             seed: for their random numbers; None where they draw none.
         """
         return [

@@ -53,10 +53,10 @@ def bridge_rows(
     All ranks take part, modality by modality, whether or not they have rows.
 
     Args:
-        rows: of the encoder replica's inputs.
-        bridges: of every modality.
+        rows: modality -> rows that this rank's replica of the encoder gave.
+        bridges: one for every modality.
         submodules: modality -> ``ModalitySubmodules``.
-        plan: of the language model's replica.
+        plan: plan of this rank's replica of the language model.
         empty_H: a vector like one row.
     """
     taken: dict[str, Encoded] = {}

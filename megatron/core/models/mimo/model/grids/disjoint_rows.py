@@ -31,7 +31,7 @@ class DisjointRows:
     """The messages of rows that leave this rank's encoders or arrive at its language model.
 
     Args:
-        mimo_config: of a model whose modules are on ranks of their own.
+        mimo_config: description of a model whose modules are on ranks of their own.
     """
 
     def __init__(self, mimo_config: MimoModelConfig) -> None:
@@ -57,7 +57,7 @@ class DisjointRows:
         """What this rank's encoders send on: modality -> a tensor, [0, ...] where it is idle.
 
         Args:
-            rows: that they have given.
+            rows: modality -> rows that they gave.
             submodules: modality -> ``ModalitySubmodules``, those of this rank.
             arrived: what stages before this one have sent.
             input_ids_BS: of this encoder replica's samples; where it serves several replicas of
@@ -171,7 +171,7 @@ def named_output(model: Any, output: tuple[Any, Any]) -> tuple[Any, Any]:
 
     Args:
         model: a ``MimoModel``.
-        output: of its language model, and the loss mask.
+        output: what its language model gave, and the loss mask.
     """
     by_name = model.disjoint_rows is not None and (
         model.mimo_config.modality_inputs_of == "encoders"

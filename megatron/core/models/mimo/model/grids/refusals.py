@@ -110,7 +110,7 @@ def refuse_overlaps(geometries: Mapping[str, Geometry]) -> None:
     """Refuse modules that are neither on the same ranks nor on ranks of their own.
 
     Args:
-        geometries: of all modules, which are not all on the same ranks.
+        geometries: grids of all modules, which are not all on the same ranks.
 
     Raises:
         UnsupportedError: (a ``RuntimeError``) an encoder on some ranks of the language model, or

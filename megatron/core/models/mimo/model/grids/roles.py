@@ -36,7 +36,7 @@ def _disjoint_role(grids: Mapping[str, Any], language: Mapping[str, Any]) -> Ran
     """Which modules this rank builds; the language model's spec says which stage of it.
 
     Args:
-        grids: of all modules; their groups need not have been created.
+        grids: grids of all modules; their groups need not have been created.
         language: the parameters of the language model's spec.
 
     Raises:

@@ -15,7 +15,7 @@ def join_levels(encoded: Encoded | None, levels: int, empty_H: torch.Tensor) -> 
 
     Args:
         encoded: projected rows; without levels where a modality is idle.
-        levels: that every row has.
+        levels: how many levels every row has.
         empty_H: a vector like one row.
     """
     if encoded is None:

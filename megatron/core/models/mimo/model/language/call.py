@@ -69,9 +69,9 @@ class LanguageCall:
         """The documents of a packed sequence; None for rows that are not packed.
 
         Args:
-            inputs: of the micro-batch.
-            config: the language model's.
-            device: the model's.
+            inputs: inputs of the micro-batch.
+            config: configuration of the language model.
+            device: device of the model.
 
         Raises:
             InputError: boundaries that do not fit each other, the row or context parallelism.
@@ -125,8 +125,8 @@ class LanguageCall:
 
         Args:
             language_model: maybe wrapped.
-            inputs: of the micro-batch, uncut.
-            label_share: its labels, cut.
+            inputs: inputs of the micro-batch, uncut.
+            label_share: this rank's share of its labels.
             decoder_input: what the decoder reads, on the first pipeline stage: [S_local, B, H].
             level_rows: what its layers on this stage add.
             cut: how its sequences are cut.

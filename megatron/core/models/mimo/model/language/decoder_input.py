@@ -43,7 +43,7 @@ def merged_with_text(
 
     Args:
         model: on its first pipeline stage.
-        inputs: of the micro-batch, uncut.
+        inputs: inputs of the micro-batch, uncut.
         rows: modality -> rows [N, H].
         plan: where they go, uncut.
         cut: how sequences are cut.
@@ -81,7 +81,7 @@ def arrived_from_stage_before(
 
     Args:
         model: on a later pipeline stage.
-        inputs: of the micro-batch, uncut.
+        inputs: inputs of the micro-batch, uncut.
         cut: how sequences are cut.
         tally: keeps the sums of experts that came with them; None where none are sent.
 

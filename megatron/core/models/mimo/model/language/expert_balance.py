@@ -43,7 +43,7 @@ class BalancedPart:
     """The experts in a part of the language model.
 
     Attributes:
-        weight: of the loss in the sum that is trained.
+        weight: weight of the loss in the sum that is trained.
         layers: L, how many have experts, over all parts.
         experts: E.
         best: how many a token chooses.
@@ -73,7 +73,7 @@ class Tally:
     """What the routers of a part of the language model say of a micro-batch.
 
     Attributes:
-        part: whose routers.
+        part: the part of the language model that has the routers.
         padding_BS: bool [B, S_local], of this rank, and of this micro-batch alone: routers know
             the micro-batch by it, when they are recomputed too.
         layers: layer -> float32 [2, E]: choices, and summed probabilities, of each expert.
@@ -129,7 +129,7 @@ class Counted:
     """The sums of a micro-batch over all parts up to one.
 
     Attributes:
-        part: this one.
+        part: the part of the language model that this is.
         sums_2E: choices and, with gradient, probabilities, over the tokens of this rank.
         tokens: how many these are, 0-d float32.
     """
@@ -173,7 +173,7 @@ class ExpertBalance:
     """Knows the tally of each micro-batch that is on its way through a part of the language model.
 
     Args:
-        part: this one.
+        part: the part of the language model that this is.
     """
 
     def __init__(self, part: BalancedPart) -> None:

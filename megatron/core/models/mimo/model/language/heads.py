@@ -57,7 +57,7 @@ class Loss:
     Attributes:
         sum: 0-d float32 with gradient, over valid positions.
         count: 0-d float32 without gradient, the number of valid positions.
-        weight: of the loss in the sum that is trained.
+        weight: weight of the loss in the sum that is trained.
     """
 
     sum: torch.Tensor
@@ -169,8 +169,8 @@ class Heads(nn.ModuleDict):
         Args:
             hidden_SBH: the decoder's output, [S_local, B, H]; None where there are no heads.
             text_BS: losses of the text's tokens, [B, S / cp].
-            labels: of this context-parallel rank.
-            targets: of each head, uncut: [B, S, ...].
+            labels: labels of this context-parallel rank.
+            targets: targets of each head, uncut: [B, S, ...].
             cut: how sequences are cut.
             tp_group: ranks that hold other positions each; read under sequence parallelism.
 
@@ -221,7 +221,7 @@ def count_positions(
     Args:
         labels_BS: long [B, S], uncut.
         loss_mask_BS: [B, S] or None.
-        targets: of each head, as ``MimoModel.forward`` takes them.
+        targets: targets of each head, as ``MimoModel.forward`` takes them.
         heads: as ``MimoModelConfig`` holds them.
     """
     text = _text_mask(labels_BS, loss_mask_BS, labels_BS == NO_LABEL).sum()

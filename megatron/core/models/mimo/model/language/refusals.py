@@ -23,9 +23,9 @@ def refuse_language_model(
     """Refuse what only a language model that has been built shows not to work.
 
     Args:
-        language_model: this rank's part.
+        language_model: this rank's part of the language model.
         submodules: modality -> ``ModalitySubmodules``, those of this rank.
-        route: of levels through this part.
+        route: route of levels through this part.
         adapter: cuts its sequences.
 
     Raises:
@@ -44,7 +44,7 @@ def refuse_untaken_levels(
         submodules: modality -> ``ModalitySubmodules``, those of this rank.
         language_model: this rank's part; it takes levels where its ``forward`` names an argument
             ``level_rows``, and needs a decoder layer for each.
-        route: of levels to later stages; it knows of those that have ``level_projections``.
+        route: route of levels to later stages; it knows those that have ``level_projections``.
     """
     for modality, submodule in submodules.items():
         levels = levels_of(submodule)

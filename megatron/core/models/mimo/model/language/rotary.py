@@ -72,7 +72,7 @@ def positions_to_rotate_by(
     Args:
         language_model: has an embedding that :func:`leave_cutting_to_the_model` has prepared.
         position_ids: long [3, B, S], or [B, S] for three equal axes; uncut.
-        cut: of this micro-batch.
+        cut: how this micro-batch is cut.
 
     Raises:
         InputError: no position ids, or of another shape.

@@ -34,8 +34,8 @@ def run_language_model(
     """Merge rows with text on the first stage, and run this stage's layers.
 
     Args:
-        model: whose language model is, in part, on this rank.
-        inputs: of the micro-batch, uncut.
+        model: a model with a part of its language model on this rank.
+        inputs: inputs of the micro-batch, uncut.
         rows: modality -> rows, on the first stage.
         plan: where rows go, on the first stage; None on others.
 

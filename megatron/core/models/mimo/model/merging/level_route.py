@@ -76,7 +76,7 @@ class LevelRoute:
 
         Args:
             hidden_SBH: output of this part's layers, [S_local, B, H].
-            levels: as in ``MergedSequence``, of this part and those behind it.
+            levels: levels of this part and those behind it, as in ``MergedSequence``.
         """
         if not self.leaves:
             return hidden_SBH
@@ -101,7 +101,7 @@ class LevelRoute:
 
         Args:
             message_M1H: what the part before has made by :meth:`message`.
-            plan: this rank's.
+            plan: this rank's plan.
 
         Raises:
             InputError: a message of another length than the plan's.
@@ -155,7 +155,7 @@ def level_route(specs: Mapping[str, ModuleSpec], language_model: nn.Module) -> L
 
     Args:
         specs: modality -> spec; rows have as many levels as there are ``level_projections``.
-        language_model: this rank's part.
+        language_model: this rank's part of the language model.
     """
     counts = {
         name: len((spec.submodules or {}).get("level_projections") or ())

@@ -95,7 +95,7 @@ def place_levels(
 
     Args:
         encoded: modality -> its rows; those that have rows in this micro-batch.
-        plan: this rank's.
+        plan: this rank's plan.
         hidden_size: H of the language model.
         tp_group: the language model's tensor-parallel ranks.
 

@@ -180,7 +180,7 @@ def gradients_of_rows(
         plan: by which the rows were placed.
         names: the streams that the rows are of.
         counts: N of each stream.
-        needed: of which streams a gradient is wanted; equal on all ranks.
+        needed: whether each stream's gradient is wanted; equal on all ranks.
         group: the tensor-parallel ranks.
     """
     grads: list[torch.Tensor | None] = []
@@ -216,7 +216,7 @@ def exchange_rows(
 
     Args:
         own_nH: gradient of the rows that this rank placed, in the order of its stream.
-        streams: of every rank of ``group``.
+        streams: the modality's stream on every rank of ``group``.
         num_rows: N of the modality.
         group: takes part: each rank broadcasts its part.
     """

@@ -82,7 +82,7 @@ def merge_with_table(
 
     Args:
         table: Megatron's, which ``reads_table`` has agreed to; its hooks before a call run.
-        plan: this rank's, without pieces of other ranks.
+        plan: this rank's plan, without pieces of other ranks.
         rows: modality -> [N, H], in the dtype of the table.
     """
     group = table.tp_group if get_pg_size(table.tp_group) > 1 else None
@@ -106,7 +106,7 @@ def merge_from_table(
 
     Args:
         weight_VH: this rank's part of the table.
-        plan: this rank's, with an index.
+        plan: this rank's plan, with an index.
         rows: modality -> [N, H].
         first: token id of the part's first row.
         group: ranks that have the other parts; None where this is the whole table.
