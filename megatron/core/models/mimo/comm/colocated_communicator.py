@@ -184,7 +184,7 @@ class ColocatedBridgeCommunicator:
     def _sizes_of_pieces(
         self, num_rows: int, count: int | None, device: torch.device
     ) -> dict[int, int]:
-        """Rows of every piece that ranks of this group have to do with."""
+        """Number of rows of every piece that ranks of this group give or take."""
         group = self.gather_pg
         assert group is not None
         told = torch.tensor([num_rows, _NO_COUNT if count is None else count], device=device)

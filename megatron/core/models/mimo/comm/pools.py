@@ -51,7 +51,7 @@ class Pool:
         return next(found, -1)
 
     def giver_of(self, rank: int) -> int:
-        """The encoder's replica whose last stage, which gives rows, has a rank; -1 for others."""
+        """The encoder's replica with a rank in its last stage, which gives rows; -1 for others."""
         return next((number for number, ranks in enumerate(self.owners) if rank in ranks), -1)
 
     @property

@@ -119,7 +119,7 @@ class RowRoutes:
         return (self._reads[self._rank][0] == owner).nonzero().squeeze(1)
 
     def _given_back_to(self, other: int) -> torch.Tensor:
-        """Which of the rows that this rank has placed it gives another rank the gradients of."""
+        """Rows, of those that this rank has placed, whose gradients it sends to another."""
         if self._rank not in self._reads or self._giver_back(other, self._rank) != self._rank:
             return _NOTHING
         owner = self._pool.giver_of(other)
@@ -150,7 +150,7 @@ def _choose(candidates: Sequence[int], rank: int, pool: Pool) -> int:
 
 
 def _key(place: Place, encodings: Sequence[Encoding]) -> Place:
-    """The place whose sources stand for a rank's."""
+    """The place under which the rows that a rank places are listed."""
     if all(place in one.placement.sources for one in encodings):
         return place
     return place[0], 0

@@ -1,4 +1,4 @@
-"""Process grids as geometry: where every rank stands in a grid, and its groups as Megatron's.
+"""Process grids as geometry: where every rank stands in a grid, and the process groups of a grid.
 
 Legend of axes: tp tensor, cp context, dp data, pp pipeline.
 """
@@ -98,7 +98,7 @@ def is_on(grid: Any) -> bool:
 
 
 def connected(ranks: Sequence[int], links: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """The ranks in groups that no link leaves, each ascending, in the order of their first rank."""
+    """Connected components of ranks: each ascending, in the order of their first rank."""
     parent = {rank: rank for rank in ranks}
 
     def root(rank: int) -> int:

@@ -24,7 +24,7 @@ def build_modalities(
     cp_group: ProcessGroup | None,
     tp_group: ProcessGroup | None,
 ) -> nn.ModuleDict:
-    """Modality -> its module, of those that this rank runs; where encoders are split, told so.
+    """Build the modules of the modalities that this rank runs; split their encoders as asked.
 
     Args:
         mimo_config: what the model is built from.

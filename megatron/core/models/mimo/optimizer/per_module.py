@@ -143,7 +143,7 @@ def _refuse(config: OptimizerConfig) -> None:
 
 
 def _modules(models: list[Any]) -> dict[str, list[nn.Module]]:
-    """What is here of every module of the model, in the same order on all ranks."""
+    """This rank's part of every module of the model, in the same order on all ranks."""
     model = models[0]
     if not hasattr(model, "mimo_config"):
         raise ConfigError(

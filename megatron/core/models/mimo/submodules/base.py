@@ -108,7 +108,7 @@ class ModalitySubmodules(nn.Module):
     def from_spec(
         cls, module_spec: ModuleSpec, is_first_stage: bool = True, is_last_stage: bool = True
     ) -> ModalitySubmodules:
-        """Build from a spec whose ``submodules`` hold specs under the four part names.
+        """Build from a spec whose ``submodules`` hold specs under the names of its parts.
 
         Input and level projections are built on the last stage, output projections on the first;
         the spec's ``params`` go to the constructor.
@@ -146,7 +146,7 @@ class ModalitySubmodules(nn.Module):
 
     @property
     def num_levels(self) -> int:
-        """Further levels of rows that the encoders give, each of them as many.
+        """How many further levels of rows the encoders give; all give as many.
 
         Raises:
             ConfigError: encoders whose rows have different numbers of levels.

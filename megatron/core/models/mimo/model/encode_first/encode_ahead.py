@@ -31,7 +31,7 @@ class NextStep:
     by_modality: Mapping[str, Any]
 
     def is_of(self, given: Sequence[Mapping[str, Any]]) -> bool:
-        """True where ``given`` are its micro-batches; a step that is repeated comes in between."""
+        """True where ``given`` are its micro-batches, and not those of a step that is repeated."""
         return len(given) == len(self.given) and all(
             one is other for one, other in zip(given, self.given, strict=True)
         )

@@ -147,7 +147,7 @@ def encodings_of(
 
 
 class InputsOfOthers:
-    """The inputs that ranks of a pool encode for replicas of the language model that they are not.
+    """Brings the inputs of a replica of the language model to ranks outside of it that encode them.
 
     All ranks of the pool that encode or speak make one for each step, with jobs of as many
     micro-batches, and call its methods in the order in which they stand here.

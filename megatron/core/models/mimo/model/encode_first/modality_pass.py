@@ -31,7 +31,7 @@ from megatron.core.models.mimo.model.grids.wide_rows import join_levels, split_l
 
 
 class ModalityPass:
-    """The rows of one step.
+    """The work of one modality in one step, on this rank.
 
     All ranks of the pool make one, with jobs of as many micro-batches.
 

@@ -24,7 +24,9 @@ from megatron.core.utils import unwrap_model
 
 
 class ModalityPools:
-    """Made by all ranks of the job together.
+    """The modalities of a model and the groups in which their pools meet.
+
+    All ranks of the job make it together.
 
     Args:
         model: this rank's first chunk.

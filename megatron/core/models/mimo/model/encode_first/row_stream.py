@@ -43,7 +43,7 @@ _MOST_DIMENSIONS = 6
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lines:
-    """Messages between the ranks where a modality's pool meets.
+    """Messages of one modality, between its encoders and the ranks that place its rows.
 
     Attributes:
         inputs: inputs, to the encoders; and back, who encodes what.
@@ -263,7 +263,7 @@ class ArrivingRows:
         return split_levels(leaf, self._modality.levels)
 
     def finish(self) -> None:
-        """End the step; rows whose gradient backward has not reached have none."""
+        """End the step; the gradient of rows that backward has not reached is zero."""
         for number, (_, leaf) in sorted(self._back.items()):
             leaf.grad = torch.zeros_like(leaf)
             self._give_back(number, leaf)

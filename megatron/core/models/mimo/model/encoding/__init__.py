@@ -1,1 +1,1 @@
-"""Running encoders where all modules share Megatron's process groups."""
+"""Running the encoders of a forward, and standing in for those without inputs."""

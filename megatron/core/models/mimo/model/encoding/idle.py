@@ -24,7 +24,7 @@ from megatron.core.utils import unwrap_model
 
 
 def idle_rows(submodule: torch.nn.Module, hidden_size: int) -> Encoded | None:
-    """No rows [0, H], whose gradient gives every trainable parameter of ``submodule`` zeros.
+    """Empty rows [0, H]; their backward gives every trainable parameter of ``submodule`` zeros.
 
     None where there is nothing to give a gradient to. Call it in the place of ``submodule``.
     """

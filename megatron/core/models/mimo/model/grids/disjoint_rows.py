@@ -44,7 +44,7 @@ class DisjointRows:
 
     @classmethod
     def of(cls, mimo_config: MimoModelConfig, role: RankRole) -> DisjointRows | None:
-        """Those of a model; None where modules are not on ranks of their own."""
+        """The messages of a model; None where modules are not on ranks of their own."""
         return cls(mimo_config) if role.mode is ModuleLayout.NON_COLOCATED else None
 
     def outgoing(

@@ -1,4 +1,4 @@
-"""Rows and their levels as one tensor, for a way between ranks.
+"""Rows and their levels as one tensor, to travel between ranks.
 
 Legend: N rows of one modality, H hidden.
 """

@@ -140,7 +140,7 @@ class Counted:
 
     @property
     def leaves(self) -> bool:
-        """They go to another part."""
+        """True where they go on to another part."""
         return not self.part.is_last
 
     def message(self, output: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelRows:
-    """Where a loss is computed.
+    """The positions at which the loss is computed.
 
     Attributes:
         rows_K: long [K], rows ``s * B + b`` of the hidden states [S, B, H], each once.
