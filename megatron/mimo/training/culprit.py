@@ -1,4 +1,4 @@
-"""The first value of an iteration that is not finite, looked for module by module."""
+"""Finds the first value of an iteration that is not finite, module by module."""
 
 from __future__ import annotations
 

@@ -26,9 +26,9 @@ class LossCurve:
         self._file: TextIO | None = None
 
     def begin(self, iteration: int) -> None:
-        """Start after ``iteration``; what the file says of later ones is dropped.
+        """Start after ``iteration``; lines of later iterations are dropped.
 
-        A run that was killed had gone further than its last checkpoint.
+        There are some if a run was killed after its last checkpoint.
         """
         self.close()
         self.points = [point for point in self._read() if point[0] <= iteration]
@@ -38,7 +38,7 @@ class LossCurve:
             self._file = self._path.open("a", buffering=1)
 
     def append(self, iteration: int, loss: float) -> None:
-        """Note the loss of an iteration; it is with the operating system when this returns."""
+        """Write the loss of an iteration; the operating system has it when this returns."""
         self.points.append((iteration, loss))
         if self._file is not None:
             self._file.write(f"{iteration},{loss!r}\n")

@@ -189,10 +189,10 @@ def dataset_provider(
     caches: EncoderCaches | None = None,
     meter: ThroughputMeter | None = None,
 ) -> Callable[..., tuple[Any, Any, Any]]:
-    """What Megatron's ``pretrain`` calls on every rank to get its three data iterators.
+    """The function that Megatron's ``pretrain`` calls on every rank to get its data iterators.
 
-    ``samples`` learns from where the training stream reads, ``position`` where it stands;
-    ``caches`` may have rows of its media, and ``meter`` counts what it holds. Ranks of the middle
+    ``samples`` is told what the training stream reads, and ``position`` where it stands;
+    ``caches`` may have rows of its media, and ``meter`` counts its tokens. Ranks of the middle
     pipeline stages get None where they take hidden states only: attention to packed samples or to
     spans, and multimodal RoPE, read the batch on every stage, and so do encoders on grids
     of their own. Encoders on ranks of their own are told what to encode, and read nothing.
@@ -250,7 +250,7 @@ def dataset_provider(
 
 
 def _cache_sharers(args: Namespace) -> torch.distributed.ProcessGroup | None:
-    """The context-parallel ranks, each of which looks in the encoders' caches; None without one.
+    """The group of context-parallel ranks that look up encoders' caches; None if none is needed.
 
     Collective over the whole job.
     """
@@ -274,7 +274,7 @@ def range_batches(
     samples: SampleFinder | None,
     caches: Caches,
 ) -> Callable[[], Iterator[Batch]]:
-    """What opens this rank's micro-batches of a map-style dataset."""
+    """A function that opens this rank's micro-batches of a map-style dataset."""
     from megatron.core import mpu
 
     training = split == "training"
@@ -297,7 +297,7 @@ def range_batches(
 
 
 def split_datasets(recipe: Recipe, args: Namespace, counts: tuple[int, int, int]) -> Datasets:
-    """The recipe's; refuses a run whose recipe has not what the flags ask for."""
+    """The recipe's datasets; refuses flags that ask for one which the recipe does not have."""
     datasets = recipe.build_datasets(args, counts)
     if datasets.train is None and counts[0] and not args.skip_train:
         raise ConfigError(f"recipe {recipe.name!r} gave no training dataset; expected one")
@@ -312,7 +312,7 @@ def split_datasets(recipe: Recipe, args: Namespace, counts: tuple[int, int, int]
 def _keeper(
     args: Namespace, collate: Collator, *, first: bool, last: bool, encodes: bool
 ) -> Callable[[Batch], Batch]:
-    """What leaves out of a batch what this pipeline stage has no use for."""
+    """A function that reduces a batch to what this pipeline stage needs."""
     return partial(
         keep_for_stage,
         pre_process=first or encodes,
@@ -332,7 +332,7 @@ def _every_stage_reads(args: Namespace, collate: Collator) -> bool:
 
 
 def sequence_partition(args: Namespace) -> PartitionAdapter | None:
-    """What cuts sequences for this rank, as in the model; None where nothing does."""
+    """The adapter that cuts sequences for this rank, as in the model; None if they stay whole."""
     from megatron.core import mpu
 
     if args.context_parallel_size == 1 and not args.sequence_parallel:

@@ -1,8 +1,7 @@
 """--cache-encoder: rows of frozen encoders are computed once, for all epochs and runs.
 
-The cache of an encoder lies in a folder that is named after its weights. Rows are kept, and used,
-in bfloat16, those that were just computed as well: a run gives the same with a full and an empty
-cache.
+The cache of an encoder lies in a folder that is named after its weights. Rows are kept and used in
+bfloat16, even those that were just computed: a run gives the same with a full and an empty cache.
 
 Legend: N rows of one encoder, H features.
 """
@@ -77,7 +76,7 @@ class EncoderCaches:
         return self._caches
 
     def report(self) -> list[str]:
-        """What the caches were good for, once all is written; nothing without the flag.
+        """The counts of media found, computed and written, in words; empty without the flag.
 
         Collective over all ranks. Media of a batch that ranks share count once.
         """
@@ -97,18 +96,17 @@ class EncoderCaches:
 
 
 class CachedEncoder:
-    """Runs an encoder on the media that the cache has not, and takes the others' rows from it.
+    """Runs an encoder on the media that the cache lacks, and takes the rows of others from it.
 
-    An ``EncoderCall`` of ``ModalitySubmodules``. Which media are there was looked up where the
-    batch was read. The tensor-parallel ranks get one batch and divide what is missing. The
-    context-parallel ones read for themselves: with them is divided what a batch says that they all
-    miss.
+    An ``EncoderCall`` of ``ModalitySubmodules``. Media were looked up where the batch was read. The
+    tensor-parallel ranks get one batch, and divide the missing media among them. The
+    context-parallel ranks read for themselves, and divide those that, as the batch says, all miss.
 
     Args:
         cache: where rows are written to.
         writes: write them.
         divided: runs the encoder on a part of its items on each rank that has the same inputs, and
-            gives the rows of all; None where each encodes all that is missing.
+            returns the rows of all; None where each rank encodes all missing media itself.
 
     Attributes:
         found, computed, written: media.
@@ -194,7 +192,7 @@ class CachedEncoder:
         self._waiting.put(([bytes.fromhex(key) for key in keys], rows, counts))
 
     def _write_all(self) -> None:
-        """In a thread of its own, which waits for the device in place of the step."""
+        """Write rows in a thread of its own, so that the step does not wait for the device."""
         while (waiting := self._waiting.get()) is not None:
             keys, rows, counts = waiting
             parts = rows.cpu().split(counts, dim=1)
@@ -220,7 +218,7 @@ def _among_tensor_parallel(call: EncoderCall | None) -> EncoderSplit | None:
 
 
 def refuse_trained(model: MimoModel) -> None:
-    """Refuse encoders whose rows change, or cannot be told apart.
+    """Refuse encoders whose rows change during training, or cannot be assigned to media.
 
     Raises:
         ConfigError: one is trained, draws random numbers, or does not say which rows are whose.

@@ -101,7 +101,7 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor, tp_group: Any) -> Tensor
 
 
 def whole_vocabulary(logits_BSV: Tensor, vocab_size: int, tp_group: Any) -> Tensor:
-    """Gather vocabulary shards, if they are any; collective over ``tp_group`` then.
+    """Gather the shards of the vocabulary, if it is sharded; then collective over ``tp_group``.
 
     Args:
         logits_BSV: this rank's shard, or already [B, S, vocab_size].
@@ -198,11 +198,11 @@ def model_inputs(batch: Batch, labels: Tensor | None) -> dict[str, Any]:
 
 
 def sum_losses(losses: Losses, counts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, LossReport]:
-    """As ``sum_loss``, of a model with further losses: the weighted sum of all.
+    """As ``sum_loss``, for a model with further losses: the weighted sum of all.
 
     Args:
         losses: of a micro-batch.
-        counts: positions of each in the global batch; {} in evaluation, which reports alone.
+        counts: positions of each in the global batch; {} in evaluation, which only reports.
     """
     text = losses[TEXT]
     total = losses.total(counts) if counts else text.sum
@@ -220,7 +220,7 @@ def _checked_loss(
     sources: tuple[Sequence[str], Tensor | None],
     output: Tensor | Losses,
 ) -> tuple[Tensor, Tensor, LossReport]:
-    """The loss under Megatron's result checks, which read the value where they are on."""
+    """Apply Megatron's checks of results to the loss; where they are on, they read its value."""
     from megatron.core.rerun_state_machine import get_rerun_state_machine
 
     if isinstance(output, Losses):

@@ -23,9 +23,9 @@ def greedy_generation(
 ) -> Callable[[Sequence[Sample], int, int | None], list[list[int]]]:
     """Greedy decoding with the training model: ``generate(samples, max_new_tokens, stop_token)``.
 
-    It is collective over all ranks: all call it with the same samples and all get the
-    answers, without prompts and stop tokens. What stands from a sample's first label on is not
-    shown to the model. ``stop_token`` None fills every answer up.
+    It is collective: all ranks call it with the same samples and get all answers, without prompts
+    and stop tokens. The model is not shown a sample from its first label on. With ``stop_token``
+    None every answer has ``max_new_tokens``.
 
     Args:
         args: of the run.

@@ -1,4 +1,4 @@
-"""Several losses in one step: how many positions each has in the global batch, before it begins.
+"""Several losses in one step: counts the positions of each in the global batch beforehand.
 
 Megatron divides summed gradients once, by the number of text labels of the global batch. A further
 loss is divided by the number of its own positions, so that it has to be scaled by the ratio of the

@@ -1,4 +1,4 @@
-"""What differs between a command and the run that wrote the checkpoint it wants to load.
+"""Finds what differs between a command and the run that wrote the checkpoint that it loads.
 
 Most of it is known from the arguments in the checkpoint before a model is built
 (``check_command``). What is left, such as a recipe that builds another model now, is found when
@@ -83,7 +83,7 @@ def check_command(args: Namespace, saved: Namespace, folder: Path, *, goes_on: b
             take its weights.
 
     Returns:
-        What the user should know although it loads, or None.
+        A note for the user on a checkpoint that loads nevertheless, or None.
 
     Raises:
         ConfigError: naming what differs, and the flag that helps.
@@ -107,7 +107,7 @@ def check_command(args: Namespace, saved: Namespace, folder: Path, *, goes_on: b
 
 
 def what_moved(args: Namespace, saved: Namespace) -> str | None:
-    """What goes on otherwise than the run so far would have, though everything loads.
+    """Settings with which a run goes on differently than so far, though everything loads.
 
     Args:
         args: parsed arguments of a run that goes on.
@@ -214,7 +214,7 @@ def _check_optimizer(args: Namespace, saved: Namespace, folder: Path) -> list[st
 
 
 def _reshards(args: Namespace, saved: Namespace) -> bool:
-    """True where the state of the optimizer is by parameter, and so that of any layout."""
+    """Whether the optimizer's state is kept by parameter, and so loads in any layout."""
     by_buckets = saved.use_distributed_optimizer and not getattr(
         saved, "dist_ckpt_optim_fully_reshardable", False
     )

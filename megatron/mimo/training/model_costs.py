@@ -1,4 +1,4 @@
-"""What training a model costs, found together by the ranks that hold its parts."""
+"""The costs of training a model, summed over the ranks that hold its parts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _Part = tuple[str, int]  # module, and its place in the order of the data
 
 
 def are_apart(chunks: Sequence[MimoModel]) -> bool:
-    """Encoders are on ranks of their own."""
+    """Whether encoders are on ranks of their own."""
     return any(chunk.disjoint_rows is not None for chunk in chunks)
 
 
@@ -68,7 +68,7 @@ def model_costs(chunks: Sequence[MimoModel]) -> Mapping[str, float] | None:
 
 
 def _is_before(one: _Part, part: _Part) -> bool:
-    """Data pass one part before another: encoders, then the language model."""
+    """Whether data pass one part before another: encoders come before the language model."""
     if one[0] == part[0]:
         return one[1] < part[1]
     return part[0] == LANGUAGE

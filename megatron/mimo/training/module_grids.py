@@ -1,4 +1,4 @@
-"""A run whose modules have grids of their own: what of Megatron's training loop is done otherwise.
+"""Changes Megatron's training loop for a run whose modules have grids of their own.
 
 The language model keeps Megatron's global groups, so that ``pretrain`` runs it as ever. Its
 encoders are wrapped, reduced and optimized with their own groups, and ``EncodeFirst`` runs them
@@ -59,19 +59,19 @@ class ModuleGrids:
 
     @property
     def apart(self) -> bool:
-        """Modules are on ranks of their own."""
+        """Whether modules are on ranks of their own."""
         return are_apart(self._components)
 
     @property
     def grids(self) -> Grids:
-        """Made by the first call, which is collective."""
+        """The grids; the first call makes them, and is collective."""
         if self._grids is None:
             self._grids = build_grids(self._components)
         return self._grids
 
     @property
     def modalities_across_replicas(self) -> list[str]:
-        """Modalities that cannot encode without the schedule, as generation would have them."""
+        """Modalities that encode only within the schedule, which generation does without."""
         from megatron.core.models.mimo.model.grids.refusals import modalities_across_replicas
 
         return modalities_across_replicas(dict(self.grids.by_module)) if self else []
@@ -98,7 +98,7 @@ class ModuleGrids:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Run every ``pretrain`` within this context so; nothing in the uniform layout."""
+        """Apply the changes to every ``pretrain`` in this context; none in the uniform layout."""
         if not self:
             yield
             return
@@ -111,7 +111,7 @@ class ModuleGrids:
             yield
 
     def unwrap(self, models: Sequence[MimoModel]) -> None:
-        """Take the wrappers off the modules, as what comes after training expects them."""
+        """Take the wrappers off the modules: what follows training expects none."""
         from megatron.core.utils import unwrap_model
 
         for model in models if self else ():

@@ -30,23 +30,23 @@ __all__ = [
 
 
 def are_apart(components: Mapping[str, Component]) -> bool:
-    """True where modules are on ranks of their own."""
+    """Whether modules are on ranks of their own."""
     return len({component.ranks for component in components.values()}) > 1
 
 
 def has_others(args: Namespace) -> bool:
-    """True where a run's modules are on ranks of their own."""
+    """Whether the modules of a run with these arguments are on ranks of their own."""
     return are_apart(_components(args))
 
 
 def encodes_alone(args: Namespace) -> bool:
-    """True on a rank of encoders that has nothing of the language model."""
+    """Whether this rank has encoders and nothing of the language model."""
     components = _components(args)
     return bool(components) and args.rank not in components[LANGUAGE].ranks
 
 
 def data_writer(args: Namespace) -> int:
-    """The rank that writes where the data stand: the first that reads them."""
+    """The rank that writes the position of the data: the first that reads them."""
     components = _components(args)
     return components[LANGUAGE].rank_offset if components else 0
 
@@ -70,7 +70,7 @@ def from_last_stage(args: Namespace, value: Any) -> Any:
 
 
 def random_state(components: Mapping[str, Component]) -> Callable[..., Any]:
-    """What goes around ``get_rng_state``: ranks of encoders keep the language model's first.
+    """Wraps ``get_rng_state``: ranks of encoders save the state of the language model's first rank.
 
     Encoders draw nothing of their own: the language model's ranks tell them a seed for each step.
     """
@@ -93,7 +93,7 @@ def random_state(components: Mapping[str, Component]) -> Callable[..., Any]:
 
 
 def in_every_chunk(components: Mapping[str, Component]) -> Callable[..., Any]:
-    """What goes around the building of data loaders, which the whole job does together.
+    """Wraps the building of data loaders, which is collective over the whole job.
 
     Ranks of the language model do it for each of their interleaved chunks; ranks of encoders, which
     have one, as often.
@@ -123,7 +123,7 @@ def _components(args: Namespace) -> Mapping[str, Component]:
 
 
 def global_groups(components: Mapping[str, Component]) -> Callable[..., Any]:
-    """What goes around ``initialize_model_parallel``: once for every extent of ranks, on all ranks.
+    """Wraps ``initialize_model_parallel``: it is called for each module's ranks, on all ranks.
 
     Args:
         components: modules on ranks of their own.

@@ -1,4 +1,4 @@
-"""Where a value that is not finite came from: iteration, micro-batch, samples, module.
+"""Finds where a value that is not finite comes from: iteration, micro-batch, samples, module.
 
 Megatron checks losses and gradients before each update and, when one is rejected, computes the
 iteration once more in place. Here that second time is watched, module by module. Megatron's own
@@ -36,7 +36,7 @@ class NonFiniteError(MimoError, RuntimeError):
 
 
 class ResultWatch:
-    """Follows Megatron's checks of one run; ``verdict`` says how it ended, if by one of them."""
+    """Follows Megatron's checks in a run; ``verdict`` says why it ended, if a check ended it."""
 
     def __init__(self, args: Namespace, chunks: Sequence[MimoModel], samples: SampleFinder) -> None:
         self.verdict: str | None = None
@@ -59,7 +59,7 @@ class ResultWatch:
             logger.removeFilter(_is_true_here)
 
     def _watched(self, stock: Any) -> Any:
-        """Megatron's class of machine, that reports here."""
+        """Megatron's class of rerun state machines, with reports to this object."""
         watch = self
 
         class WatchedMachine(stock):

@@ -1,4 +1,4 @@
-"""Optimizer state that is whole in every checkpoint, whatever the optimizer has done so far."""
+"""Makes the optimizer's state complete in every checkpoint, even before its first step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ __all__ = ["fill_state", "load_into_any_chain"]
 def fill_state(optimizer: Any) -> None:
     """Give every parameter of a new optimizer its state, before the first step.
 
-    A load makes room for the state of every parameter, so that all of it has to be in a checkpoint,
-    which what has taken no step yet would not write (fp16, whose first steps are skipped until the
-    loss scale fits). SGD, for which Megatron knows no state to begin with, gets zeros; the
-    precision-aware Adam makes its own.
+    Loading expects the state of every parameter in a checkpoint, but an optimizer that has taken no
+    step yet has none to write (in fp16 the first steps are skipped until the loss scale fits). SGD,
+    for which Megatron has no initial state, gets zeros; the precision-aware Adam makes its own.
 
     Args:
         optimizer: Megatron's, of the whole model.
@@ -39,8 +38,8 @@ def fill_state(optimizer: Any) -> None:
 def _precise_state(optimizer: Any, _config: Any = None) -> None:
     """The state of Transformer Engine's Adam as its first step makes it.
 
-    Megatron leaves out what Transformer Engine decides for each parameter: whether of the fp32
-    weight only the bits are kept that the bf16 one lacks.
+    Megatron leaves out what Transformer Engine decides for each parameter: whether it keeps the
+    whole fp32 weight, or only the bits that the bf16 weight lacks.
     """
     for group in optimizer.param_groups:
         for param in group["params"]:

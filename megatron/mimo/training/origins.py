@@ -1,4 +1,4 @@
-"""Which samples a micro-batch was made of, found from its position when it is asked for."""
+"""Finds the samples of a micro-batch from its position, when they are asked for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Origins(Protocol):
 
 
 class RangeOrigins:
-    """Of a stream that reads a range of sample numbers."""
+    """The samples of a stream that reads a range of sample numbers."""
 
     def __init__(self, batches: MicroBatches, numbers: SampleRange, args: Namespace) -> None:
         self._batches = batches
@@ -51,7 +51,7 @@ class RangeOrigins:
 
 
 class PlannedOrigins:
-    """Of a stream that follows a plan."""
+    """The samples of a stream that follows a plan."""
 
     def __init__(self, batches: PlannedBatches, plan: RankPlan) -> None:
         self._batches = batches

@@ -1,4 +1,4 @@
-"""The optimizer of a run whose parts are trained differently: rates by part, layers frozen."""
+"""The optimizer of a run with learning rates by part, or with frozen layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["part_optimizer", "rate_overrides"]
 
 @contextmanager
 def part_optimizer(args: Namespace, builder: ModelBuilder) -> Iterator[None]:
-    """Let what ``pretrain`` builds within this context follow the flags on parts and components.
+    """Let the optimizer that ``pretrain`` builds in this context follow the flags on parts.
 
     megatron-core's ``get_megatron_optimizer`` takes overrides by parameter; ``pretrain`` passes
     its standard ones. The run's are added to these. A group's learning rate follows the run's

@@ -40,16 +40,16 @@ def planned_batches(
     position: DataPosition,
     caches: Caches,
 ) -> Callable[[], Iterator[Batch]]:
-    """What opens this rank's stream of planned micro-batches; only ranks that read do so.
+    """A function that opens this rank's stream of planned micro-batches; for ranks that read.
 
     Args:
         args: Megatron's.
         sources: the training data.
         collate: of samples, or of packed sequences.
         group: as ``host_group`` gives it for the data-parallel ranks.
-        samples: learns from where the stream reads.
-        position: has where the data stand.
-        caches: that may have rows of the media.
+        samples: is told what the stream reads.
+        position: of the data.
+        caches: of encoders, which may have rows of the media.
 
     Raises:
         ConfigError: the recipe's collator is of its own kind; the checkpoint does not say where the

@@ -1,7 +1,7 @@
-"""A rank's share of global batches that are planned alike on every rank, and where the data stand.
+"""A rank's share of global batches, which every rank plans alike, and the position of the data.
 
-Each iteration's batch is formed first, then divided; the state behind it goes into the checkpoint
-of that iteration, however far reading has gone ahead by then.
+Each iteration's batch is formed first, then divided. The state behind it goes into the checkpoint
+of that iteration, even if reading is further ahead by then.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _VERSION = 1
 
 
 class DataPosition:
-    """Where the data stand at each iteration that is being computed or read ahead.
+    """The position of the data at each iteration that is being computed or read ahead.
 
     Attributes:
         args: Megatron's, whose ``consumed_train_samples`` says which iteration is next.
@@ -101,7 +101,7 @@ class RankPlan:
         micro_batch: sequences of a micro-batch.
         cost: of an item.
         log: of bad samples, whose counts are part of the state.
-        position: is told where the data stand behind each batch.
+        position: is told the position behind each batch.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class RankPlan:
         position.note(start, self._state())
 
     def __iter__(self) -> Iterator[tuple[Item, ...]]:
-        """Ends where the data end or a record is bad; ``failure`` says so then."""
+        """The plan; it ends where the data end or a record is bad, as ``failure`` then says."""
         while True:
             try:
                 batch = self._batches.form(self._size_at(self._consumed))

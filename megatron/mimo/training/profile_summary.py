@@ -1,4 +1,4 @@
-"""What a trace of torch's profiler says of a few steps, in one page of text.
+"""Summarizes a trace of torch's profiler over a few steps, as one page of text.
 
 All times are nanoseconds of the profiler's clock. Ranges may lie within each other; each counts all
 that happens within it.

@@ -97,7 +97,7 @@ def _main(argv: Sequence[str] | None, rank: int) -> int:
 
 
 def _keep(owned: Sequence[Ownership]) -> None:
-    """Stay the owner of folders, as others see it, and end when another one has become it."""
+    """Keep the ownership of the run's folders, and end the process if another run takes it."""
 
     def lost() -> None:
         failure.last_word("failed", "error: another run has taken over the output folder")
@@ -108,7 +108,7 @@ def _keep(owned: Sequence[Ownership]) -> None:
 
 
 def _early(argv: Sequence[str] | None) -> EarlyArguments:
-    """What has to be known first; this process takes part in its job from here on."""
+    """Parse the flags that are needed first; from here on this process is part of its job."""
     try:
         early = parse_early(argv)
     except MimoError:
@@ -197,7 +197,7 @@ def _train(recipe: Recipe, args: Namespace, console: Console) -> int:
 
 
 def _close(console: Console, curve: Any, caches: Any) -> None:
-    """Training has ended: the last words about it."""
+    """Print how training has ended."""
     console.end_progress()
     curve.close()
     for said in caches.report():
@@ -205,7 +205,7 @@ def _close(console: Console, curve: Any, caches: Any) -> None:
 
 
 def _open(recipe: Recipe, args: Namespace, console: Console) -> None:
-    """Say what is run, and keep what its checkpoints need beside the weights."""
+    """Print what is run, and save what its checkpoints need beside the weights."""
     console.say(_opening(recipe, args))
     if recipe.save_assets is not None and args.save and args.rank == 0:
         recipe.save_assets(args, Path(args.save))
@@ -264,9 +264,9 @@ def _finish(
 
 
 def _end_together() -> None:
-    """Ends the process groups of a run that every rank leaves alike, finished or stopped.
+    """Destroy the process groups of a run that all ranks leave together, finished or stopped.
 
-    A rank that left while another still waits for it would break that one's connection.
+    A rank that left earlier would break the connection of one that still waits for it.
     """
     import torch.distributed as dist
 
@@ -303,7 +303,7 @@ def _already_finished(args: Namespace, start: int | None, console: Console) -> b
 
 
 def _iterations(args: Namespace) -> int | None:
-    """How many a run has; None where a schedule of batch sizes decides."""
+    """The number of iterations of a run; None where it follows from a schedule of batch sizes."""
     if args.train_iters is not None or args.step_batch_size_schedule is not None:
         return args.train_iters
     return int(args.train_samples // args.global_batch_size)

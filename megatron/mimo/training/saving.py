@@ -1,4 +1,4 @@
-"""What Megatron's synchronous checkpoint writing lacks: an atomic end, and an error that helps."""
+"""Adds an atomic end and a helpful error to Megatron's synchronous writing of checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SaveError(MimoError, RuntimeError):
 def save_error(
     folder: Path, iteration: int, earlier: int | None, error: BaseException
 ) -> SaveError:
-    """Say why a checkpoint was not written, and which one is still there; removes what was.
+    """The error for a checkpoint that was not written; removes its parts.
 
     Args:
         folder: the ``--save`` directory.
@@ -55,9 +55,9 @@ def save_error(
 
 
 def clear_place(folder: Path, iteration: int) -> None:
-    """Remove what stands where a checkpoint is to be written: one that is damaged, or given up.
+    """Remove an older checkpoint, damaged or given up, from where a new one is to be written.
 
-    Collective. Parts of it would stay among the new ones, and what stands in a file's place (a
+    Collective. Its files would mix with the new ones, and anything else in the place of a file (a
     folder, a named pipe) would stop the writers.
     """
     place = folder / iteration_name(iteration)

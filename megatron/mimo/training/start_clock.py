@@ -1,4 +1,4 @@
-"""How long a run takes to its first iteration, phase by phase."""
+"""Measures the time from a run's start to its first iteration, phase by phase."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["StartClock"]
 
 
 class StartClock:
-    """Time between marks, added up by what was reached with each.
+    """Adds up the time between marks, by the name of the phase that each mark ends.
 
     Args:
         begin: of the process, in seconds since the epoch.
@@ -32,7 +32,7 @@ class StartClock:
         return clock
 
     def reach(self, phase: str) -> None:
-        """What ended just now; nothing counts after the first iteration."""
+        """Mark the end of a phase; marks after the first iteration are ignored."""
         if self._is_over:
             return
         now = time.time()
@@ -40,7 +40,7 @@ class StartClock:
         self._last = now
 
     def around(self, build: Callable[..., Any]) -> Callable[..., Any]:
-        """The function that builds a chunk of the model, its time taken."""
+        """Wrap the function that builds a chunk of the model, to take its time."""
 
         @functools.wraps(build, updated=())
         def timed(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a run starts from, and whether the flags fit it: its own checkpoint, another, or none."""
+"""Chooses what a run starts from, its own checkpoint, another or none, and checks the flags."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["choose_start"]
 
 
 def choose_start(args: Namespace, *, repair: bool) -> tuple[int | None, str | None]:
-    """``choose``, for a run that may have begun from another one's checkpoint.
+    """Extends ``choose`` to a run that may have begun from another run's checkpoint.
 
     With ``--load`` or ``--pretrained-checkpoint`` of another run, the run's own checkpoints come
     first, so that the same command continues it: ``--ckpt-step`` is one of the other run. A

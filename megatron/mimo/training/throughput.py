@@ -1,4 +1,4 @@
-"""Throughput of a run as it is: real tokens, the model's FLOPs, padding, waiting for data.
+"""Measures the throughput of a run: real tokens, the model's FLOPs, padding, waiting for data.
 
 Each data-parallel rank counts on the host what its own micro-batches hold; the sums are brought
 together when a line of the log is due.
@@ -41,11 +41,11 @@ class Throughput:
 
     Attributes:
         tokens_per_iteration: real tokens of a global batch, placeholders included.
-        padding: share of the positions that hold none.
+        padding: share of the positions that hold no token.
         flops_per_iteration: forward and backward, as :mod:`models.common.flops` counts them; None
             where a part of the model does not say what it does.
-        waiting: share of the time in which a rank waited for data, of the one that waited longest.
-        peak_memory: bytes, of the rank that took most: of the device, or of the process on CPU.
+        waiting: share of the time spent waiting for data, on the rank that waited longest.
+        peak_memory: bytes on the rank that used most: of the device, or of the process on CPU.
     """
 
     tokens_per_iteration: float

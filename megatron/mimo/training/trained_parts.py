@@ -42,7 +42,7 @@ def apply_parts(model: MimoModel, args: Namespace) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a run trains, over all ranks.
+    """The trained part of a model, over all ranks.
 
     Attributes:
         text: how much of the model it is, for a human.

@@ -1,8 +1,8 @@
-"""Looks over the shoulder of Megatron's training loop.
+"""Watches Megatron's training loop.
 
-``pretrain`` has no callbacks, so the functions that it calls once per iteration, evaluation and
-checkpoint are replaced for the time of a run by ones that call them and report. What they compute
-is left as it is.
+``pretrain`` has no callbacks. Therefore the functions that it calls once per iteration, evaluation
+and checkpoint are replaced during a run by wrappers that call them and report; what they compute
+stays the same.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["LoopWatch"]
 
 
 class LoopWatch:
-    """State of the loop as seen from outside: ``iteration``, ``saved`` and the speed."""
+    """The state of the training loop: ``iteration``, ``saved`` and the speed."""
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class LoopWatch:
         return "test" if "test set" in prefix else "validation"
 
     def _trained(self) -> int:
-        """Samples that the model has learned from; what --iterations-to-skip names is none."""
+        """Samples that the model has learned from, without those of --iterations-to-skip."""
         args = self._args
         return int(args.consumed_train_samples - args.skipped_train_samples)
 

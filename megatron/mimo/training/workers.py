@@ -37,7 +37,7 @@ def read_batches(batches: Dataset[Batch], numbers: Iterable[Any], workers: int) 
 
 
 class _Received:
-    """What processes send; the end of one is the reason of the connections that it breaks."""
+    """Receives from worker processes; reports the end of one, not the connection that it broke."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches = batches
