@@ -234,7 +234,7 @@ def config_values(parser: argparse.ArgumentParser, config: Mapping[str, Any]) ->
 
 
 def _joined(value: Any) -> Any:
-    """A mapping in a mapping as a flag has it: component: {images: {tp: 1, dp: 8}}."""
+    """A mapping within a mapping, as a flag writes it: component: {images: {tp: 1, dp: 8}}."""
     if not isinstance(value, Mapping):
         return value
     return ",".join(f"{name}={item}" for name, item in value.items())
@@ -243,7 +243,7 @@ def _joined(value: Any) -> Any:
 def _recipe_defaults(
     recipe: Recipe, parser: argparse.ArgumentParser, from_file: Mapping[str, Any]
 ) -> dict[str, object]:
-    """What the recipe wants, given the flags so far: its description, arguments and stage."""
+    """The recipe's defaults, given the flags so far: its description, arguments and preset."""
     words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
     given, _ = parser.parse_known_args(words, argparse.Namespace(**from_file))
     _name_folders(given)
@@ -293,7 +293,7 @@ def _derive(args: argparse.Namespace, machine: Capabilities) -> None:
 
 
 def _name_folders(args: argparse.Namespace) -> None:
-    """Where the run reads and writes."""
+    """Set the folders in which the run reads and writes."""
     if args.no_output:
         args.output = args.save = args.tensorboard_dir = None
     else:
@@ -305,7 +305,7 @@ def _name_folders(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _overheard() -> Iterator[list[str]]:
-    """What is printed and warned of within this context, line by line; printed at its end."""
+    """Collect the lines that are printed and warned of in this context; print them at its end."""
     lines: list[str] = []
     printed = io.StringIO()
     try:

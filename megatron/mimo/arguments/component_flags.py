@@ -95,9 +95,9 @@ def layout_text(args: Namespace) -> str:
 
 @contextmanager
 def processes_of_language(args: Namespace) -> Iterator[None]:
-    """Checks and Megatron's own arithmetic count the language model's processes in this context.
+    """Let checks and Megatron's arithmetic count the language model's processes alone.
 
-    Where modules are on ranks of their own; the others have no part in its sizes.
+    For modules on ranks of their own: the other ranks do not take part in the language model.
     """
     world_size = args.world_size
     components = components_of(args.component, world_size=world_size)

@@ -1,4 +1,4 @@
-"""What has to be known before Megatron is imported, which takes seconds."""
+"""Reads what has to be known before Megatron is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["EarlyArguments", "asks_for_recipes", "list_recipes", "parse_early", 
 
 
 class EarlyArguments(argparse.Namespace):
-    """What has to be known before Megatron is imported."""
+    """The flags that are read before Megatron is imported."""
 
     recipe: str
     config: dict[str, Any]
@@ -88,7 +88,7 @@ def asks_for_recipes(argv: Sequence[str]) -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises where argparse ends the process."""
+    """A parser that raises an error where argparse would end the process."""
 
     def error(self, message: str) -> NoReturn:
         raise _error(message)

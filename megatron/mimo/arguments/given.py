@@ -1,7 +1,7 @@
-"""What the user asked for, on the command line and in ``--config``, and what is made of it.
+"""The flags that the user gave, on the command line and in ``--config``, and their effect.
 
-A flag that the user gives wins over a recipe's value for the same thing, also where the two have
-different names. What would be read over is refused by name.
+A flag of the user wins over a recipe's value for the same thing, even under another name. A flag
+without effect is refused by name.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def check_effect(
 
 
 def said_of(given: Mapping[str, Any], parser: argparse.ArgumentParser, text: str) -> list[str]:
-    """Lines of what Megatron says while it checks arguments that take back a flag of the user.
+    """Lines in which Megatron says, while it checks arguments, that it overrides a user's flag.
 
-    What ``check_effect`` tells of is left out.
+    Flags that ``check_effect`` reports are left out.
 
     Args:
         given: as ``given_by_user`` returns it.

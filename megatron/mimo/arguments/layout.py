@@ -172,7 +172,7 @@ def _check_batch(args: Namespace) -> None:
 
 
 def _check_low_precision(args: Namespace) -> None:
-    """Transformer Engine's products in FP8 and FP4 take tokens and widths in whole blocks."""
+    """Refuse tokens and widths that are no whole blocks, as FP8 and FP4 need them."""
     if not args.fp8 and not args.fp4:
         return
     flag = "--fp8-format" if args.fp8 else "--fp4-format"
@@ -195,7 +195,7 @@ def _check_low_precision(args: Namespace) -> None:
 
 
 def _check_graphs(args: Namespace) -> None:
-    """CUDA graphs replay one shape: whole layers of the language model, on padded rows."""
+    """Refuse CUDA graphs of anything but whole layers on padded rows, which have one shape."""
     impl = args.cuda_graph_impl
     if impl == "none":
         return

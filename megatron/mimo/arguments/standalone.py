@@ -100,7 +100,7 @@ def model_settings(
     dtype: torch.dtype = torch.float32,
     changes: Mapping[str, object] | None = None,
 ) -> LanguageSettings:
-    """What a family's language model is built of, as in a run that changes nothing of it.
+    """The settings of a family's language model, as in a run without flags that change it.
 
     Experts under tensor parallelism come with sequence parallelism, which a run has to ask for.
 

@@ -1,7 +1,7 @@
 """The flags of megatron-core 0.19 that have no effect in this project's training layer, and why.
 
-Found by their names: what neither Megatron's training loop nor this project reads. A recipe brings
-the model, its data and its tokenizer; what Megatron's own scripts for these take is read by nobody.
+They were found by their names: neither Megatron's training loop nor this project reads them. A
+recipe brings the model, its data and its tokenizer, so that Megatron's flags for these do nothing.
 """
 
 from __future__ import annotations

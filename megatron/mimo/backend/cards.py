@@ -1,4 +1,4 @@
-"""Cards by their name, and what their makers say they compute and hold: the measure of MFU."""
+"""GPUs by name, with their peak performance and memory by data sheet: MFU is measured by these."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Megatron's arguments have to be on this machine: defaults that work, refusals by name.
+"""Megatron's arguments on this machine: defaults that work, and refusals by name.
 
 Megatron's own defaults are for CUDA with Transformer Engine and apex, and end a run on any other
 machine. Both tables below follow from :class:`Capabilities` alone, so that every combination of

@@ -1,4 +1,4 @@
-"""What is replaced of megatron-core 0.19 and torch on every backend: what fails or is unsafe."""
+"""Replacements of functions of megatron-core 0.19 and torch that fail or are unsafe anywhere."""
 
 from __future__ import annotations
 

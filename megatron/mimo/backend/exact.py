@@ -1,4 +1,4 @@
-"""fp32 that is fp32: no TF32, which rounds the factors of fp32 products to 10 bits on CUDA."""
+"""Keeps fp32 exact: no TF32, which rounds the factors of fp32 products to 10 bits on CUDA."""
 
 from __future__ import annotations
 

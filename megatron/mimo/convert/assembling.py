@@ -1,5 +1,6 @@
-"""Separate Hugging Face directories -> one checkpoint: a language model and encoders of its user's
-choice, with what joins them made fresh.
+"""Makes one checkpoint of a language model and encoders from separate Hugging Face directories.
+
+The projections that join them get new random weights.
 """
 
 from __future__ import annotations

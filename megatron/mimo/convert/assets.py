@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a Hugging Face directory besides the weights of our model.
+"""Keeps what a checkpoint needs of a Hugging Face directory besides our model's weights.
 
 The folder ``hf`` beside the weights holds the configuration, the processor's and tokenizer's files
 and the like as they were, and two files of this project: the weights that our model does without,

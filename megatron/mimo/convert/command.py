@@ -285,7 +285,7 @@ def _verify(given: argparse.Namespace) -> tuple[str, int]:
 
 
 def _quiet_transformers() -> None:
-    """Its progress bars and advice; where it is missing, the command that needs it says so."""
+    """Switch transformers' progress bars and advice off, if transformers is installed."""
     try:
         from transformers.utils import logging
     except ImportError:

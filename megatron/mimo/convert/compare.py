@@ -1,4 +1,4 @@
-"""How far our model is from transformers' under a layout: logits, loss, gradients, tokens.
+"""Compares our model, under a layout, with transformers': logits, loss, gradients, tokens.
 
 Legend: B micro-batch, S sequence, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds what a Hugging Face directory holds: weights and configuration."""
+"""Compares a checkpoint with a Hugging Face directory: weights and configuration."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _compare_carried(
 
 
 def _compare_tensors(name: str, theirs: torch.Tensor, ours: torch.Tensor) -> tuple[float, str]:
-    """How bad it is (0: equal), and in words."""
+    """The size of the difference (0: equal), and a description."""
     if theirs.shape != ours.shape:
         return float("inf"), f"{name}: shape {list(theirs.shape)} / {list(ours.shape)}"
     difference = (theirs.double() - ours.double()).abs().max().item() if theirs.numel() else 0.0
@@ -158,5 +158,5 @@ def _compare_tensors(name: str, theirs: torch.Tensor, ours: torch.Tensor) -> tup
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes: -0.0 is not 0.0, and a NaN is itself."""
+    """The bytes of a tensor, by which -0.0 differs from 0.0 and a NaN equals itself."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -60,7 +60,7 @@ def covering_examples(family: Any, config: Any, *, samples: int, seed: int) -> l
 
 
 def coverage(family: Any, config: Any, examples: Sequence[Conversation]) -> Covered:
-    """What there is of media, special tokens and length."""
+    """Which kinds of media, special tokens and lengths conversations cover."""
     tokens = [token for one in examples for token in one["input_ids"].flatten().tolist()]
     missing, said = [], []
     for kind, token in _placeholders(family, config).items():

@@ -1,6 +1,6 @@
 """In words, how one matrix differs from another: transposed, its rows or columns in another order.
 
-What somebody did to a weight, or a table to a part of it, is seen sooner so than by a number.
+Such words show sooner than a number what was done to a weight, or to a part of it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def told(theirs: Tensor, ours: Tensor) -> str:
 
 
 def _moved(theirs_RC: Tensor, ours_RC: Tensor) -> dict[int, int]:
-    """Row of ours -> row of theirs with the same numbers, of rows that are elsewhere.
+    """Number of each of our rows that stands elsewhere in theirs -> its number there.
 
-    {} where some row of ours is nowhere, or none is elsewhere only.
+    {} where one of our rows is not among theirs, or no row stands elsewhere alone.
     """
     differs_R = (theirs_RC != ours_RC).any(dim=1)
     rows = differs_R.nonzero().flatten().tolist()

@@ -1,4 +1,4 @@
-"""How far a conversion is, and how fast."""
+"""Measures the progress and the speed of a conversion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights go into which files of an exported directory, and writing them there."""
+"""Plans which weights go into which files of an exported directory, and writes them."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class Sink:
 
     @property
     def is_complete(self) -> bool:
-        """All files have all of their tensors, and are on the disk."""
+        """Whether all files have all of their tensors, and are on the disk."""
         return not any(self._left.values())
 
     def write(self, canonical: str, tensor: Tensor) -> None:

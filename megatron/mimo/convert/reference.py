@@ -1,4 +1,4 @@
-"""What transformers computes with the weights of a directory: the truth that ours is held to.
+"""Computes with transformers what our model is compared with, from a directory's weights.
 
 Legend: L tokens of one sample, V vocabulary.
 """
@@ -25,7 +25,7 @@ Conversation = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """Of the Hugging Face model, in fp32, sample by sample; everything by its own names.
+    """Results of the Hugging Face model, in fp32, sample by sample; names are Hugging Face's.
 
     Attributes:
         examples: conversations, as its forward takes them.
@@ -110,7 +110,7 @@ def _losses(logits_LV: Tensor, example: Conversation) -> Tensor:
 def _answers(
     model: Any, examples: Sequence[Conversation], placeholders: list[int], rules: Rules
 ) -> list[list[int]]:
-    """Greedy and without an end. A random model may ask for media: placeholders are never said."""
+    """Greedy answers without an end, and without placeholders, which a random model might say."""
     from transformers import GenerationConfig
 
     settings = GenerationConfig(

@@ -78,7 +78,7 @@ def _require_room(parent: Path, size: int) -> None:
 
 
 def _umask() -> int:
-    """What the process takes from the rights of new files (mkdtemp gives them to nobody else)."""
+    """The process's umask: folders of mkdtemp are private, and get their usual rights by it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -26,7 +26,7 @@ _FIELD = "tie_word_embeddings"
 def config_of_files(
     family: Family, config: Any, weights: WeightSource, *, source: str
 ) -> tuple[Any, list[str]]:
-    """The configuration that says what the files hold, and words on where that is another one.
+    """The configuration that fits the files, and a note where it differs from the given one.
 
     Args:
         family: the model's.

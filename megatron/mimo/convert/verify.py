@@ -1,4 +1,4 @@
-"""Whether a checkpoint is the Hugging Face model: names, values, logits, gradients, tokens."""
+"""Verifies that a checkpoint is the Hugging Face model: names, values, logits, gradients."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def verify_tiny(
 
 
 def _coverage(family: Any, config: Any, expected: Expected) -> Finding:
-    """Whether what both models have read reaches all of them."""
+    """Whether the conversations that both models have read reach all parts of them."""
     covered = coverage(family, config, expected.examples)
     gradients, table = family.keys(config).laid_out(expected.gradients)
     reached = {table.canonical(name) for name, grad in gradients.items() if grad.any()}

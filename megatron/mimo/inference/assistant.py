@@ -1,4 +1,4 @@
-"""A checkpoint that answers: weights, processor and tokenizer of a root with a folder ``hf``."""
+"""Answers conversations with a checkpoint: a root with weights and a folder ``hf``."""
 
 from __future__ import annotations
 

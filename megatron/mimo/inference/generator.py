@@ -53,8 +53,8 @@ class Generator:
         max_length: tokens that the model reads, of prompt and answer together; None for any number.
         batch_size: prompts of a micro-batch; as many micro-batches as pipeline stages are under
             way at once.
-        use_cache: False runs the whole sequence again for each token: slower, and with the
-            memory of no cache.
+        use_cache: False runs the whole sequence again for each token: slower, but without the
+            memory of a cache.
 
     Raises:
         ConfigError: sizes below 1.

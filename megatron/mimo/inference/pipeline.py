@@ -92,7 +92,7 @@ class Pipeline:
 
     @property
     def needs_plan(self) -> bool:
-        """This stage reads where rows go: it embeds, or levels of rows arrive."""
+        """Whether this stage reads the plan: it embeds, or levels of rows arrive."""
         return self.is_first or any(chunk.level_route.arrives for chunk in self._chunks)
 
     def _receive(self, chunk: MimoModel, shape: list[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What an answer may say next, given what stands before: the rules of ``generation_config.json``.
+"""Rules on the next token, given the tokens before it, as ``generation_config.json`` has them.
 
 Free functions from scores to scores, in the order in which transformers applies its own.
 Legend: B sequences, V vocabulary.
@@ -20,15 +20,15 @@ __all__ = ["Rules", "apply_rules"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What changes scores before a token is chosen; each default changes nothing.
+    """Changes of the scores before a token is chosen; each default changes nothing.
 
     Attributes:
         repetition_penalty: divides the positive scores of tokens that stand in the prompt or the
             answer, and multiplies the negative ones.
-        no_repeat_ngram_size: no sequence of so many tokens occurs twice; 0 for any.
+        no_repeat_ngram_size: no sequence of so many tokens occurs twice; 0 for no such rule.
         bad_words: sequences of tokens that do not occur.
-        suppress_tokens: that are never said.
-        begin_suppress_tokens: that no answer begins with.
+        suppress_tokens: tokens that do not occur.
+        begin_suppress_tokens: tokens with which no answer begins.
         min_new_tokens: of an answer, before its stop tokens may come.
 
     Raises:

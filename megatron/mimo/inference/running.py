@@ -18,7 +18,7 @@ __all__ = ["Running"]
 
 
 class Running:
-    """The first step reads the prompts, every other one token of each answer.
+    """A micro-batch whose first step reads the prompts, and every other one token of each answer.
 
     Args:
         numbers: of the prompts in the call.

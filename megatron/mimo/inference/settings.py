@@ -1,4 +1,4 @@
-"""``generation_config.json``: what a model's authors say of how it answers."""
+"""Reads ``generation_config.json``: a model's own settings of generation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a model answers where its user says nothing.
+    """A model's own settings of generation, for what the user does not say.
 
     Attributes:
         options: with rules, without stop tokens.
@@ -47,7 +47,7 @@ class Settings:
 
 
 def read_settings(folder: Path, config: Any) -> Settings:
-    """What a folder says, and its config.json where it has no generation settings.
+    """The settings of a folder; those of its config.json if it has no file of settings.
 
     Args:
         folder: a Hugging Face directory, or a checkpoint's ``hf``.
@@ -114,7 +114,7 @@ def _or(value: Any, default: Any) -> Any:
 
 
 def _of_config(config: Any) -> Any:
-    """As transformers takes it over where there is no file."""
+    """The settings in config.json, which transformers takes if there is no file of settings."""
     from transformers import GenerationConfig
 
     return GenerationConfig.from_model_config(config).eos_token_id

@@ -1,4 +1,4 @@
-"""Text as its tokens come: whole characters only, and nothing of a stop text."""
+"""Streams text token by token: whole characters only, and nothing of a stop text."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class TextStream:
     Args:
         tokenizer: of transformers.
         stop_texts: the answer ends before the first of them.
-        write: told the text, piece by piece; None for no one.
+        write: called with the text, piece by piece; None for no one.
         keep_special_tokens: special tokens are text.
 
     Attributes:
-        text: what has been told.
+        text: what has been written.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TextStream:
         return self._take(after[len(before) :])
 
     def close(self) -> str:
-        """Tell what was held back; the whole text."""
+        """Write what was held back, and return the whole text."""
         if self._decided < len(self._tokens):
             self._take(self._decode(self._undecided()))
         self._tell(self._held)

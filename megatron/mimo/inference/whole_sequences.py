@@ -1,10 +1,9 @@
-"""Whole sequences on every rank, of any length, in a model that was built for training's.
+"""Lets a model that was built for training run on whole sequences of any length.
 
-A step of generation has one token for each sequence, which neither sequence nor context
-parallelism can cut, nor can FP8's matrix products (tokens by the eight) or CUDA graphs (training's
-shapes) take it. Weights are whole on every rank that shares a sequence (or cut by tensor
-parallelism alone), so that the same model runs uncut: the ranks of a context-parallel group then do
-the same work.
+A step of generation has one token for each sequence, which sequence and context parallelism cannot
+cut, and which FP8's matrix products (tokens in multiples of eight) and CUDA graphs (training's
+shapes) do not take. Weights are cut by tensor parallelism alone, so that the model can run without
+the others: the ranks of a context-parallel group then all do the same work.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ def _make_whole(module: Any, put: Any, te_layers: list[tuple[Any, Any]]) -> None
 
 
 def _forget_rotations(rotary: Sequence[nn.Module]) -> None:
-    """Rotary embeddings remember what they returned, not how it was cut."""
+    """Clear the caches of rotary embeddings: they do not tell how what they hold was cut."""
     for kind in {type(module) for module in rotary}:
         clear = getattr(kind.forward, "cache_clear", None)
         if clear is not None:

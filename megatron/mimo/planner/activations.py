@@ -1,4 +1,4 @@
-"""What a chunk of the model keeps of one micro-batch, and what it works with beside that.
+"""The memory that a chunk of the model keeps of one micro-batch, and what it needs meanwhile.
 
 Legend: T vectors of this rank, n those after sequence parallelism has cut them, V vocabulary.
 """
@@ -53,7 +53,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Recomputation:
-    """As Megatron's flags have it.
+    """Recomputation of activations, as Megatron's flags say.
 
     Attributes:
         granularity: None, "full" or "selective".
@@ -69,7 +69,7 @@ class Recomputation:
 
     @classmethod
     def of(cls, args: Namespace) -> Recomputation:
-        """Those of a run."""
+        """The recomputation of a run."""
         return cls(
             granularity=args.recompute_granularity,
             method=args.recompute_method,
@@ -188,7 +188,7 @@ class _Encoder:
         return kept
 
     def _other(self, module: nn.Module, vectors: float) -> float:
-        """What stands before or behind the layers: embeddings of patches, norms, convolutions."""
+        """Bytes of what is before or behind the layers: patch embeddings, norms, convolutions."""
         if isinstance(module, nn.Conv1d):
             if not _is_trained(module) and not self.flows:
                 return 0.0

@@ -91,7 +91,7 @@ def _card(name: str | None) -> Card | None:
 
 @contextmanager
 def _settled(given: Namespace, flags: list[str], card: Card | None) -> Iterator[Any]:
-    """Everything that says what is planned; the process is as it was afterwards."""
+    """Settle what is planned, from flags and environment; afterwards the process is as before."""
     before = dict(os.environ)
     try:
         with quiet_imports(), stdout(shown=False), warnings_shown(shown=False):
@@ -117,7 +117,7 @@ def _settled(given: Namespace, flags: list[str], card: Card | None) -> Iterator[
 
 
 def _machine_of(card: Card | None, here: Capabilities) -> Capabilities:
-    """What the run's defaults, and what it is refused with, go by: the card where one is named."""
+    """The machine whose defaults and refusals count: that of the card, if one is named."""
     if card is None or here.device != "cpu":
         return here
     return replace(here, device="cuda", card=card.name)

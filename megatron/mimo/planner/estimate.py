@@ -49,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run takes.
+    """The memory, parameters and FLOPs of a run.
 
     Attributes:
         parts: name -> parameters.
@@ -71,7 +71,7 @@ class Estimate:
 
     @property
     def largest(self) -> RankMemory:
-        """Of the rank that takes most."""
+        """The memory of the rank that takes most."""
         return max(self.ranks, key=lambda rank: rank.whole)
 
 
@@ -121,7 +121,7 @@ def build(recipe: Recipe, args: Namespace) -> Built:
 
 
 def estimate(built: Built, args: Namespace, typical: Typical, kernels: Kernels) -> Estimate:
-    """Compute it.
+    """Compute the estimate of a run.
 
     Args:
         built: the model, for the layout of ``args``.
@@ -148,7 +148,7 @@ def estimate(built: Built, args: Namespace, typical: Typical, kernels: Kernels) 
 
 
 def described(model: Any, batch: Batch) -> MicroBatch:
-    """What of a micro-batch memory goes by.
+    """The sizes of a micro-batch on which memory depends.
 
     Args:
         model: the chunk of a ``MimoModel`` that has the encoders.
@@ -202,7 +202,7 @@ def _flops(built: Built, typical: Typical, given: Recomputation) -> tuple[float,
 
 
 def _forward_costs(chunk: Any) -> Mapping[str, float]:
-    """Those of the forward pass: as if nothing were trained."""
+    """The costs of the forward pass alone: as if nothing were trained."""
     wanted = [(one, one.requires_grad) for one in chunk.parameters()]
     for parameter, _ in wanted:
         parameter.requires_grad_(False)
@@ -256,7 +256,7 @@ def _ranks(
 
 @dataclass(frozen=True, kw_only=True)
 class _Held:
-    """What each rank of encoders with a layout of their own holds.
+    """The memory of each rank of encoders with a layout of their own.
 
     Attributes:
         state: between steps.
@@ -319,7 +319,7 @@ class _Encoders:
         self.role = self
 
     def is_first_stage(self, name: str) -> bool:  # noqa: ARG002 (a role is asked by name)
-        """Encoders are where the first stage is."""
+        """True: encoders run where the first stage is."""
         return True
 
 
@@ -328,7 +328,7 @@ def _configs(module: nn.Module) -> Any:
 
 
 def _state(chunks: Sequence[Any], args: Namespace) -> State:
-    """Of the language model, and of encoders that share its layout."""
+    """The state of the language model, and of encoders that share its layout."""
     modules: list[nn.Module] = []
     for chunk in chunks:
         modules += [chunk] if not args.component else [chunk.language_model, chunk.heads]

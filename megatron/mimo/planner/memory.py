@@ -1,4 +1,4 @@
-"""Memory of one rank: what its part of the model holds, and what micro-batches under way add."""
+"""The memory of one rank: the state of its part of the model, and activations of micro-batches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class State:
 
     @property
     def whole(self) -> float:
-        """All of it."""
+        """All bytes together."""
         return self.weights + self.gradients + self.optimizer
 
     def __add__(self, other: State) -> State:
@@ -44,7 +44,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Of a rank, in bytes.
+    """The memory of a rank, in bytes.
 
     Attributes:
         ranks: which it stands for: "first stage", "last stage".
@@ -64,14 +64,14 @@ class RankMemory:
 
     @property
     def kept(self) -> float:
-        """Activations of all micro-batches that are under way."""
+        """Activations of all micro-batches that wait for their backward pass."""
         language = self.activations.layers + self.activations.ends
         encoders = sum(self.activations.encoders.values())
         return language * self.micro_batches + encoders * self.encoders_at_once
 
     @property
     def whole(self) -> float:
-        """At the highest point of a step."""
+        """The most memory that a step needs at any time."""
         return self.state.whole + self.kept + self.activations.working
 
 
@@ -116,7 +116,7 @@ def in_flight(args: Namespace, stage: int, micro_batches: int) -> int:
 
 
 def _optimizer_bytes(args: Namespace, parameter: Tensor) -> float:
-    """Of one element of a parameter."""
+    """Bytes of optimizer state for one element of a parameter."""
     if args.optimizer == "sgd":
         moments = 4 if args.sgd_momentum else 0
     else:

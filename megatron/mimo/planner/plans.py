@@ -52,7 +52,7 @@ class Remedy:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is printed.
+    """A plan, as it is printed.
 
     Attributes:
         recipe: its name.
@@ -74,12 +74,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """True without a card."""
+        """Whether the run fits its card; True without a card."""
         return self.card is None or room(self.card) >= self.found.largest.whole
 
     @property
     def bubble(self) -> float:
-        """Time in which a pipeline waits, by the time in which it does not."""
+        """Time in which the pipeline waits, divided by the time in which it computes."""
         args = self.args
         chunks = args.virtual_pipeline_model_parallel_size or 1
         stages = args.pipeline_model_parallel_size
@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of a step on the card; None where modules on ranks of their own wait for each other."""
+        """Seconds of a step on the card; None if modules are on ranks of their own, and wait."""
         if self.card is None or any(rank.is_apart for rank in self.found.ranks):
             return None
         work = self.found.flops + self.found.recomputed_flops

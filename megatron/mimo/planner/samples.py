@@ -29,7 +29,7 @@ _EXAMPLES = 32  # of a family's examples in which an image is looked for
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Of one sample: tokens of text, media, and the width and height of each in pixels."""
+    """The shape of one sample: tokens of text, media, and width and height of each in pixels."""
 
     text: int
     media: int
@@ -177,7 +177,7 @@ class _Maker:
         )
 
     def _example(self) -> MediaItem:
-        """The largest of the first modality's in the family's examples."""
+        """The largest item of the first modality among the family's examples."""
         generator = torch.Generator().manual_seed(1)
         items: list[MediaItem] = []
         for _ in range(_EXAMPLES):

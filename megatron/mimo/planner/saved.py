@@ -26,7 +26,7 @@ _GATED_FUSED = (torch.nn.functional.silu,)
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """Whose kernels compute.
+    """The libraries whose kernels compute.
 
     Attributes:
         on_gpu: PyTorch's RMSNorm on a CPU keeps what it has normed, beside its input.
@@ -39,7 +39,7 @@ class Kernels:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What a layer is given.
+    """The input of a layer.
 
     Attributes:
         vectors: T.
@@ -91,12 +91,12 @@ class Saved:
 
     @property
     def whole(self) -> float:
-        """Without recomputation."""
+        """All bytes, without recomputation."""
         inside = self.norms + self.normed + self.attention + self.sums
         return inside + self.inner + self.experts + self.shared
 
     def after(self, modules: set[str]) -> float:
-        """With these of ``--recompute-modules``."""
+        """The bytes that are left with these ``--recompute-modules``."""
         kept = self.whole
         kept -= self.sums if "core_attn" in modules else 0.0
         kept -= self.inner if "mlp" in modules else 0.0

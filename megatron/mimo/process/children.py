@@ -49,7 +49,7 @@ def left_to_parent() -> Iterator[None]:
 
 
 def start_reading(_: int) -> None:
-    """What a process that reads data begins with (``DataLoader(worker_init_fn=...)``)."""
+    """Prepare a process that reads data; for ``DataLoader(worker_init_fn=...)``."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The garbage collector, while what stays for good is imported."""
+"""Keeps the garbage collector away from imported modules, which stay for good."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["uncollected"]
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """What is made within this context, modules above all, is taken for good.
+    """Exempt everything that is made in this context, modules above all, from collection.
 
     Looking through a million objects of modules again and again takes two of the six seconds in
     which a process starts.

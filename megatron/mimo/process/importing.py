@@ -1,4 +1,4 @@
-"""How a command imports Megatron."""
+"""Imports Megatron for commands."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ __all__ = ["at_level", "quiet_imports", "stdout", "warnings_shown"]
 
 @contextmanager
 def stdout(*, shown: bool) -> Iterator[None]:
-    """What Megatron prints, on the screen or nowhere; ``Console`` keeps the real stream."""
+    """Let what Megatron prints reach the screen, or not; ``Console`` keeps the real stream."""
     if shown:
         yield
         return
@@ -28,7 +28,7 @@ class _Nowhere(io.TextIOBase):
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Importing Megatron without Transformer Engine warns in a dozen places."""
+    """Hide warnings while Megatron is imported; without Transformer Engine there are a dozen."""
     name = "torch.utils.cpp_extension"  # "No CUDA runtime is found"
     with at_level(name, logging.ERROR), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -37,7 +37,7 @@ def quiet_imports() -> Iterator[None]:
 
 @contextmanager
 def at_level(name: str, level: int) -> Iterator[None]:
-    """A logger's own level is ``level`` meanwhile."""
+    """Give a logger this level within the block."""
     logger = logging.getLogger(name)
     before = logger.level
     _set_level(logger, level)
@@ -48,7 +48,7 @@ def at_level(name: str, level: int) -> Iterator[None]:
 
 
 def _set_level(logger: logging.Logger, level: int) -> None:
-    """Where it differs: setting one makes all loggers forget what they log, thousands of them."""
+    """Set a level only if it differs: setting one clears the caches of thousands of loggers."""
     if logger.level != level:
         logger.setLevel(level)
 

@@ -1,4 +1,4 @@
-"""Ranks that stand still: noticed within half a minute, ended when it lasts."""
+"""Notices ranks that stand still within half a minute, and ends them if it lasts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _END = 0.5  # seconds in which a rank that was stopped writes them before it is 
 
 @dataclass(kw_only=True)
 class _Seen:
-    """A rank at the last look."""
+    """The state of a rank when it was last looked at."""
 
     count: int
     alive: float  # when it last gave a sign of life

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     from megatron.core.models.mimo import MimoModel
 
-__all__ = ["are_apart", "model_costs"]
+__all__ = ["encoders_are_apart", "model_costs"]
 
 _Part = tuple[str, int]  # module, and its place in the order of the data
 
 
-def are_apart(chunks: Sequence[MimoModel]) -> bool:
+def encoders_are_apart(chunks: Sequence[MimoModel]) -> bool:
     """Whether encoders are on ranks of their own."""
     return any(chunk.disjoint_rows is not None for chunk in chunks)
 
@@ -39,7 +39,7 @@ def model_costs(chunks: Sequence[MimoModel]) -> Mapping[str, float] | None:
     """
     from megatron.core import mpu
 
-    group = None if are_apart(chunks) else mpu.get_pipeline_model_parallel_group()
+    group = None if encoders_are_apart(chunks) else mpu.get_pipeline_model_parallel_group()
     stage = mpu.get_pipeline_model_parallel_rank()
     stages = mpu.get_pipeline_model_parallel_world_size()
     parts: dict[_Part, tuple[nn.Module, Callable[[bool], Costs]]] = {}

@@ -27,7 +27,7 @@ from megatron.mimo.models.common.flops import (
     span_lengths,
 )
 from megatron.mimo.process.console import format_count
-from megatron.mimo.training.model_costs import are_apart, model_costs
+from megatron.mimo.training.model_costs import encoders_are_apart, model_costs
 
 if TYPE_CHECKING:
     from megatron.core.models.mimo import MimoModel
@@ -205,7 +205,9 @@ class ThroughputMeter:
             self._labels += int(mask_BS.count_nonzero())
         else:
             self._labels += sum(lengths)
-        encodes = self._chunks[0].role.is_first_stage("language") and not are_apart(self._chunks)
+        encodes = self._chunks[0].role.is_first_stage("language") and not encoders_are_apart(
+            self._chunks
+        )
         if self._uncounted or not encodes:
             return
         try:
