@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from megatron.mimo.data.formats import RawRecord
 from megatron.mimo.data.sources.index import Arrays, GrowingColumn, index_place, indexed
 from megatron.mimo.data.sources.record_file import ByteReader
 
-__all__ = ["JsonLines", "JsonList", "not_json", "open_json"]
+__all__ = ["JsonRecords", "not_json", "open_json"]
 
 _BLOCK = 1 << 24  # bytes that are looked at together
 _SHORT = 8  # bytes; a line up to this long may be blank
@@ -35,7 +35,7 @@ _UTF8_MARK, _UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{},]', re.DOTALL)
 
 
-def open_json(path: Path, index_folder: Path) -> JsonLines | JsonList:
+def open_json(path: Path, index_folder: Path) -> JsonRecords:
     """The records of a file: one a line, or the entries of a list, whatever its name ends with.
 
     Raises:
@@ -47,13 +47,13 @@ def open_json(path: Path, index_folder: Path) -> JsonLines | JsonList:
     head = head.removeprefix(_UTF8_MARK).lstrip()
     first, _, rest = head.partition(b"\n")
     if head.startswith(b"[") and not (rest.strip() and _is_json(first)):
-        return JsonList(path, index_folder)
+        return JsonRecords(path, index_folder, "list")
     if rest and first.strip() == b"{":
         raise InputError(
             f"{path}: expected a list of records, or one record per line, got one object over "
             "several lines; take the list out of it, or put the object between [ and ]"
         )
-    return JsonLines(path, index_folder)
+    return JsonRecords(path, index_folder, "lines")
 
 
 def _is_json(line: bytes) -> bool:
@@ -73,16 +73,23 @@ def _head(path: Path) -> bytes:
         return head
 
 
-class JsonLines:
-    """One record per line; blank lines are passed over. Also of ``.gz`` and ``.zst``."""
+class JsonRecords:
+    """The records of a file, also of ``.gz`` and ``.zst``: its lines, or the entries of one list.
 
-    def __init__(self, path: Path, index_folder: Path) -> None:
+    Args:
+        path: of the file.
+        index_folder: of all indexes.
+        kind: "lines" (blank ones are passed over) or "list".
+    """
+
+    def __init__(self, path: Path, index_folder: Path, kind: Literal["lines", "list"]) -> None:
         self.path = path
-        build = partial(_index_lines, path)
-        arrays = indexed(path, "lines", index_folder, build)
+        build, self._what = (_index_list, "entry") if kind == "list" else (_index_lines, "line")
+        arrays = indexed(path, kind, index_folder, partial(build, path))
         self._starts, self._sizes = arrays["starts"], arrays["sizes"]
-        self._numbers = arrays["numbers"]  # of lines, from 1; empty where none is blank
-        unpacked = index_place(path, "lines", index_folder) / _UNPACKED
+        none = np.zeros(0, np.int64)
+        self._numbers = arrays.get("numbers", none)  # of lines, from 1; empty where none is blank
+        unpacked = index_place(path, kind, index_folder) / _UNPACKED
         self._bytes = ByteReader(unpacked if unpacked.is_file() else path)
 
     @property
@@ -94,34 +101,10 @@ class JsonLines:
         return len(self._starts)
 
     def __getitem__(self, number: int) -> RawRecord:
-        line = int(self._numbers[number]) if len(self._numbers) else number + 1
-        place = f"line {line}"
+        place = int(self._numbers[number]) if len(self._numbers) else number + 1
         data = self._bytes.read(int(self._starts[number]), int(self._sizes[number]))
-        return RawRecord(value=_decoded(data, self.path, place), file=self.path, place=place)
-
-
-class JsonList:
-    """The entries of one list."""
-
-    def __init__(self, path: Path, index_folder: Path) -> None:
-        self.path = path
-        arrays = indexed(path, "list", index_folder, partial(_index_list, path))
-        self._starts, self._sizes = arrays["starts"], arrays["sizes"]
-        unpacked = index_place(path, "list", index_folder) / _UNPACKED
-        self._bytes = ByteReader(unpacked if unpacked.is_file() else path)
-
-    @property
-    def shard_sizes(self) -> Sequence[int]:
-        """One: any record is read as fast as any other."""
-        return [len(self)]
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, number: int) -> RawRecord:
-        place = f"entry {number + 1}"
-        data = self._bytes.read(int(self._starts[number]), int(self._sizes[number]))
-        return RawRecord(value=_decoded(data, self.path, place), file=self.path, place=place)
+        where = f"{self._what} {place}"
+        return RawRecord(value=_decoded(data, self.path, where), file=self.path, place=where)
 
 
 def not_json(error: Exception) -> str:
