@@ -27,9 +27,9 @@ def told(theirs: Tensor, ours: Tensor) -> str:
 
 
 def _moved(theirs_RC: Tensor, ours_RC: Tensor) -> dict[int, int]:
-    """Number of each of our rows that stands elsewhere in theirs -> its number there.
+    """Of the rows that differ, ours -> the row of theirs that equals it.
 
-    {} where one of our rows is not among theirs, or no row stands elsewhere alone.
+    {} unless these are the same rows in another order.
     """
     differs_R = (theirs_RC != ours_RC).any(dim=1)
     rows = differs_R.nonzero().flatten().tolist()

@@ -70,7 +70,8 @@ def from_last_stage(args: Namespace, value: Any) -> Any:
 
 
 def random_state(components: Mapping[str, Component]) -> Callable[..., Any]:
-    """Wraps ``get_rng_state``: ranks of encoders save the state of the language model's first rank.
+    """Wraps ``get_rng_state``: in checkpoints ranks of encoders are copies of the language model's
+    first rank.
 
     Encoders draw nothing of their own: the language model's ranks tell them a seed for each step.
     """
