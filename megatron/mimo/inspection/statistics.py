@@ -96,7 +96,8 @@ def histogram(values: Sequence[int], bars: int = _BARS) -> list[Bar]:
 
 def _spread(values: Sequence[int]) -> str:
     ordered = sorted(values)
-    middle, most = ordered[len(ordered) // 2], ordered[int(0.95 * (len(ordered) - 1))]
+    # the least value that 95 % do not exceed
+    middle, most = ordered[len(ordered) // 2], ordered[(95 * len(ordered) - 1) // 100]
     mean = sum(ordered) / len(ordered)
     return (
         f"least {ordered[0]}, median {middle}, mean {mean:.0f}, 95 % up to {most}, "

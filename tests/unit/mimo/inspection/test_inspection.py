@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from megatron.mimo.inspection.command import main
-from megatron.mimo.inspection.statistics import Bar, histogram
+from megatron.mimo.inspection.statistics import Bar, Statistics, histogram
 from tests.unit.mimo.data.chats import chat_of
 
 DATA = Path(__file__).parents[4] / "examples/data"
@@ -61,6 +62,16 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._open and self._open[-1]:
             self.learned += data
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most"), [([31, 32], 32), (range(1, 101), 95), (range(1, 21), 19), ([7], 7)]
+)
+def test_95_percent_are_no_longer_than_is_said(lengths: Sequence[int], most: int) -> None:
+    (told,) = (
+        line for line in Statistics(lengths=[*lengths], learned=[1]).lines() if "tokens per" in line
+    )
+    assert f", 95 % up to {most}, " in told
 
 
 def test_samples_labels_media_and_numbers_are_shown(
