@@ -134,6 +134,8 @@ def _reader(given: argparse.Namespace) -> SampleReader:
 def _show(given: argparse.Namespace, reader: SampleReader, files: Sequence[RecordFile]) -> int:
     """Write text and page; the number of records that were refused."""
     total = sum(map(len, files))
+    if not total:
+        raise ConfigError(f"{', '.join(given.files)}: no records; expected at least one")
     if given.first > total:
         raise ConfigError(f"--first {given.first}: there are {total} records; give fewer")
     colour = given.colour == "yes" or (given.colour == "auto" and sys.stdout.isatty())

@@ -49,7 +49,7 @@ class Statistics:
 
     def add(self, seen: Seen) -> None:
         """Count a record."""
-        self.formats[seen.format_ or "none"] += 1
+        self.formats[seen.format_ or "of no known format"] += 1
         if seen.refusal is not None:
             self.refusals[seen.refusal.kind] += 1
             if len(self.reasons) < _KEPT:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core.models.mimo.config import MIMO_LANGUAGE_MODULE_KEY
 from megatron.core.models.mimo.errors import ConfigError, UnsupportedError
-from megatron.core.models.mimo.model.freezing import paths_of, selects
+from megatron.core.models.mimo.model.freezing import freeze_parts, paths_of, selects
 from megatron.mimo.lora.adapter import adapt, adapted, is_adaptable, merge
 from megatron.mimo.lora.settings import OF_DELTA_NETS, LoraSettings
 
@@ -37,7 +37,7 @@ def add_adapters(model: Any, settings: LoraSettings, *, seed: int = 1) -> list[s
                 f"--lora {name}: adapters go beside all layers of a stack, which checkpoints keep "
                 f"as one; name {name.partition('.layers')[0]!r}, and choose by --lora-targets"
             )
-    model.freeze(*settings.modules)
+    freeze_parts(model, settings.modules, frozen=True, doing="--lora")
     found = []
     for path, module in paths_of(model, list(model.named_modules())):
         if path.rpartition(".")[2] not in settings.targets:

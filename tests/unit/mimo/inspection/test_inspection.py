@@ -134,8 +134,10 @@ def test_flags_of_reading_are_those_of_training(
 def test_arguments_that_make_no_sense_are_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, hf: str
 ) -> None:
-    file = str(DATA / "labels.jsonl")
+    file, empty = str(DATA / "labels.jsonl"), tmp_path / "empty.jsonl"
+    empty.touch()
     for flags, message in (
+        ((str(empty), "--hf", hf), "empty.jsonl: no records; expected at least one"),
         ((file, "--hf", str(tmp_path / "none")), "there is no such folder"),
         ((str(tmp_path / "none.jsonl"), "--hf", hf), "cannot be read: No such file"),
         ((file, "--hf", hf, "--first", "9"), "--first 9: there are 2 records"),
@@ -144,6 +146,14 @@ def test_arguments_that_make_no_sense_are_refused(
     ):
         assert main(["inspect", *flags]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_record_of_no_format_is_counted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, hf: str
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"one": 1}\n')
+    told = shown(capsys, str(tmp_path / "bad.jsonl"), "--hf", hf, code=1)
+    assert "1 records read: 1 of no known format\n1 refused: bad\n" in told
 
 
 def test_a_histogram_covers_all_values() -> None:

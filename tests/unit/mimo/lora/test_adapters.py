@@ -102,7 +102,7 @@ def check_what_takes_no_adapter() -> None:
 
     with pytest.raises(UnsupportedError, match=r"images\.encoders\.plain\.linear is a Linear;"):
         adapted_model(modules=("images",), targets=("linear",))
-    with pytest.raises(ConfigError, match="cannot freeze 'speech': no such part"):
+    with pytest.raises(ConfigError, match="--lora 'speech': no such part"):
         adapted_model(modules=("speech",))
     with pytest.raises(ConfigError, match=r"all layers of a stack.*'language\.decoder'"):
         adapted_model(modules=("language.decoder.layers.1",))

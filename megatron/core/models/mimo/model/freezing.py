@@ -112,8 +112,10 @@ def no_such_part(doing: str, name: str, known: list[str], paths: Iterable[str]) 
     )
 
 
-def freeze_parts(model: Any, names: Iterable[str], *, frozen: bool) -> None:
-    """Set what is trained; see ``MimoModel.freeze``."""
+def freeze_parts(
+    model: Any, names: Iterable[str], *, frozen: bool, doing: str = "cannot freeze"
+) -> None:
+    """Set what is trained; see ``MimoModel.freeze``, and ``no_such_part`` for ``doing``."""
     known = part_names(model.mimo_config)
     role = model.role
     language = MIMO_LANGUAGE_MODULE_KEY
@@ -125,7 +127,7 @@ def freeze_parts(model: Any, names: Iterable[str], *, frozen: bool) -> None:
             parameter for parameter, own in paths.items() if any(selects(name, p) for p in own)
         ]
         if not selected and name not in known and (is_whole or not _may_be_elsewhere(name, known)):
-            raise no_such_part("cannot freeze", name, known, (own[0] for own in paths.values()))
+            raise no_such_part(doing, name, known, (own[0] for own in paths.values()))
         for parameter in selected:
             parameter.requires_grad_(not frozen)
 
