@@ -64,8 +64,9 @@ def read_config(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise _error(f"--config {path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise _error(f"--config {path}: not valid YAML: {error}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        text = " ".join(str(error).split())
+        raise _error(f"--config {path}: not valid YAML: {text}") from error
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -111,7 +111,8 @@ def _fields_of(path: Path) -> FieldMap | None:
     try:
         described = yaml.safe_load(path.read_text()) if path.is_file() else None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read: {error}; run energon prepare") from error
+        text = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be read: {text}; run energon prepare") from error
     if not isinstance(described, dict):
         return None
     for key in ("sample_loader", "part_filter"):

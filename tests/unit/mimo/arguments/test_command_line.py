@@ -263,10 +263,11 @@ def test_configuration_files(tmp_path: Path) -> None:
     assert parse_early([]).recipe == "digits"
     for text, message in (
         ("- a\n- b\n", "expected a mapping"),
-        ("a: [", "not valid YAML"),
+        ("a: [", "not valid YAML: [^\n]*$"),
+        ("\xff", "not valid YAML: [^\n]*$"),
         ("num-layers: 1\nnum_layers: 2\n", "given twice"),
     ):
-        path.write_text(text)
+        path.write_text(text, encoding="latin-1")
         with pytest.raises(ConfigError, match=message):
             read_config(path)
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
