@@ -5,11 +5,13 @@ Every family that is known gets these tests.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
+from megatron.mimo.data import MediaFormat
 from megatron.mimo.models import family_names, load_family
 from tests.distributed.models.expected import Expected, compute_expected
 from tests.distributed.models.packed import packed_logits
@@ -75,14 +77,16 @@ def test_samples_differ_in_all_that_data_do(
     assert 0 in counts
     assert max(counts) > 1
     assert len({len(logits_LV) for logits_LV in wanted.logits}) > 3  # so that batches are padded
-    sizes = {item for items in samples for item in items}
-    kinds = {modality for modality, _ in sizes}
-    assert kinds == {
-        "qwen2_audio": {"audio"},
-        "llava_avlm": {"images", "audio"},
-    }.get(name, {"images"})
-    if name not in ("gemma3", "llava"):
-        assert len(sizes) > len(kinds)
+    sizes: dict[str, set[int]] = {}
+    for modality, rows in itertools.chain(*samples):
+        sizes.setdefault(modality, set()).add(rows)
+    media = load_family(name).media(wanted.config)
+    assert sizes.keys() == media.special_token_ids.keys()
+    for modality, given in media.formats.items():
+        formats = [given] if isinstance(given, MediaFormat) else given
+        shapes = [shape for one in formats for _, shape in one.inputs.values()]
+        if any(None in shape for shape in shapes):
+            assert len(sizes[modality]) > 1
 
 
 @pytest.mark.parametrize(
