@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.models.unchecked import unchecked_family
 from tests.rank_pool import RankPool
 
 SMALL: dict[str, Any] = {
@@ -145,7 +146,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def text_family() -> Any:
     from megatron.core.models.mimo import MimoModelConfig
-    from megatron.mimo.models.common.family import Family, Media
+    from megatron.mimo.models.common.family import Media
     from megatron.mimo.models.common.keys import KeyTable
     from megatron.mimo.models.common.language import (
         language_arguments,
@@ -156,9 +157,9 @@ def text_family() -> Any:
     def no_media(*_: Any) -> Any:
         raise AssertionError("a language model has no media")
 
-    return Family(
+    return unchecked_family(
         name="text",
-        arguments=language_arguments,
+        language=language_arguments,
         build=lambda config, settings, places: MimoModelConfig(
             language_model_spec=language_spec(settings, places.language, config),
             modality_submodules_spec={},

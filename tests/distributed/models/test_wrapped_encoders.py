@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tests.distributed.models.expected import Expected, compute_expected
 from tests.distributed.models.ranks import Layout, compare
+from tests.distributed.models.unchecked import unchecked_family
 from tests.rank_pool import RankPool
 
 NAME = "wrapped"
@@ -208,12 +209,11 @@ def example(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
 def registered() -> Iterator[None]:
     """The model above as a family, for what asks for one by name."""
     from megatron.mimo import models
-    from megatron.mimo.models.common.family import Family
     from megatron.mimo.models.common.language import language_arguments
 
-    family = Family(
+    family = unchecked_family(
         name=NAME,
-        arguments=language_arguments,
+        language=language_arguments,
         build=build,
         keys=key_table,
         media=media,
