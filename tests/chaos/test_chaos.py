@@ -49,6 +49,10 @@ def _say_nothing(_: Random) -> None:
     raise InputError(" ")
 
 
+def _flood(_: Random) -> list[bytearray]:
+    return [bytearray(1 << 20) for _ in range(64)]
+
+
 @pytest.mark.parametrize(
     ("act", "outcome"),
     [
@@ -58,7 +62,7 @@ def _say_nothing(_: Random) -> None:
         (_say_nothing, "failed"),
         (lambda _: os._exit(1), "failed"),
         (lambda _: time.sleep(2 * HANG), "failed"),
-        (lambda _: [bytearray(1 << 20) for _ in range(64)], "failed"),
+        (_flood, "failed"),
     ],
     ids=["taken", "refused", "an unnamed error", "an empty one", "a crash", "a hang", "a flood"],
 )
@@ -71,6 +75,21 @@ def test_the_engine_sees_what_a_case_does(
     assert tally.outcomes == {outcome: 2}
     assert len(tally.failures) == (2 if outcome == "failed" else 0)
     assert all(text.startswith("x --seed 3 --case ") for text in tally.failures)
+
+
+def test_a_flood_is_seen_in_memory_that_was_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process begins with what the one before it held, and may give that back."""
+    monkeypatch.setattr(fuzz, "MEMORY", 32 << 20)
+    held = [bytearray(128 << 20)]
+
+    @contextmanager
+    def kind() -> Iterator[Case]:
+        held.clear()
+        yield _flood
+
+    tally = run_cases("x", kind, seed=3, seconds=HANG, at_most=1)
+    (said,) = tally.failures
+    assert " MiB were taken" in said
 
 
 def test_a_case_follows_from_seed_and_number() -> None:
