@@ -58,6 +58,28 @@ def twins(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Twins:
     return cache(trained)
 
 
+def from_checkpoint(twin: Path) -> tuple[str, ...]:
+    """Flags of a run that begins with a twin's weights and is left after four iterations."""
+    return "--load", str(twin / "checkpoints"), "--finetune", *only(4)
+
+
+Losses = Callable[[str], list[float]]
+
+
+@pytest.fixture(scope="module")
+def expected_losses(
+    ranks: RankPool, twins: Twins, tmp_path_factory: pytest.TempPathFactory
+) -> Losses:
+    """The losses of a twin that goes on in one process, from its checkpoint."""
+    folder = tmp_path_factory.mktemp("expected")
+
+    def trained(name: str) -> list[float]:
+        finished(start(ranks, name, folder / name, "one", *from_checkpoint(twins(name))))
+        return [float(loss) for loss in losses(folder / name).values()]
+
+    return cache(trained)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_the_loss_falls_and_the_run_leaves_all_that_export_needs(twins: Twins, name: str) -> None:
     found = [float(loss) for loss in losses(twins(name)).values()]
@@ -106,24 +128,22 @@ def test_what_was_trained_says_the_same_in_transformers(
     ],
 )
 def test_layouts_give_the_same_losses(
-    ranks: RankPool, twins: Twins, tmp_path: Path, name: str, layout: str
+    ranks: RankPool,
+    twins: Twins,
+    expected_losses: Losses,
+    tmp_path: Path,
+    name: str,
+    layout: str,
 ) -> None:
     """From a checkpoint of one process; there the weights are the same.
 
     A vocabulary of 500 is padded to 504 rows, and under TP2 to 512.
     """
-    common = ("--load", str(twins(name) / "checkpoints"), "--finetune", *only(4))
     # Megatron trains experts under tensor parallelism with sequence parallelism only.
     cut = ("--sequence-parallel",) if (layout, "moe" in name) == ("tp2", True) else ()
-    for run in [
-        start(ranks, name, tmp_path / one, one, *common, *flags)
-        for one, flags in (("one", ()), (layout, cut))
-    ]:
-        finished(run)
-    expected, found = (
-        [float(loss) for loss in losses(tmp_path / one).values()] for one in ("one", layout)
-    )
-    assert found == pytest.approx(expected, rel=1e-5)
+    finished(start(ranks, name, tmp_path, layout, *from_checkpoint(twins(name)), *cut))
+    expected = expected_losses(name)
+    assert list(map(float, losses(tmp_path).values())) == pytest.approx(expected, rel=1e-5)
     assert expected[0] < 4.5  # the checkpoint's weights, not random ones
 
 
@@ -132,23 +152,18 @@ MODALITIES = {"qwen2_audio_tiny": ["audio"], "llava_avlm_tiny": ["images", "audi
 
 @pytest.mark.parametrize("name", some(TINY, "internvl_tiny", "qwen3_vl_moe_tiny"))
 def test_grids_give_the_same_losses_and_a_checkpoint_as_any(
-    ranks: RankPool, twins: Twins, tmp_path: Path, name: str
+    ranks: RankPool, twins: Twins, expected_losses: Losses, tmp_path: Path, name: str
 ) -> None:
     """From a checkpoint: every third on ranks of its modules' own, others with two stages."""
-    common = ("--load", str(twins(name) / "checkpoints"), "--finetune", *only(3))
     modules = [f"{one}=dp=2" for one in MODALITIES.get(name, ["images"])]
     apart = TINY.index(name) % 3 == 1
     grids = ("--component", *modules, "language=rank_offset=2" if apart else "language=pp=2")
-    runs = {"one": (1, common), "grids": (3 if apart else 2, (*common, *grids))}
-    for folder, (world, flags) in runs.items():
-        argv = [SCRIPT, "--recipe", name, "--output", tmp_path / folder, *flags]
-        finished(ranks.start_script(world, argv, timeout=HANG))
-    expected, found = (
-        [float(loss) for loss in losses(tmp_path / folder).values()] for folder in runs
-    )
-    assert found == pytest.approx(expected, rel=1e-5)
-    saved = tmp_path / "grids/checkpoints"
-    assert ranks(1)(export_and_verify, saved, tmp_path / "hf") == [[]]
+    output = tmp_path / "grids"
+    argv = [SCRIPT, "--recipe", name, "--output", output, *from_checkpoint(twins(name)), *grids]
+    finished(ranks.start_script(3 if apart else 2, argv, timeout=HANG))
+    found = list(map(float, losses(output).values()))
+    assert found == pytest.approx(expected_losses(name), rel=1e-5)
+    assert ranks(1)(export_and_verify, output / "checkpoints", tmp_path / "hf") == [[]]
 
 
 def write_conversations(folder: Path, count: int) -> Path:
