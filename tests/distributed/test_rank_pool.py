@@ -222,17 +222,26 @@ def test_failing_script_terminates_its_peers(ranks: RankPool, script: Any) -> No
     path = script(
         """
         import os, signal, sys, time
+        from pathlib import Path
+
+        rank = int(os.environ["RANK"])
+
+        def ready(rank):
+            return Path(__file__).with_name(f"ready-{rank}")
 
         def stop(*_):
             print("saving")
             sys.exit(5)
 
         signal.signal(signal.SIGTERM, stop)
-        print("up")
-        if os.environ["RANK"] == "1":
-            raise RuntimeError("no disk")
-        if os.environ["RANK"] == "2":
+        if rank == 2:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("up")
+        ready(rank).touch()
+        if rank == 1:
+            while not (ready(0).exists() and ready(2).exists()):
+                time.sleep(0.01)
+            raise RuntimeError("no disk")
         time.sleep(600)
         """
     )

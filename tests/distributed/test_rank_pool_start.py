@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -193,3 +195,34 @@ def test_references_to_what_ranks_inherit_are_not_counted(ranks: RankPool) -> No
     ((before, after, gone),) = ranks(1)(references)
     assert before == after > 1 << 29
     assert gone
+
+
+def allocate_together() -> float:
+    """How many of some blocks that the C library gives lie within a megabyte of each other."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    addresses = [libc.malloc(600) for _ in range(1000)]
+    middle = statistics.median(addresses)
+    return sum(abs(address - middle) < 1 << 20 for address in addresses) / len(addresses)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+    reason="this C library says nothing of its free memory",
+)
+def test_what_ranks_allocate_lies_together(ranks: RankPool) -> None:
+    (share,) = ranks(1)(allocate_together)
+    assert share > 0.9
+
+
+def finalizers_at_exit() -> int:
+    class Own:
+        pass
+
+    own = Own()
+    weakref.finalize(own, print)
+    return sum(one.atexit for one in weakref.finalize._registry)  # type: ignore[attr-defined]
+
+
+def test_ranks_finalize_only_what_they_have_made(ranks: RankPool) -> None:
+    assert ranks(1)(finalizers_at_exit) == [1]

@@ -15,8 +15,10 @@ import select
 import socket
 import sys
 import traceback
+import weakref
 from multiprocessing.connection import Connection
 
+from tests.rank_pool.gaps import fill_gaps
 from tests.rank_pool.immortal import make_immortal
 from tests.rank_pool.names import ask_no_name_server
 from tests.rank_pool.pages import use_huge_pages
@@ -218,6 +220,7 @@ def _preload(imports: list[str]) -> list[str]:
     if "megatron.mimo.convert.verify" in sys.modules:
         _remember_transformers()
     _remember_distributions()
+    _end_without_finalizers()
     try:
         left = come_to_rest()
     except BusyThreadsError as error:
@@ -231,6 +234,7 @@ def _preload(imports: list[str]) -> list[str]:
     make_immortal()
     gc.freeze()  # the collector of a rank never touches, and so never copies, these pages
     gc.enable()
+    fill_gaps()
     use_huge_pages()
     return [f"{describe(t)}, started by {started_by.get(t.number, '?')}" for t in left]
 
@@ -280,6 +284,15 @@ def _remember_distributions() -> None:
     """Lets ranks know what is installed: torch looks for backends of others in every process."""
     importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
     importlib.metadata.entry_points(group="torch.distributed.backends")
+
+
+def _end_without_finalizers() -> None:
+    """Lets ranks leave alone at their end what they did not make.
+
+    Those of torch's operators write to 30 MB, which each run of a script would copy.
+    """
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
 
 
 def _reap_supervisors() -> None:
