@@ -119,7 +119,7 @@ def _check_sequence(args: Namespace) -> None:
     if args.max_position_embeddings and args.seq_length > args.max_position_embeddings:
         raise ConfigError(
             f"sequence length {args.seq_length} is larger than --max-position-embeddings "
-            f"{args.max_position_embeddings}; raise the latter"
+            f"{args.max_position_embeddings}; lower --seq-length, or raise the latter"
         )
     cp, tp = args.context_parallel_size, args.tensor_model_parallel_size
     factor = (2 * cp if cp > 1 else 1) * (tp if args.sequence_parallel else 1)

@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 
 from tests.rank_pool import RankPool
+from tests.tiers import crossed
 
 SCRIPT = Path(__file__).parents[3] / "examples/mimo/pretrain_mimo.py"
 OWN_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{% endfor %}"
 )
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 
 
-def make_language(folder: Path, *, rows: int | None = None, tied: bool = False) -> Any:
-    """A LLaMA and its tokenizer, which has neither placeholders nor padding."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_language(
+    folder: Path, *, kind: str = "llama", rows: int | None = None, tied: bool = False
+) -> Any:
+    """A language model and its tokenizer, which has neither placeholders nor padding."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from megatron.mimo.models.common.tiny import TINY_TEXT
 
@@ -30,7 +34,9 @@ def make_language(folder: Path, *, rows: int | None = None, tied: bool = False) 
     tokenizer.chat_template = OWN_TEMPLATE
     tokenizer.save_pretrained(folder)
     sizes = {**TINY_TEXT, "vocab_size": rows or len(tokenizer), "pad_token_id": None}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied))
+    sizes |= EXPERTS if kind.endswith("_moe") else {}
+    config = AutoConfig.for_model(kind, **sizes, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder, max_shard_size=200_000)
     return model
 
@@ -207,6 +213,13 @@ def put_llava_next_together(folder: Path) -> None:
     check_vocabulary(model, language, rows=400, new=[60, 61])
 
 
+def put_qwen3_together(folder: Path, name: str, kind: str) -> None:
+    language = make_language(folder / "l", kind=kind)
+    make_images(folder / "i", "CLIPVisionModel")
+    _, model = exported(name, folder, language=folder / "l", images=folder / "i")
+    torch.testing.assert_close(text_logits(model, 313), text_logits(language.eval(), 313))
+
+
 def put_llava_avlm_together(folder: Path) -> None:
     language = make_language(folder / "l", rows=330)
     tokens = {"<unk>": 0, "<s>": 1, "</s>": 2, "<audio>": 3, "<image>": 4}
@@ -233,6 +246,13 @@ def put_llava_avlm_together(folder: Path) -> None:
 @pytest.mark.parametrize("put_together", [put_llava_next_together, put_llava_avlm_together])
 def test_other_families_of_parts(ranks: RankPool, tmp_path: Path, put_together: Any) -> None:
     ranks(1)(put_together, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "kind"), crossed(["llava", "llava_next"], ["qwen3_moe", "qwen3"]))
+def test_language_models_with_norms_of_queries_and_experts(
+    ranks: RankPool, tmp_path: Path, name: str, kind: str
+) -> None:
+    ranks(1)(put_qwen3_together, tmp_path, name, kind)
 
 
 def read_a_word_as_placeholder(folder: Path) -> None:

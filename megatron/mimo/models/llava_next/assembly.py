@@ -53,7 +53,10 @@ def _processor(config: Any, read: Mapping[str, Any], template: str) -> Any:
 
 
 ASSEMBLY = Assembly(
-    parts={LANGUAGE: language_part("llama", "mistral", "qwen2"), IMAGES: IMAGES_PART},
+    parts={
+        LANGUAGE: language_part("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"),
+        IMAGES: IMAGES_PART,
+    },
     compose=_compose,
     processor=_processor,
 )
