@@ -48,9 +48,8 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
     """A language model that reads text and the rows of modality encoders.
 
     Every occurrence of a modality's special token in ``input_ids`` takes one row of that
-    modality, batch-major and left to right. Encoders are built where the language model's
-    embedding is, on the first pipeline stage; with process grids of their own, on every rank of
-    these.
+    modality, batch-major and left to right. Encoders are built on the first pipeline stage, beside
+    the embedding; with process grids of their own, on every rank of these.
 
     Args:
         mimo_config: what to build.
@@ -70,11 +69,10 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
             layout; {} where no rows change ranks in a forward.
 
     Raises:
-        ConfigError: (a ``ValueError``) the language model's spec holds no ``config``; encoders
-            that cannot be split as asked; sections of multimodal RoPE that do not fit the heads.
-        UnsupportedError: (a ``RuntimeError``) modules that share some ranks; sequence parallelism
-            with an embedding that scatters by itself; context parallelism or packing with an
-            attention that cannot do it.
+        ConfigError: (a ``ValueError``) a spec without ``config``; encoders that cannot be split as
+            asked; sections of multimodal RoPE that do not fit the heads.
+        UnsupportedError: (a ``RuntimeError``) modules that share some of their ranks; an embedding
+            that scatters by itself; an attention that cannot do context parallelism or packing.
     """
 
     def __init__(
@@ -244,7 +242,7 @@ class MimoModel(StockEntryPoints, WrappedModules, MegatronModule):
         return descended_state(self, prefix, sharded_offsets, metadata, tp_group=tp_group)
 
     def destroy(self) -> None:
-        """Release process groups that this model owns; without bridges it owns none."""
+        """Release the process groups of this model's bridges."""
         for bridge in self.colocated_comms.values():
             bridge.destroy()
         self.colocated_comms.clear()
