@@ -182,7 +182,7 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     ours = build_model(import_library(stock=False), spec, case).to(args.device)
     ours.language_model = stock.language_model
     alignment = importlib.import_module(f"{LIBRARY}.alignment")
-    merge = importlib.import_module(f"{LIBRARY}.model.merge")
+    merge = importlib.import_module(f"{LIBRARY}.model.merging.merge")
     embedding = ours.language_model.embedding
     from megatron.mimo.data.micro_batches.broadcast import move
 
