@@ -26,12 +26,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import device as on_device
+from benchmarks.peak_memory import RESETS, peak_bytes, reset_peak
 from megatron.mimo.backend import select_backend
 from megatron.mimo.backend.host_sync import HostSyncCounter
 from megatron.mimo.backend.job import end_job
@@ -156,21 +156,14 @@ def peak_extra_bytes(function: Callable[[], torch.Tensor], rounds: int = 3) -> i
 
     Read from the kernel's high-water mark of resident memory, so that every allocator counts.
     """
-    status, marks = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not marks.exists():
+    if not RESETS:
         return None
-
-    def read(key: str) -> int:
-        line = next(line for line in status.read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) * 1024
-
     extra = []
     for _ in range(rounds):
         ctypes.CDLL(None).malloc_trim(0)
-        marks.write_text("5")  # resets the mark
-        before = read("VmRSS")
+        before = reset_peak()
         result = function()
-        extra.append(read("VmHWM") - before - result.nbytes)
+        extra.append(peak_bytes() - before - result.nbytes)
         del result
     return statistics.median(extra)
 

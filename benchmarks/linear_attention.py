@@ -22,12 +22,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from benchmarks.peak_memory import peak_bytes, reset_peak
 
 Way = Callable[..., Tensor]
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -119,17 +120,10 @@ def measure(function: Callable[[], Tensor], args: argparse.Namespace) -> dict[st
 
 def on_host(function: Callable[[], Tensor]) -> tuple[float, int]:
     """Seconds of the process for one call, and the bytes of the kernel's mark beyond its result."""
-    status, marks = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def read(key: str) -> int:
-        line = next(line for line in status.read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) * 1024
-
     ctypes.CDLL(None).malloc_trim(0)
-    marks.write_text("5")  # resets the mark
-    before, start = read("VmRSS"), time.process_time()
+    before, start = reset_peak(), time.process_time()
     result = function()
-    return time.process_time() - start, read("VmHWM") - before - result.nbytes
+    return time.process_time() - start, peak_bytes() - before - result.nbytes
 
 
 def compare(tokens: int, args: argparse.Namespace) -> dict[str, Any]:

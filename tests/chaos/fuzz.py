@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import resource
 import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
 from random import Random
 
+from benchmarks.peak_memory import peak_bytes, reset_peak
 from megatron.core.models.mimo.errors import MimoError
 from tests.chaos.tally import Tally
 
@@ -111,10 +110,10 @@ def _work(
     signal.signal(signal.SIGALRM, _hang)
     end, first = time.monotonic() + seconds, number
     with kind() as case:
-        start = _peak_from_now()
+        start = reset_peak()
         while time.monotonic() < end and (count is None or number - first < count):
             outcome, text = _try(case, Random(f"{seed}/{name}/{number}"))
-            pipe.send((outcome, text, _peak() - start))
+            pipe.send((outcome, text, peak_bytes() - start))
             number += 1
     pipe.send(None)
 
@@ -139,25 +138,6 @@ def _try(case: Case, random: Random) -> tuple[str, str]:
 
 def _hang(*_: object) -> None:
     raise _HangError
-
-
-def _peak_from_now() -> int:
-    """The bytes that are held now, where the peak begins anew (Linux); elsewhere the peak so far.
-
-    A fork begins with a peak of what its parent held, and may hold less by now.
-    """
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _peak()
-
-
-def _peak() -> int:
-    """The most bytes that this process has held."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def alternatives(random: Random) -> Iterator[object]:
