@@ -7,11 +7,10 @@ that a short run copies. Without gaps it lies together, at the end of the heap.
 from __future__ import annotations
 
 import ctypes
-import sys
+
+from tests.rank_pool.libc import LIBC
 
 _LARGEST, _SMALLEST = 1 << 17, 24  # bytes of a block; the C library maps larger ones apart
-# Loaded here, before any fork: dlopen in a child of a process is slow and, after a thread, unsafe.
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class _MallocInfo(ctypes.Structure):
@@ -30,17 +29,17 @@ def fill_gaps() -> int:
     Returns:
         How many bytes; 0 where the C library is not glibc, of 2.33 or newer.
     """
-    if _LIBC is None or not hasattr(_LIBC, "mallinfo2"):
+    if LIBC is None or not hasattr(LIBC, "mallinfo2"):
         return 0
-    _LIBC.mallinfo2.restype = _MallocInfo
-    _LIBC.malloc.restype = _LIBC.sbrk.restype = ctypes.c_void_p
-    _LIBC.malloc.argtypes, _LIBC.sbrk.argtypes = [ctypes.c_size_t], [ctypes.c_ssize_t]
-    _LIBC.malloc_trim(0)
-    before = _LIBC.mallinfo2().uordblks
+    LIBC.mallinfo2.restype = _MallocInfo
+    LIBC.malloc.restype = LIBC.sbrk.restype = ctypes.c_void_p
+    LIBC.malloc.argtypes, LIBC.sbrk.argtypes = [ctypes.c_size_t], [ctypes.c_ssize_t]
+    LIBC.malloc_trim(0)
+    before = LIBC.mallinfo2().uordblks
     size = _LARGEST
     while size >= _SMALLEST:
-        end = _LIBC.sbrk(0) - _LIBC.mallinfo2().keepcost
-        while _LIBC.malloc(size) + size <= end:
+        end = LIBC.sbrk(0) - LIBC.mallinfo2().keepcost
+        while LIBC.malloc(size) + size <= end:
             pass
         size = size * 7 // 8 if size > 1024 else size - 16
-    return int(_LIBC.mallinfo2().uordblks - before)
+    return int(LIBC.mallinfo2().uordblks - before)

@@ -7,14 +7,11 @@ that run five seconds longer.
 
 from __future__ import annotations
 
-import ctypes
-import sys
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+from tests.rank_pool.libc import LIBC
 
 
 def ask_no_name_server() -> None:
     """glibc: this process, and what it forks, looks for hosts in /etc/hosts alone."""
-    configure = getattr(_LIBC, "__nss_configure_lookup", None)
+    configure = getattr(LIBC, "__nss_configure_lookup", None)
     if configure is not None:
         configure(b"hosts", b"files")

@@ -7,14 +7,13 @@ that is most of what a short run costs, and a child writes to few of them.
 from __future__ import annotations
 
 import ctypes
-import sys
 from pathlib import Path
+
+from tests.rank_pool.libc import LIBC
 
 _MAPS = Path("/proc/self/maps")
 _HUGE = 1 << 21
 _MADV_COLLAPSE = 25  # since Linux 6.1
-# Loaded here, before any fork: dlopen in a child of a process is slow and, after a thread, unsafe.
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def use_huge_pages() -> int:
@@ -23,12 +22,12 @@ def use_huge_pages() -> int:
     Returns:
         How many bytes lie in them now; 0 where the kernel has none or cannot move a page.
     """
-    if _LIBC is None or not _MAPS.is_file():
+    if LIBC is None or not _MAPS.is_file():
         return 0
     moved = 0
     for start, end in _anonymous():
         for address in range(-(-start // _HUGE) * _HUGE, end - _HUGE + 1, _HUGE):
-            done = _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(_HUGE), _MADV_COLLAPSE)
+            done = LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(_HUGE), _MADV_COLLAPSE)
             moved += _HUGE if done == 0 else 0
     return moved
 
