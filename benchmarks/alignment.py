@@ -16,7 +16,6 @@ torch`` measures this project's way without Triton.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import json
 import os
@@ -160,7 +159,6 @@ def peak_extra_bytes(function: Callable[[], torch.Tensor], rounds: int = 3) -> i
         return None
     extra = []
     for _ in range(rounds):
-        ctypes.CDLL(None).malloc_trim(0)
         before = reset_peak()
         result = function()
         extra.append(peak_bytes() - before - result.nbytes)

@@ -24,7 +24,6 @@ import argparse
 import json
 import os
 import random
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +32,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from megatron.mimo.process.ports import held_port
 
 WORLD, SEQUENCE, IMAGE, PATCHES = 4, 128, 99, 16
 # Layout -> sizes of its modules; readers are the ranks of the first stage, each of which gets rows.
@@ -318,19 +319,18 @@ def allowed(ranks: list[Figures], cores: int) -> float:
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    ranks = [
-        context.Process(target=run_rank, args=(rank, port, args, results)) for rank in range(WORLD)
-    ]
-    for one in ranks:
-        one.start()
-    everyone = results.get()
-    for one in ranks:
-        one.join()
+    with held_port() as port:
+        ranks = [
+            context.Process(target=run_rank, args=(rank, port, args, results))
+            for rank in range(WORLD)
+        ]
+        for one in ranks:
+            one.start()
+        everyone = results.get()
+        for one in ranks:
+            one.join()
     of = {layout: [one[layout] for one in everyone] for layout in LAYOUTS}
     wall = {layout: max(one["wall"] for one in ranks) for layout, ranks in of.items()}
     return {

@@ -17,7 +17,6 @@ Legend: B rows, T tokens, G key heads, R value heads of each, K size of a key, V
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import statistics
 import time
@@ -120,7 +119,6 @@ def measure(function: Callable[[], Tensor], args: argparse.Namespace) -> dict[st
 
 def on_host(function: Callable[[], Tensor]) -> tuple[float, int]:
     """Seconds of the process for one call, and the bytes of the kernel's mark beyond its result."""
-    ctypes.CDLL(None).malloc_trim(0)
     before, start = reset_peak(), time.process_time()
     result = function()
     return time.process_time() - start, peak_bytes() - before - result.nbytes

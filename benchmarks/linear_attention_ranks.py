@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +27,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+
+from megatron.mimo.process.ports import held_port
 
 TAPS = 4
 
@@ -176,10 +177,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     asked = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(port, asked), nprocs=asked.ranks)
+    with held_port() as port:
+        mp.spawn(work, args=(port, asked), nprocs=asked.ranks)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from megatron.core.models.mimo.errors import ConfigError, MimoError
 from megatron.mimo.convert.compare import Comparison, compare_model
 from megatron.mimo.convert.reference import Expected
 from megatron.mimo.models import load_family
+from megatron.mimo.process.ports import held_port
 
 __all__ = ["compare_on_processes", "main"]
 
@@ -62,19 +62,16 @@ def compare_on_processes(
             f"{torch.cuda.device_count()}; choose a smaller layout, or CUDA_VISIBLE_DEVICES= "
             "for a check on the CPU"
         )
-    with tempfile.TemporaryDirectory(prefix="mimo-verify-") as name:
+    with tempfile.TemporaryDirectory(prefix="mimo-verify-") as name, held_port() as port:
         folder = Path(name)
         job = (family.name, config, checkpoint, expected, how)
         (folder / _JOB).write_bytes(pickle.dumps(job))
-        _run_all(folder, count)
+        _run_all(folder, count, port)
         results = [folder / f"{rank}.pickle" for rank in range(count)]
         return [pickle.loads(path.read_bytes()) for path in results]
 
 
-def _run_all(folder: Path, count: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+def _run_all(folder: Path, count: int, port: int) -> None:
     common = {
         "OMP_NUM_THREADS": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",

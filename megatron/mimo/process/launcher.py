@@ -13,7 +13,10 @@ import socket
 import sys
 import zlib
 from collections.abc import MutableMapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+
+from megatron.mimo.process.ports import held_port
 
 __all__ = ["LaunchError", "first_host", "join_job", "set_threads"]
 
@@ -23,6 +26,7 @@ _JOB_NAMES = (  # what tells jobs apart, and is the same for all processes of on
     *("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
     *("OMPI_MCA_orte_ess_jobid", "PMI_JOBID", "PBS_JOBID", "LSB_JOBID"),
 )
+_held = ExitStack()  # the port of a job of one process, as long as this one lives
 
 Environment = MutableMapping[str, str]
 
@@ -151,9 +155,7 @@ def _check(environment: Environment) -> None:
 
 def _set_single(environment: Environment) -> None:
     if "MASTER_PORT" not in environment or "RANK" not in environment:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            environment["MASTER_PORT"] = str(probe.getsockname()[1])
+        environment["MASTER_PORT"] = str(_held.enter_context(held_port()))
         environment["MASTER_ADDR"] = "localhost"
     environment.setdefault("MASTER_ADDR", "localhost")
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):

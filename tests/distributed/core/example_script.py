@@ -7,11 +7,11 @@ import io
 import os
 import re
 import runpy
-import socket
 from pathlib import Path
 
 import torch
 
+from megatron.mimo.process.ports import held_port
 from tests.rank_pool import RankPool
 from tests.unit.core.mimo.test_stock import library
 
@@ -33,10 +33,8 @@ def assert_gives_what_stock_gives(ranks: RankPool, script: Path) -> None:
     """Three steps on four ranks."""
     steps = []
     for stock in (False, True):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        printed = ranks(4)(_output, script, stock, port)[0]
+        with held_port() as port:
+            printed = ranks(4)(_output, script, stock, port)[0]
         steps.append(re.findall(r"^step .*$", printed, re.MULTILINE))
     assert len(steps[0]) == 3
     assert steps[0] == steps[1]
