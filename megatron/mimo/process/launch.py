@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 where every rank has ended well, also after a signal; else that of the rank
-        which failed first, 1 where a signal ended it, and 128 + N where signal N stopped the job
-        before every rank had saved.
+        which failed first, 1 where a signal ended it, 2 where there is no such script, and 128 + N
+        where signal N stopped the job before every rank had saved.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN)
     from torch.distributed import run
@@ -52,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name.startswith(_QUIET):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
     arguments = run.parse_args(list(sys.argv[1:] if argv is None else argv))
+    script = arguments.training_script
+    if not (arguments.module or arguments.no_python or os.path.isfile(script)):
+        _say(
+            f"error: there is no script {script}; correct the path (-m takes a module by its name)"
+        )
+        return 2
     try:
         run.run(arguments)
     except ChildFailedError as error:
