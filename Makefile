@@ -15,7 +15,7 @@ help:
 	@echo '             newest versions allowed, LATEST=0 for the tested ones of requirements.lock again)'
 	@echo 'make train   train the default recipe: all GPUs, or two processes on CPU (NPROC=n, ARGS="...")'
 	@echo 'make test    run the test suite on up to four cores (ARGS="...")'
-	@echo 'make test-all   with the wide tables, of which make test runs each kind of row'
+	@echo 'make test-all   with the wide tier, of which make test runs each kind: what CI runs'
 	@echo 'make test-fast  its quick part, for the loop of a developer'
 	@echo 'make matrix  hold 423 parallel layouts against one process (ARGS="tp2 cp2", "--list", "--help")'
 	@echo 'make cards   prove model families and write docs/models (ARGS="llava", ARGS="llava --number 2", "--help")'

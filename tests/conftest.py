@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--wide",
         action="store_true",
-        help="run the wide tables too, of which each kind of row is run anyway: make test-all",
+        help="run the wide tier too, of which each kind is run anyway: make test-all",
     )
 
 

@@ -1,8 +1,9 @@
-"""Which rows of a table the suite runs by default; ``--wide`` (make test-all) runs all.
+"""What the suite runs by default; ``--wide`` (make test-all, and CI) runs all.
 
-A test, or a row, that repeats what another shows of other sizes is marked ``wide``. A table keeps
-each kind of row: by name (``some``), or, of two things that are crossed, each of the first with
-one of the second in turn (``crossed``), so that a new family is in it without a word.
+A test, or a row of a table, that repeats what another shows in other sizes or layouts, or that
+needs interpreters of its own, is marked ``wide``. A table keeps each kind of row: by name
+(``some``), or, of two things that are crossed, each of the first with one of the second in turn
+(``crossed``), so that a new family is in it without a word.
 """
 
 from __future__ import annotations

@@ -114,6 +114,7 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RankPool]]:
         yield pools
 
 
+@pytest.mark.wide
 def test_ranks_work_beside_idle_threads_of_the_imports(pools: list[RankPool]) -> None:
     pool = pools[0]
     for _ in range(3):
@@ -123,6 +124,7 @@ def test_ranks_work_beside_idle_threads_of_the_imports(pools: list[RankPool]) ->
     assert all(words.endswith("started by imported_by_server") for words in pool.threads)
 
 
+@pytest.mark.wide
 @pytest.mark.skipif(sys.platform != "linux", reason="abstract names of sockets are Linux's")
 def test_a_server_serves_all_at_its_address_until_the_last_goes(pools: list[RankPool]) -> None:
     (server,) = {psutil.Process(pool(1)(server_of_this_rank)[0]) for pool in pools}
@@ -132,6 +134,7 @@ def test_a_server_serves_all_at_its_address_until_the_last_goes(pools: list[Rank
     assert not server.is_running()
 
 
+@pytest.mark.wide
 def test_a_thread_that_keeps_running_is_refused_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

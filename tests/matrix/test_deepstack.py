@@ -15,9 +15,7 @@ CELLS = {name_of(values): values for values in deepstack_cells()}
 KEPT = (  # of one kind each
     "tp2-sp-cp2-mrope-packed-layers:deepstack",
     "pp2-no-media-layers:deepstack",
-    "pp4-stages:embedding-alone-tied-layers:deepstack",
     "pp2-vpp2-dp2-distributed-overlap-layers:deepstack",
-    "pp2-vpp2-frozen:first-half-layers:deepstack",
     "cp2-pp2-vpp2-alltoall-ep2-packed-layers:deepstack",
 )
 

@@ -65,6 +65,7 @@ def test_from_the_root_of_a_checkout(folder: Path, checkout: Path) -> None:
     assert facts["loaded_by_core"] == []
 
 
+@pytest.mark.wide
 def test_editable_install(folder: Path, checkout: Path) -> None:
     environment = make_environment(folder / "editable")
     environment.install("--editable", checkout)
@@ -81,6 +82,7 @@ def installed(folder: Path, wheel: Path) -> Environment:
     return environment
 
 
+@pytest.mark.wide
 def test_wheel_installed(installed: Environment) -> None:
     facts = installed.probe()
     assert_ours(facts, installed.site_packages / LIBRARY_IN_WHEEL)
@@ -93,6 +95,7 @@ def test_wheel_installed(installed: Environment) -> None:
     assert len(facts["loaded_by_megatron"]) < 30
 
 
+@pytest.mark.wide
 def test_another_tree_in_front(installed: Environment, folder: Path) -> None:
     """Its modules win, as PYTHONPATH promises, but MIMO is ours even if that tree has one."""
     tree = folder / "tree"
@@ -104,10 +107,12 @@ def test_another_tree_in_front(installed: Environment, folder: Path) -> None:
     assert_ours(facts, installed.site_packages / LIBRARY_IN_WHEEL)
 
 
+@pytest.mark.wide
 def test_switched_off(installed: Environment) -> None:
     assert_stock(installed.probe(MEGATRON_MIMO_OVERLAY="0"), installed.site_packages)
 
 
+@pytest.mark.wide
 def test_uninstalled(installed: Environment) -> None:
     """Last, for it ends the environment: megatron-core is whole and its own MIMO works."""
     installed.pip("uninstall", "--yes", "megatron-mimo")

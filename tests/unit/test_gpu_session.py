@@ -52,6 +52,7 @@ TESTS = """
 """
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 def test_gpu_tests_see_the_gpu_and_the_others_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

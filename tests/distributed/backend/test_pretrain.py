@@ -44,9 +44,7 @@ def _lines(exits: list[RankExit], kind: str) -> list[list[str]]:
     return [[line for line in e.stdout.splitlines() if line.startswith(kind)] for e in exits]
 
 
-@pytest.mark.parametrize(
-    "layout", some(LAYOUTS, "TP2 with SP", "PP2", "DP2, distributed optimizer")
-)
+@pytest.mark.parametrize("layout", some(LAYOUTS, "PP2", "DP2, distributed optimizer"))
 def test_resumed_run_repeats_the_uninterrupted_one(
     layout: str, ranks: RankPool, tmp_path: Path
 ) -> None:

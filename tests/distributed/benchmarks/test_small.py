@@ -98,6 +98,7 @@ def hash_small(folder: Path) -> dict[str, Any]:
     return measure(folder, 0.001, 1, cold=True)
 
 
+@pytest.mark.wide
 def test_hashes_of_a_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
     (report,) = ranks(1)(hash_small, tmp_path)
     assert report["gb_per_s"].keys() == {"crc32", "sha256", "blake2b"}

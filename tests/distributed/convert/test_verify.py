@@ -10,7 +10,6 @@ import torch
 from megatron.mimo.models import family_names
 from tests.distributed.convert.models import make_and_import
 from tests.rank_pool import RankPool
-from tests.tiers import some
 from tests.time_limits import HANG
 
 
@@ -52,7 +51,8 @@ def verify_on_processes(name: str, folder: Path) -> list[str]:
     return [str(one) for one in verify_checkpoint(folder / "hf", folder / "mimo", tp_size=2)]
 
 
-@pytest.mark.parametrize("name", some(["llava", "qwen3_vl_moe"], "qwen3_vl_moe"))
+@pytest.mark.wide
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl_moe"])
 def test_starts_the_processes_of_a_layout(ranks: RankPool, tmp_path: Path, name: str) -> None:
     """Experts too, whose gradients tensor-parallel ranks would otherwise count twice."""
     (lines,) = ranks(1, timeout=HANG)(verify_on_processes, name, tmp_path)

@@ -164,6 +164,7 @@ def micro_batches(layout: GridLayout, design: Design) -> list[dict[str, Any]]:
     return batches
 
 
+@pytest.mark.wide
 def test_script_gives_what_stock_gives(ranks: RankPool) -> None:
     assert_gives_what_stock_gives(ranks, SCRIPT)
 

@@ -39,7 +39,11 @@ class Stream:
         return [dict(batch) for batch in seen] if self._kind == "others" else seen
 
 
-@pytest.mark.parametrize("design", [DESIGN, PROJECTING], ids=["frozen", "but the projection"])
+@pytest.mark.parametrize(
+    "design",
+    [pytest.param(DESIGN, marks=pytest.mark.wide), PROJECTING],
+    ids=["frozen", "but the projection"],
+)
 def test_on_the_ranks_of_the_language_model(ranks: RankPool, design: Design) -> None:
     (expected,) = ranks(1)(run_reference, design)
     world = ranks(COLOCATED.world_size)

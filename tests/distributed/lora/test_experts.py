@@ -43,7 +43,11 @@ def test_experts_take_no_adapters(ranks: RankPool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "change"), [("llava", with_text("qwen3_moe")), ("qwen3_5_moe", None)]
+    ("name", "change"),
+    [
+        pytest.param("llava", with_text("qwen3_moe"), marks=pytest.mark.wide),
+        ("qwen3_5_moe", None),
+    ],
 )
 def test_attention_beside_experts_equals_peft(
     ranks: RankPool, tmp_path: Path, name: str, change: Any

@@ -46,7 +46,7 @@ class Case:
     folder: Path
 
 
-@pytest.fixture(scope="module", params=some(MODULES, "qwen2_5_vl", "qwen3_vl"))
+@pytest.fixture(scope="module", params=some(MODULES, "qwen3_vl"))
 def case(
     ranks: RankPool, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Case:

@@ -24,7 +24,6 @@ from megatron.mimo.models.common.tiny import TINY_TEXT, TINY_VISION
 from tests.distributed.models.field_values import OTHERS
 from tests.distributed.models.text_kinds import KINDS, use_text
 from tests.rank_pool import RankPool
-from tests.tiers import some
 from tests.time_limits import HANG
 
 # Fields of Whisper's other half, which no part of a model reads.
@@ -214,7 +213,8 @@ def check_used(classes: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("classes", some(["first", "others"], "first"))
+@pytest.mark.wide
+@pytest.mark.parametrize("classes", ["first", "others"])
 def test_used_fields_are_followed_or_refused(ranks: RankPool, classes: str) -> None:
     assert ranks(1, timeout=HANG)(check_used, classes) == [[]]
 

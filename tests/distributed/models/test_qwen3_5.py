@@ -64,7 +64,7 @@ def test_equals_transformers(
     check(ranks, name, layout, expected(name))
 
 
-@pytest.mark.parametrize("case", some(TRAINED, "ep2"))
+@pytest.mark.parametrize("case", some(TRAINED))
 def test_trains_as_a_plain_loop_does(
     ranks: RankPool, expected: Callable[[str], Expected], case: str
 ) -> None:

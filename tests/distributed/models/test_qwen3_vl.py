@@ -68,7 +68,7 @@ def test_with_tied_embeddings_and_three_levels(
     check(ranks, "qwen3_vl", DENSE[layout], expected("qwen3_vl"))
 
 
-@pytest.mark.parametrize("layout", some(EXPERTS, "ep2-pp2", "ep2-tp2-sp", "ep2-etp2-sp"))
+@pytest.mark.parametrize("layout", some(EXPERTS, "ep2-tp2-sp", "ep2-etp2-sp"))
 def test_with_experts_on_ranks(
     ranks: RankPool, expected: Callable[[str], Expected], layout: str
 ) -> None:

@@ -25,6 +25,7 @@ def planned(ranks: RankPool, *flags: str) -> RankExit:
     return exit_
 
 
+@pytest.mark.wide
 def test_a_big_recipe_in_a_layout(ranks: RankPool) -> None:
     flags = ("--pack", "--samples", "512+2*640x480", "1024", "--card", "h100", "--json")
     exit_ = planned(ranks, *BIG, *flags)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.rank_pool import RankPool
+from tests.tiers import some
 from tests.time_limits import HANG
 
 HERE = Path(__file__).parent
@@ -27,7 +28,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", some(RUNS, "llava", "qwen3_vl-tp2"))
 def test_within_fifteen_percent(ranks: RankPool, tmp_path: Path, name: str) -> None:
     size, flags = RUNS[name]
     argv = [HERE / "measured_run.py", *flags, *SHORT, "--output", tmp_path]

@@ -33,6 +33,7 @@ def run(ranks: RankPool, output: Path, layout: str, *flags: str) -> None:
     assert [exit_.exit_code for exit_ in exits] == [0] * world_size, text
 
 
+@pytest.mark.wide
 def test_every_layout_has_the_same_losses(ranks: RankPool, tmp_path: Path) -> None:
     start = tmp_path / "start"
     run(ranks, start, "one", "--exit-interval", "4")

@@ -80,7 +80,9 @@ def expected_losses(
     return cache(trained)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name", some(TINY, *(name for name in TINY if not name.startswith("qwen3_5")))
+)
 def test_the_loss_falls_and_the_run_leaves_all_that_export_needs(twins: Twins, name: str) -> None:
     found = [float(loss) for loss in losses(twins(name)).values()]
     assert len(found) == ITERATIONS
@@ -109,7 +111,7 @@ def export_and_verify(checkpoint: Path, target: Path) -> list[str]:
     return [str(one) for one in findings if not one.equal]
 
 
-@pytest.mark.parametrize("name", some(TINY, *TINY[::3]))
+@pytest.mark.parametrize("name", some(TINY, "qwen3_vl_moe_tiny"))
 def test_what_was_trained_says_the_same_in_transformers(
     ranks: RankPool, twins: Twins, tmp_path: Path, name: str
 ) -> None:
@@ -120,11 +122,11 @@ def test_what_was_trained_says_the_same_in_transformers(
     ("name", "layout"),
     [
         *(
-            pytest.param(name, "tp2", marks=WIDE if at % 4 != 1 else ())
-            for at, name in enumerate(TINY)
+            pytest.param(name, "tp2", marks=() if name == "qwen3_vl_moe_tiny" else WIDE)
+            for name in TINY
         ),
-        pytest.param("qwen2_5_vl_tiny", "pp2", marks=pytest.mark.wide),
-        ("qwen3_vl_tiny", "pp2"),
+        pytest.param("qwen2_5_vl_tiny", "pp2", marks=WIDE),
+        pytest.param("qwen3_vl_tiny", "pp2", marks=WIDE),
     ],
 )
 def test_layouts_give_the_same_losses(
@@ -150,7 +152,7 @@ def test_layouts_give_the_same_losses(
 MODALITIES = {"qwen2_audio_tiny": ["audio"], "llava_avlm_tiny": ["images", "audio"]}
 
 
-@pytest.mark.parametrize("name", some(TINY, "internvl_tiny", "qwen3_vl_moe_tiny"))
+@pytest.mark.parametrize("name", some(TINY, "qwen3_vl_moe_tiny"))
 def test_grids_give_the_same_losses_and_a_checkpoint_as_any(
     ranks: RankPool, twins: Twins, expected_losses: Losses, tmp_path: Path, name: str
 ) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from tests.distributed.training.launch import COMPARABLE, EVALUATE, RECIPE, SCRIPT, losses, succeed
 from tests.rank_pool import RankPool
-from tests.tiers import some
 from tests.time_limits import HANG
 
 TWO_LAYERS = ("--tiny-two-layers",)  # of the encoder
@@ -86,6 +85,7 @@ def test_a_run_moves_between_uniform_and_colocated_layouts(
     assert answers[0] == answers[1]
 
 
+@pytest.mark.wide
 def test_the_distributed_optimizer_moves_too(
     ranks: RankPool, tmp_path: Path, one_process: Path
 ) -> None:
@@ -97,6 +97,7 @@ def test_the_distributed_optimizer_moves_too(
     _same_losses(tmp_path, one_process)
 
 
+@pytest.mark.wide
 def test_a_run_moves_between_disjoint_and_other_layouts(ranks: RankPool, tmp_path: Path) -> None:
     """Encoders before and behind the language model's ranks, in stages, beside interleaved ones."""
     begin = (*COMPARABLE, *EVALUATE, *FOUR_LAYERS, *TWO_LAYERS)
@@ -118,7 +119,8 @@ def test_a_run_moves_between_disjoint_and_other_layouts(ranks: RankPool, tmp_pat
     _same_losses(found, expected)
 
 
-@pytest.mark.parametrize("layout", some(["pp2", "apart-images pp2"], "apart-images pp2"))
+@pytest.mark.wide
+@pytest.mark.parametrize("layout", ["pp2", "apart-images pp2"])
 def test_a_run_that_stops_between_steps_of_frozen_encoders_repeats_the_bits(
     ranks: RankPool, tmp_path: Path, layout: str
 ) -> None:

@@ -33,7 +33,7 @@ def copy(run: Path, to: Path) -> Path:
     return to / "checkpoints"
 
 
-@pytest.mark.parametrize("name", some(RUNS, "distributed optimizer, asynchronous"))
+@pytest.mark.parametrize("name", some(RUNS, "two ranks"))
 def test_a_flipped_bit_costs_one_checkpoint(ranks: RankPool, tmp_path: Path, name: str) -> None:
     layout, flags = RUNS[name]
     succeed(ranks, tmp_path / "run", layout, *flags)

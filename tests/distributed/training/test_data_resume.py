@@ -73,10 +73,8 @@ def run(ranks: RankPool, data: Path, output: Path, world: int, last: int, *flags
     return list(losses(output).values())
 
 
-@pytest.mark.parametrize(
-    "pack",
-    [pytest.param(True, id="packed"), pytest.param(False, id="one by one", marks=pytest.mark.wide)],
-)
+@pytest.mark.wide
+@pytest.mark.parametrize("pack", [True, False], ids=["packed", "one by one"])
 def test_another_layout_goes_on_with_the_same_batches(
     pack: bool, data: Path, ranks: RankPool, tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def test_a_run_moves_from_layout_to_layout(
     assert mine["answers"] == reference["answers"]
 
 
+@pytest.mark.wide
 def test_packed_runs_agree_in_every_layout(ranks: RankPool, tmp_path: Path) -> None:
     """Several samples in each sequence; the middle pipeline stage reads where they end."""
     packed = (
@@ -103,6 +104,7 @@ def test_killed_and_restarted_is_bit_identical(
     assert losses(broken) == losses(whole)
 
 
+@pytest.mark.wide
 def test_killed_while_a_checkpoint_is_written(ranks: RankPool, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     succeed(ranks, whole, "dp2")

@@ -71,6 +71,7 @@ def test_the_cause_stands_behind_torchruns_own_report(tmp_path: Path) -> None:
     assert sum(line.startswith(("error:", "[rank")) for line in lines_of(text)) == 1
 
 
+@pytest.mark.wide
 def test_a_signal_to_our_launcher_saves_and_ends_well(tmp_path: Path) -> None:
     job = launch(OURS, tmp_path, *LONG)
     until_it_trains(job, tmp_path)
@@ -85,6 +86,7 @@ def test_a_signal_to_our_launcher_saves_and_ends_well(tmp_path: Path) -> None:
     assert not (tmp_path / ".owner").exists()
 
 
+@pytest.mark.wide
 def test_ranks_end_with_a_launcher_that_is_killed(ranks: RankPool, tmp_path: Path) -> None:
     """Each by itself: one is enough."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -8,7 +8,6 @@ import pytest
 
 from tests.distributed.training.launch import COMPARABLE, RECIPE, SCRIPT, losses
 from tests.rank_pool import RankPool
-from tests.tiers import some
 from tests.time_limits import HANG
 
 EXPERTS = ("--num-experts", "4", "--disable-bias-linear", "--num-layers", "2")
@@ -43,7 +42,8 @@ def run(ranks: RankPool, output: Path, layout: str, last: int, *flags: str) -> N
     assert [exit_.exit_code for exit_ in exits] == [0] * world, text
 
 
-@pytest.mark.parametrize("name", some(WAYS, "distributed optimizer"))
+@pytest.mark.wide
+@pytest.mark.parametrize("name", WAYS)
 def test_a_run_goes_on(ranks: RankPool, tmp_path: Path, name: str) -> None:
     flags, layouts = WAYS[name]
     for number, layout in enumerate(layouts):

@@ -48,7 +48,7 @@ RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", some(RUNS, "interleaved, packed", "recomputed"))
+@pytest.mark.parametrize("name", some(RUNS, "interleaved, packed"))
 def test_trains_as_one_process(ranks: RankPool, tmp_path: Path, name: str) -> None:
     """Both go on from one checkpoint, so that their weights are the same."""
     model, layout = RUNS[name]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.distributed.training.launch import COMPARABLE, losses, succeed
 from tests.rank_pool import RankPool
 
@@ -11,6 +13,7 @@ REDUCED = (*COMPARABLE, "--bf16", "--overlap-grad-reduce", "--train-iters", "6")
 GATHERED = (*REDUCED, "--overlap-param-gather")
 
 
+@pytest.mark.wide
 def test_gathering_while_layers_run_changes_nothing(ranks: RankPool, tmp_path: Path) -> None:
     """Bit for bit: on a resumed run's first step no hook waits, and the sums are the same."""
     plain, straight, resumed = (tmp_path / name for name in ("plain", "straight", "resumed"))

@@ -44,11 +44,9 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "name",
     some(
         RUNS,
-        "torch, sgd, TP2",
         "bf16, distributed optimizer",
         "fp16 without a step, PP2",
         "frozen parts, distributed optimizer",
-        "rates",
         "asynchronous",
     ),
 )

@@ -128,6 +128,7 @@ class Project:
         lock.write_text(lock.read_text().replace(old, new))
 
 
+@pytest.mark.wide
 def test_versions_are_those_asked_for(tmp_path: Path) -> None:
     """One environment from its making on: each call meets what the calls before it left."""
     project = Project(tmp_path)
@@ -162,6 +163,7 @@ def test_versions_are_those_asked_for(tmp_path: Path) -> None:
     assert "LATEST is 'yes'; expected 1" in refused.stderr
 
 
+@pytest.mark.wide
 @pytest.mark.skipif(HAS_GPU_DRIVER, reason="needs a machine without a GPU")
 def test_a_cpu_build_is_taken_where_there_is_one(tmp_path: Path) -> None:
     project = Project(tmp_path)

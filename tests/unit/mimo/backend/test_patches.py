@@ -371,6 +371,7 @@ assert not torch.cuda.is_initialized()
 """
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 def test_modules_imported_before_are_patched_too() -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}

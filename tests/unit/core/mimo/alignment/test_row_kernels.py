@@ -136,10 +136,12 @@ CASES = [
     ("dtype", "hidden", "cases"),
     [
         (torch.float32, 20, CASES),
-        (torch.bfloat16, 1100, [("packed", "cut")]),  # more than one block of columns
-        (torch.float16, 1, [("samples", "ordered"), ("samples", "own")]),
+        pytest.param(torch.bfloat16, 1100, [("packed", "cut")], marks=pytest.mark.wide),
+        pytest.param(
+            torch.float16, 1, [("samples", "ordered"), ("samples", "own")], marks=pytest.mark.wide
+        ),
     ],
-    ids=["float32", "bfloat16", "float16"],
+    ids=["float32", "bfloat16 in several blocks of columns", "float16"],
 )
 def test_merging_by_kernels_equals_torchs(
     ranks: RankPool, dtype: torch.dtype, hidden: int, cases: list[tuple[str, str]]
