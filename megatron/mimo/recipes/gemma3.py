@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.recipes.settings import FINETUNING, presets_of
+from megatron.mimo.recipes.settings import FINETUNING_LONG, presets_of
 
 
 def gemma3_4b() -> Recipe:
@@ -90,6 +90,6 @@ def _gemma(name: str, summary: str, text: dict[str, Any]) -> Recipe:
         summary=summary,
         family="gemma3",
         config=config,
-        arguments=FINETUNING | {"lr": 1e-5, "seq_length": 4096},
+        arguments=FINETUNING_LONG,
         presets=presets_of("images"),
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.recipes.settings import FINETUNING, presets_of
+from megatron.mimo.recipes.settings import FINETUNING_LONG, presets_of
 
 
 def qwen2_5_vl_3b() -> Recipe:
@@ -78,6 +78,6 @@ def _qwen(name: str, summary: str, text: dict[str, int], *, tied: bool) -> Recip
         summary=summary,
         family="qwen2_5_vl",
         config=config,
-        arguments=FINETUNING | {"lr": 1e-5, "seq_length": 4096},
+        arguments=FINETUNING_LONG,
         presets=presets_of("images"),
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.recipes.settings import FINETUNING, presets_of
+from megatron.mimo.recipes.settings import FINETUNING_LONG, presets_of
 
 # Layers, hidden size and MLP of the encoder: of the small model, and of all others.
 SMALL = (24, 1024, 4096)
@@ -43,18 +43,12 @@ def _dense(
             architectures=["Qwen3_5ForConditionalGeneration"],
         )
 
-    summary = f"Qwen3.5 {size.upper()}, gated delta net, images and video"
-    return qwen3_5(f"qwen3_5_{size}", summary, "qwen3_5", config)
-
-
-def qwen3_5(name: str, summary: str, family: str, config: Any, **given: object) -> Recipe:
-    """The recipe of one size; ``given`` are further arguments of Megatron."""
     return pretrained(
-        name=name,
-        summary=summary,
-        family=family,
+        name=f"qwen3_5_{size}",
+        summary=f"Qwen3.5 {size.upper()}, gated delta net, images and video",
+        family="qwen3_5",
         config=config,
-        arguments=FINETUNING | {"lr": 1e-5, "seq_length": 4096, **given},
+        arguments=FINETUNING_LONG,
         presets=presets_of("images"),
     )
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.mimo.recipes.qwen3_5 import LARGE, configuration, qwen3_5
+from megatron.mimo.recipes.pretrained import pretrained
+from megatron.mimo.recipes.qwen3_5 import LARGE, configuration
 from megatron.mimo.recipes.recipe import Recipe
+from megatron.mimo.recipes.settings import FINETUNING_LONG, presets_of
 
 
 def qwen3_5_35b_a3b() -> Recipe:
@@ -29,10 +31,11 @@ def qwen3_5_35b_a3b() -> Recipe:
             architectures=["Qwen3_5MoeForConditionalGeneration"],
         )
 
-    return qwen3_5(
-        "qwen3_5_35b_a3b",
-        "Qwen3.5 35B-A3B, gated delta net, images and video",
-        "qwen3_5_moe",
-        config,
-        moe_token_dispatcher_type="alltoall",
+    return pretrained(
+        name="qwen3_5_35b_a3b",
+        summary="Qwen3.5 35B-A3B, gated delta net, images and video",
+        family="qwen3_5_moe",
+        config=config,
+        arguments=FINETUNING_LONG | {"moe_token_dispatcher_type": "alltoall"},
+        presets=presets_of("images"),
     )

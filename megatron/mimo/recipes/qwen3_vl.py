@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.mimo.recipes.pretrained import pretrained
 from megatron.mimo.recipes.recipe import Recipe
-from megatron.mimo.recipes.settings import FINETUNING, presets_of
+from megatron.mimo.recipes.settings import FINETUNING_LONG, presets_of
 
 # Layers, hidden size, MLP and layers that give levels: of the two small models, and all others.
 SMALL = (24, 1024, 4096, [5, 11, 17])
@@ -46,18 +46,12 @@ def _dense(size: str, text: tuple[int, int, int, int], vision: Vision, *, tied: 
             architectures=["Qwen3VLForConditionalGeneration"],
         )
 
-    summary = f"Qwen3-VL {size.upper()}, images and video"
-    return qwen3_vl(f"qwen3_vl_{size}", summary, "qwen3_vl", config)
-
-
-def qwen3_vl(name: str, summary: str, family: str, config: Any, **given: object) -> Recipe:
-    """The recipe of one size; ``given`` are further arguments of Megatron."""
     return pretrained(
-        name=name,
-        summary=summary,
-        family=family,
+        name=f"qwen3_vl_{size}",
+        summary=f"Qwen3-VL {size.upper()}, images and video",
+        family="qwen3_vl",
         config=config,
-        arguments=FINETUNING | {"lr": 1e-5, "seq_length": 4096, **given},
+        arguments=FINETUNING_LONG,
         presets=presets_of("images"),
     )
 

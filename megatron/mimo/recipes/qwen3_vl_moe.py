@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.mimo.recipes.qwen3_vl import LARGE, configuration, qwen3_vl
+from megatron.mimo.recipes.pretrained import pretrained
+from megatron.mimo.recipes.qwen3_vl import LARGE, configuration
 from megatron.mimo.recipes.recipe import Recipe
+from megatron.mimo.recipes.settings import FINETUNING_LONG, presets_of
 
 
 def qwen3_vl_30b_a3b() -> Recipe:
@@ -31,11 +33,11 @@ def _with_experts(size: str, text: tuple[int, int, int, int], inner: int) -> Rec
             architectures=["Qwen3VLMoeForConditionalGeneration"],
         )
 
-    summary = f"Qwen3-VL {size.upper().replace('_', '-')}, images and video"
-    return qwen3_vl(
-        f"qwen3_vl_{size}",
-        summary,
-        "qwen3_vl_moe",
-        config,
-        moe_token_dispatcher_type="alltoall",
+    return pretrained(
+        name=f"qwen3_vl_{size}",
+        summary=f"Qwen3-VL {size.upper().replace('_', '-')}, images and video",
+        family="qwen3_vl_moe",
+        config=config,
+        arguments=FINETUNING_LONG | {"moe_token_dispatcher_type": "alltoall"},
+        presets=presets_of("images"),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FINETUNING", "presets_of"]
+__all__ = ["FINETUNING", "FINETUNING_LONG", "presets_of"]
 
 FINETUNING: dict[str, object] = {
     "seq_length": 2048,
@@ -20,6 +20,8 @@ FINETUNING: dict[str, object] = {
     "use_distributed_optimizer": True,
     "num_workers": 4,
 }
+FINETUNING_LONG = FINETUNING | {"lr": 1e-5, "seq_length": 4096}
+"""For models of images of any size, and of clips, which take more tokens."""
 
 
 def presets_of(*modalities: str) -> dict[str, dict[str, object]]:
