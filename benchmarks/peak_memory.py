@@ -9,6 +9,7 @@ from pathlib import Path
 
 __all__ = ["RESETS", "peak_bytes", "reset_peak"]
 
+_LIBC = ctypes.CDLL(None)  # before any fork: to open it in a child of a process is slow and unsafe
 _MARKS = Path("/proc/self/clear_refs")
 RESETS = _MARKS.exists()
 """Whether the mark can begin anew: on Linux."""
@@ -21,7 +22,7 @@ def reset_peak() -> int:
     library keeps of freed memory goes back to the system first: to use that again adds nothing.
     """
     with contextlib.suppress(AttributeError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)
+        _LIBC.malloc_trim(0)
     with contextlib.suppress(OSError):
         _MARKS.write_text("5", encoding="ascii")
     return peak_bytes()

@@ -13,6 +13,9 @@ import torch.distributed as dist
 from megatron.mimo.process.launcher import join_job
 from megatron.mimo.process.ports import held_port
 
+on_linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="sockets are told their ports on Linux alone"
+)
 _IP_LOCAL_PORT_RANGE = 51  # of Linux 6.3: from which ports the system chooses for this socket
 
 
@@ -33,7 +36,7 @@ def given_by_the_system(port: int) -> bool:
         return True
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="sockets are told their ports on Linux alone")
+@on_linux
 def test_nobody_else_is_given_the_port() -> None:
     with held_port() as port:
         assert not given_by_the_system(port)
@@ -49,7 +52,7 @@ def test_a_store_listens_on_it() -> None:
         assert store.get("held") == b"yes"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="sockets are told their ports on Linux alone")
+@on_linux
 def test_a_job_of_one_process_keeps_its_port() -> None:
     environment: dict[str, str] = {}
     join_job(environment)
