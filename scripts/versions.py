@@ -102,7 +102,7 @@ def run(combination: dict[str, str], whole: bool) -> dict[str, Any]:
     print(f"== {names}: {'the whole suite' if whole else 'core'}", flush=True)
     report = environment / "report.xml"
     report.unlink(missing_ok=True)
-    suite = [environment / "bin/python", "-m", "pytest", "-q", f"--junitxml={report}"]
+    suite = [environment / "bin/python", "-m", "pytest", "-q", "--wide", f"--junitxml={report}"]
     settings = {"OMP_NUM_THREADS": "1"} | os.environ
     subprocess.run([*suite, *(() if whole else CORE)], cwd=ROOT, env=settings)
     return {
